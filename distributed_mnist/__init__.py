@@ -1,0 +1,1 @@
+"""Distributed training of digit classifiers whose weights depend on recipe, data and seed alone."""

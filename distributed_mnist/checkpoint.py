@@ -1,0 +1,121 @@
+"""One file that holds a whole run at one step: written so that it is never torn, read so that damage and
+malice are noticed.
+
+The file is what `torch.save` writes. It carries a digest of its own content, so a flipped bit does not
+pass, and it is loaded with `weights_only=True`, so a stranger's file cannot run code.
+"""
+
+import io
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import original
+from .aside import written_aside
+from .digest import digest
+from .errors import CheckpointError
+
+FORMAT = 1
+
+Content = dict[str, Any]
+"""A checkpoint in memory. Keys: `format`, `model` (raw state dict), `optimizer`, `step`, `best_accuracy`,
+`samples_sha256`, `epoch_totals`, `train_seconds`, `recipe`, `dataset` (name, classes, class_names, mean,
+std, sha256), `steps_per_epoch`, `versions`."""
+
+_REQUIRED = ("model", "optimizer", "step", "best_accuracy", "samples_sha256", "recipe", "dataset")
+
+
+def encode(content: Content) -> bytes:
+    """The file's bytes, content digest included."""
+    buffer = io.BytesIO()
+    torch.save({**content, "content_sha256": digest(content)}, buffer)
+    return buffer.getvalue()
+
+
+def decode(data: bytes, name: str) -> Content:
+    """The content of a file's bytes, tensors on the CPU. `name` is named in errors.
+
+    Also reads the original script's checkpoints, see `original.from_original`.
+    Raises `CheckpointError` for anything that is not a whole checkpoint.
+    """
+    try:
+        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for damaged files; all mean the same here
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            reason = "it holds more than tensors and plain values, and loading those could run code"
+        raise CheckpointError(f"{name} is damaged or no checkpoint: {reason}") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{name} is no checkpoint: it holds a {type(loaded).__name__}")
+    claimed = loaded.pop("content_sha256", None)
+    if original.is_original(loaded) and claimed is None:
+        return original.from_original(loaded, name)
+    try:
+        damaged = digest(loaded) != claimed
+    except TypeError:
+        damaged = True
+    if damaged:
+        raise CheckpointError(f"{name} is damaged: its content does not have the digest it claims")
+    if original.is_original(loaded):
+        return original.from_original(loaded, name)
+    if loaded.get("format") != FORMAT:
+        raise CheckpointError(f"{name} has format {loaded.get('format')!r}; this version reads {FORMAT}")
+    missing = [key for key in _REQUIRED if key not in loaded]
+    if missing:
+        raise CheckpointError(f"{name} lacks {', '.join(missing)}")
+    return loaded
+
+
+def read_bytes(path: Path) -> bytes:
+    """The file's bytes. Raises `CheckpointError` naming what is wrong with the path."""
+    try:
+        return path.read_bytes()
+    except IsADirectoryError:
+        raise CheckpointError(f"{path} is a folder, not a checkpoint") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+
+
+def write(path: Path, data: bytes) -> None:
+    """Put `data` at `path` whole or not at all; it survives a power cut. Raises `OSError`."""
+    with written_aside(path) as part:
+        part.write_bytes(data)
+
+
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], name: str) -> None:
+    """Put a state dict into a model. Raises `CheckpointError` if it is another model's."""
+    mine = model.state_dict()
+    different = sorted(mine.keys() ^ weights.keys())
+    if different:
+        raise CheckpointError(
+            f"{name} is of another model: {', '.join(different[:4])} found on one side only"
+        )
+    for key, value in mine.items():
+        if weights[key].shape != value.shape:
+            shapes = f"{tuple(weights[key].shape)} there, {tuple(value.shape)} here"
+            raise CheckpointError(f"{name} is of another model: {key} is {shapes}")
+    model.load_state_dict(weights)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], name: str) -> None:
+    """Put an optimizer's saved state into one of the same kind; rates and the like stay the recipe's."""
+    current = optimizer.state_dict()
+    try:
+        count = sum(len(group["params"]) for group in saved["param_groups"])
+        if count != sum(len(group["params"]) for group in current["param_groups"]):
+            raise ValueError("it has another number of parameters")
+        optimizer.load_state_dict({"state": saved["state"], "param_groups": current["param_groups"]})
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{name}: its optimizer state does not fit: {error}") from error
+
+
+def versions() -> dict[str, str]:
+    """What made a checkpoint: the same recipe can end in other bits under another build."""
+    return {
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }

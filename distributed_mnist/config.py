@@ -1,0 +1,218 @@
+"""What a run is asked to do: `Recipe`, which decides the weights, and `Run`, which does not.
+
+Both are frozen and checked when they are made, so the rest of the program never doubts them. A recipe
+is a small TOML file; `recipes/` holds the ones that come with the program.
+"""
+
+import dataclasses
+import math
+import re
+import tomllib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from .errors import UsageError
+
+Sync = Literal["tree", "ddp"]
+Precision = Literal["fp32", "bf16"]
+Optimizer = Literal["adam", "adamw", "sgd"]
+Schedule = Literal["constant", "step", "cosine", "one-cycle"]
+
+
+Device = Literal["auto", "cpu"]
+
+_RECIPES = resources.files("distributed_mnist") / "recipes"
+_EVERY = re.compile(r"(\d+)\s*(steps?|epochs?)?")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run takes its data and puts its results, and how it is carried out: not what its weights are.
+
+    Raises `UsageError` for impossible values.
+    """
+
+    dataset: str = "mnist"
+    """mnist, fashion-mnist, kmnist, qmnist, emnist-SPLIT, generated, idx (your own files), or auto: mnist
+    if it can be had, else generated."""
+    data: Path = Path("data")
+    """Folder with the data; what is missing is downloaded into it."""
+    train_size: int = 60_000
+    """generated: training images to draw."""
+    test_size: int = 10_000
+    """generated: test images to draw."""
+    data_seed: int = 0
+    """generated: key of the drawn digits."""
+    out: Path | None = None
+    """Folder of the run; by default a new one under runs/."""
+    resume: str | None = None
+    """A checkpoint to go on from, or auto: the newest whole one in --out."""
+    checkpoint_every: str = "1 epoch"
+    """Distance between checkpoints: steps ("500") or epochs ("2 epochs")."""
+    eval_every: str = "1 epoch"
+    """Distance between evaluations: steps or epochs."""
+    keep: int = 3
+    """Checkpoints kept besides the best."""
+    nproc: int | None = None
+    """Processes to start here; by default one per GPU, or on CPU as many as pay off."""
+    device: Device = "auto"
+    """auto: the accelerator if there is one. cpu: never."""
+    micro_batch: int | None = None
+    """ddp: images per forward pass at most; more passes, same answer. tree always goes shard by shard."""
+
+    def __post_init__(self) -> None:
+        for name in ("train_size", "test_size", "keep"):
+            _require(getattr(self, name) >= 1, name, "at least 1", self)
+        for name in ("nproc", "micro_batch"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, "at least 1", self)
+        _require(0 <= self.data_seed < 2**63, "data_seed", "between 0 and 2^63 - 1", self)
+        for name in ("checkpoint_every", "eval_every"):
+            steps_between(getattr(self, name), 1, name)
+
+
+def steps_between(text: str, steps_per_epoch: int, name: str) -> int:
+    """ "500" or "500 steps" to 500; "2 epochs" to twice `steps_per_epoch`. Raises `UsageError`."""
+    match = _EVERY.fullmatch(text.strip())
+    if match is None or int(match[1]) < 1:
+        raise UsageError(f"{flag(name)} must be like 500 (steps) or '2 epochs', not {text!r}")
+    return int(match[1]) * (steps_per_epoch if (match[2] or "").startswith("epoch") else 1)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the weights, besides the data. Raises `UsageError` for impossible values."""
+
+    model: str = "cnn"
+    """linear, mlp, cnn, or your own as package.module:factory."""
+    epochs: int = 3
+    """Times through the training set."""
+    batch_size: int = 256
+    """Global batch: images per step, over all processes together."""
+    optimizer: Optimizer = "adam"
+    """How a gradient becomes a step."""
+    lr: float = 0.001
+    """Learning rate; the highest one where the schedule moves it."""
+    beta1: float = 0.9
+    """Adam: decay of the mean of gradients."""
+    beta2: float = 0.999
+    """Adam: decay of the mean of squared gradients."""
+    momentum: float = 0.9
+    """SGD: momentum."""
+    weight_decay: float = 0.0
+    """Weight decay (decoupled with adamw, added to the gradient otherwise)."""
+    schedule: Schedule = "constant"
+    """How the learning rate moves over the steps."""
+    decay_every: int = 10
+    """step: epochs between decays."""
+    decay_factor: float = 0.1
+    """step: what the rate is multiplied by at each decay."""
+    warmup: float = 0.25
+    """one-cycle and cosine: the fraction of the steps in which the rate rises to its highest."""
+    label_smoothing: float = 0.0
+    """Probability spread evenly over all classes in the target."""
+    shift: float = 0.0
+    """Augmentation: random translation, at most this many pixels each way."""
+    rotate: float = 0.0
+    """Augmentation: random rotation, at most this many degrees each way."""
+    scale: float = 0.0
+    """Augmentation: random zoom, at most this fraction each way."""
+    seed: int = 0
+    """Key of everything random: initial weights, order of samples, augmentation, dropout."""
+    sync: Sync = "tree"
+    """tree: same bits at any number of processes. ddp: DistributedDataParallel, same to rounding."""
+    shards: int = 8
+    """Parts a global batch is cut into; at most this many processes can share it."""
+    precision: Precision = "fp32"
+    """bf16: autocast; the weights stay fp32."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "decay_every", "shards"):
+            _require(getattr(self, name) >= 1, name, "at least 1", self)
+        for name in ("weight_decay", "shift", "rotate"):
+            _require(0 <= getattr(self, name) < math.inf, name, "zero or more", self)
+        for name in ("beta1", "beta2", "momentum", "label_smoothing", "scale"):
+            _require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", self)
+        for name in ("lr", "decay_factor"):
+            _require(0 < getattr(self, name) < math.inf, name, "above zero", self)
+        _require(0 <= self.warmup <= 1, "warmup", "between 0 and 1", self)
+        _require(0 <= self.seed < 2**63, "seed", "between 0 and 2^63 - 1", self)
+
+    def replace(self, **changes: Any) -> Self:
+        """A recipe that differs in these fields."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Field names to plain values, in the order of the class."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str) -> Self:
+        """The inverse of `to_dict`; missing fields take their defaults. `where` is named in errors."""
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        for name, value in values.items():
+            if name not in known:
+                raise UsageError(f"{where}: there is no recipe field {name!r}")
+            _check_type(known[name], value, where)
+        try:
+            floats = {name for name, field in known.items() if field.type is float}
+            fields: dict[str, Any] = {k: float(v) if k in floats else v for k, v in values.items()}
+            return cls(**fields)
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
+
+    def differences(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:
+        """Fields in which two recipes differ in a way that moves the weights: name to (self, other).
+
+        The number of epochs counts only where the learning rate looks ahead to the end of the run:
+        with a constant or stepwise rate a longer run begins exactly like a shorter one.
+        """
+        mine, theirs = self.to_dict(), other.to_dict()
+        if self.schedule in ("constant", "step"):
+            theirs["epochs"] = mine["epochs"]
+        return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
+
+
+def _require(good: bool, name: str, rule: str, owner: object) -> None:
+    if not good:
+        raise UsageError(f"{flag(name)} must be {rule}, not {getattr(owner, name)}")
+
+
+def _check_type(field: dataclasses.Field[Any], value: object, where: str) -> None:
+    choices = getattr(field.type, "__args__", None)
+    if choices is not None:
+        if value not in choices:
+            raise UsageError(f"{where}: {field.name} must be one of {', '.join(choices)}, not {value!r}")
+    else:
+        allowed = (int, float) if field.type is float else field.type
+        if not isinstance(value, allowed) or isinstance(value, bool):  # type: ignore[arg-type]
+            raise UsageError(f"{where}: {field.name} must be {field.type.__name__}, not {value!r}")  # type: ignore[union-attr]
+
+
+def flag(name: str) -> str:
+    """A field's name as its command-line flag."""
+    return "--" + name.replace("_", "-")
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the program."""
+    return sorted(Path(entry.name).stem for entry in _RECIPES.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """The recipe called `name`, or the one in the TOML file of that path. Raises `UsageError`."""
+    names = recipe_names()
+    if name in names:
+        text = (_RECIPES / f"{name}.toml").read_text()
+        return Recipe.from_dict(tomllib.loads(text), f"recipe {name}")
+    path = Path(name)
+    if path.suffix != ".toml":
+        raise UsageError(f"there is no recipe {name!r}; there are {', '.join(names)}, or give a .toml file")
+    try:
+        return Recipe.from_dict(tomllib.loads(path.read_text()), str(path))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not TOML: {error}") from None

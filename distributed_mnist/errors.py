@@ -1,0 +1,94 @@
+"""What can go wrong for reasons a user can mend, each with the exit code the program ends with.
+
+Every one of these is shown as a single line; anything else that escapes is a defect and told as a
+defect. `docs/exit-codes.md` lists the codes for scripts.
+"""
+
+import sys
+import traceback
+
+from .placement import ALONE, Placement
+
+
+class DmnistError(Exception):
+    """Base of all expected errors. `str(error)` is the one line that the user sees."""
+
+    exit_code = 1
+    on_one_rank = False
+    """Raised on some ranks only; otherwise every rank raises the same, and rank 0 tells it for all."""
+
+
+class UsageError(DmnistError):
+    """A flag, a recipe or a model that cannot be used as given."""
+
+    exit_code = 2
+
+
+class DataError(DmnistError):
+    """A data set that is missing, damaged, or not what its name says."""
+
+    exit_code = 3
+
+
+class CheckpointError(DmnistError):
+    """A checkpoint that cannot be read, or that belongs to another run."""
+
+    exit_code = 4
+
+
+class LaunchError(DmnistError):
+    """Processes that cannot be started, found or connected."""
+
+    exit_code = 5
+    on_one_rank = True
+
+
+class OutputError(DmnistError):
+    """A run's folder that cannot be written, or that is in use."""
+
+    exit_code = 6
+
+
+class TrainingError(DmnistError):
+    """A run that went wrong by itself: a loss that is not finite."""
+
+    exit_code = 7
+
+
+class WorkerLost(DmnistError):
+    """A process of the group died or can no longer be reached."""
+
+    exit_code = 8
+    on_one_rank = True
+
+
+class Interrupted(DmnistError):
+    """Asked to stop by a signal; the run can be resumed. The code is BSD's EX_TEMPFAIL, "try again"."""
+
+    exit_code = 75
+
+
+def tell(error: BaseException, placement: Placement = ALONE, *, debug: bool = False) -> int:
+    """Print an error as one line on standard error, if it is this rank's to tell; its exit code.
+
+    Rank 0 tells what all ranks know; what happened to one rank, that one tells, with its number in front.
+    """
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if not isinstance(error, DmnistError):
+        what = f"a defect, please report it: {type(error).__name__}: {error} (--debug shows where)"
+        _print(placement, what)
+        return 1
+    told_by_launcher = isinstance(error, WorkerLost) and placement.launcher == "spawned"
+    if placement.rank == 0 or (error.on_one_rank and not told_by_launcher):
+        _print(placement, str(error))
+    return error.exit_code
+
+
+def _print(placement: Placement, text: str) -> None:
+    # Our own launcher puts the rank in front of whatever a rank prints; under others we do.
+    rank = f"rank {placement.rank}: " if placement.rank and placement.launcher != "spawned" else ""
+    sys.stderr.write(f"dmnist: {rank}{' '.join(text.split())}\n")
+    sys.stderr.flush()

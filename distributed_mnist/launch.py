@@ -1,0 +1,224 @@
+"""How this process came to be: which launcher started it, and where that puts it in its group.
+
+The only file that reads launchers' environment variables. Knows torchrun (and torch.distributed.launch,
+Kubeflow, and whoever else speaks its variables), Slurm's srun, and MPI's mpirun; `spawn.py` is our own.
+"""
+
+import hashlib
+import os
+import re
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from .config import Recipe, Run
+from .errors import LaunchError
+from .placement import Placement, usable_cores
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Roughly, on one core, forward and backward; and the work in a step below which a second process costs more
+# than it saves. Only used to choose a default: see docs/performance.md.
+_MICROSECONDS_PER_IMAGE = {"linear": 3, "mlp": 20, "cnn": 120}
+_WORTH_A_PROCESS = 1_000
+
+_FIRST_PORT, _PORTS, _TRIES = 20_000, 10_000, 8  # below the ports that systems hand out by themselves
+
+
+def detect(env: Mapping[str, str]) -> Placement | None:
+    """The place a launcher gave this process, or None if none started it.
+
+    Raises `LaunchError`, naming the variable, for an environment that is incomplete or absurd.
+    """
+    if "RANK" in env or "WORLD_SIZE" in env or "LOCAL_RANK" in env:
+        return _torchrun(env)
+    if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:  # srun; a batch script itself has no step
+        return _slurm(env) if _integer(env, "SLURM_STEP_NUM_TASKS") > 1 else None
+    if "OMPI_COMM_WORLD_SIZE" in env:
+        return _mpi(
+            env,
+            "OMPI_COMM_WORLD_RANK",
+            "OMPI_COMM_WORLD_SIZE",
+            "OMPI_COMM_WORLD_LOCAL_RANK",
+            "OMPI_COMM_WORLD_LOCAL_SIZE",
+        )
+    if "PMI_SIZE" in env:
+        return _mpi(env, "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+    return None
+
+
+def prepare_environment(recipe_is_exact: bool) -> None:
+    """Settings that libraries read from the environment once, before they start.
+
+    cuBLAS only adds in a fixed order with a workspace of its own choosing taken away from it.
+    """
+    if recipe_is_exact:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def _torchrun(env: Mapping[str, str]) -> Placement:
+    for name in _TORCHRUN:
+        if name not in env:
+            there = ", ".join(n for n in (*_TORCHRUN, "LOCAL_RANK") if n in env)
+            raise LaunchError(
+                f"{name} is not set, but {there} is: a launcher sets all of {', '.join(_TORCHRUN)}"
+            )
+    size = _integer(env, "WORLD_SIZE")
+    local_size = _integer(env, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in env else 1
+    if local_size > 1 and "LOCAL_RANK" not in env:
+        raise LaunchError("LOCAL_RANK is not set, but LOCAL_WORLD_SIZE is")
+    attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return _checked(
+        Placement(
+            rank=_integer(env, "RANK"),
+            size=size,
+            local_rank=_integer(env, "LOCAL_RANK") if "LOCAL_RANK" in env else 0,
+            local_size=local_size,
+            host=env["MASTER_ADDR"],
+            ports=(_integer(env, "MASTER_PORT"),),
+            store_exists=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            store_prefix=f"dmnist/{env.get('TORCHELASTIC_RUN_ID', '')}/{attempt}",
+            launcher="torchrun" if "TORCHELASTIC_RUN_ID" in env else "environment",
+        ),
+        "RANK",
+        "WORLD_SIZE",
+    )
+
+
+def _slurm(env: Mapping[str, str]) -> Placement:
+    job, step = _text(env, "SLURM_JOB_ID"), _text(env, "SLURM_STEP_ID")
+    node = _integer(env, "SLURM_NODEID")
+    host = "127.0.0.1" if _integer(env, "SLURM_STEP_NUM_NODES") == 1 else _first_slurm_host(env)
+    name = f"slurm-{job}-{step}-{env.get('SLURM_RESTART_COUNT', '0')}"
+    return _checked(
+        Placement(
+            rank=_integer(env, "SLURM_PROCID"),
+            size=_integer(env, "SLURM_STEP_NUM_TASKS"),
+            local_rank=_integer(env, "SLURM_LOCALID"),
+            local_size=_tasks_on_node(_text(env, "SLURM_STEP_TASKS_PER_NODE"), node),
+            host=env.get("MASTER_ADDR", host),
+            ports=_ports(env, name),
+            store_prefix=name,
+            own_device="SLURM_GPUS_PER_TASK" in env or "SLURM_TRES_PER_TASK" in env,
+            launcher="srun",
+        ),
+        "SLURM_PROCID",
+        "SLURM_STEP_NUM_TASKS",
+    )
+
+
+def _mpi(env: Mapping[str, str], rank: str, size: str, local_rank: str, local_size: str) -> Placement:
+    one_host = _integer(env, size) == _integer(env, local_size)
+    if not one_host and "MASTER_ADDR" not in env:
+        raise LaunchError(
+            "MASTER_ADDR is not set: MPI tells nobody where rank 0 is, set it to that host's address"
+        )
+    job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or env.get("PMI_JOBID")
+    if job is None and not one_host and "MASTER_PORT" not in env:
+        raise LaunchError("MASTER_PORT is not set, and this MPI gives its job no name to derive one from")
+    name = f"mpi-{job or os.getppid()}"  # on one host, its ranks are one launcher's children
+    return _checked(
+        Placement(
+            rank=_integer(env, rank),
+            size=_integer(env, size),
+            local_rank=_integer(env, local_rank),
+            local_size=_integer(env, local_size),
+            host=env.get("MASTER_ADDR", "127.0.0.1"),
+            ports=_ports(env, name),
+            store_prefix=name,
+            launcher="mpirun",
+        ),
+        rank,
+        size,
+    )
+
+
+def _checked(placement: Placement, rank: str, size: str) -> Placement:
+    if not 0 <= placement.rank < placement.size:
+        raise LaunchError(f"{rank} is {placement.rank}, which does not fit {size} {placement.size}")
+    if not 0 <= placement.local_rank < placement.local_size and placement.local_size > 1:
+        raise LaunchError(
+            f"local rank {placement.local_rank} of {placement.local_size} processes on this host"
+        )
+    return placement
+
+
+def _ports(env: Mapping[str, str], name: str) -> tuple[int, ...]:
+    """Ports every rank of a job derives alike; only an explicit MASTER_PORT is insisted on."""
+    if "MASTER_PORT" in env:
+        return (_integer(env, "MASTER_PORT"),)
+    words = hashlib.sha256(name.encode()).digest()
+    return tuple(
+        _FIRST_PORT + int.from_bytes(words[2 * i : 2 * i + 2], "big") % _PORTS for i in range(_TRIES)
+    )
+
+
+def _first_slurm_host(env: Mapping[str, str]) -> str:
+    """Rank 0's host: the first of the step's. Falls back on the address srun was called from (a batch
+    script runs on the first node) where that name does not resolve."""
+    nodes = env.get("SLURM_STEP_NODELIST") or _text(env, "SLURM_JOB_NODELIST")
+    host = _first_of_hostlist(nodes)
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return env.get("SLURM_LAUNCH_NODE_IPADDR", host)
+    return host
+
+
+def _first_of_hostlist(nodes: str) -> str:
+    """`rack[07-09,12]n1,login` to `rack07n1`."""
+    first = re.split(r",(?![^\[]*\])", nodes)[0]
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
+
+
+def _tasks_on_node(text: str, node: int) -> int:
+    """`2(x3),1` lists tasks per node: 2, 2, 2, 1."""
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            raise LaunchError(f"SLURM_STEP_TASKS_PER_NODE is {text!r}")
+        counts += [int(match[1])] * int(match[2] or 1)
+    if node >= len(counts):
+        raise LaunchError(f"SLURM_NODEID is {node}, but SLURM_STEP_TASKS_PER_NODE has {len(counts)} nodes")
+    return counts[node]
+
+
+def _text(env: Mapping[str, str], name: str) -> str:
+    if name not in env:
+        raise LaunchError(f"{name} is not set, though this process seems to be started by srun")
+    return env[name]
+
+
+def _integer(env: Mapping[str, str], name: str) -> int:
+    if name not in env:
+        raise LaunchError(f"{name} is not set")
+    try:
+        return int(env[name])
+    except ValueError:
+        raise LaunchError(f"{name} is {env[name]!r}, not a number") from None
+
+
+def default_nproc(recipe: Recipe, options: Run) -> int:
+    """Processes to start where nobody said: one per accelerator, or on CPU as many as pay off.
+
+    On CPU that is one per core, up to the number of shards, as long as each has work enough in a step to
+    outweigh the exchange of gradients.
+    """
+    accelerators = 0 if options.device == "cpu" else _count_accelerators()
+    if accelerators:
+        return min(accelerators, recipe.shards)
+    step_microseconds = recipe.batch_size * _MICROSECONDS_PER_IMAGE.get(
+        recipe.model, _MICROSECONDS_PER_IMAGE["cnn"]
+    )
+    return max(1, min(usable_cores(), recipe.shards, step_microseconds // _WORTH_A_PROCESS))
+
+
+def _count_accelerators() -> int:
+    """Devices that torch can use; asks torch, whose import takes a second, only where there may be one."""
+    signs = ("/dev/nvidiactl", "/dev/kfd", "/dev/dri", "/dev/dxg")
+    if sys.platform != "darwin" and not any(Path(sign).exists() for sign in signs):
+        return 0
+    import torch
+
+    return torch.accelerator.device_count() if torch.accelerator.is_available() else 0

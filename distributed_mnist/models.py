@@ -1,0 +1,157 @@
+"""The networks. Each takes normalised images `(n, 1, 28, 28)` and gives logits `(n, classes)`.
+
+No layer may mix samples: batch statistics would make the answer depend on how a batch is cut.
+`inspect` finds out whether a model keeps to that, and whether it draws random numbers (dropout).
+"""
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UsageError
+from .keys import torch_seed
+
+IMAGE_SHAPE = (1, 28, 28)
+
+
+class Linear(nn.Module):
+    """One linear layer on the pixels, named `fc` as in the original script: 7,850 parameters."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(28 * 28, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(images.flatten(1))
+
+
+def mlp(classes: int) -> nn.Module:
+    """Two hidden layers of 256 units: 269,322 parameters for ten classes."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(28 * 28, 256),
+        nn.ReLU(),
+        nn.Linear(256, 256),
+        nn.ReLU(),
+        nn.Linear(256, classes),
+    )
+
+
+def cnn(classes: int) -> nn.Module:
+    """Two convolutions, each pooled, and one hidden layer: 215,370 parameters for ten classes."""
+    return nn.Sequential(
+        nn.Conv2d(1, 24, kernel_size=5),
+        nn.MaxPool2d(2),
+        nn.ReLU(),  # after the pooling: the same numbers, a quarter of the work
+        nn.Conv2d(24, 32, kernel_size=3),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 5 * 5, 256),
+        nn.ReLU(),
+        nn.Linear(256, classes),
+    )
+
+
+MODELS: dict[str, Callable[[int], nn.Module]] = {"linear": Linear, "mlp": mlp, "cnn": cnn}
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What `inspect` found out about a model."""
+
+    parameters: int
+    draws_random_numbers: bool
+
+
+def build(name: str, classes: int, seed: int) -> nn.Module:
+    """A model on the CPU, its initial weights decided by `seed` alone.
+
+    `name` is one of `MODELS` or `package.module:factory`, where `factory(classes)` returns a module.
+    Raises `UsageError` where there is no such factory or it fails.
+    """
+    factory = MODELS.get(name) or _import_factory(name)
+    torch.manual_seed(torch_seed("init", seed))
+    try:
+        model = factory(classes)
+    except Exception as error:
+        raise UsageError(f"--model {name}: its factory failed: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"--model {name}: the factory returned a {type(model).__name__}, not a torch module"
+        )
+    return model
+
+
+def _import_factory(name: str) -> Callable[[int], Any]:
+    module_name, _, attribute = name.partition(":")
+    if not attribute:
+        raise UsageError(
+            f"there is no model {name!r}; there are {', '.join(MODELS)}, or package.module:factory"
+        )
+    here = str(Path.cwd())
+    if here not in sys.path:  # `dmnist` is an installed script: unlike `python -m`, it leaves this out
+        sys.path.append(here)
+    try:
+        factory: Any = getattr(importlib.import_module(module_name), attribute)
+    except Exception as error:
+        raise UsageError(f"--model {name}: {type(error).__name__}: {error}") from error
+    if not callable(factory):
+        raise UsageError(f"--model {name}: {attribute} is not callable")
+    return factory  # what it returns is looked at by `build`
+
+
+@torch.no_grad()
+def inspect(model: nn.Module, name: str, classes: int, device: torch.device) -> Traits:
+    """Try a model on made-up images. Raises `UsageError` if it cannot be trained exactly.
+
+    Looks at what the model does rather than at the types of its layers, so that a user's own batch
+    statistics or functional dropout is found as well.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError(f"--model {name}: it has no parameters to train")
+    noise = torch.Generator().manual_seed(0)
+    first, second, third = (torch.randn(1, *IMAGE_SHAPE, generator=noise).to(device) for _ in range(3))
+    buffers = {key: value.clone() for key, value in model.named_buffers()}
+    model.train()
+
+    def forward(*images: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        try:
+            return model(torch.cat(images))
+        except Exception as error:
+            shape = (len(images), *IMAGE_SHAPE)
+            raise UsageError(f"--model {name}: it fails on images {shape}: {error}") from error
+
+    torch.manual_seed(0)
+    seeded = _generator_state(device)
+    logits = forward(first, second)
+    draws = not torch.equal(seeded, _generator_state(device))
+    if logits.shape != (2, classes):
+        raise UsageError(
+            f"--model {name}: it gives {tuple(logits.shape)} for 2 images, not (2, {classes}): "
+            f"the data has {classes} classes"
+        )
+    changed = [key for key, value in model.named_buffers() if not torch.equal(value, buffers[key])]
+    mixes = not torch.equal(logits[0], forward(first, third)[0])
+    if mixes or changed:
+        why = "one image's logits depend on the others in its batch"
+        if changed:
+            why = f"its buffer {changed[0]} changes in the forward pass"
+        raise UsageError(
+            f"--model {name}: {why}; batch statistics cannot be trained exactly, use per-sample norms"
+        )
+    return Traits(sum(p.numel() for p in model.parameters() if p.requires_grad), draws)
+
+
+def _generator_state(device: torch.device) -> Tensor:
+    """The state of the global generator that layers on this device draw from."""
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    return torch.get_device_module(device).get_rng_state(device)

@@ -1,0 +1,40 @@
+"""A process of a group, from its first line to its exit code."""
+
+import socket
+from collections.abc import Callable
+
+import torch
+
+from .errors import tell
+from .launch import prepare_environment
+from .placement import Placement
+from .signals import StopSignals
+from .world import World, choose_device
+
+Body = Callable[[World, StopSignals], None]
+
+
+def run_in_group(
+    placement: Placement,
+    listener: socket.socket | None,
+    body: Body,
+    *,
+    device: str = "auto",
+    backend: str | None = None,
+    exact: bool = True,
+    debug: bool = False,
+) -> int:
+    """Join the group, call `body(world, signals)`, leave it; the exit code.
+
+    `exact` asks the device's libraries for results that do not vary from call to call.
+    """
+    try:
+        signals = StopSignals()
+        prepare_environment(exact)
+        chosen = torch.device("cpu") if device == "cpu" else choose_device(placement)
+        world = World.connect(placement, device=chosen, backend=backend, listener=listener)
+        body(world, signals)
+        world.close()
+    except (Exception, KeyboardInterrupt) as error:
+        return tell(error, placement, debug=debug)
+    return 0

@@ -1,0 +1,67 @@
+"""One rank reads the data, all ranks have it: rank 0's copy is broadcast and every copy is checked.
+
+No other rank touches a file or the network, so there is no download race and no need for a file system
+that the hosts share.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .batches import Split
+from .datasets import Dataset
+from .digest import digest
+from .errors import DataError
+from .world import World
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set on a rank's device."""
+
+    train: Split
+    test: Split
+    name: str
+    class_names: tuple[str, ...]
+    mean: float
+    std: float
+    source: str
+    sha256: str
+    """Digest of all images and labels."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a checkpoint says about its data."""
+        names = ("name", "mean", "std", "sha256")
+        return {"class_names": list(self.class_names), **{name: getattr(self, name) for name in names}}
+
+
+def share(world: World, load: Callable[[], Dataset]) -> Data:
+    """`load()` on rank 0 only; the same `Data` on every rank. All raise what `load` raises there.
+
+    Raises `DataError` on a rank whose copy arrived different.
+    """
+    loaded: list[Dataset] = []
+
+    def describe() -> tuple[dict[str, Any], list[tuple[int, ...]], str]:
+        dataset = load()
+        loaded.append(dataset)
+        meta = {key: getattr(dataset, key) for key in ("name", "class_names", "mean", "std", "source")}
+        return meta, [array.shape for array in _arrays(dataset)], digest(_arrays(dataset))
+
+    meta, shapes, sha256 = world.from_rank_zero(describe)
+    mine = _arrays(loaded[0]) if loaded else [np.empty(shape, np.uint8) for shape in shapes]
+    tensors = [world.broadcast_(torch.from_numpy(array).to(world.device)) for array in mine]
+    if not loaded and digest([tensor.cpu().numpy() for tensor in tensors]) != sha256:
+        error = DataError("received other data than rank 0 sent: check this host's memory and network")
+        error.on_one_rank = True
+        raise error
+    train_images, train_labels, test_images, test_labels = tensors
+    return Data(Split(train_images, train_labels), Split(test_images, test_labels), sha256=sha256, **meta)
+
+
+def _arrays(dataset: Dataset) -> list[NDArray[np.uint8]]:
+    return [dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels]

@@ -1,0 +1,199 @@
+"""The loop. A run is a function of the step: resuming is the same range with another start."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .batches import Batches, Split
+from .checkpoint import Content, load_optimizer, load_weights
+from .config import Recipe
+from .digest import START_OF_CHAIN
+from .errors import Interrupted, TrainingError
+from .evaluate import Evaluation, evaluate, forward
+from .gradients import Gradients
+from .keys import torch_seed
+from .ledger import Ledger
+from .observe import Sink
+from .optim import make_schedule, set_learning_rate
+from .pace import Pace
+from .store import Store
+from .world import World
+
+NO_TOTALS: dict[str, float] = {"loss": 0.0, "correct": 0, "images": 0}
+
+
+@dataclass
+class State:
+    """Everything that a step changes; the same on every rank."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    """Steps done."""
+    best_accuracy: float = -1.0
+    samples_sha256: str = START_OF_CHAIN
+    """Digest of the sample ids consumed so far, in order."""
+    train_seconds: float = 0.0
+    """Spent in steps, evaluation and saving left out."""
+    epoch_totals: dict[str, float] = field(default_factory=lambda: dict(NO_TOTALS))
+    """Of the running epoch: sum of losses, hits, images."""
+
+    def to_content(self) -> Content:
+        """The part of a checkpoint that is state."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "best_accuracy": self.best_accuracy,
+            "samples_sha256": self.samples_sha256,
+            "train_seconds": self.train_seconds,
+            "epoch_totals": dict(self.epoch_totals),
+        }
+
+    def restore(self, content: Content, name: str) -> None:
+        """Take over a checkpoint's state. Raises `CheckpointError` if it is another model's."""
+        load_weights(self.model, content["model"], name)
+        load_optimizer(self.optimizer, content["optimizer"], name)
+        self.step = content["step"]
+        self.best_accuracy = content["best_accuracy"]
+        self.samples_sha256 = content["samples_sha256"]
+        self.train_seconds = content["train_seconds"]
+        self.epoch_totals = dict(content["epoch_totals"])
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the loop works with; none of it changes while it runs."""
+
+    recipe: Recipe
+    world: World
+    batches: Batches
+    test: Split
+    gradients: Gradients
+    reseed: bool
+    """The model draws random numbers: key them before each pass."""
+    store: Store
+    sink: Sink
+    pack: Callable[[], Content]
+    """The checkpoint of this moment."""
+    stop_requested: Callable[[], bool]
+    evaluation: dict[str, Any]
+    """Keyword arguments of `evaluate`."""
+    save_every: int
+    """Steps between checkpoints."""
+    eval_every: int
+    """Steps between evaluations."""
+
+
+def train(state: State, job: Job) -> Evaluation:
+    """Train to the end of the recipe and return the last evaluation.
+
+    Raises `Interrupted` after saving a checkpoint if any rank was asked to stop, and `TrainingError` if
+    the loss is not finite.
+    """
+    recipe, world = job.recipe, job.world
+    total = recipe.epochs * job.batches.steps_per_epoch
+    lr_at = make_schedule(recipe, job.batches.steps_per_epoch)
+    room = max(1, min(256, 2**20 // recipe.batch_size))  # steps a ledger holds: at most 8 MiB of sample ids
+    ledger = Ledger(room, recipe.batch_size, recipe.shards, world.device)
+    pace = Pace(world, state.step, room)
+    result = None
+    state.model.train()
+    pace.start()
+    for step in range(state.step, total):
+        set_learning_rate(state.optimizer, lr_at(step))
+        train_step(state, job, ledger, step)
+        state.step = step + 1
+        evaluating = state.step % job.eval_every == 0 or state.step == total
+        saving = state.step % job.save_every == 0 or state.step == total
+        if not (evaluating or saving or pace.due(state.step)):
+            continue
+        stopping = pace.sync(state.step, stop_requested=job.stop_requested()) and state.step < total
+        close_page(state, job, ledger, pace.seconds, lr_at(step))
+        best = False
+        if evaluating:
+            result = evaluate(state.model, job.test, world, **job.evaluation)
+            best = log_evaluation(state, job, result)
+        if saving or stopping or best:
+            if problem := job.store.save(job.pack, best=best):
+                job.sink.log(
+                    "notice", text=f"{problem}; training goes on, last good: {job.store.last_good()}"
+                )
+            else:
+                job.sink.log("checkpoint", step=state.step, path=job.store.last_good())
+        if stopping:
+            raise Interrupted(f"stopped by a signal after step {state.step} of {total}, checkpoint saved")
+        pace.start()
+    return result or evaluate(state.model, job.test, world, **job.evaluation)
+
+
+def train_step(state: State, job: Job, ledger: Ledger, step: int) -> None:
+    """One step on one global batch. Nothing here waits for the device."""
+    size = job.batches.size(step)
+    ledger.open(step, size)
+
+    def loss_of(module: nn.Module, shards: range) -> Tensor | None:
+        first, end = job.batches.span(step, shards)
+        if first == end:
+            return None
+        batch = job.batches.take(step, shards)
+        if job.reseed:
+            torch.manual_seed(torch_seed("noise", job.recipe.seed, step, shards.start))
+        logits = forward(module, batch.images, job.recipe.precision)
+        smoothing = job.recipe.label_smoothing
+        loss = F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=smoothing)
+        ledger.record(batch, shards.start, loss.detach(), logits.detach())
+        return loss / size
+
+    job.gradients.compute(loss_of)
+    state.optimizer.step()
+
+
+def close_page(state: State, job: Job, ledger: Ledger, seconds: float, lr: float) -> None:
+    """At a sync point: complete the record of the steps since the last one, and look at the losses."""
+    page, state.samples_sha256 = ledger.close(job.world, state.samples_sha256)
+    state.train_seconds += seconds
+    if (bad := page.first_bad_step()) is not None:
+        raise TrainingError(
+            f"the loss is not finite at step {bad + 1}: a smaller --lr may help; last good checkpoint: "
+            f"{job.store.last_good()}"
+        )
+    totals = state.epoch_totals
+    totals["loss"] += page.loss_sum
+    totals["correct"] += page.correct
+    totals["images"] += page.images
+    job.sink.log(
+        "steps",
+        step=state.step,
+        epoch=state.step / job.batches.steps_per_epoch,
+        loss=page.loss_sum / page.images,
+        lr=lr,
+        images_per_second=page.images / seconds,
+        first_step=page.first_step + 1,
+        losses=page.losses,
+    )
+
+
+def log_evaluation(state: State, job: Job, result: Evaluation) -> bool:
+    """Report an evaluation; whether it is the best so far. At an epoch's end, start new totals."""
+    best = result.accuracy > state.best_accuracy
+    state.best_accuracy = max(state.best_accuracy, result.accuracy)
+    totals = state.epoch_totals
+    job.sink.log(
+        "evaluation",
+        step=state.step,
+        epoch=state.step / job.batches.steps_per_epoch,
+        train_loss=totals["loss"] / totals["images"],
+        train_accuracy=totals["correct"] / totals["images"],
+        test_loss=result.loss,
+        test_accuracy=result.accuracy,
+        test_images=result.images,
+        best=best,
+    )
+    if state.step % job.batches.steps_per_epoch == 0:
+        state.epoch_totals = dict(NO_TOTALS)
+    return best

@@ -1,0 +1,258 @@
+"""The group of processes that train together, and everything they say to each other.
+
+A `World` is made once and passed in. Its methods are the program's collectives: nothing else touches
+`torch.distributed`. Alone (size 1) every collective is the identity and no process group exists.
+"""
+
+import contextlib
+import pickle
+import socket
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, Self, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import DmnistError, LaunchError, WorkerLost
+from .placement import Placement
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=30)  # rank 0 may be downloading the data while the others wait for it
+MEETING_SECONDS = 300.0  # hosts of one job can be minutes apart in starting
+
+
+class World:
+    """One process's view of its group: who it is, its device, and the collectives.
+
+    Attributes: `rank`, `size`, `local_rank`, `local_size`, `device`, `backend` ("gloo", "nccl", "xccl" or
+    "none"), `launcher`. Every method named below must be called by all ranks in the same order. A peer
+    that dies makes them raise `WorkerLost`.
+    """
+
+    def __init__(self, placement: Placement, device: torch.device, backend: str) -> None:
+        self.rank, self.size = placement.rank, placement.size
+        self.local_rank, self.local_size = placement.local_rank, placement.local_size
+        self.launcher = placement.launcher
+        self.device, self.backend = device, backend
+
+    @classmethod
+    def connect(
+        cls,
+        placement: Placement,
+        *,
+        backend: str | None = None,
+        device: torch.device | None = None,
+        listener: socket.socket | None = None,
+    ) -> Self:
+        """Choose the device, meet the other ranks, and return the group.
+
+        `listener` is a bound and listening socket for rank 0's store, where a launcher of ours holds one.
+        Raises `LaunchError` if there are more processes than devices or the others cannot be met.
+        """
+        device = device or choose_device(placement)
+        if placement.size == 1:
+            return cls(placement, device, "none")
+        backend = backend or _backend_for(device)
+        store = dist.PrefixStore(placement.store_prefix, _meet(placement, listener))
+        bind = device if device.type != "cpu" else None
+        try:
+            dist.init_process_group(
+                backend,
+                store=store,
+                rank=placement.rank,
+                world_size=placement.size,
+                timeout=TIMEOUT,
+                device_id=bind,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise LaunchError(
+                f"rank {placement.rank} cannot join the group: {_first_line(error)}"
+            ) from error
+        return cls(placement, device, backend)
+
+    def close(self) -> None:
+        """Leave the group. Call it once, when nothing is under way."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Add the ranks' tensors up, in place, on every rank.
+
+        The order of additions is the backend's. Integers are exact; so are floats of which, in each
+        place, at most one rank's is not zero. That is how the program keeps its sums exact.
+        """
+        if self.size > 1:
+            with self._speaking("sum"):
+                dist.all_reduce(tensor)
+        return tensor
+
+    def max_(self, tensor: Tensor) -> Tensor:
+        """The largest of the ranks' values in each place, in place, on every rank."""
+        if self.size > 1:
+            with self._speaking("maximum"):
+                dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """All ranks' tensors, stacked by rank: `(...)` to `(size, ...)` on every rank."""
+        if self.size == 1:
+            return tensor.unsqueeze(0)
+        gathered = tensor.new_empty((self.size, *tensor.shape))
+        with self._speaking("gather"):
+            dist.all_gather(list(gathered.unbind()), tensor.contiguous())
+        return gathered
+
+    def exchange(self, tensor: Tensor) -> Tensor:
+        """Row `j` goes to rank `j`; row `i` of the answer came from rank `i`. `(size, ...)` both ways."""
+        if self.size == 1:
+            return tensor
+        received = torch.empty_like(tensor)
+        with self._speaking("exchange"):
+            dist.all_to_all_single(received, tensor)
+        return received
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """Rank 0's values, in place, on every rank."""
+        if self.size > 1:
+            with self._speaking("broadcast"):
+                dist.broadcast(tensor, src=0)
+        return tensor
+
+    def broadcast_bytes(self, data: bytes | None) -> bytes:
+        """Rank 0's bytes on every rank; the others pass None."""
+        if self.size == 1:
+            return data or b""
+        length = torch.tensor([len(data or b"")], device=self.device)
+        self.broadcast_(length)
+        buffer = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
+        if self.rank == 0 and data:
+            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        if len(buffer):
+            self.broadcast_(buffer)
+        return buffer.cpu().numpy().tobytes()
+
+    def from_rank_zero(self, make: Callable[[], T]) -> T:
+        """Call `make` on rank 0 alone and return its (picklable) result on every rank.
+
+        An expected error there is raised on every rank, so that all stop for the same reason instead of
+        waiting for one that left.
+        """
+        if self.size == 1:
+            return make()
+        outcome: tuple[str, Any] = ("", None)
+        if self.rank == 0:
+            try:
+                outcome = ("result", make())
+            except DmnistError as error:
+                outcome = ("error", error)
+        data = pickle.dumps(outcome) if self.rank == 0 else None
+        kind, value = pickle.loads(self.broadcast_bytes(data))
+        if kind == "error":
+            raise value
+        return value
+
+    def barrier(self) -> None:
+        """Return when every rank has come here."""
+        self.sum_(torch.zeros(1, device=self.device))
+
+    @contextlib.contextmanager
+    def _speaking(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise WorkerLost(f"lost the other processes in a {what}: {_first_line(error)}") from error
+
+
+def choose_device(placement: Placement) -> torch.device:
+    """This rank's accelerator if the host has one for each of its ranks, the CPU if it has none.
+
+    Raises `LaunchError` for more processes than devices: two ranks on one GPU would be slower than one,
+    and NCCL refuses them with a less helpful message.
+    """
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    kind = torch.accelerator.current_accelerator()
+    assert kind is not None
+    count = torch.accelerator.device_count()
+    index = 0 if placement.own_device and count == 1 else placement.local_rank
+    if index >= count or (placement.local_size > count and not placement.own_device):
+        raise LaunchError(
+            f"{placement.local_size} processes on this host but {count} {kind.type.upper()} device"
+            f"{'s' if count > 1 else ''}: start at most {count}, or hide the devices with --device cpu"
+        )
+    torch.accelerator.set_device_index(index)
+    return torch.device(kind.type, index)
+
+
+def _backend_for(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "gloo"
+    if device.type == "mps":
+        raise LaunchError("MPS has one device and no collectives: train with --nproc 1")
+    return dist.get_default_backend_for_device(device)
+
+
+def _meet(placement: Placement, listener: socket.socket | None) -> dist.Store:
+    """The store at which the group meets: served by the launcher, or by rank 0 on the first free port."""
+    serve = placement.rank == 0 and not placement.store_exists
+    if listener is not None and serve:
+        port = listener.getsockname()[1]
+        return _store(placement, port, serve=True, listen_fd=listener.detach())
+    problem = ""
+    deadline = time.monotonic() + MEETING_SECONDS
+    while True:
+        for port in placement.ports:
+            try:
+                if serve or len(placement.ports) == 1:
+                    return _store(placement, port, serve=serve)
+                return _guess(placement, port)
+            except (RuntimeError, ValueError, OSError) as error:
+                problem = f"port {port}: {_first_line(error)}"
+        if serve or len(placement.ports) == 1 or time.monotonic() > deadline:
+            where = f"{placement.host} ({placement.launcher})"
+            raise LaunchError(f"rank {placement.rank} cannot meet the group at {where}, {problem}")
+        time.sleep(0.1)
+
+
+def _store(
+    placement: Placement,
+    port: int,
+    *,
+    serve: bool,
+    listen_fd: int | None = None,
+    seconds: float = MEETING_SECONDS,
+) -> dist.Store:
+    store = dist.TCPStore(
+        placement.host,
+        port,
+        world_size=placement.size,
+        is_master=serve,
+        timeout=timedelta(seconds=seconds),
+        wait_for_workers=False,
+        master_listen_fd=listen_fd,
+    )
+    if serve:
+        store.set(f"{placement.store_prefix}/here", "yes")
+    return store
+
+
+def _guess(placement: Placement, port: int) -> dist.Store:
+    """Connect to this port if our group's rank 0 is behind it; raise if nobody or somebody else is.
+
+    Where no launcher passes a port around, all ranks derive one list of them from the job's name. Rank 0
+    takes the first that is free, which need not be the first.
+    """
+    socket.create_connection((placement.host, port), timeout=1).close()
+    store = _store(placement, port, serve=False, seconds=5)
+    store.get(f"{placement.store_prefix}/here")
+    store.set_timeout(timedelta(seconds=MEETING_SECONDS))
+    return store
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

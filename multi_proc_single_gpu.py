@@ -1,0 +1,66 @@
+"""The original script's command: the same flags, files and lines, on GPUs or CPUs, on any launcher.
+
+    CUDA_VISIBLE_DEVICES=0,1,2,3 python -m torch.distributed.launch --nproc_per_node=4 \\
+        multi_proc_single_gpu.py --world-size 4 --workers 4
+    CUDA_VISIBLE_DEVICES=0,1,2,3 python multi_proc_single_gpu.py --world-size 4
+    python multi_proc_single_gpu.py --world-size 1 --evaluate --resume checkpoints/model_best.pth.tar
+
+Nothing to uncomment: whether a launcher started this process is seen from its environment.
+"""
+
+import argparse
+import sys
+
+from distributed_mnist import classic
+from distributed_mnist.errors import DmnistError, tell
+
+
+def main() -> int:
+    """Parse the original's flags and run its job; the exit code."""
+    parser = argparse.ArgumentParser(description="Train a linear classifier on MNIST.")
+    add = parser.add_argument
+    add(
+        "--root", default="data", help="folder with the data; downloaded into it if missing (default: data)"
+    )
+    add("-j", "--workers", type=int, metavar="N", help="no longer needed: there are no loader processes")
+    add("--epochs", type=int, default=20, help="epochs in all (default: 20)")
+    add("--start-epoch", type=int, default=0, metavar="N", help="epoch to begin at without --resume")
+    add("--batch-size", type=int, default=256, help="over all processes together (default: 256)")
+    add(
+        "--lr",
+        "--learning-rate",
+        type=float,
+        default=1e-3,
+        metavar="LR",
+        help="initial rate (default: 0.001)",
+    )
+    add(
+        "--momentum",
+        type=float,
+        metavar="M",
+        help="without effect, as in the original: it trains with Adam",
+    )
+    add(
+        "--wd",
+        "--weight-decay",
+        dest="weight_decay",
+        type=float,
+        metavar="W",
+        help="without effect likewise",
+    )
+    add("--resume", default="", metavar="PATH", help="checkpoint to go on from, the original's or ours")
+    add("-e", "--evaluate", action="store_true", help="only score the test images")
+    add("--backend", default="nccl", help="nccl, gloo or xccl (default: nccl; gloo without GPUs)")
+    add("--local_rank", "--local-rank", type=int, help="given by torch.distributed.launch")
+    add("-i", "--init-method", metavar="URL", help="no longer needed: a free port is found")
+    add("-s", "--world-size", type=int, default=1, help="processes to start (default: 1)")
+    add("-r", "--rank", type=int, help="no longer needed: ranks are given out")
+    add("--seed", type=int, default=0, help="key of everything random (default: 0)")
+    try:
+        return classic.main(classic.Options(**vars(parser.parse_args())))
+    except DmnistError as error:
+        return tell(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
