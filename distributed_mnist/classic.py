@@ -43,7 +43,7 @@ def main(options: Options) -> int:
     placement = launch.detect(os.environ)
     if placement is not None or options.world_size == 1:
         return work(placement or Placement(), None, options)
-    return spawn(options.world_size, work, (options,), preload="distributed_mnist.classic_job")
+    return spawn(options.world_size, work, (options,))
 
 
 def work(placement: Placement, listener: socket.socket | None, options: Options) -> int:

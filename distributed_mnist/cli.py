@@ -230,7 +230,7 @@ def _start(nproc: int, worker: Callable[..., int], command: Any) -> int:
         return worker(Placement(), None, command)
     from .spawn import spawn
 
-    return spawn(nproc, worker, (command,), preload="distributed_mnist.job")
+    return spawn(nproc, worker, (command,))
 
 
 def _fetch(command: Fetch) -> int:
@@ -295,7 +295,10 @@ def _console(json_output: bool) -> "Console":
     """Where people read: standard output, or standard error where that belongs to a JSON object."""
     from rich.console import Console
 
-    return Console(stderr=json_output)
+    console = Console(stderr=json_output)
+    if not console.is_terminal:
+        console.width = 1000  # whoever reads a file or a pipe wants whole lines
+    return console
 
 
 def _print_json(wanted: bool, value: dict[str, Any]) -> None:

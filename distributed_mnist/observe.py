@@ -167,7 +167,7 @@ class Terminal:
 
     def _on_end(self, *, result: dict[str, Any], **_: Any) -> None:
         self.close()
-        table = Table.grid(padding=(0, 2))
+        table = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
         table.add_column(style="bold")
         table.add_column(overflow="fold")
         rate, seconds = result["images_per_second"], result["train_seconds"]
@@ -177,9 +177,9 @@ class Terminal:
         )
         table.add_row("test loss", f"{result['test_loss']:.6f}")
         table.add_row("training", f"{result['steps']:,} steps in {seconds:.2f} s, {rate:,.0f} images/s")
-        table.add_row("weights", f"sha256 {result['weights_sha256']}")
-        table.add_row("samples", f"sha256 {result['samples_sha256']}")
-        table.add_row("data", f"sha256 {result['data_sha256']}")
+        table.add_row("weights sha256", result["weights_sha256"])
+        table.add_row("samples sha256", result["samples_sha256"])
+        table.add_row("data sha256", result["data_sha256"])
         table.add_row("in", result["out"])
         self._console.print(Group("", table))
 

@@ -29,13 +29,13 @@ Target = Callable[..., int]
 GRACE_SECONDS = 10.0  # how long the others may take to end by themselves once one has failed
 
 
-def spawn(nproc: int, target: Target, arguments: tuple[Any, ...], preload: str) -> int:
+def spawn(nproc: int, target: Target, arguments: tuple[Any, ...]) -> int:
     """Run `target` in `nproc` processes and return the group's exit code.
 
-    `preload` is the module that the server process imports before it forks. SIGTERM, SIGINT and SIGUSR1
-    are passed on. If a process dies, the others get some time to notice, and are then ended.
+    SIGTERM, SIGINT and SIGUSR1 are passed on. If a process dies, the others get some time to notice, and
+    are then ended.
     """
-    context = _context(preload)
+    context = _context()
     listener = socket.create_server(("127.0.0.1", 0))
     workers: list[BaseProcess] = []
     alive_read, alive_write = context.Pipe(duplex=False)
@@ -71,12 +71,12 @@ def spawn(nproc: int, target: Target, arguments: tuple[Any, ...], preload: str) 
     return code
 
 
-def _context(preload: str) -> Any:
-    """Processes forked from a server that has imported `preload`; fresh interpreters where none can be."""
+def _context() -> Any:
+    """Processes forked from a server that has imported torch; fresh interpreters where none can be."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([preload])
+    context.set_forkserver_preload(["distributed_mnist.preload"])
     return context
 
 
