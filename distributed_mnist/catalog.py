@@ -48,6 +48,7 @@ class Entry:
     constants: tuple[float, float] | None = None  # mean and deviation that the field has agreed on
 
     def file(self, role: Role) -> Published:
+        """The published file of this part of the set."""
         return self.files[ROLES.index(role)]
 
     @property

@@ -1,13 +1,9 @@
 """The original script's command: from its flags to processes. `classic_job.py` is what each does."""
 
-import os
-import socket
 from dataclasses import dataclass
 
-from . import launch
+from . import launch, spawn
 from .errors import UsageError
-from .placement import Placement
-from .spawn import spawn
 
 
 @dataclass(frozen=True)
@@ -40,14 +36,4 @@ class Options:
 
 def main(options: Options) -> int:
     """Run the job here, or in `--world-size` processes of our own if no launcher started this one."""
-    placement = launch.detect(os.environ)
-    if placement is not None or options.world_size == 1:
-        return work(placement or Placement(), None, options)
-    return spawn(options.world_size, work, (options,))
-
-
-def work(placement: Placement, listener: socket.socket | None, options: Options) -> int:
-    """One rank's life; the exit code."""
-    from . import classic_job  # not before: the process that only starts others does without torch
-
-    return classic_job.work(placement, listener, options)
+    return spawn.start(launch.detect(), options.world_size, "distributed_mnist.classic_job:work", options)

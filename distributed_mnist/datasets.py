@@ -44,6 +44,7 @@ class Dataset:
     source: str  # for humans: the folder, or who drew it and why
 
     def arrays(self) -> dict[Role, NDArray[np.uint8]]:
+        """The four arrays by role."""
         return {
             "train_images": self.train_images,
             "train_labels": self.train_labels,

@@ -25,7 +25,7 @@ _WORTH_A_PROCESS = 1_000
 _FIRST_PORT, _PORTS, _TRIES = 20_000, 10_000, 8  # below the ports that systems hand out by themselves
 
 
-def detect(env: Mapping[str, str]) -> Placement | None:
+def detect(env: Mapping[str, str] = os.environ) -> Placement | None:
     """The place a launcher gave this process, or None if none started it.
 
     Raises `LaunchError`, naming the variable, for an environment that is incomplete or absurd.

@@ -32,6 +32,8 @@ class Found:
 
 
 class Verdict(NamedTuple):
+    """Whether a file is what its name says, and how that is known."""
+
     ok: bool
     text: str  # "ok", "checksum unknown" (which is ok), or what is wrong
 

@@ -28,6 +28,7 @@ class Linear(nn.Module):
         self.fc = nn.Linear(28 * 28, classes)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Logits `(n, classes)` of images `(n, 1, 28, 28)`."""
         return self.fc(images.flatten(1))
 
 

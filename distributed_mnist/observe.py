@@ -6,6 +6,7 @@ rank 0 has a sink that does anything; the code that logs never asks.
 
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,23 @@ from typing import Any, Protocol, TextIO
 from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from .errors import OutputError
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """Where people read: standard output, or standard error where that belongs to a JSON object."""
+    console = Console(stderr=stderr)
+    if not console.is_terminal:
+        console.width = 1000  # whoever reads a file or a pipe wants whole lines
+    return console
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on one line of standard output."""
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
 
 
 class Sink(Protocol):
@@ -184,8 +200,8 @@ class Terminal:
         self._console.print(Group("", table))
 
     def _line(self, name: str, text: str, style: str = "") -> None:
-        self._console.print(f"[bold]{name:<8}[/] ", end="", highlight=False)
-        self._console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+        line = Text.assemble((f"{name:<8} ", "bold"), (text, style))
+        self._console.print(line, soft_wrap=self._bar is None)
 
 
 class DataProgress:

@@ -7,7 +7,7 @@ ended. A worker listens again as soon as it runs.
 
 import signal
 
-from . import assess, classic_job, job  # noqa: F401
+from . import classic_job, workers  # noqa: F401
 from .signals import SIGNALS
 
 for number in SIGNALS:

@@ -6,6 +6,7 @@ No port is chosen in advance: the launcher opens a socket on a free one and hand
 """
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import signal
@@ -23,13 +24,21 @@ from .errors import Interrupted, WorkerLost
 from .placement import Placement
 from .signals import SIGNALS
 
-Target = Callable[..., int]
-"""`target(placement, listener, *arguments)`, importable, returns the process's exit code."""
+Target = str
+"""`module:function`, so that this process need not import what only the others need. The function is called
+as `function(placement, listener, argument)` and returns the process's exit code."""
 
 GRACE_SECONDS = 10.0  # how long the others may take to end by themselves once one has failed
 
 
-def spawn(nproc: int, target: Target, arguments: tuple[Any, ...]) -> int:
+def start(placement: Placement | None, nproc: int | None, target: Target, argument: Any) -> int:
+    """Run `target` here, if a launcher placed this process or one is enough, else in `nproc` processes."""
+    if placement is not None or nproc in (None, 1):
+        return _resolve(target)(placement or Placement(), None, argument)
+    return spawn(nproc, target, argument)
+
+
+def spawn(nproc: int, target: Target, argument: Any) -> int:
     """Run `target` in `nproc` processes and return the group's exit code.
 
     SIGTERM, SIGINT and SIGUSR1 are passed on. If a process dies, the others get some time to notice, and
@@ -54,7 +63,7 @@ def spawn(nproc: int, target: Target, arguments: tuple[Any, ...]) -> int:
             reader, output = context.Pipe(duplex=False)
             printers.append(threading.Thread(target=_print_with_rank, args=(reader, rank), daemon=True))
         own = listener if rank == 0 else None
-        worker = context.Process(target=_work, args=(target, placement, own, output, alive_read, arguments))
+        worker = context.Process(target=_work, args=(target, placement, own, output, alive_read, argument))
         worker.start()
         if output is not None:
             output.close()
@@ -86,7 +95,7 @@ def _work(
     listener: socket.socket | None,
     output: Connection | None,
     alive: Connection,
-    arguments: tuple[Any, ...],
+    argument: Any,
 ) -> None:
     """Runs in the worker."""
     threading.Thread(target=_end_with_launcher, args=(alive,), daemon=True).start()
@@ -94,10 +103,15 @@ def _work(
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    code = target(placement, listener, *arguments)
+    code = _resolve(target)(placement, listener, argument)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a process that failed must not wait in a finaliser for a peer that is gone
+
+
+def _resolve(target: Target) -> Callable[..., int]:
+    module, _, function = target.partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def _end_with_launcher(alive: Connection) -> None:

@@ -6,6 +6,7 @@ A `World` is made once and passed in. Its methods are the program's collectives:
 
 import contextlib
 import pickle
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from .placement import Placement
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)  # rank 0 may be downloading the data while the others wait for it
+_LOST = re.compile(r"gloo/transport|[Cc]onnection|peer|NCCL|[Tt]imed? ?out|store", re.ASCII)
 MEETING_SECONDS = 300.0  # hosts of one job can be minutes apart in starting
 
 
@@ -164,7 +166,9 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            raise WorkerLost(f"lost the other processes in a {what}: {_first_line(error)}") from error
+            if not _LOST.search(str(error)):
+                raise
+            raise WorkerLost(f"lost another process in a {what} ({_reason(error)})") from error
 
 
 def choose_device(placement: Placement) -> torch.device:
@@ -251,6 +255,11 @@ def _guess(placement: Placement, port: int) -> dist.Store:
     store.get(f"{placement.store_prefix}/here")
     store.set_timeout(timedelta(seconds=MEETING_SECONDS))
     return store
+
+
+def _reason(error: BaseException) -> str:
+    """The first sentence of a backend's message, without the place in its source that it begins with."""
+    return re.sub(r"^(\[[^\]]*\.cc:\d+\]\s*)+", "", _first_line(error)).split(". ")[0]
 
 
 def _first_line(error: BaseException) -> str:

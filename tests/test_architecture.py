@@ -1,0 +1,113 @@
+"""What keeps the project readable, as tests: who imports whom, what an import does, how long files are."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "distributed_mnist"
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+# A module imports only from those before it. `docs/architecture.md` draws the same order.
+ORDER: list[str] = """
+    placement errors keys aside
+    config digest
+    idx catalog locate decode download strokes generated datasets
+    world signals launch spawn
+    augment batches models optim
+    gradients ledger evaluate pace
+    original checkpoint store observe share
+    train
+    process folder job assess
+    flags workers
+    classic classic_job
+    preload cli __main__ __init__
+""".split()  # noqa: SIM905 - one line a layer
+
+
+def imports_of(module: str) -> dict[str, list[str]]:
+    """Module path to names imported from it, wherever in the file the import stands."""
+    found: dict[str, list[str]] = {}
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                found.setdefault(alias.name, [])
+        elif isinstance(node, ast.ImportFrom):
+            source = "." * node.level + (node.module or "")
+            found.setdefault(source, []).extend(alias.name for alias in node.names)
+    return found
+
+
+def own_imports(module: str) -> set[str]:
+    own: set[str] = set()
+    for source, names in imports_of(module).items():
+        if source in (".", "distributed_mnist"):
+            own.update(names)
+        elif source.startswith((".", "distributed_mnist.")):
+            own.add(source.removeprefix("distributed_mnist").lstrip("."))
+    return own
+
+
+def uses(module: str, attribute: str, owner: str) -> bool:
+    """Whether a module's code has `owner.attribute`."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    return any(
+        isinstance(node, ast.Attribute)
+        and node.attr == attribute
+        and isinstance(node.value, ast.Name)
+        and node.value.id == owner
+        for node in ast.walk(tree)
+    )
+
+
+def test_every_module_has_a_place_in_the_order():
+    assert sorted(ORDER) == MODULES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_one_way(module: str):
+    # Type annotations and the late imports of files that start before torch count like any other.
+    later = {name for name in own_imports(module) if ORDER.index(name) >= ORDER.index(module)}
+    assert not later, f"{module} imports {later}, which come after it"
+
+
+def test_the_loop_knows_neither_launchers_nor_the_command_line():
+    reached, waiting = set(), ["train"]
+    while waiting:
+        module = waiting.pop()
+        reached.add(module)
+        waiting += own_imports(module) - reached
+    assert not reached & {"cli", "launch", "spawn", "classic", "job"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_the_world_speaks_to_other_processes(module: str):
+    distributed = any(
+        source.startswith("torch.distributed") or (source == "torch" and "distributed" in names)
+        for source, names in imports_of(module).items()
+    )
+    wrapper = any(source.startswith("torch.nn.parallel") for source in imports_of(module))
+    assert distributed == (module == "world")
+    assert wrapper == (module == "gradients")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_launch_reads_the_environment(module: str):
+    reads = uses(module, "environ", "os") or uses(module, "getenv", "os")
+    assert reads == (module == "launch")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_file_is_too_long_to_read(module: str):
+    assert len((PACKAGE / f"{module}.py").read_text().splitlines()) <= 300
+
+
+@pytest.mark.parametrize("module", ["cli", "flags", "classic", "launch", "spawn", "config"])
+def test_starts_before_torch(module: str):
+    code = f"import sys, distributed_mnist.{module}; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == "False\n"
