@@ -66,6 +66,11 @@ class Batches:
         first = step % self.steps_per_epoch * self._recipe.batch_size
         return min(self._recipe.batch_size, len(self._split) - first)
 
+    def images_before(self, step: int) -> int:
+        """Samples in all global batches before `step`."""
+        epochs, batch = divmod(step, self.steps_per_epoch)
+        return epochs * len(self._split) + min(batch * self._recipe.batch_size, len(self._split))
+
     def span(self, step: int, shards: range) -> tuple[int, int]:
         """First and past-the-last place in global batch `step` of these contiguous shards."""
         count, cuts = self.size(step), self._recipe.shards

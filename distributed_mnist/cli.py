@@ -30,6 +30,7 @@ def _train(command: Train) -> int:
         raise UsageError(f"--nproc {nproc}, but {placement.launcher} started this process: leave it away")
     if placement is None:
         nproc = nproc or launch.default_nproc(command.settings, command.run)
+        command.settings.check_size(nproc)
     return spawn.start(placement, nproc, "distributed_mnist.workers:train", command)
 
 

@@ -34,7 +34,9 @@ def open_folder(world: World, options: Run, title: str) -> tuple[Path, RunLock |
                     break
                 folder = Path("runs") / f"{stamp}-{Path(title).stem}-{attempt}"
         locks.append(RunLock(folder))
-        if options.resume is None and checkpoints_in(folder / "checkpoints"):
+        mine = (folder / "checkpoints").resolve()
+        goes_on = options.resume == "auto" or Path(options.resume or "").resolve().parent == mine
+        if checkpoints_in(mine) and not goes_on:
             raise OutputError(
                 f"--out {folder} already holds a run: add --resume auto to go on, or choose another folder"
             )
@@ -73,7 +75,7 @@ def resume(
         return options.resume, data
 
     found = world.from_rank_zero(find)
-    if world.rank == 0 and found is None:
+    if world.rank == 0 and not (folder / "config.json").exists():
         write_json(folder / "config.json", describe_config(recipe, options))
     if found is None:
         return store, None

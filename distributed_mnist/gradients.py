@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import UsageError
 from .world import World
 
 LossOf = Callable[[nn.Module, range], Tensor | None]
@@ -33,15 +32,6 @@ class Gradients(Protocol):
 def owned_shards(rank: int, size: int, shards: int) -> range:
     """The contiguous shards of a rank: `rank*shards//size` up to the next rank's first."""
     return range(rank * shards // size, (rank + 1) * shards // size)
-
-
-def check_size(size: int, shards: int) -> None:
-    """Raise `UsageError` if there are more ranks than shards: some would have nothing to do."""
-    if size > shards:
-        raise UsageError(
-            f"{size} processes cannot share {shards} shards: start at most {shards}, "
-            f"or use --shards {size} or more (a recipe's number of shards is part of its answer)"
-        )
 
 
 class BinaryCounter:
@@ -90,7 +80,6 @@ class TreeGradients:
     """
 
     def __init__(self, model: nn.Module, world: World, shards: int) -> None:
-        check_size(world.size, shards)
         self._model, self._world = model, world
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._owned = owned_shards(world.rank, world.size, shards)
@@ -174,7 +163,6 @@ class DdpGradients:
         one_by_one: bool,
         micro_batch: int | None,
     ) -> None:
-        check_size(world.size, shards)
         self._world = world
         self._module: nn.Module = model
         if world.size > 1:

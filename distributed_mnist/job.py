@@ -13,8 +13,11 @@ from .batches import Batches
 from .checkpoint import FORMAT, Content, versions
 from .config import Recipe, Run, steps_between
 from .digest import digest
+from .errors import DataError, DmnistError, Interrupted, OutputError, WorkerLost
+from .evaluate import Evaluation
 from .folder import open_folder, resume
-from .gradients import DdpGradients, Gradients, TreeGradients, check_size
+from .gradients import DdpGradients, Gradients, TreeGradients
+from .locate import NotFoundError
 from .models import Traits, build, inspect
 from .observe import DataProgress, JsonLines, Many, NullSink, Sink, Terminal
 from .optim import make_optimizer
@@ -37,17 +40,21 @@ def run(
 ) -> dict[str, Any]:
     """Train, and return what `--json` prints. `title` is the recipe's name, for people."""
     began = time.perf_counter()
-    check_size(world.size, recipe.shards)
+    recipe.check_size(world.size)
     threads = use_threads(world, recipe)
-    folder, lock = open_folder(world, options, title)
     data = load_data(world, options, console)
     model, traits = make_model(recipe, len(data.class_names), world)
+    folder, lock = open_folder(world, options, title)
     batches = Batches(data.train, recipe, data.mean, data.std)
     state = State(model, make_optimizer(recipe, model))
     early_notices: list[str] = []
-    store, resumed_from = resume(world, options, folder, state, recipe, data, early_notices.append)
+    try:
+        store, resumed_from = resume(world, options, folder, state, recipe, data, early_notices.append)
+    except DmnistError:
+        if lock is not None:
+            lock.abandon()
+        raise
     sink = make_sink(world, folder, console)
-
     job = Job(
         recipe=recipe,
         world=world,
@@ -68,52 +75,59 @@ def run(
         save_every=steps_between(options.checkpoint_every, batches.steps_per_epoch, "checkpoint_every"),
         eval_every=steps_between(options.eval_every, batches.steps_per_epoch, "eval_every"),
     )
+    lines = describe(world, recipe, data, traits, title, threads, folder)
     total = recipe.epochs * batches.steps_per_epoch
     sink.log(
-        "start",
-        lines=describe(world, recipe, data, traits, title, threads, folder),
-        world_size=world.size,
-        step=state.step,
-        steps=total,
-        epochs=recipe.epochs,
+        "start", lines=lines, world_size=world.size, step=state.step, steps=total, epochs=recipe.epochs
     )
+    if resumed_from:
+        early_notices.append(f"resumed from {resumed_from} at step {state.step} of {total}")
     for text in [*early_notices, *oversubscription(world, threads)]:
         sink.log("notice", text=text)
-    if resumed_from:
-        sink.log("notice", text=f"resumed from {resumed_from} at step {state.step} of {total}")
-    first_step, before = state.step, state.train_seconds
+    images_before, seconds_before = batches.images_before(state.step), state.train_seconds
     signals.arm()
     try:
         evaluation = train(state, job)
-        seconds = state.train_seconds
-        here = max(seconds - before, 1e-9)
-        images = sum(batches.size(step) for step in range(first_step, total))
+        images = batches.images_before(state.step) - images_before
         result = {
-            "dataset": data.name,
-            "model": recipe.model,
+            **outcome(state, recipe, data, evaluation),
             "world_size": world.size,
-            "epochs": recipe.epochs,
-            "steps": state.step,
-            "test_accuracy": evaluation.accuracy,
-            "test_loss": evaluation.loss,
-            "test_images": evaluation.images,
-            "weights_sha256": digest(dict(model.state_dict())),
-            "samples_sha256": state.samples_sha256,
-            "data_sha256": data.sha256,
-            "train_seconds": seconds,
-            "images_per_second": images / here,
+            "device": world.device.type,
+            "images_per_second": images / max(state.train_seconds - seconds_before, 1e-9),
             "total_seconds": time.perf_counter() - began,
-            "device": str(world.device.type),
-            "sync": recipe.sync,
             "out": str(folder),
         }
         sink.log("end", result=result)
+    except Interrupted as error:
+        raise Interrupted(f"{error}; go on with --resume auto --out {folder}") from None
+    except WorkerLost as error:
+        raise WorkerLost(f"{error}; go on with --resume auto --out {folder}") from error
     finally:
         sink.close()
     if lock is not None:
         write_json(folder / "result.json", result)
         lock.release()
+    if state.unsaved:
+        raise OutputError(f"trained, but {state.unsaved}")
     return result
+
+
+def outcome(state: State, recipe: Recipe, data: Data, evaluation: Evaluation) -> dict[str, Any]:
+    """What a run came to, as it is the same wherever and however it ran (but for the seconds)."""
+    return {
+        "dataset": data.name,
+        "model": recipe.model,
+        "sync": recipe.sync,
+        "epochs": recipe.epochs,
+        "steps": state.step,
+        "test_accuracy": evaluation.accuracy,
+        "test_loss": evaluation.loss,
+        "test_images": evaluation.images,
+        "weights_sha256": digest(dict(state.model.state_dict())),
+        "samples_sha256": state.samples_sha256,
+        "data_sha256": data.sha256,
+        "train_seconds": state.train_seconds,
+    }
 
 
 def pack(state: State, recipe: Recipe, data: Data, options: Run, steps_per_epoch: int) -> Content:
@@ -166,7 +180,12 @@ def load_data(world: World, options: Run, console: Console) -> Data:
                 progress=progress,
             )
 
-    return share(world, load)
+    try:
+        return share(world, load)
+    except NotFoundError as error:
+        raise DataError(
+            f"{error}; give --data DIR, or train on drawn digits: --dataset generated"
+        ) from None
 
 
 def make_model(recipe: Recipe, classes: int, world: World) -> tuple[torch.nn.Module, Traits]:

@@ -133,11 +133,11 @@ def _print_with_rank(reader: Connection, rank: int) -> None:
 @contextlib.contextmanager
 def _signals_passed_on(workers: list[BaseProcess]) -> Any:
     def pass_on(number: int, frame: FrameType | None) -> None:
-        # Ctrl-C has reached the workers already: a terminal sends it to every process in front.
-        if number != signal.SIGINT or not sys.stdin.isatty():
-            for worker in workers:
-                if worker.is_alive() and worker.pid:
-                    os.kill(worker.pid, number)
+        # A terminal sends Ctrl-C to the workers too, and a second one means something else to them.
+        passed = signal.SIGTERM if number == signal.SIGINT else number
+        for worker in workers:
+            if worker.is_alive() and worker.pid:
+                os.kill(worker.pid, passed)
 
     before = {number: signal.signal(number, pass_on) for number in SIGNALS}
     try:

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +120,7 @@ class RunLock:
 
     def __init__(self, folder: Path) -> None:
         path = folder / ".lock"
+        self._folder, self._is_new = folder, not folder.exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+")
@@ -137,6 +139,12 @@ class RunLock:
     def release(self) -> None:
         """Let others in."""
         self._file.close()
+
+    def abandon(self) -> None:
+        """Let others in, and leave no trace of a folder that was made for nothing."""
+        if self._is_new:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self.release()
 
 
 def write_json(path: Path, value: object) -> None:

@@ -39,6 +39,8 @@ class State:
     """Digest of the sample ids consumed so far, in order."""
     train_seconds: float = 0.0
     """Spent in steps, evaluation and saving left out."""
+    unsaved: str | None = None
+    """What went wrong with the latest checkpoint, where one could not be written."""
     epoch_totals: dict[str, float] = field(default_factory=lambda: dict(NO_TOTALS))
     """Of the running epoch: sum of losses, hits, images."""
 
@@ -119,12 +121,7 @@ def train(state: State, job: Job) -> Evaluation:
             result = evaluate(state.model, job.test, world, **job.evaluation)
             best = log_evaluation(state, job, result)
         if saving or stopping or best:
-            if problem := job.store.save(job.pack, best=best):
-                job.sink.log(
-                    "notice", text=f"{problem}; training goes on, last good: {job.store.last_good()}"
-                )
-            else:
-                job.sink.log("checkpoint", step=state.step, path=job.store.last_good())
+            save(state, job, best=best)
         if stopping:
             raise Interrupted(f"stopped by a signal after step {state.step} of {total}, checkpoint saved")
         pace.start()
@@ -151,6 +148,16 @@ def train_step(state: State, job: Job, ledger: Ledger, step: int) -> None:
 
     job.gradients.compute(loss_of)
     state.optimizer.step()
+
+
+def save(state: State, job: Job, *, best: bool) -> None:
+    """Write a checkpoint; one that cannot be written is reported and costs safety, not the run."""
+    state.unsaved = job.store.save(job.pack, best=best)
+    if state.unsaved:
+        text = f"{state.unsaved}; training goes on, last good checkpoint: {job.store.last_good()}"
+        job.sink.log("notice", text=text)
+    else:
+        job.sink.log("checkpoint", step=state.step, path=job.store.last_good())
 
 
 def close_page(state: State, job: Job, ledger: Ledger, seconds: float, lr: float) -> None:

@@ -218,7 +218,7 @@ def _meet(placement: Placement, listener: socket.socket | None) -> dist.Store:
                 problem = f"port {port}: {_first_line(error)}"
         if serve or len(placement.ports) == 1 or time.monotonic() > deadline:
             where = f"{placement.host} ({placement.launcher})"
-            raise LaunchError(f"rank {placement.rank} cannot meet the group at {where}, {problem}")
+            raise LaunchError(f"cannot meet the group at {where}, {problem}")
         time.sleep(0.1)
 
 
@@ -259,7 +259,7 @@ def _guess(placement: Placement, port: int) -> dist.Store:
 
 def _reason(error: BaseException) -> str:
     """The first sentence of a backend's message, without the place in its source that it begins with."""
-    return re.sub(r"^(\[[^\]]*\.cc:\d+\]\s*)+", "", _first_line(error)).split(". ")[0]
+    return re.sub(r"\[[^\]]*\.cc:\d+\]\s*", "", _first_line(error)).split(". ")[0]
 
 
 def _first_line(error: BaseException) -> str:
