@@ -141,11 +141,11 @@ class Recipe:
         _require(0 <= self.seed < 2**63, "seed", "between 0 and 2^63 - 1", self)
 
     def check_size(self, world_size: int) -> None:
-        """Raise `UsageError` if there are more ranks than shards: some would have nothing to do."""
+        """Raise `UsageError` for more ranks than shards: some would have nothing to do."""
         if world_size > self.shards:
             raise UsageError(
                 f"{world_size} processes cannot share {self.shards} shards: start at most {self.shards}, or "
-                f"use --shards {world_size} or more (the number of shards is part of a recipe's answer)"
+                f"use --shards {world_size} or more (a recipe's answer depends on its shards)"
             )
 
     def replace(self, **changes: Any) -> Self:

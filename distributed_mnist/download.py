@@ -4,6 +4,7 @@ A file appears under its name whole and verified, or not at all; fetching it twi
 A broken transfer is tried again; a mirror that does not answer is not asked for the next file.
 """
 
+import contextlib
 import shutil
 import zipfile
 import zlib
@@ -94,8 +95,18 @@ def fetch(
     for base in bases:
         if not base.startswith(("http://", "https://")):
             raise DataError(f"{one_line(base)}: a mirror's address starts with http:// or https://")
-    sources = _Mirrors(bases, progress)
     folder = own_folder(entry, root)
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        return _fetch_into(folder, entry, _Mirrors(bases, progress))
+    except DataError:
+        for place in new:
+            with contextlib.suppress(OSError):  # not empty, or never made
+                place.rmdir()
+        raise
+
+
+def _fetch_into(folder: Path, entry: Entry, sources: _Mirrors) -> list[Path]:
     paths = present(entry, folder)
     archive: Path | None = None
     if entry.archive and len(paths) < len(ROLES):

@@ -71,10 +71,10 @@ class World:
                 device_id=bind,
             )
         except (RuntimeError, ValueError) as error:
-            raise LaunchError(
-                f"rank {placement.rank} cannot join the group: {_first_line(error)}"
-            ) from error
-        return cls(placement, device, backend)
+            raise LaunchError(f"cannot join the group: {_reason(error)}") from error
+        world = cls(placement, device, backend)
+        world.barrier()  # or a rank that fails at once would break the others' connecting
+        return world
 
     def close(self) -> None:
         """Leave the group. Call it once, when nothing is under way."""
