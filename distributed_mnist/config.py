@@ -144,8 +144,8 @@ class Recipe:
         """Raise `UsageError` for more ranks than shards: some would have nothing to do."""
         if world_size > self.shards:
             raise UsageError(
-                f"{world_size} processes cannot share {self.shards} shards: start at most {self.shards}, or "
-                f"use --shards {world_size} or more (a recipe's answer depends on its shards)"
+                f"{world_size} processes cannot share {self.shards} shards: start {self.shards} at most, "
+                f"or use --shards {world_size} or more (a recipe's answer depends on its shards)"
             )
 
     def replace(self, **changes: Any) -> Self:

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from distributed_mnist import decode, idx, locate
-from distributed_mnist import download as downloading
-from distributed_mnist.catalog import DIGITS, ENTRIES, MNIST_NAMES, ROLES, Entry, Role
-from distributed_mnist.download import Progress, silent
-from distributed_mnist.errors import DataError
-from distributed_mnist.idx import one_line
-from distributed_mnist.locate import Found, NotFoundError
+from . import decode, idx, locate
+from . import download as downloading
+from .catalog import DIGITS, ENTRIES, MNIST_NAMES, ROLES, Entry, Role
+from .download import Progress, silent
+from .errors import DataError
+from .idx import one_line
+from .locate import Found, NotFoundError
 
 NAMES = (*ENTRIES, "generated", "auto")
 """Everything that `load` knows; `auto` is MNIST if it can be had, else generated digits."""
@@ -185,7 +185,7 @@ def _decoded(entry: Entry, found: Found) -> Dataset:
 
 
 def _generated(seed: int, train_size: int, test_size: int, source: str, progress: Progress) -> Dataset:
-    from distributed_mnist import generated  # noqa: PLC0415 - builds tables that other sets do not need
+    from . import generated  # noqa: PLC0415 - builds tables that other sets do not need
 
     if min(train_size, test_size) < 1:
         raise DataError(f"generated digits: sizes must be at least 1, not {train_size} and {test_size}")

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distributed_mnist.catalog import Entry
-from distributed_mnist.errors import DataError
-from distributed_mnist.idx import one_line
+from .catalog import Entry
+from .errors import DataError
+from .idx import one_line
 
 SIDE = 28  # pixels
 MAX_CLASSES = 256  # what a uint8 label can tell apart

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from distributed_mnist import idx
-from distributed_mnist.aside import written_aside
-from distributed_mnist.catalog import ROLES, Entry, Published
-from distributed_mnist.errors import DataError
-from distributed_mnist.idx import one_line
-from distributed_mnist.locate import md5_of, own_folder, present
+from . import idx
+from .aside import written_aside
+from .catalog import ROLES, Entry, Published
+from .errors import DataError
+from .idx import one_line
+from .locate import md5_of, own_folder, present
 
 Progress = Callable[[str, int, int | None], None]
 """Called with what is being done, how much of it is done, and of how much (None: not known)."""

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from distributed_mnist import keys
-from distributed_mnist.strokes import PATHS
+from . import keys
+from .strokes import PATHS
 
 SIDE = 28
 CLASSES = len(PATHS)

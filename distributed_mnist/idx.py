@@ -20,8 +20,8 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from distributed_mnist.aside import written_aside
-from distributed_mnist.errors import DataError
+from .aside import written_aside
+from .errors import DataError
 
 GZIP_MAGIC = b"\x1f\x8b"
 

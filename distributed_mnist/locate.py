@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-from distributed_mnist import catalog, idx
-from distributed_mnist.catalog import ROLES, Entry, Role
-from distributed_mnist.errors import DataError
-from distributed_mnist.idx import one_line
+from . import catalog, idx
+from .catalog import ROLES, Entry, Role
+from .errors import DataError
+from .idx import one_line
 
 
 class NotFoundError(DataError):
