@@ -60,7 +60,7 @@ class Run:
     device: Device = "auto"
     """auto: the accelerator if there is one. cpu: never."""
     micro_batch: int | None = None
-    """ddp: images per forward pass at most; more passes, same answer. tree always goes shard by shard."""
+    """Images in a forward pass at most: ddp then makes more passes, tree goes shard by shard anyway."""
 
     def __post_init__(self) -> None:
         for name in ("train_size", "test_size", "keep"):

@@ -172,7 +172,7 @@ class DdpGradients:
             )
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         owned = owned_shards(world.rank, world.size, shards)
-        at_once = 1 if one_by_one else max(1, micro_batch // shard_size) if micro_batch else len(owned)
+        at_once = 1 if one_by_one else micro_batch // shard_size if micro_batch else len(owned)
         self._passes = [owned[i : i + at_once] for i in range(0, len(owned), at_once)]
 
     def compute(self, loss_of: LossOf) -> None:

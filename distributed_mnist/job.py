@@ -13,7 +13,7 @@ from .batches import Batches
 from .checkpoint import FORMAT, Content, versions
 from .config import Recipe, Run, steps_between
 from .digest import digest
-from .errors import DataError, DmnistError, Interrupted, OutputError, WorkerLost
+from .errors import DataError, DmnistError, Interrupted, OutputError, UsageError, WorkerLost
 from .evaluate import Evaluation
 from .folder import open_folder, resume
 from .gradients import DdpGradients, Gradients, TreeGradients
@@ -199,14 +199,20 @@ def make_model(recipe: Recipe, classes: int, world: World) -> tuple[torch.nn.Mod
 def make_gradients(
     recipe: Recipe, options: Run, world: World, model: torch.nn.Module, traits: Traits
 ) -> Gradients:
-    """The recipe's way of adding gradients up."""
+    """The recipe's way of adding gradients up. Raises `UsageError` if a shard exceeds `--micro-batch`."""
+    shard_size = -(-recipe.batch_size // recipe.shards)
+    if options.micro_batch is not None and options.micro_batch < shard_size:
+        raise UsageError(
+            f"--micro-batch {options.micro_batch}, but a shard has {shard_size} images: use --shards "
+            f"{-(-recipe.batch_size // options.micro_batch)} or more"
+        )
     if recipe.sync == "tree":
         return TreeGradients(model, world, recipe.shards)
     return DdpGradients(
         model,
         world,
         recipe.shards,
-        shard_size=-(-recipe.batch_size // recipe.shards),
+        shard_size=shard_size,
         one_by_one=traits.draws_random_numbers,
         micro_batch=options.micro_batch,
     )
