@@ -38,5 +38,7 @@ def draw_transforms(recipe: Recipe, step: int, count: int) -> NDArray[np.float32
 
 def apply_transforms(images: Tensor, transforms: Tensor) -> Tensor:
     """Bilinear resampling of float images `(n, 1, 28, 28)`; outside is 0, the paper's black."""
+    if not len(images):  # affine_grid refuses an empty batch
+        return images
     grid = F.affine_grid(transforms, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)

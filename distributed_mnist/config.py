@@ -168,7 +168,7 @@ class Recipe:
             floats = {name for name, field in known.items() if field.type is float}
             fields: dict[str, Any] = {k: float(v) if k in floats else v for k, v in values.items()}
             return cls(**fields)
-        except UsageError as error:
+        except (UsageError, OverflowError) as error:
             raise UsageError(f"{where}: {error}") from None
 
     def differences(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:

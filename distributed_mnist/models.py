@@ -45,7 +45,7 @@ def mlp(classes: int) -> nn.Module:
 
 
 def cnn(classes: int) -> nn.Module:
-    """Two convolutions, each pooled, and one hidden layer: 215,370 parameters for ten classes."""
+    """Two convolutions, each pooled, and one hidden layer: 215,194 parameters for ten classes."""
     return nn.Sequential(
         nn.Conv2d(1, 24, kernel_size=5),
         nn.MaxPool2d(2),
@@ -134,6 +134,8 @@ def inspect(model: nn.Module, name: str, classes: int, device: torch.device) -> 
     seeded = _generator_state(device)
     logits = forward(first, second)
     draws = not torch.equal(seeded, _generator_state(device))
+    if not isinstance(logits, Tensor):
+        raise UsageError(f"--model {name}: it returns a {type(logits).__name__}, not a tensor of logits")
     if logits.shape != (2, classes):
         raise UsageError(
             f"--model {name}: it gives {tuple(logits.shape)} for 2 images, not (2, {classes}): "

@@ -60,7 +60,8 @@ def make_schedule(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float
         low, end = recipe.lr / 10, recipe.lr / 1000
         if step < rising:
             return low + (recipe.lr - low) * step / rising
-        return recipe.lr + (end - recipe.lr) * (step - rising) / max(total - 1 - rising, 1)
+        falling = total - 1 - rising  # zero where the peak is the last step
+        return recipe.lr + ((end - recipe.lr) * (step - rising) / falling if falling > 0 else 0)
 
     return {"constant": constant, "step": stepwise, "cosine": cosine, "one-cycle": one_cycle}[
         recipe.schedule

@@ -41,6 +41,8 @@ def from_original(loaded: dict[str, Any], name: str) -> dict[str, Any]:
     weights, epoch = loaded["state_dict"], loaded["epoch"]
     if (
         not isinstance(weights, dict)
+        or not all(isinstance(key, str) for key in weights)
+        or not isinstance(loaded.get("dmnist", {}), dict)
         or not isinstance(epoch, int)
         or not isinstance(loaded["best_acc"], float | int)
     ):

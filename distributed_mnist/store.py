@@ -73,7 +73,7 @@ class RunStore:
             self._last_good = str(path)
             if best:
                 write(self._folder / "best.pt", data)
-            self._prune()
+            self._prune(path)
         except OSError as error:
             return f"{path} could not be saved: {(error.strerror or str(error)).lower()}"
         return None
@@ -95,8 +95,11 @@ class RunStore:
                 return path, data
         return None
 
-    def _prune(self) -> None:
-        for path in checkpoints_in(self._folder)[: -self._keep]:
+    def _prune(self, newest: Path) -> None:
+        # Later files were passed over as damaged, or the user went back before them: they are not in the
+        # way, and reaching their steps again replaces them.
+        found = checkpoints_in(self._folder)
+        for path in found[: found.index(newest) + 1][: -self._keep]:
             path.unlink(missing_ok=True)
         flush_folder(self._folder)
 
@@ -131,6 +134,7 @@ class RunLock:
         except BlockingIOError:
             self._file.seek(0)
             owner = self._file.read().strip() or "unknown"
+            self._file.close()
             raise OutputError(f"--out {folder} is in use by a live run ({owner})") from None
         self._file.truncate(0)
         self._file.write(f"pid {os.getpid()} on {socket.gethostname()}")

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "distributed_mnist"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 # A module imports only from those before it. `docs/architecture.md` draws the same order.
-ORDER: list[str] = """
+ORDER: Sequence[str] = """
     placement errors keys aside
     config digest
     idx catalog locate decode download strokes generated datasets

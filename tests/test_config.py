@@ -1,0 +1,276 @@
+"""Recipes and run options: every bad value is refused by name, every good one survives a round trip."""
+
+import dataclasses
+import json
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distributed_mnist.config import Recipe, Run, load_recipe, recipe_names, steps_between
+from distributed_mnist.errors import UsageError
+
+NAN, INF = float("nan"), float("inf")
+
+OTHER: dict[str, Any] = {
+    "model": "mlp",
+    "epochs": 7,
+    "batch_size": 100,
+    "optimizer": "sgd",
+    "lr": 0.5,
+    "beta1": 0.5,
+    "beta2": 0.5,
+    "momentum": 0.5,
+    "weight_decay": 0.5,
+    "schedule": "cosine",
+    "decay_every": 3,
+    "decay_factor": 0.5,
+    "warmup": 0.5,
+    "label_smoothing": 0.5,
+    "shift": 2.0,
+    "rotate": 10.0,
+    "scale": 0.5,
+    "seed": 9,
+    "sync": "ddp",
+    "shards": 5,
+    "precision": "bf16",
+}
+"""A value for each field that is not the default."""
+
+
+def problem(values: dict[str, Any]) -> str:
+    with pytest.raises(UsageError) as caught:
+        Recipe.from_dict(values, "here")
+    return str(caught.value)
+
+
+def test_the_table_above_names_every_field_and_no_default() -> None:
+    assert set(OTHER) == {field.name for field in dataclasses.fields(Recipe)}
+    assert all(getattr(Recipe(), name) != value for name, value in OTHER.items())
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(**OTHER)])
+def test_round_trip(recipe: Recipe) -> None:
+    assert Recipe.from_dict(recipe.to_dict(), "here") == recipe
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())), "here") == recipe
+
+
+def test_missing_fields_take_their_defaults() -> None:
+    assert Recipe.from_dict({}, "here") == Recipe()
+    assert Recipe.from_dict({"epochs": 9}, "here") == Recipe(epochs=9)
+
+
+def test_whole_numbers_do_for_fractions() -> None:
+    recipe = Recipe.from_dict({"lr": 1, "shift": 2}, "here")
+    assert (recipe.lr, recipe.shift) == (1.0, 2.0)
+    assert isinstance(recipe.lr, float)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "rule"),
+    [
+        ("epochs", [0, -1], "at least 1"),
+        ("batch_size", [0, -256], "at least 1"),
+        ("decay_every", [0], "at least 1"),
+        ("shards", [0], "at least 1"),
+        ("weight_decay", [-0.1, NAN, INF], "zero or more"),
+        ("shift", [-1.0, NAN, INF], "zero or more"),
+        ("rotate", [-1.0, NAN, INF], "zero or more"),
+        ("scale", [-0.1, 1.0, NAN], "at least 0 and below 1"),
+        ("beta1", [-0.1, 1.0, NAN], "at least 0 and below 1"),
+        ("beta2", [-0.1, 1.0, NAN], "at least 0 and below 1"),
+        ("momentum", [-0.1, 1.0, NAN], "at least 0 and below 1"),
+        ("label_smoothing", [-0.1, 1.0, NAN], "at least 0 and below 1"),
+        ("lr", [0.0, -1.0, NAN, INF], "above zero"),
+        ("decay_factor", [0.0, -1.0, NAN, INF], "above zero"),
+        ("warmup", [-0.1, 1.1, NAN], "between 0 and 1"),
+        ("seed", [-1, 2**63], "between 0 and 2^63 - 1"),
+    ],
+)
+def test_impossible_values_of_a_recipe(name: str, values: list[Any], rule: str) -> None:
+    for value in values:
+        with pytest.raises(UsageError) as caught:
+            Recipe().replace(**{name: value})
+        said = f"--{name.replace('_', '-')} must be {rule}, not {value}"
+        assert str(caught.value) == said
+        assert problem({name: value}) == f"here: {said}"
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("warmup", [0.0, 1.0]), ("seed", [0, 2**63 - 1]), ("beta1", [0.0]), ("weight_decay", [0.0])],
+)
+def test_the_ends_of_a_range_are_in_it(name: str, values: list[Any]) -> None:
+    for value in values:
+        assert getattr(Recipe().replace(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("train_size", 0, "at least 1"),
+        ("test_size", -1, "at least 1"),
+        ("keep", 0, "at least 1"),
+        ("nproc", 0, "at least 1"),
+        ("micro_batch", 0, "at least 1"),
+        ("data_seed", -1, "between 0 and 2^63 - 1"),
+        ("data_seed", 2**63, "between 0 and 2^63 - 1"),
+    ],
+)
+def test_impossible_values_of_a_run(name: str, value: Any, rule: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Run(**{name: value})
+    assert str(caught.value) == f"--{name.replace('_', '-')} must be {rule}, not {value}"
+
+
+@pytest.mark.parametrize("name", ["checkpoint_every", "eval_every"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "0 epochs", "-1", "1.5 epochs", "often", "2 days", "epoch", "1 2"]
+)
+def test_impossible_distances(name: str, text: str) -> None:
+    said = rf"^--{name.replace('_', '-')} must be like 500 \(steps\) or '2 epochs', not '{text}'$"
+    values: dict[str, Any] = {name: text}
+    with pytest.raises(UsageError, match=said):
+        Run(**values)
+    with pytest.raises(UsageError, match=said):
+        steps_between(text, 10, name)
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("500", 500),
+        ("1 step", 1),
+        ("500 steps", 500),
+        ("500steps", 500),
+        (" 7 ", 7),
+        ("1 epoch", 235),
+        ("2 epochs", 470),
+        ("3epochs", 705),
+    ],
+)
+def test_distances(text: str, steps: int) -> None:
+    assert steps_between(text, 235, "eval_every") == steps
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"epoch": 3}, "here: there is no recipe field 'epoch'"),
+        ({"epochs": "3"}, "here: epochs must be int, not '3'"),
+        ({"epochs": 3.0}, "here: epochs must be int, not 3.0"),
+        ({"epochs": True}, "here: epochs must be int, not True"),
+        ({"lr": "fast"}, "here: lr must be float, not 'fast'"),
+        ({"lr": True}, "here: lr must be float, not True"),
+        ({"lr": [0.1]}, "here: lr must be float, not [0.1]"),
+        ({"model": 3}, "here: model must be str, not 3"),
+        ({"sync": "ring"}, "here: sync must be one of tree, ddp, not 'ring'"),
+        ({"optimizer": ["sgd"]}, "here: optimizer must be one of adam, adamw, sgd, not ['sgd']"),
+        ({"precision": "fp8"}, "here: precision must be one of fp32, bf16, not 'fp8'"),
+        ({"schedule": 1}, "here: schedule must be one of constant, step, cosine, one-cycle, not 1"),
+    ],
+)
+def test_wrong_fields_and_types(values: dict[str, Any], said: str) -> None:
+    assert problem(values) == said
+
+
+def test_a_number_beyond_floating_point_is_refused() -> None:
+    """TOML has no largest integer."""
+    assert problem({"lr": 10**400}).startswith("here: ")
+
+
+def test_shipped_recipes_load_and_say_what_their_files_say() -> None:
+    names = recipe_names()
+    assert {"default", "classic"} <= set(names)
+    folder = resources.files("distributed_mnist") / "recipes"
+    for name in names:
+        written = tomllib.loads((folder / f"{name}.toml").read_text())
+        assert load_recipe(name) == Recipe(**written)
+
+
+def test_the_classic_recipe_is_the_original_scripts() -> None:
+    classic = load_recipe("classic")
+    assert classic.replace(sync="tree") == Recipe(
+        model="linear",
+        epochs=20,
+        batch_size=256,
+        lr=1e-3,
+        optimizer="adam",
+        schedule="step",
+        decay_every=10,
+        decay_factor=0.1,
+    )
+
+
+def test_a_recipe_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('model = "mlp"\nlr = 1\nshards = 3\n')
+    assert load_recipe(str(path)) == Recipe(model="mlp", lr=1.0, shards=3)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"epoch = 3", "{}: there is no recipe field 'epoch'"),
+        (b"epochs = 'many'", "{}: epochs must be int, not 'many'"),
+        (b"epochs = 0", "{}: --epochs must be at least 1, not 0"),
+        (b"lr = nan", "{}: --lr must be above zero, not nan"),
+        (b"[training]\nlr = 1", "{}: there is no recipe field 'training'"),
+        (b"epochs: 3", "{} is not TOML: "),
+        (b"model = '\xff'", "{} is not TOML: "),
+        (b"\x89PNG\r\n\x1a\n", "{} is not TOML: "),
+    ],
+)
+def test_bad_recipe_files(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(content)
+    with pytest.raises(UsageError) as caught:
+        load_recipe(str(path))
+    assert str(caught.value).startswith(said.format(path))
+
+
+def test_no_such_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "none.toml"
+    with pytest.raises(UsageError, match=r"none\.toml: No such file or directory$"):
+        load_recipe(str(path))
+    with pytest.raises(UsageError, match=r"there is no recipe 'fastest'; there are .*classic.*default"):
+        load_recipe("fastest")
+    folder = tmp_path / "folder.toml"
+    folder.mkdir()
+    with pytest.raises(UsageError, match=r"folder\.toml: Is a directory$"):
+        load_recipe(str(folder))
+
+
+@pytest.mark.parametrize("name", sorted(OTHER))
+def test_each_field_counts_as_a_difference(name: str) -> None:
+    base = Recipe(schedule="one-cycle")
+    other = base.replace(**{name: OTHER[name]})
+    assert base.differences(base) == {}
+    assert base.differences(other) == {name: (getattr(base, name), OTHER[name])}
+
+
+def test_all_differences_are_shown() -> None:
+    found = Recipe().differences(Recipe(lr=0.5, seed=3))
+    assert found == {"lr": (0.001, 0.5), "seed": (0, 3)}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "counts"), [("constant", False), ("step", False), ("cosine", True), ("one-cycle", True)]
+)
+def test_epochs_count_where_the_rate_looks_ahead(schedule: Any, counts: bool) -> None:
+    short, long = Recipe(epochs=2, schedule=schedule), Recipe(epochs=5, schedule=schedule)
+    assert short.differences(long) == ({"epochs": (2, 5)} if counts else {})
+    assert long.differences(short) == ({"epochs": (5, 2)} if counts else {})
+    assert short.differences(long.replace(seed=1))["seed"] == (0, 1)
+
+
+def test_more_processes_than_shards() -> None:
+    recipe = Recipe(shards=8)
+    for size in (1, 7, 8):
+        recipe.check_size(size)
+    with pytest.raises(
+        UsageError, match=r"^9 processes cannot share 8 shards: .*8 at most.*--shards 9 or more"
+    ):
+        recipe.check_size(9)
