@@ -85,12 +85,11 @@ def load(
         return _generated(seed, train_size, test_size, DRAWN, progress)
     try:
         found = _obtain(_entry(name), root, download, mirrors, progress)
-    except NotFoundError as error:
+    except NotFoundError:
         if name != "auto":
             raise
-        return _generated(
-            seed, train_size, test_size, f"{DRAWN}, because MNIST was not to be had ({error})", progress
-        )
+        why = f"{DRAWN}: MNIST is not in {one_line(root)} and cannot be downloaded"
+        return _generated(seed, train_size, test_size, why, progress)
     return _decoded(_entry(name), found)
 
 

@@ -403,7 +403,7 @@ def test_auto_without_mnist_draws_and_says_why(tmp_path: Path) -> None:
     loaded = datasets.load("auto", tmp_path / "none", download=False, train_size=20, test_size=10)
     assert loaded.name == "generated"
     assert loaded.source == (
-        f"drawn by the program, because MNIST was not to be had ({tmp_path / 'none'}: no such folder)"
+        f"drawn by the program: MNIST is not in {tmp_path / 'none'} and cannot be downloaded"
     )
 
 
