@@ -13,7 +13,7 @@ from .config import Recipe
 from .digest import digest
 from .errors import CheckpointError
 from .evaluate import evaluate
-from .models import build
+from .models import build, place
 from .observe import DataProgress
 from .share import share
 from .world import World
@@ -40,7 +40,7 @@ def run(world: World, path: Path, dataset: str | None, folder: Path, console: Co
         raise CheckpointError(f"{path} knows {classes} classes, {data.name} has {len(data.class_names)}")
     model = build(recipe.model, classes, recipe.seed)
     load_weights(model, content["model"], str(path))
-    model.to(world.device)
+    model = place(model, world.device)
     began = time.perf_counter()
     mean, std = trained_on.get("mean", data.mean), trained_on.get("std", data.std)
     result = evaluate(

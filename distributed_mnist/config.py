@@ -64,11 +64,11 @@ class Run:
 
     def __post_init__(self) -> None:
         for name in ("train_size", "test_size", "keep"):
-            _require(getattr(self, name) >= 1, name, "at least 1", self)
+            require(getattr(self, name) >= 1, name, "at least 1", self)
         for name in ("nproc", "micro_batch"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, name, "at least 1", self)
-        _require(0 <= self.data_seed < 2**63, "data_seed", "between 0 and 2^63 - 1", self)
+            require(value is None or value >= 1, name, "at least 1", self)
+        require(0 <= self.data_seed < 2**63, "data_seed", "between 0 and 2^63 - 1", self)
         for name in ("checkpoint_every", "eval_every"):
             steps_between(getattr(self, name), 1, name)
 
@@ -130,15 +130,15 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "decay_every", "shards"):
-            _require(getattr(self, name) >= 1, name, "at least 1", self)
+            require(getattr(self, name) >= 1, name, "at least 1", self)
         for name in ("weight_decay", "shift", "rotate"):
-            _require(0 <= getattr(self, name) < math.inf, name, "zero or more", self)
+            require(0 <= getattr(self, name) < math.inf, name, "zero or more", self)
         for name in ("beta1", "beta2", "momentum", "label_smoothing", "scale"):
-            _require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", self)
+            require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", self)
         for name in ("lr", "decay_factor"):
-            _require(0 < getattr(self, name) < math.inf, name, "above zero", self)
-        _require(0 <= self.warmup <= 1, "warmup", "between 0 and 1", self)
-        _require(0 <= self.seed < 2**63, "seed", "between 0 and 2^63 - 1", self)
+            require(0 < getattr(self, name) < math.inf, name, "above zero", self)
+        require(0 <= self.warmup <= 1, "warmup", "between 0 and 1", self)
+        require(0 <= self.seed < 2**63, "seed", "between 0 and 2^63 - 1", self)
 
     def check_size(self, world_size: int) -> None:
         """Raise `UsageError` for more ranks than shards: some would have nothing to do."""
@@ -183,7 +183,8 @@ class Recipe:
         return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
 
 
-def _require(good: bool, name: str, rule: str, owner: object) -> None:
+def require(good: bool, name: str, rule: str, owner: object) -> None:
+    """Raise `UsageError`, naming the flag and its value, unless `good`."""
     if not good:
         raise UsageError(f"{flag(name)} must be {rule}, not {getattr(owner, name)}")
 

@@ -82,7 +82,7 @@ def tell(error: BaseException, placement: Placement = ALONE, *, debug: bool = Fa
         _print(placement, what)
         return 1
     told_by_launcher = isinstance(error, WorkerLost) and placement.launcher == "spawned"
-    if placement.rank == 0 or (error.on_one_rank and not told_by_launcher):
+    if (placement.rank == 0 or error.on_one_rank) and not told_by_launcher:
         _print(placement, str(error))
     return error.exit_code
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union
 
 import tyro
 
-from .config import Recipe, Run, load_recipe
+from .config import Recipe, Run, load_recipe, require
 from .errors import UsageError
 
 _SUMMARY = "Distributed training of digit classifiers: the same weights on any number of processes."
@@ -47,6 +47,9 @@ class Evaluate:
     """Print one JSON object on standard output and nothing else there."""
     debug: tyro.conf.FlagCreatePairsOff[bool] = False
     """Show the traceback of an error."""
+
+    def __post_init__(self) -> None:
+        require(self.nproc is None or self.nproc >= 1, "nproc", "at least 1", self)
 
 
 @dataclass(frozen=True)
@@ -92,12 +95,19 @@ class Generate:
     debug: tyro.conf.FlagCreatePairsOff[bool] = False
     """Show the traceback of an error."""
 
+    def __post_init__(self) -> None:
+        for name in ("train_size", "test_size"):
+            require(getattr(self, name) >= 1, name, "at least 1", self)
+        require(0 <= self.data_seed < 2**63, "data_seed", "between 0 and 2^63 - 1", self)
+
 
 def parse(arguments: list[str]) -> Any:
     """The command with its flags, as one of the classes above.
 
     Prints help and exits for `--help`; raises `UsageError` for bad flags.
     """
+    # torch.distributed.launch puts this before everything else; the environment says the same.
+    arguments = [word for word in arguments if not re.fullmatch(r"--local[-_]rank=\d+", word)]
     recipe = _named_recipe(arguments)
     train = Train(settings=load_recipe(recipe), recipe=recipe)
     data = Union[  # noqa: UP007 - `|` of Annotated types is not typed

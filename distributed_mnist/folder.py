@@ -75,7 +75,7 @@ def resume(
         return options.resume, data
 
     found = world.from_rank_zero(find)
-    if world.rank == 0 and not (folder / "config.json").exists():
+    if world.rank == 0 and (found is None or not (folder / "config.json").exists()):
         write_json(folder / "config.json", describe_config(recipe, options))
     if found is None:
         return store, None

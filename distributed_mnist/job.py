@@ -18,7 +18,7 @@ from .evaluate import Evaluation
 from .folder import open_folder, resume
 from .gradients import DdpGradients, Gradients, TreeGradients
 from .locate import NotFoundError
-from .models import Traits, build, inspect
+from .models import Traits, build, inspect, place
 from .observe import DataProgress, JsonLines, Many, NullSink, Sink, Terminal
 from .optim import make_optimizer
 from .placement import usable_cores
@@ -190,9 +190,7 @@ def load_data(world: World, options: Run, console: Console) -> Data:
 
 def make_model(recipe: Recipe, classes: int, world: World) -> tuple[torch.nn.Module, Traits]:
     """The model on this rank's device, found fit for exact training."""
-    model = build(recipe.model, classes, recipe.seed)
-    # Convolutions on CPU run twice as fast with channels last, see docs/performance.md.
-    model = model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = place(build(recipe.model, classes, recipe.seed), world.device)
     return model, inspect(model, recipe.model, classes, world.device)
 
 

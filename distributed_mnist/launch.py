@@ -4,7 +4,6 @@ The only file that reads launchers' environment variables. Knows torchrun (and t
 Kubeflow, and whoever else speaks its variables), Slurm's srun, and MPI's mpirun; `spawn.py` is our own.
 """
 
-import hashlib
 import os
 import re
 import socket
@@ -15,14 +14,15 @@ from pathlib import Path
 from .config import Recipe, Run
 from .errors import LaunchError
 from .placement import Placement, usable_cores
+from .rendezvous import derived_ports
 
+_OPENMPI = tuple(f"OMPI_COMM_WORLD_{word}" for word in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+_MPICH = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Roughly, on one core, forward and backward; and the work in a step below which a second process costs more
 # than it saves. Only used to choose a default: see docs/performance.md.
 _MICROSECONDS_PER_IMAGE = {"linear": 3, "mlp": 20, "cnn": 120}
 _WORTH_A_PROCESS = 1_000
-
-_FIRST_PORT, _PORTS, _TRIES = 20_000, 10_000, 8  # below the ports that systems hand out by themselves
 
 
 def detect(env: Mapping[str, str] = os.environ) -> Placement | None:
@@ -34,16 +34,9 @@ def detect(env: Mapping[str, str] = os.environ) -> Placement | None:
         return _torchrun(env)
     if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:  # srun; a batch script itself has no step
         return _slurm(env) if _integer(env, "SLURM_STEP_NUM_TASKS") > 1 else None
-    if "OMPI_COMM_WORLD_SIZE" in env:
-        return _mpi(
-            env,
-            "OMPI_COMM_WORLD_RANK",
-            "OMPI_COMM_WORLD_SIZE",
-            "OMPI_COMM_WORLD_LOCAL_RANK",
-            "OMPI_COMM_WORLD_LOCAL_SIZE",
-        )
-    if "PMI_SIZE" in env:
-        return _mpi(env, "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+    for names in (_OPENMPI, _MPICH):
+        if any(name in env for name in names):
+            return _mpi(env, *names)
     return None
 
 
@@ -63,6 +56,8 @@ def _torchrun(env: Mapping[str, str]) -> Placement:
             raise LaunchError(
                 f"{name} is not set, but {there} is: a launcher sets all of {', '.join(_TORCHRUN)}"
             )
+    if not env["MASTER_ADDR"].strip():
+        raise LaunchError("MASTER_ADDR is empty")
     size = _integer(env, "WORLD_SIZE")
     local_size = _integer(env, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in env else 1
     if local_size > 1 and "LOCAL_RANK" not in env:
@@ -75,7 +70,7 @@ def _torchrun(env: Mapping[str, str]) -> Placement:
             local_rank=_integer(env, "LOCAL_RANK") if "LOCAL_RANK" in env else 0,
             local_size=local_size,
             host=env["MASTER_ADDR"],
-            ports=(_integer(env, "MASTER_PORT"),),
+            ports=(_port(env),),
             store_exists=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             store_prefix=f"dmnist/{env.get('TORCHELASTIC_RUN_ID', '')}/{attempt}",
             launcher="torchrun" if "TORCHELASTIC_RUN_ID" in env else "environment",
@@ -146,11 +141,8 @@ def _checked(placement: Placement, rank: str, size: str) -> Placement:
 def _ports(env: Mapping[str, str], name: str) -> tuple[int, ...]:
     """Ports every rank of a job derives alike; only an explicit MASTER_PORT is insisted on."""
     if "MASTER_PORT" in env:
-        return (_integer(env, "MASTER_PORT"),)
-    words = hashlib.sha256(name.encode()).digest()
-    return tuple(
-        _FIRST_PORT + int.from_bytes(words[2 * i : 2 * i + 2], "big") % _PORTS for i in range(_TRIES)
-    )
+        return (_port(env),)
+    return derived_ports(name)
 
 
 def _first_slurm_host(env: Mapping[str, str]) -> str:
@@ -182,6 +174,13 @@ def _tasks_on_node(text: str, node: int) -> int:
     if node >= len(counts):
         raise LaunchError(f"SLURM_NODEID is {node}, but SLURM_STEP_TASKS_PER_NODE has {len(counts)} nodes")
     return counts[node]
+
+
+def _port(env: Mapping[str, str]) -> int:
+    port = _integer(env, "MASTER_PORT")
+    if not 0 < port < 2**16:
+        raise LaunchError(f"MASTER_PORT is {port}, not a port")
+    return port
 
 
 def _text(env: Mapping[str, str], name: str) -> str:

@@ -173,12 +173,21 @@ def _look_after(workers: list[BaseProcess]) -> int:
 
 
 def _explain(failed: list[tuple[int, BaseProcess]]) -> int:
-    codes = [worker.exitcode or 0 for _, worker in failed]
+    """Say what became of a process that could not say so itself; the group's exit code."""
     for rank, worker in failed:
         if worker.exitcode is not None and worker.exitcode < 0:
             name = signal.Signals(-worker.exitcode).name
-            hint = ": out of memory?" if name == "SIGKILL" else ""
-            sys.stderr.write(f"dmnist: rank {rank} (pid {worker.pid}) was ended by {name}{hint}\n")
+            hint = " (out of memory?)" if name == "SIGKILL" else ""
+            _say(f"rank {rank} (pid {worker.pid}) was ended by {name}{hint}")
             return WorkerLost.exit_code
-    own = [code for code in codes if code not in (WorkerLost.exit_code, Interrupted.exit_code)]
-    return own[0] if own else codes[0]
+    codes = [worker.exitcode or 0 for _, worker in failed]
+    told = [code for code in codes if code != WorkerLost.exit_code]
+    if not told:
+        _say(f"rank {failed[0][0]} lost the other processes, which had not ended")
+    own = [code for code in told if code != Interrupted.exit_code]
+    return (own or codes)[0]
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"dmnist: {text}; a run goes on from its last checkpoint with --resume auto\n")
+    sys.stderr.flush()

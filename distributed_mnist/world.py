@@ -8,7 +8,6 @@ import contextlib
 import pickle
 import re
 import socket
-import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, Self, TypeVar
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import rendezvous
 from .errors import DmnistError, LaunchError, WorkerLost
 from .placement import Placement
 
@@ -201,60 +201,35 @@ def _backend_for(device: torch.device) -> str:
 
 
 def _meet(placement: Placement, listener: socket.socket | None) -> dist.Store:
-    """The store at which the group meets: served by the launcher, or by rank 0 on the first free port."""
+    """The store at which the group meets, served by the launcher or by rank 0. Raises `LaunchError`."""
     serve = placement.rank == 0 and not placement.store_exists
-    if listener is not None and serve:
-        port = listener.getsockname()[1]
-        return _store(placement, port, serve=True, listen_fd=listener.detach())
-    problem = ""
-    deadline = time.monotonic() + MEETING_SECONDS
-    while True:
-        for port in placement.ports:
-            try:
-                if serve or len(placement.ports) == 1:
-                    return _store(placement, port, serve=serve)
-                return _guess(placement, port)
-            except (RuntimeError, ValueError, OSError) as error:
-                problem = f"port {port}: {_first_line(error)}"
-        if serve or len(placement.ports) == 1 or time.monotonic() > deadline:
-            where = f"{placement.host} ({placement.launcher})"
-            raise LaunchError(f"cannot meet the group at {where}, {problem}")
-        time.sleep(0.1)
+    derived = len(placement.ports) > 1  # else the one port was told to all
+    try:
+        if listener is not None and serve:
+            return _store(placement, listener.getsockname()[1], serve=True, listen_fd=listener.detach())
+        if not derived:
+            return _store(placement, placement.ports[0], serve=serve)
+        if serve:
+            store = _store(placement, 0, serve=True)
+            rendezvous.announce(placement.ports, placement.store_prefix, store.port)
+            return store
+        port = rendezvous.find(placement.host, placement.ports, placement.store_prefix, MEETING_SECONDS)
+        return _store(placement, port, serve=False)
+    except (RuntimeError, ValueError) as error:
+        where = f"{placement.host}, port {placement.ports[0]}"
+        raise LaunchError(f"cannot meet the group at {where}: {_reason(error)}") from error
 
 
-def _store(
-    placement: Placement,
-    port: int,
-    *,
-    serve: bool,
-    listen_fd: int | None = None,
-    seconds: float = MEETING_SECONDS,
-) -> dist.Store:
-    store = dist.TCPStore(
+def _store(placement: Placement, port: int, *, serve: bool, listen_fd: int | None = None) -> dist.TCPStore:
+    return dist.TCPStore(
         placement.host,
         port,
         world_size=placement.size,
         is_master=serve,
-        timeout=timedelta(seconds=seconds),
+        timeout=timedelta(seconds=MEETING_SECONDS),
         wait_for_workers=False,
         master_listen_fd=listen_fd,
     )
-    if serve:
-        store.set(f"{placement.store_prefix}/here", "yes")
-    return store
-
-
-def _guess(placement: Placement, port: int) -> dist.Store:
-    """Connect to this port if our group's rank 0 is behind it; raise if nobody or somebody else is.
-
-    Where no launcher passes a port around, all ranks derive one list of them from the job's name. Rank 0
-    takes the first that is free, which need not be the first.
-    """
-    socket.create_connection((placement.host, port), timeout=1).close()
-    store = _store(placement, port, serve=False, seconds=5)
-    store.get(f"{placement.store_prefix}/here")
-    store.set_timeout(timedelta(seconds=MEETING_SECONDS))
-    return store
 
 
 def _reason(error: BaseException) -> str:

@@ -16,7 +16,7 @@ ORDER: Sequence[str] = """
     placement errors keys aside
     config digest
     idx catalog locate decode download strokes generated datasets
-    world signals launch spawn
+    rendezvous world signals launch spawn
     augment batches models optim
     gradients ledger evaluate pace
     original checkpoint store observe share

@@ -1,0 +1,69 @@
+"""How ranks find rank 0 where no launcher passes a port around (Slurm, MPI).
+
+All ranks derive the same few ports from the job's name. Rank 0 opens the first that is free and answers
+there with the job's name and the port of its store, which may be any; the others ask each in turn until
+one answers with their job's name. Whoever else listens on one of these ports costs a second, not the job.
+"""
+
+import hashlib
+import socket
+import threading
+import time
+
+from .errors import LaunchError
+
+_FIRST, _COUNT, _TRIES = 20_000, 10_000, 8  # below the ports that systems hand out by themselves
+
+
+def derived_ports(job: str) -> tuple[int, ...]:
+    """The ports of a job, the same on every rank."""
+    words = hashlib.sha256(job.encode()).digest()
+    return tuple(_FIRST + int.from_bytes(words[2 * i : 2 * i + 2], "big") % _COUNT for i in range(_TRIES))
+
+
+def announce(ports: tuple[int, ...], job: str, store_port: int) -> None:
+    """Answer on the first free port for the rest of this process's life. Raises `LaunchError`."""
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    problem = ""
+    for port in ports:
+        try:
+            listener = socket.create_server(("", port), family=family, dualstack_ipv6=dual)
+        except OSError as error:
+            problem = error.strerror or str(error)
+        else:
+            greeting = _greeting(job, store_port)
+            threading.Thread(target=_answer, args=(listener, greeting), daemon=True).start()
+            return
+    raise LaunchError(f"none of the ports {', '.join(map(str, ports))} can be opened: {problem}")
+
+
+def find(host: str, ports: tuple[int, ...], job: str, seconds: float) -> int:
+    """The port of the store that this job's rank 0 announces. Raises `LaunchError` after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        for port in ports:
+            try:
+                with socket.create_connection((host, port), timeout=1) as asked:
+                    words = [*asked.recv(1024).decode(errors="replace").split("\n"), "", ""]
+            except OSError:
+                continue
+            if words[0] == _greeting(job, 0).partition("\n")[0] and words[1].isdecimal():
+                return int(words[1])
+        time.sleep(0.1)
+    listed = ", ".join(map(str, ports))
+    raise LaunchError(f"no rank 0 of this job answers at {host} on ports {listed} within {seconds:.0f} s")
+
+
+def _greeting(job: str, store_port: int) -> str:
+    return f"dmnist {hashlib.sha256(job.encode()).hexdigest()}\n{store_port}\n"
+
+
+def _answer(listener: socket.socket, greeting: str) -> None:
+    while True:
+        try:
+            asker, _ = listener.accept()
+            with asker:
+                asker.sendall(greeting.encode())
+        except OSError:  # who asked is gone; the next may not be
+            time.sleep(0.01)

@@ -1,0 +1,30 @@
+"""What tests of processes share: an environment without launchers, and small data sets."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ranks import environment
+
+from distributed_mnist import datasets
+
+TRAIN_SIZE, TEST_SIZE = 1_100, 300
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_launcher() -> Iterator[None]:
+    """Tests may run in a job of Slurm or MPI themselves: what they start is no part of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in os.environ.keys() - environment().keys():
+            patch.delenv(name)
+        yield
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 1,100 + 300 generated digits as IDX files, for `--dataset idx`."""
+    folder = tmp_path_factory.mktemp("digits")
+    drawn = datasets.load("generated", Path(), train_size=TRAIN_SIZE, test_size=TEST_SIZE)
+    datasets.write(drawn, folder)
+    return folder

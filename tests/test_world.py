@@ -1,0 +1,183 @@
+"""The collectives, at every size: each in one group of real processes, looked at from every rank."""
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks, try_ranks
+
+from distributed_mnist.errors import DataError, WorkerLost
+from distributed_mnist.world import World
+
+SIZES = (1, 2, 3, 4)
+
+
+def speak(world: World) -> dict[str, Any]:
+    """Every collective once, on values that tell the ranks apart."""
+    rank, size = world.rank, world.size
+    summed = torch.tensor([rank, 10 * rank, 1])
+    same = world.sum_(summed)
+    heard: dict[str, Any] = {"rank": rank, "size": size, "sum in place": same is summed}
+    heard["sum"] = summed.tolist()
+    heard["max"] = world.max_(torch.tensor([float(rank), -float(rank), 7.5])).tolist()
+    heard["gather"] = world.gather(torch.full((2, 3), rank + 1)).numpy()
+    heard["gather transposed"] = world.gather(torch.arange(6).view(2, 3).t() + rank).numpy()
+    heard["gather scalar"] = world.gather(torch.tensor(rank)).tolist()
+    heard["exchange"] = world.exchange(torch.tensor([[10 * rank + j, rank] for j in range(size)])).tolist()
+    heard["broadcast"] = world.broadcast_(torch.tensor([rank, rank + 5])).tolist()
+    heard["bytes"] = world.broadcast_bytes(bytes(range(256)) * 5 if rank == 0 else None)
+    heard["no bytes"] = world.broadcast_bytes(b"" if rank == 0 else None)
+    made = []
+
+    def make() -> dict[str, object]:
+        made.append(rank)
+        return {"answer": 42, "text": "é", "none": None}
+
+    heard["from rank 0"] = world.from_rank_zero(make)
+    heard["made on"] = made
+
+    def fail() -> None:
+        raise DataError("there is no such folder")
+
+    try:
+        world.from_rank_zero(fail)
+    except DataError as error:
+        heard["error"] = str(error)
+    heard["after the error"] = world.sum_(torch.ones(1)).item()
+    return heard
+
+
+@cache
+def answers(size: int) -> list[dict[str, Any]]:
+    return run_ranks(speak, size)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_reductions(size: int) -> None:
+    total = size * (size - 1) // 2
+    for rank, heard in enumerate(answers(size)):
+        assert (heard["rank"], heard["size"]) == (rank, size)
+        assert heard["sum"] == [total, 10 * total, size]
+        assert heard["sum in place"]
+        assert heard["max"] == [size - 1, 0, 7.5]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_gather_stacks_by_rank(size: int) -> None:
+    for heard in answers(size):
+        assert heard["gather"].shape == (size, 2, 3)
+        assert [np.unique(block).tolist() for block in heard["gather"]] == [[r + 1] for r in range(size)]
+        expected = np.stack([np.arange(6).reshape(2, 3).T + r for r in range(size)])
+        assert np.array_equal(heard["gather transposed"], expected)
+        assert heard["gather scalar"] == list(range(size))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_exchange_is_a_transposition(size: int) -> None:
+    for rank, heard in enumerate(answers(size)):
+        assert heard["exchange"] == [[10 * sender + rank, sender] for sender in range(size)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_rank_zero_speaks_to_all(size: int) -> None:
+    for rank, heard in enumerate(answers(size)):
+        assert heard["broadcast"] == [0, 5]
+        assert heard["bytes"] == bytes(range(256)) * 5
+        assert heard["no bytes"] == b""
+        assert heard["from rank 0"] == {"answer": 42, "text": "é", "none": None}
+        assert heard["made on"] == ([0] if rank == 0 else [])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_an_error_on_rank_zero_is_raised_on_all(size: int) -> None:
+    for heard in answers(size):
+        assert heard["error"] == "there is no such folder"
+        assert heard["after the error"] == size  # they are still in step
+
+
+def awkward(count: int) -> np.ndarray:
+    """Floats that a sum in another order would round differently, tiny, huge and negative zero included."""
+    drawn = np.random.default_rng(3).standard_normal(count).astype(np.float32)
+    drawn *= np.float32(10.0) ** np.arange(count, dtype=np.float32).__mod__(60).__sub__(30)
+    drawn[:3] = [np.float32(1e-45), np.float32(3e38), np.float32(0.1)]
+    return drawn
+
+
+def add_with_zeros(world: World) -> np.ndarray:
+    """Each place is written by one rank only; the others' zero is added to it."""
+    values = torch.from_numpy(awkward(1_000))
+    mine = torch.zeros(1_000)
+    places = slice(world.rank, None, world.size)
+    mine[places] = values[places]
+    return world.sum_(mine).numpy()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_value_and_zeros_add_up_to_the_value(size: int) -> None:
+    expected = awkward(1_000).tobytes()
+    assert [heard.tobytes() for heard in run_ranks(add_with_zeros, size)] == [expected] * size
+
+
+def arrive(world: World, folder: str) -> list[int]:
+    """Leave a mark, pass the barrier, look for the others' marks; each round another rank is late."""
+    seen = []
+    for late in range(world.size):
+        if world.rank == late:
+            sum(range(2_000_000))
+        Path(folder, f"{late}-{world.rank}").touch()
+        world.barrier()
+        seen.append(len(list(Path(folder).glob(f"{late}-*"))))
+    return seen
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_nobody_passes_a_barrier_before_the_last(size: int, tmp_path: Any) -> None:
+    assert run_ranks(arrive, size, str(tmp_path)) == [[size] * size] * size
+
+
+COLLECTIVES = ("sum_", "gather", "exchange", "broadcast_bytes", "from_rank_zero", "barrier")
+
+
+def outlive(world: World, victim: int, what: str) -> str:
+    """The victim goes without a word; the others speak on until they notice."""
+    world.barrier()
+    if world.rank == victim:
+        os._exit(9)
+    calls = {
+        "sum_": lambda: world.sum_(torch.ones(1_000)),
+        "gather": lambda: world.gather(torch.ones(1_000)),
+        "exchange": lambda: world.exchange(torch.ones(world.size, 1_000)),
+        "broadcast_bytes": lambda: world.broadcast_bytes(b"x" * 1_000 if world.rank == 0 else None),
+        "from_rank_zero": lambda: world.from_rank_zero(lambda: 1),
+        "barrier": world.barrier,
+    }
+    try:
+        while True:
+            calls[what]()
+    except WorkerLost as error:
+        raise WorkerLost(f"noticed: {error}") from None
+
+
+@pytest.mark.parametrize("what", COLLECTIVES)
+def test_the_others_notice_a_death(what: str) -> None:
+    size = 2 if what in ("broadcast_bytes", "from_rank_zero") else 3  # a broadcast asks for no answer
+    ends = try_ranks(outlive, size, size - 1, what)
+    assert ends[-1].error == "died without a word"
+    for end in ends[:-1]:
+        assert end.error is not None
+        assert "WorkerLost: noticed: lost another process in a " in end.error
+
+
+def stumble(world: World) -> None:
+    if world.rank == 1:
+        raise ZeroDivisionError("on purpose")
+    world.sum_(torch.ones(1))
+
+
+def test_the_helper_tells_which_rank_failed_and_where() -> None:
+    with pytest.raises(AssertionError, match=r"(?s)rank 1 of 2: Traceback.*in stumble.*on purpose"):
+        run_ranks(stumble, 2)
