@@ -1,5 +1,6 @@
 """Files that are either whole or absent: written beside their final name, then renamed into place."""
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -35,6 +36,9 @@ def flush_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot, and need not
+            raise
     finally:
         os.close(handle)
 

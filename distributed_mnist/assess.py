@@ -13,20 +13,30 @@ from .config import Recipe
 from .digest import digest
 from .errors import CheckpointError
 from .evaluate import evaluate
-from .models import build, place
+from .models import MODELS, build, place
 from .observe import DataProgress
 from .share import share
 from .world import World
 
 
-def run(world: World, path: Path, dataset: str | None, folder: Path, console: Console) -> dict[str, Any]:
+def run(
+    world: World, path: Path, *, model: str | None, dataset: str | None, folder: Path, console: Console
+) -> dict[str, Any]:
     """Score the checkpoint at `path` and return what `--json` prints.
 
-    Rank 0 reads the checkpoint and the data and sends them to the others.
+    Rank 0 reads the checkpoint and the data and sends them to the others. `path` may be a run's folder: its
+    best checkpoint is taken. A checkpoint of a user's own model names code, which is only run if `model`
+    names the same: a stranger's file must not choose what is imported.
     """
     torch.set_num_threads(1)  # as in training with `tree`: the loss comes out the same to the bit
-    content = decode(world.from_rank_zero(lambda: _read(path)), str(path))
+    path, raw = world.from_rank_zero(lambda: _read(path))
+    content = decode(raw, str(path))
     recipe = Recipe.from_dict(content["recipe"], str(path)) if content["recipe"] else Recipe(model="linear")
+    if recipe.model not in MODELS and recipe.model != model:
+        raise CheckpointError(
+            f"{path} is of the model {recipe.model}, which is code outside this program: "
+            f"if you trust it, add --model {recipe.model}"
+        )
     trained_on: dict[str, Any] = content["dataset"] or {"name": "mnist"}
 
     def load() -> datasets.Dataset:
@@ -38,13 +48,13 @@ def run(world: World, path: Path, dataset: str | None, folder: Path, console: Co
     classes = len(trained_on.get("class_names", data.class_names))
     if len(data.class_names) > classes:
         raise CheckpointError(f"{path} knows {classes} classes, {data.name} has {len(data.class_names)}")
-    model = build(recipe.model, classes, recipe.seed)
-    load_weights(model, content["model"], str(path))
-    model = place(model, world.device)
+    network = world.together(lambda: build(recipe.model, classes, recipe.seed))
+    load_weights(network, content["model"], str(path))
+    network = place(network, world.device)
     began = time.perf_counter()
     mean, std = trained_on.get("mean", data.mean), trained_on.get("std", data.std)
     result = evaluate(
-        model, data.test, world, classes=classes, mean=mean, std=std, precision=recipe.precision
+        network, data.test, world, classes=classes, mean=mean, std=std, precision=recipe.precision
     )
     seconds = time.perf_counter() - began
     if world.rank == 0:
@@ -62,7 +72,7 @@ def run(world: World, path: Path, dataset: str | None, folder: Path, console: Co
         "test_accuracy": result.accuracy,
         "test_loss": result.loss,
         "test_images": result.images,
-        "weights_sha256": digest(dict(model.state_dict())),
+        "weights_sha256": digest(dict(network.state_dict())),
         "data_sha256": data.sha256,
         "images_per_second": result.images / seconds,
         "confusion": result.confusion,
@@ -70,10 +80,12 @@ def run(world: World, path: Path, dataset: str | None, folder: Path, console: Co
     }
 
 
-def _read(path: Path) -> bytes:
-    data = read_bytes(path)
-    decode(data, str(path))  # a damaged file is rank 0's to report, before the others get it
-    return data
+def _read(path: Path) -> tuple[Path, bytes]:
+    for best in (path / "checkpoints" / "best.pt", path / "best.pt", path / "model_best.pth.tar"):
+        if best.is_file():
+            path = best
+            break
+    return path, read_bytes(path)
 
 
 def _training(content: Content, recipe: Recipe) -> dict[str, Any]:

@@ -16,16 +16,35 @@ from torch import nn
 from . import original
 from .aside import written_aside
 from .digest import digest
-from .errors import CheckpointError
+from .errors import CheckpointError, reason
 
 FORMAT = 1
 
 Content = dict[str, Any]
 """A checkpoint in memory. Keys: `format`, `model` (raw state dict), `optimizer`, `step`, `best_accuracy`,
-`samples_sha256`, `epoch_totals`, `train_seconds`, `recipe`, `dataset` (name, classes, class_names, mean,
+`samples_sha256`, `totals`, `train_seconds`, `recipe`, `dataset` (name, classes, class_names, mean,
 std, sha256), `steps_per_epoch`, `versions`."""
 
-_REQUIRED = ("model", "optimizer", "step", "best_accuracy", "samples_sha256", "recipe", "dataset")
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "model": dict,
+    "optimizer": dict,
+    "step": int,
+    "best_accuracy": (int, float),
+    "samples_sha256": str,
+    "totals": dict,
+    "train_seconds": (int, float),
+    "recipe": dict,
+    "dataset": dict,
+    "steps_per_epoch": int,
+    "versions": dict,
+}
+_DATASET_TYPES: dict[str, type | tuple[type, ...]] = {
+    "name": str,
+    "class_names": list,
+    "mean": float,
+    "std": float,
+    "sha256": str,
+}
 
 
 def encode(content: Content) -> bytes:
@@ -60,13 +79,22 @@ def decode(data: bytes, name: str) -> Content:
     if damaged:
         raise CheckpointError(f"{name} is damaged: its content does not have the digest it claims")
     if original.is_original(loaded):
-        return original.from_original(loaded, name)
+        loaded = original.from_original(loaded, name)
     if loaded.get("format") != FORMAT:
         raise CheckpointError(f"{name} has format {loaded.get('format')!r}; this version reads {FORMAT}")
-    missing = [key for key in _REQUIRED if key not in loaded]
+    _require_types(loaded, _TYPES, name)
+    _require_types(loaded["dataset"], _DATASET_TYPES, name)
+    return loaded
+
+
+def _require_types(values: dict[Any, Any], types: dict[str, type | tuple[type, ...]], name: str) -> None:
+    """The digest tells that a file is whole, not that we wrote it."""
+    missing = [key for key in types if key not in values]
     if missing:
         raise CheckpointError(f"{name} lacks {', '.join(missing)}")
-    return loaded
+    for key, expected in types.items():
+        if not isinstance(values[key], expected) or isinstance(values[key], bool):
+            raise CheckpointError(f"{name}: its {key} is a {type(values[key]).__name__}")
 
 
 def read_bytes(path: Path) -> bytes:
@@ -76,7 +104,7 @@ def read_bytes(path: Path) -> bytes:
     except IsADirectoryError:
         raise CheckpointError(f"{path} is a folder, not a checkpoint") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+        raise CheckpointError(f"{path}: {reason(error)}") from None
 
 
 def write(path: Path, data: bytes) -> None:

@@ -15,17 +15,18 @@ from .checkpoint import Content, decode, encode, read_bytes, write
 from .classic import Options
 from .config import Run, load_recipe
 from .digest import START_OF_CHAIN
+from .errors import CheckpointError, OutputError, reason
 from .evaluate import evaluate
-from .job import make_gradients, make_model, pack, use_threads
 from .observe import DataProgress, NullSink
 from .optim import make_optimizer
 from .original import to_original
 from .placement import Placement
+from .prepare import make_gradients, make_model, pack, use_threads
 from .process import run_in_group
-from .share import share
+from .share import Data, share
 from .signals import StopSignals
 from .store import NullStore, Pack
-from .train import NO_TOTALS, Job, State, train
+from .train import NO_TOTALS, Job, State, require_same_weights, train
 from .world import World
 
 FOLDER = Path("checkpoints")  # in the current folder, as the original has it
@@ -33,8 +34,8 @@ FOLDER = Path("checkpoints")  # in the current folder, as the original has it
 
 def work(placement: Placement, listener: socket.socket | None, options: Options) -> int:
     """Join the group and run the job in it; the exit code."""
-    without_gpu = not torch.accelerator.is_available()
-    backend = None if without_gpu and options.backend == "nccl" else options.backend
+    without_nccl = options.backend == "nccl" and not torch.cuda.is_available()
+    backend = None if without_nccl else options.backend
 
     def body(world: World, signals: StopSignals) -> None:
         run(world, options, signals)
@@ -56,18 +57,22 @@ def run(world: World, options: Options, signals: StopSignals) -> None:
         shards=max(8, world.size),
     )
     use_threads(world, recipe)
+    content: Content | None = None
+    if options.resume:  # before the data: a missing file is soon told
+        say(f"=> loading checkpoint '{options.resume}'")
+        raw = world.from_rank_zero(lambda: read_bytes(Path(options.resume)))
+        content = decode(raw, options.resume)
     with DataProgress(Console(stderr=True)) as progress:
         data = share(world, lambda: datasets.load("mnist", Path(options.root), progress=progress))
     model, traits = make_model(recipe, len(data.class_names), world)
     batches = Batches(data.train, recipe, data.mean, data.std)
     state = State(model, make_optimizer(recipe, model), step=options.start_epoch * batches.steps_per_epoch)
-    if options.resume:
-        path = Path(options.resume)
-        say(f"=> loading checkpoint '{path}'")
-        content = decode(world.from_rank_zero(lambda: read_bytes(path)), str(path))
-        state.restore(_complete(content, batches.steps_per_epoch), str(path))
-        say(f"=> loaded checkpoint '{path}' (epoch {state.step // batches.steps_per_epoch})")
+    if content is not None:
+        name = options.resume
+        state.restore(_complete(content, batches.steps_per_epoch, data, name), name)
+        say(f"=> loaded checkpoint '{name}' (epoch {state.step // batches.steps_per_epoch})")
     scoring: dict[str, Any] = {"classes": len(data.class_names), "mean": data.mean, "std": data.std}
+    require_same_weights(state, world)
     if options.evaluate:
         result = evaluate(model, data.test, world, precision="fp32", **scoring)
         say(f"test loss: {result.loss:.6f}, test acc: {result.accuracy:.2%}.")
@@ -91,6 +96,8 @@ def run(world: World, options: Options, signals: StopSignals) -> None:
     if state.step < options.epochs * batches.steps_per_epoch:
         signals.arm()
         train(state, job)
+    if state.unsaved:
+        raise OutputError(f"trained, but {state.unsaved}")
 
 
 def explanations(options: Options, world: World) -> list[str]:
@@ -115,7 +122,7 @@ def explanations(options: Options, world: World) -> list[str]:
     return lines
 
 
-class OriginalStore:
+class OriginalStore(NullStore):
     """`checkpoints/checkpoint_{epoch}.pth.tar` after each epoch, the best also as `model_best.pth.tar`.
 
     One saved within an epoch, because the run was asked to stop, is `checkpoint_{epoch}_{step}.pth.tar`.
@@ -133,12 +140,13 @@ class OriginalStore:
             f"checkpoint_{epoch}_{step}.pth.tar" if step else f"checkpoint_{epoch - 1}.pth.tar"
         )
         try:
-            write(path, data := encode(to_original(content)))
-            self._last_good = str(path)
-            if best:
+            data = encode(to_original(content))
+            if best:  # first: see `RunStore.save`
                 write(FOLDER / "model_best.pth.tar", data)
+            write(path, data)
+            self._last_good = str(path)
         except OSError as error:
-            return f"{path} could not be saved: {(error.strerror or str(error)).lower()}"
+            return f"{path} could not be saved: {reason(error)}"
         return None
 
     def last_good(self) -> str:
@@ -168,12 +176,21 @@ class EpochLines:
         """See `observe.Sink`."""
 
 
-def _complete(content: Content, steps_per_epoch: int) -> Content:
-    """What the original's own files lack: it knows epochs, not steps, and keeps no record of samples."""
-    if content["recipe"] is not None:
+def _complete(content: Content, steps_per_epoch: int, data: Data, name: str) -> Content:
+    """A checkpoint as one of this job's: the original knows epochs, not steps, and records no samples.
+
+    Of ours with another batch size only the epoch counts too. Raises `CheckpointError` for one of other
+    data, or of the middle of an epoch that has other steps here.
+    """
+    dataset = content["dataset"]
+    if dataset is not None and dataset["sha256"] != data.sha256:
+        raise CheckpointError(f"{name} is of other data: {dataset['name']} {dataset['sha256'][:12]}…")
+    if content.get("steps_per_epoch") == steps_per_epoch:
         return content
-    rest = {"samples_sha256": START_OF_CHAIN, "train_seconds": 0.0, "epoch_totals": dict(NO_TOTALS)}
-    return {**content, **rest, "step": content["epoch"] * steps_per_epoch}
+    if content["recipe"] is not None and content["step"] % content["steps_per_epoch"]:
+        raise CheckpointError(f"{name} is of the middle of an epoch: go on with the same --batch-size")
+    fresh = {"samples_sha256": START_OF_CHAIN, "train_seconds": 0.0, "totals": dict(NO_TOTALS)}
+    return {**content, **fresh, "step": content["epoch"] * steps_per_epoch}
 
 
 def _say(line: str) -> None:

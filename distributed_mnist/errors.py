@@ -68,6 +68,11 @@ class Interrupted(DmnistError):
     exit_code = 75
 
 
+def reason(error: OSError) -> str:
+    """What the system said, in the middle of a sentence: "no space left on device"."""
+    return (error.strerror or str(error)).lower()
+
+
 def tell(error: BaseException, placement: Placement = ALONE, *, debug: bool = False) -> int:
     """Print an error as one line on standard error, if it is this rank's to tell; its exit code.
 
@@ -76,6 +81,8 @@ def tell(error: BaseException, placement: Placement = ALONE, *, debug: bool = Fa
     if debug:
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt):
+        if placement.rank == 0:
+            _print(placement, "stopped at once; nothing saved since the last checkpoint")
         return 130
     if not isinstance(error, DmnistError):
         what = f"a defect, please report it: {type(error).__name__}: {error} (--debug shows where)"

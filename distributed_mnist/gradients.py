@@ -167,9 +167,10 @@ class DdpGradients:
         self._module: nn.Module = model
         if world.size > 1:
             device_ids = None if world.device.type == "cpu" else [world.device]
-            self._module = DistributedDataParallel(
-                model, device_ids=device_ids, gradient_as_bucket_view=True
-            )
+            with world.speaking("first gradient sum"):
+                self._module = DistributedDataParallel(
+                    model, device_ids=device_ids, gradient_as_bucket_view=True
+                )
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         owned = owned_shards(world.rank, world.size, shards)
         at_once = 1 if one_by_one else micro_batch // shard_size if micro_batch else len(owned)
@@ -179,12 +180,16 @@ class DdpGradients:
         """One step's gradient; see the class."""
         for p in self._parameters:
             p.grad = None
-        for i, shards in enumerate(self._passes):
-            last = i == len(self._passes) - 1
-            with nullcontext() if last or self._world.size == 1 else self._module.no_sync():  # type: ignore[operator]
-                loss = loss_of(self._module, shards)
-                # DDP divides by the number of processes; our loss is already a share of the global one.
-                (self._nothing() if loss is None else loss * self._world.size).backward()
+        with self._world.speaking("gradient sum"):
+            for shards in self._passes[:-1]:
+                with nullcontext() if self._world.size == 1 else self._module.no_sync():  # type: ignore[operator]
+                    self._backward(loss_of, shards)
+            self._backward(loss_of, self._passes[-1])
+
+    def _backward(self, loss_of: LossOf, shards: range) -> None:
+        loss = loss_of(self._module, shards)
+        # DDP divides by the number of processes; our loss is already a share of the global one.
+        (self._nothing() if loss is None else loss * self._world.size).backward()
 
     def _nothing(self) -> Tensor:
         """A loss of zero that depends on every parameter: DDP waits for all of their gradients."""

@@ -5,27 +5,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from . import datasets
 from .batches import Batches
-from .checkpoint import FORMAT, Content, versions
 from .config import Recipe, Run, steps_between
 from .digest import digest
-from .errors import DataError, DmnistError, Interrupted, OutputError, UsageError, WorkerLost
+from .errors import DmnistError, Interrupted, OutputError, WorkerLost
 from .evaluate import Evaluation
-from .folder import open_folder, resume
-from .gradients import DdpGradients, Gradients, TreeGradients
-from .locate import NotFoundError
-from .models import Traits, build, inspect, place
-from .observe import DataProgress, JsonLines, Many, NullSink, Sink, Terminal
+from .folder import described, open_folder, open_store, read_named, refuse_mismatch, resume
+from .models import Traits, find_factory
+from .observe import JsonLines, Many, NullSink, Sink, Terminal
 from .optim import make_optimizer
-from .placement import usable_cores
-from .share import Data, share
+from .prepare import load_data, make_gradients, make_model, oversubscription, pack, use_threads
+from .share import Data
 from .signals import StopSignals
 from .store import write_json
-from .train import Job, State, train
+from .train import Job, State, require_same_weights, train
 from .world import World
 
 
@@ -41,26 +36,37 @@ def run(
     """Train, and return what `--json` prints. `title` is the recipe's name, for people."""
     began = time.perf_counter()
     recipe.check_size(world.size)
+    find_factory(recipe.model)  # what is cheap to refuse is refused before the data is fetched
+    named = read_named(world, options)
     threads = use_threads(world, recipe)
     data = load_data(world, options, console)
-    model, traits = make_model(recipe, len(data.class_names), world)
-    folder, lock = open_folder(world, options, title)
+    model, traits = world.together(lambda: make_model(recipe, len(data.class_names), world))
     batches = Batches(data.train, recipe, data.mean, data.std)
     state = State(model, make_optimizer(recipe, model))
-    early_notices: list[str] = []
+    gradients = make_gradients(recipe, options, world, model, traits)
+    folder, lock = open_folder(world, options, title)
+    notices = oversubscription(world, threads)
+    if recipe.batch_size > len(data.train):
+        notices.append(
+            f"--batch-size {recipe.batch_size} is more than the {len(data.train):,} training images"
+        )
     try:
-        store, resumed_from = resume(world, options, folder, state, recipe, data, early_notices.append)
+        store = open_store(world, options, folder)
+        refuse = partial(refuse_mismatch, recipe=recipe, data=data)
+        resumed = resume(world, options, store, named, state, refuse=refuse, complain=notices.append)
+        require_same_weights(state, world)
+        sink = make_sink(world, folder, console)
+        world.from_rank_zero(lambda: write_json(folder / "config.json", described(recipe, options, data)))
     except DmnistError:
         if lock is not None:
             lock.abandon()
         raise
-    sink = make_sink(world, folder, console)
     job = Job(
         recipe=recipe,
         world=world,
         batches=batches,
         test=data.test,
-        gradients=make_gradients(recipe, options, world, model, traits),
+        gradients=gradients,
         reseed=traits.draws_random_numbers,
         store=store,
         sink=sink,
@@ -75,28 +81,18 @@ def run(
         save_every=steps_between(options.checkpoint_every, batches.steps_per_epoch, "checkpoint_every"),
         eval_every=steps_between(options.eval_every, batches.steps_per_epoch, "eval_every"),
     )
-    lines = describe(world, recipe, data, traits, title, threads, folder)
     total = recipe.epochs * batches.steps_per_epoch
+    lines = describe(world, recipe, data, traits, title, threads, folder)
     sink.log(
         "start", lines=lines, world_size=world.size, step=state.step, steps=total, epochs=recipe.epochs
     )
-    if resumed_from:
-        early_notices.append(f"resumed from {resumed_from} at step {state.step} of {total}")
-    for text in [*early_notices, *oversubscription(world, threads)]:
+    if resumed:
+        notices.append(f"resumed from {resumed} at step {state.step} of {total}")
+    for text in notices:
         sink.log("notice", text=text)
-    images_before, seconds_before = batches.images_before(state.step), state.train_seconds
     signals.arm()
     try:
-        evaluation = train(state, job)
-        images = batches.images_before(state.step) - images_before
-        result = {
-            **outcome(state, recipe, data, evaluation),
-            "world_size": world.size,
-            "device": world.device.type,
-            "images_per_second": images / max(state.train_seconds - seconds_before, 1e-9),
-            "total_seconds": time.perf_counter() - began,
-            "out": str(folder),
-        }
+        result = train_and_sum_up(state, job, data, folder, began)
         sink.log("end", result=result)
     except Interrupted as error:
         raise Interrupted(f"{error}; go on with --resume auto --out {folder}") from None
@@ -110,6 +106,24 @@ def run(
     if state.unsaved:
         raise OutputError(f"trained, but {state.unsaved}")
     return result
+
+
+def train_and_sum_up(state: State, job: Job, data: Data, folder: Path, began: float) -> dict[str, Any]:
+    """Train to the end; what the run came to, and how fast it was since this process started."""
+    steps_before, seconds_before = state.step, state.train_seconds
+    evaluation = train(state, job)
+    images = job.batches.images_before(state.step) - job.batches.images_before(steps_before)
+    seconds_here = state.train_seconds - seconds_before
+    return {
+        **outcome(state, job.recipe, data, evaluation),
+        "world_size": job.world.size,
+        "device": job.world.device.type,
+        "steps_here": state.step - steps_before,
+        "seconds_here": seconds_here,
+        "images_per_second": images / seconds_here if images else None,
+        "total_seconds": time.perf_counter() - began,
+        "out": str(folder),
+    }
 
 
 def outcome(state: State, recipe: Recipe, data: Data, evaluation: Evaluation) -> dict[str, Any]:
@@ -128,92 +142,6 @@ def outcome(state: State, recipe: Recipe, data: Data, evaluation: Evaluation) ->
         "data_sha256": data.sha256,
         "train_seconds": state.train_seconds,
     }
-
-
-def pack(state: State, recipe: Recipe, data: Data, options: Run, steps_per_epoch: int) -> Content:
-    """The checkpoint of this moment."""
-    drawn = {"seed": options.data_seed, "train_size": options.train_size, "test_size": options.test_size}
-    return {
-        "format": FORMAT,
-        **state.to_content(),
-        "recipe": recipe.to_dict(),
-        "dataset": {**data.to_dict(), **(drawn if data.name == "generated" else {})},
-        "steps_per_epoch": steps_per_epoch,
-        "versions": versions(),
-    }
-
-
-def use_threads(world: World, recipe: Recipe) -> int:
-    """Set and return this process's intra-op threads.
-
-    In `tree` it is one: two threads would add in another order. In `ddp` the host's cores are divided.
-    """
-    threads = 1 if recipe.sync == "tree" else max(1, usable_cores() // world.local_size)
-    torch.set_num_threads(threads)
-    if world.device.type == "cuda" and recipe.sync == "tree":
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.benchmark = False
-    return threads
-
-
-def oversubscription(world: World, threads: int) -> list[str]:
-    """A warning if this host's processes have more threads than cores."""
-    wanted, cores = world.local_size * threads, usable_cores()
-    if world.device.type != "cpu" or wanted <= cores:
-        return []
-    return [
-        f"{world.local_size} processes share {cores} cores: same answer, no faster than --nproc {cores}"
-    ]
-
-
-def load_data(world: World, options: Run, console: Console) -> Data:
-    """The run's data set on every rank."""
-
-    def load() -> datasets.Dataset:
-        with DataProgress(console) as progress:
-            return datasets.load(
-                options.dataset,
-                options.data,
-                seed=options.data_seed,
-                train_size=options.train_size,
-                test_size=options.test_size,
-                progress=progress,
-            )
-
-    try:
-        return share(world, load)
-    except NotFoundError as error:
-        raise DataError(
-            f"{error}; give --data DIR, or train on drawn digits: --dataset generated"
-        ) from None
-
-
-def make_model(recipe: Recipe, classes: int, world: World) -> tuple[torch.nn.Module, Traits]:
-    """The model on this rank's device, found fit for exact training."""
-    model = place(build(recipe.model, classes, recipe.seed), world.device)
-    return model, inspect(model, recipe.model, classes, world.device)
-
-
-def make_gradients(
-    recipe: Recipe, options: Run, world: World, model: torch.nn.Module, traits: Traits
-) -> Gradients:
-    """The recipe's way of adding gradients up. Raises `UsageError` if a shard exceeds `--micro-batch`."""
-    shard_size = -(-recipe.batch_size // recipe.shards)
-    if options.micro_batch is not None and options.micro_batch < shard_size:
-        raise UsageError(
-            f"--micro-batch {options.micro_batch}, but a shard has {shard_size} images: use --shards "
-            f"{-(-recipe.batch_size // options.micro_batch)} or more"
-        )
-    if recipe.sync == "tree":
-        return TreeGradients(model, world, recipe.shards)
-    return DdpGradients(
-        model,
-        world,
-        recipe.shards,
-        shard_size=shard_size,
-        one_by_one=traits.draws_random_numbers,
-        micro_batch=options.micro_batch,
-    )
 
 
 def make_sink(world: World, folder: Path, console: Console) -> Sink:

@@ -94,7 +94,7 @@ def _slurm(env: Mapping[str, str]) -> Placement:
             host=env.get("MASTER_ADDR", host),
             ports=_ports(env, name),
             store_prefix=name,
-            own_device="SLURM_GPUS_PER_TASK" in env or "SLURM_TRES_PER_TASK" in env,
+            own_device="SLURM_GPUS_PER_TASK" in env or "gpu" in env.get("SLURM_TRES_PER_TASK", ""),
             launcher="srun",
         ),
         "SLURM_PROCID",

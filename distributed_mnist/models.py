@@ -69,6 +69,8 @@ class Traits:
 
     parameters: int
     draws_random_numbers: bool
+    unused: tuple[str, ...]
+    """Parameters that the logits do not depend on."""
 
 
 def build(name: str, classes: int, seed: int) -> nn.Module:
@@ -77,7 +79,7 @@ def build(name: str, classes: int, seed: int) -> nn.Module:
     `name` is one of `MODELS` or `package.module:factory`, where `factory(classes)` returns a module.
     Raises `UsageError` where there is no such factory or it fails.
     """
-    factory = MODELS.get(name) or _import_factory(name)
+    factory = find_factory(name)
     torch.manual_seed(torch_seed("init", seed))
     try:
         model = factory(classes)
@@ -91,12 +93,17 @@ def build(name: str, classes: int, seed: int) -> nn.Module:
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model on a device, its convolutions' weights with channels last: on CPU twice as fast (see
-    `docs/performance.md`). The layout chooses kernels, and so the last bits: all that runs a model uses this."""
+    """The model on a device, its convolutions' weights with channels last: on CPU twice as fast.
+
+    The layout chooses kernels, and so the last bits: whatever runs a model places it with this.
+    """
     return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _import_factory(name: str) -> Callable[[int], Any]:
+def find_factory(name: str) -> Callable[[int], Any]:
+    """The function that makes models of this name. Raises `UsageError` if there is none."""
+    if name in MODELS:
+        return MODELS[name]
     module_name, _, attribute = name.partition(":")
     if not attribute:
         raise UsageError(
@@ -156,7 +163,20 @@ def inspect(model: nn.Module, name: str, classes: int, device: torch.device) -> 
         raise UsageError(
             f"--model {name}: {why}; batch statistics cannot be trained exactly, use per-sample norms"
         )
-    return Traits(sum(p.numel() for p in model.parameters() if p.requires_grad), draws)
+    model.eval()
+    before = _generator_state(device)
+    pair = torch.cat((first, second))
+    if not torch.equal(model(pair), model(pair)) or not torch.equal(before, _generator_state(device)):
+        raise UsageError(f"--model {name}: it draws random numbers in evaluation")
+    model.train()
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    with torch.enable_grad():
+        total = forward(first, second).float().sum()
+        if not total.requires_grad:
+            raise UsageError(f"--model {name}: its logits do not depend on its parameters")
+        gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
+    unused = tuple(key for key, gradient in zip(trained, gradients, strict=True) if gradient is None)
+    return Traits(sum(p.numel() for p in trained.values()), draws, unused)
 
 
 def _generator_state(device: torch.device) -> Tensor:

@@ -1,14 +1,16 @@
 """A process of a group, from its first line to its exit code."""
 
+import os
 import socket
+import sys
 from collections.abc import Callable
 
 import torch
 
-from .errors import tell
+from .errors import Interrupted, tell
 from .launch import prepare_environment
 from .placement import Placement
-from .signals import StopSignals
+from .signals import StoppedEarly, StopSignals
 from .world import World, choose_device
 
 Body = Callable[[World, StopSignals], None]
@@ -35,6 +37,14 @@ def run_in_group(
         world = World.connect(placement, device=chosen, backend=backend, listener=listener)
         body(world, signals)
         world.close()
+        return 0
+    except StoppedEarly as early:
+        code = tell(Interrupted(str(early)), placement, debug=debug)
     except (Exception, KeyboardInterrupt) as error:
-        return tell(error, placement, debug=debug)
-    return 0
+        code = tell(error, placement, debug=debug)
+    if placement.size > 1:
+        # Not by `return`: the interpreter's end would wait for, or trip over, a group that is broken.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 
-from .errors import LaunchError
+from .errors import LaunchError, reason
 
 _FIRST, _COUNT, _TRIES = 20_000, 10_000, 8  # below the ports that systems hand out by themselves
 
@@ -30,12 +30,28 @@ def announce(ports: tuple[int, ...], job: str, store_port: int) -> None:
         try:
             listener = socket.create_server(("", port), family=family, dualstack_ipv6=dual)
         except OSError as error:
-            problem = error.strerror or str(error)
+            problem = reason(error)
         else:
             greeting = _greeting(job, store_port)
             threading.Thread(target=_answer, args=(listener, greeting), daemon=True).start()
             return
     raise LaunchError(f"none of the ports {', '.join(map(str, ports))} can be opened: {problem}")
+
+
+def wait_for(host: str, port: int, seconds: float) -> None:
+    """Return when something listens there. Raises `LaunchError` after `seconds`.
+
+    The store's own client waits too, but deaf to signals.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise LaunchError(f"nobody listens at {host} port {port}: {reason(error)}") from None
+        time.sleep(0.02)
 
 
 def find(host: str, ports: tuple[int, ...], job: str, seconds: float) -> int:

@@ -42,7 +42,7 @@ class Data:
 def share(world: World, load: Callable[[], Dataset]) -> Data:
     """`load()` on rank 0 only; the same `Data` on every rank. All raise what `load` raises there.
 
-    Raises `DataError` on a rank whose copy arrived different.
+    Raises `DataError` if a copy arrived different.
     """
     loaded: list[Dataset] = []
 
@@ -55,10 +55,9 @@ def share(world: World, load: Callable[[], Dataset]) -> Data:
     meta, shapes, sha256 = world.from_rank_zero(describe)
     mine = _arrays(loaded[0]) if loaded else [np.empty(shape, np.uint8) for shape in shapes]
     tensors = [world.broadcast_(torch.from_numpy(array).to(world.device)) for array in mine]
-    if not loaded and digest([tensor.cpu().numpy() for tensor in tensors]) != sha256:
-        error = DataError("received other data than rank 0 sent: check this host's memory and network")
-        error.on_one_rank = True
-        raise error
+    wrong = world.differing(sha256 if loaded else digest([tensor.cpu().numpy() for tensor in tensors]))
+    if wrong:
+        raise DataError(f"rank {wrong[0]} received other data than was sent: check its memory and network")
     train_images, train_labels, test_images, test_labels = tensors
     return Data(Split(train_images, train_labels), Split(test_images, test_labels), sha256=sha256, **meta)
 

@@ -7,33 +7,36 @@ checkpoint at one common step, and the exit code that says "start me again".
 import signal
 from types import FrameType
 
-from .errors import Interrupted
-
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
+class StoppedEarly(BaseException):
+    """A signal came before there was a state worth saving. No `except Exception` on the way may take it
+    for a failure of its own."""
+
+
 class StopSignals:
-    """Installed for a process's life. Before `arm`, a signal ends the process where it stands."""
+    """Installed for a process's life. Before `arm` the first signal raises `StoppedEarly` where it strikes,
+    afterwards it sets a flag that the loop looks at."""
 
     def __init__(self) -> None:
         self._armed = False
-        self.received: str | None = None
-        """Name of the first signal, once one came."""
+        self._received: str | None = None
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # our launcher blocks them until now
 
     def arm(self) -> None:
-        """From now on there is a state worth saving: a first signal only sets a flag."""
+        """From now on there is a state worth saving."""
         self._armed = True
 
     def requested(self) -> bool:
         """Whether this process was asked to stop."""
-        return self.received is not None
+        return self._received is not None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if not self._armed:
-            raise Interrupted(f"stopped by {name} before the first step; nothing to save")
-        if self.received is not None and number == signal.SIGINT:
+        first, self._received = self._received is None, signal.Signals(number).name
+        if self._armed and not first and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C: the user does not want to wait
-        self.received = self.received or name
+        if not self._armed and first:
+            raise StoppedEarly(f"stopped by {self._received} before there was anything to save")

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -45,6 +46,11 @@ def spawn(nproc: int, target: Target, argument: Any) -> int:
     are then ended.
     """
     context = _context()
+    # Kept for later rather than lost: by us until the workers exist, by them until they can obey, and by
+    # the server they are forked from for good, because a scheduler signals a whole process group and the
+    # server must outlive the workers to tell how they ended.
+    resource_tracker.ensure_running()  # would unblock them when started later
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     listener = socket.create_server(("127.0.0.1", 0))
     workers: list[BaseProcess] = []
     alive_read, alive_write = context.Pipe(duplex=False)
@@ -73,6 +79,7 @@ def spawn(nproc: int, target: Target, argument: Any) -> int:
     for printer in printers:
         printer.start()
     with _signals_passed_on(workers):
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         code = _look_after(workers)
     alive_write.close()
     for printer in printers:
@@ -177,7 +184,7 @@ def _explain(failed: list[tuple[int, BaseProcess]]) -> int:
     for rank, worker in failed:
         if worker.exitcode is not None and worker.exitcode < 0:
             name = signal.Signals(-worker.exitcode).name
-            hint = " (out of memory?)" if name == "SIGKILL" else ""
+            hint = " (out of memory, or by hand)" if name == "SIGKILL" else ""
             _say(f"rank {rank} (pid {worker.pid}) was ended by {name}{hint}")
             return WorkerLost.exit_code
     codes = [worker.exitcode or 0 for _, worker in failed]

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from .aside import flush_folder, remove_leftovers
 from .checkpoint import Content, decode, encode, read_bytes, write
-from .errors import CheckpointError, OutputError
+from .errors import CheckpointError, OutputError, reason
 
 _NAME = re.compile(r"step_(\d+)\.pt")
 
@@ -37,6 +37,14 @@ class Store(Protocol):
         """The newest checkpoint's path, for messages; "none" before the first."""
         ...
 
+    def resumed_from(self, path: str) -> None:
+        """Say which checkpoint the run goes on from: until the next one it is the last good."""
+        ...
+
+    def newest(self, complain: Callable[[str], None]) -> tuple[Path, bytes] | None:
+        """The newest whole checkpoint and its bytes; `complain` hears of each damaged one passed over."""
+        ...
+
 
 class NullStore:
     """Of a rank that writes nothing."""
@@ -49,6 +57,13 @@ class NullStore:
         """Nothing is known here."""
         return "none"
 
+    def resumed_from(self, path: str) -> None:
+        """Nothing."""
+
+    def newest(self, complain: Callable[[str], None]) -> tuple[Path, bytes] | None:
+        """Nothing is known here."""
+        return None
+
 
 class RunStore:
     """`checkpoints/` of a run's folder: `step_00000470.pt` …, of which the newest `keep` stay, and
@@ -60,7 +75,7 @@ class RunStore:
             self._folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self._folder)
         except OSError as error:
-            raise OutputError(f"{self._folder}: {(error.strerror or str(error)).lower()}") from None
+            raise OutputError(f"{self._folder}: {reason(error)}") from None
         self._last_good = "none"
 
     def save(self, pack: Pack, *, best: bool) -> str | None:
@@ -69,21 +84,27 @@ class RunStore:
         path = self._folder / f"step_{content['step']:08d}.pt"
         try:
             data = encode(content)
-            write(path, data)
-            self._last_good = str(path)
+            # The best first: the other file says that this accuracy was reached, and must not say so while
+            # nothing holds its weights.
             if best:
                 write(self._folder / "best.pt", data)
+            write(path, data)
+            self._last_good = str(path)
             self._prune(path)
         except OSError as error:
-            return f"{path} could not be saved: {(error.strerror or str(error)).lower()}"
+            return f"{path} could not be saved: {reason(error)}"
         return None
 
     def last_good(self) -> str:
         """See `Store`."""
         return self._last_good
 
+    def resumed_from(self, path: str) -> None:
+        """See `Store`."""
+        self._last_good = path
+
     def newest(self, complain: Callable[[str], None]) -> tuple[Path, bytes] | None:
-        """The newest whole checkpoint and its bytes; `complain` hears of each damaged one passed over."""
+        """See `Store`."""
         for path in reversed(checkpoints_in(self._folder)):
             try:
                 data = read_bytes(path)
@@ -91,7 +112,6 @@ class RunStore:
             except CheckpointError as error:
                 complain(f"{error}; trying the one before it")
             else:
-                self._last_good = str(path)
                 return path, data
         return None
 
@@ -128,14 +148,16 @@ class RunLock:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+")
         except OSError as error:
-            raise OutputError(f"--out {folder}: {(error.strerror or str(error)).lower()}") from None
+            raise OutputError(f"--out {folder}: {reason(error)}") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as error:
             self._file.seek(0)
             owner = self._file.read().strip() or "unknown"
             self._file.close()
-            raise OutputError(f"--out {folder} is in use by a live run ({owner})") from None
+            if isinstance(error, BlockingIOError):
+                raise OutputError(f"--out {folder} is in use by a live run ({owner})") from None
+            raise OutputError(f"--out {folder} cannot be locked: {reason(error)}") from None
         self._file.truncate(0)
         self._file.write(f"pid {os.getpid()} on {socket.gethostname()}")
         self._file.flush()
@@ -156,4 +178,4 @@ def write_json(path: Path, value: object) -> None:
     try:
         write(path, (json.dumps(value, indent=2) + "\n").encode())
     except OSError as error:
-        raise OutputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+        raise OutputError(f"{path}: {reason(error)}") from None

@@ -1,5 +1,6 @@
 """The loop. A run is a function of the step: resuming is the same range with another start."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from .batches import Batches, Split
 from .checkpoint import Content, load_optimizer, load_weights
 from .config import Recipe
-from .digest import START_OF_CHAIN
+from .digest import START_OF_CHAIN, digest
 from .errors import Interrupted, TrainingError
 from .evaluate import Evaluation, evaluate, forward
 from .gradients import Gradients
@@ -41,8 +42,8 @@ class State:
     """Spent in steps, evaluation and saving left out."""
     unsaved: str | None = None
     """What went wrong with the latest checkpoint, where one could not be written."""
-    epoch_totals: dict[str, float] = field(default_factory=lambda: dict(NO_TOTALS))
-    """Of the running epoch: sum of losses, hits, images."""
+    totals: dict[str, float] = field(default_factory=lambda: dict(NO_TOTALS))
+    """Since the last evaluation: sum of losses, hits, images."""
 
     def to_content(self) -> Content:
         """The part of a checkpoint that is state."""
@@ -53,7 +54,7 @@ class State:
             "best_accuracy": self.best_accuracy,
             "samples_sha256": self.samples_sha256,
             "train_seconds": self.train_seconds,
-            "epoch_totals": dict(self.epoch_totals),
+            "totals": dict(self.totals),
         }
 
     def restore(self, content: Content, name: str) -> None:
@@ -64,7 +65,7 @@ class State:
         self.best_accuracy = content["best_accuracy"]
         self.samples_sha256 = content["samples_sha256"]
         self.train_seconds = content["train_seconds"]
-        self.epoch_totals = dict(content["epoch_totals"])
+        self.totals = dict(content["totals"])
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,9 @@ def train(state: State, job: Job) -> Evaluation:
     recipe, world = job.recipe, job.world
     total = recipe.epochs * job.batches.steps_per_epoch
     lr_at = make_schedule(recipe, job.batches.steps_per_epoch)
-    room = max(1, min(256, 2**20 // recipe.batch_size))  # steps a ledger holds: at most 8 MiB of sample ids
-    ledger = Ledger(room, recipe.batch_size, recipe.shards, world.device)
+    largest = job.batches.size(0)
+    room = max(1, min(256, 2**20 // largest))  # steps a ledger holds: about 8 MiB of sample ids
+    ledger = Ledger(room, largest, recipe.shards, world.device)
     pace = Pace(world, state.step, room)
     result = None
     state.model.train()
@@ -123,7 +125,9 @@ def train(state: State, job: Job) -> Evaluation:
         if saving or stopping or best:
             save(state, job, best=best)
         if stopping:
-            raise Interrupted(f"stopped by a signal after step {state.step} of {total}, checkpoint saved")
+            world.barrier()  # nobody leaves before the checkpoint is on disk: a launcher would end the rest
+            saved = f"but {state.unsaved}" if state.unsaved else "checkpoint saved"
+            raise Interrupted(f"stopped by a signal after step {state.step} of {total}, {saved}")
         pace.start()
     return result or evaluate(state.model, job.test, world, **job.evaluation)
 
@@ -150,8 +154,21 @@ def train_step(state: State, job: Job, ledger: Ledger, step: int) -> None:
     state.optimizer.step()
 
 
+def require_same_weights(state: State, world: World) -> None:
+    """Raise `TrainingError` naming the ranks whose weights are not rank 0's: the promise, looked at.
+
+    Bad memory, another processor, or a model whose factory rolls its own dice would break it silently.
+    """
+    if world.size > 1 and (ranks := world.differing(digest(dict(state.model.state_dict())))):
+        raise TrainingError(
+            f"rank {', '.join(map(str, ranks))} holds other weights than rank 0 after step {state.step}: "
+            "the model is random by other means than torch's generator, or that host computes differently"
+        )
+
+
 def save(state: State, job: Job, *, best: bool) -> None:
     """Write a checkpoint; one that cannot be written is reported and costs safety, not the run."""
+    require_same_weights(state, job.world)
     state.unsaved = job.store.save(job.pack, best=best)
     if state.unsaved:
         text = f"{state.unsaved}; training goes on, last good checkpoint: {job.store.last_good()}"
@@ -169,7 +186,12 @@ def close_page(state: State, job: Job, ledger: Ledger, seconds: float, lr: float
             f"the loss is not finite at step {bad + 1}: a smaller --lr may help; last good checkpoint: "
             f"{job.store.last_good()}"
         )
-    totals = state.epoch_totals
+    if not all(bool(parameter.isfinite().all()) for parameter in state.model.parameters()):
+        raise TrainingError(
+            f"the weights are not finite after step {state.step}: a smaller --lr may help; last good "
+            f"checkpoint: {job.store.last_good()}"
+        )
+    totals = state.totals
     totals["loss"] += page.loss_sum
     totals["correct"] += page.correct
     totals["images"] += page.images
@@ -186,10 +208,12 @@ def close_page(state: State, job: Job, ledger: Ledger, seconds: float, lr: float
 
 
 def log_evaluation(state: State, job: Job, result: Evaluation) -> bool:
-    """Report an evaluation; whether it is the best so far. At an epoch's end, start new totals."""
+    """Report an evaluation and start new totals; whether it is the best so far."""
+    if not math.isfinite(result.loss):
+        raise TrainingError(f"the test loss is not finite after step {state.step}: a smaller --lr may help")
     best = result.accuracy > state.best_accuracy
     state.best_accuracy = max(state.best_accuracy, result.accuracy)
-    totals = state.epoch_totals
+    totals, state.totals = state.totals, dict(NO_TOTALS)
     job.sink.log(
         "evaluation",
         step=state.step,
@@ -201,6 +225,4 @@ def log_evaluation(state: State, job: Job, result: Evaluation) -> bool:
         test_images=result.images,
         best=best,
     )
-    if state.step % job.batches.steps_per_epoch == 0:
-        state.epoch_totals = dict(NO_TOTALS)
     return best

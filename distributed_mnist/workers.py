@@ -40,7 +40,14 @@ def evaluate(placement: Placement, listener: socket.socket | None, command: Eval
 
     def body(world: World, signals: StopSignals) -> None:
         console = make_console(stderr=command.json)
-        result = assess.run(world, command.checkpoint, command.dataset, command.data, console)
+        result = assess.run(
+            world,
+            command.checkpoint,
+            model=command.model,
+            dataset=command.dataset,
+            folder=command.data,
+            console=console,
+        )
         if command.json and world.rank == 0:
             print_json(result)
 

@@ -8,6 +8,7 @@ import contextlib
 import pickle
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, Self, TypeVar
@@ -31,7 +32,7 @@ class World:
     """One process's view of its group: who it is, its device, and the collectives.
 
     Attributes: `rank`, `size`, `local_rank`, `local_size`, `device`, `backend` ("gloo", "nccl", "xccl" or
-    "none"), `launcher`. Every method named below must be called by all ranks in the same order. A peer
+    "none"), `launcher`. Every method but `close` must be called by all ranks in the same order. A peer
     that dies makes them raise `WorkerLost`.
     """
 
@@ -47,19 +48,19 @@ class World:
         placement: Placement,
         *,
         backend: str | None = None,
-        device: torch.device | None = None,
+        device: torch.device,
         listener: socket.socket | None = None,
     ) -> Self:
-        """Choose the device, meet the other ranks, and return the group.
+        """Meet the other ranks and return the group.
 
         `listener` is a bound and listening socket for rank 0's store, where a launcher of ours holds one.
-        Raises `LaunchError` if there are more processes than devices or the others cannot be met.
+        Raises `LaunchError` if the others cannot be met.
         """
-        device = device or choose_device(placement)
         if placement.size == 1:
             return cls(placement, device, "none")
         backend = backend or _backend_for(device)
         store = dist.PrefixStore(placement.store_prefix, _meet(placement, listener))
+        _wait_for_all(store, placement)
         bind = device if device.type != "cpu" else None
         try:
             dist.init_process_group(
@@ -88,14 +89,14 @@ class World:
         place, at most one rank's is not zero. That is how the program keeps its sums exact.
         """
         if self.size > 1:
-            with self._speaking("sum"):
+            with self.speaking("sum"):
                 dist.all_reduce(tensor)
         return tensor
 
     def max_(self, tensor: Tensor) -> Tensor:
         """The largest of the ranks' values in each place, in place, on every rank."""
         if self.size > 1:
-            with self._speaking("maximum"):
+            with self.speaking("maximum"):
                 dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 
@@ -104,7 +105,7 @@ class World:
         if self.size == 1:
             return tensor.unsqueeze(0)
         gathered = tensor.new_empty((self.size, *tensor.shape))
-        with self._speaking("gather"):
+        with self.speaking("gather"):
             dist.all_gather(list(gathered.unbind()), tensor.contiguous())
         return gathered
 
@@ -113,56 +114,76 @@ class World:
         if self.size == 1:
             return tensor
         received = torch.empty_like(tensor)
-        with self._speaking("exchange"):
+        with self.speaking("exchange"):
             dist.all_to_all_single(received, tensor)
         return received
 
-    def broadcast_(self, tensor: Tensor) -> Tensor:
-        """Rank 0's values, in place, on every rank."""
+    def broadcast_(self, tensor: Tensor, src: int = 0) -> Tensor:
+        """Rank `src`'s values, in place, on every rank."""
         if self.size > 1:
-            with self._speaking("broadcast"):
-                dist.broadcast(tensor, src=0)
+            with self.speaking("broadcast"):
+                dist.broadcast(tensor, src=src)
         return tensor
 
-    def broadcast_bytes(self, data: bytes | None) -> bytes:
-        """Rank 0's bytes on every rank; the others pass None."""
+    def broadcast_bytes(self, data: bytes | None, src: int = 0) -> bytes:
+        """Rank `src`'s bytes on every rank; what the others pass is ignored."""
         if self.size == 1:
             return data or b""
-        length = torch.tensor([len(data or b"")], device=self.device)
-        self.broadcast_(length)
+        own = data if self.rank == src and data else b""
+        length = self.broadcast_(torch.tensor([len(own)], device=self.device), src)
         buffer = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
-        if self.rank == 0 and data:
-            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        if own:
+            buffer.copy_(torch.frombuffer(bytearray(own), dtype=torch.uint8))
         if len(buffer):
-            self.broadcast_(buffer)
+            self.broadcast_(buffer, src)
         return buffer.cpu().numpy().tobytes()
 
-    def from_rank_zero(self, make: Callable[[], T]) -> T:
-        """Call `make` on rank 0 alone and return its (picklable) result on every rank.
+    def _broadcast_object(self, value: Any, src: int) -> Any:
+        # Pickle is safe here: it comes from a process of our own group.
+        return pickle.loads(self.broadcast_bytes(pickle.dumps(value), src))
 
-        An expected error there is raised on every rank, so that all stop for the same reason instead of
-        waiting for one that left.
+    def together(self, make: Callable[[], T]) -> T:
+        """Call `make` on every rank and return this rank's result; if it fails on any rank, all raise.
+
+        The rank that failed raises its own error, the others the first failed rank's with its number, so
+        all stop for the same reason instead of waiting for one that left.
         """
-        if self.size == 1:
-            return make()
-        outcome: tuple[str, Any] = ("", None)
-        if self.rank == 0:
-            try:
-                outcome = ("result", make())
-            except DmnistError as error:
-                outcome = ("error", error)
-        data = pickle.dumps(outcome) if self.rank == 0 else None
-        kind, value = pickle.loads(self.broadcast_bytes(data))
-        if kind == "error":
-            raise value
-        return value
+        result: T | None = None
+        failure: Exception | None = None
+        try:
+            result = make()
+        except Exception as error:
+            failure = error
+        if self.size > 1:
+            mine = torch.tensor([int(failure is not None)], device=self.device)
+            failed = self.gather(mine).flatten().nonzero().flatten().tolist()
+            if failed:
+                # Collective, so also for those who have an error of their own to raise.
+                kind, text = self._broadcast_object(_described(failure), src=failed[0])
+                where = f"rank {failed[0]}: " if failed[0] else ""  # rank 0 is who tells it
+                failure = failure or kind(f"{where}{text}")
+        if failure is not None:
+            raise failure
+        return result  # type: ignore[return-value]
+
+    def from_rank_zero(self, make: Callable[[], T]) -> T:
+        """Call `make` on rank 0 alone and return its (picklable) result on every rank, or its failure."""
+        value = self.together(lambda: make() if self.rank == 0 else None)
+        return value if self.size == 1 else self._broadcast_object(value, src=0)  # type: ignore[return-value]
+
+    def differing(self, sha256: str) -> list[int]:
+        """The ranks that call this with another digest than rank 0."""
+        mine = torch.frombuffer(bytearray.fromhex(sha256), dtype=torch.uint8).to(self.device)
+        everyone = self.gather(mine)
+        return (everyone != everyone[0]).any(dim=1).nonzero().flatten().tolist()
 
     def barrier(self) -> None:
         """Return when every rank has come here."""
         self.sum_(torch.zeros(1, device=self.device))
 
     @contextlib.contextmanager
-    def _speaking(self, what: str) -> Iterator[None]:
+    def speaking(self, what: str) -> Iterator[None]:
+        """Around whatever talks to other ranks: a backend's complaint of a lost one is `WorkerLost`."""
         try:
             yield
         except RuntimeError as error:
@@ -184,10 +205,12 @@ def choose_device(placement: Placement) -> torch.device:
     count = torch.accelerator.device_count()
     index = 0 if placement.own_device and count == 1 else placement.local_rank
     if index >= count or (placement.local_size > count and not placement.own_device):
-        raise LaunchError(
+        error = LaunchError(
             f"{placement.local_size} processes on this host but {count} {kind.type.upper()} device"
-            f"{'s' if count > 1 else ''}: start at most {count}, or hide the devices with --device cpu"
+            f"{'s' if count > 1 else ''}: start at most {count}"
         )
+        error.on_one_rank = False  # the others find the same
+        raise error
     torch.accelerator.set_device_index(index)
     return torch.device(kind.type, index)
 
@@ -208,6 +231,8 @@ def _meet(placement: Placement, listener: socket.socket | None) -> dist.Store:
         if listener is not None and serve:
             return _store(placement, listener.getsockname()[1], serve=True, listen_fd=listener.detach())
         if not derived:
+            if not serve:
+                rendezvous.wait_for(placement.host, placement.ports[0], MEETING_SECONDS)
             return _store(placement, placement.ports[0], serve=serve)
         if serve:
             store = _store(placement, 0, serve=True)
@@ -218,6 +243,30 @@ def _meet(placement: Placement, listener: socket.socket | None) -> dist.Store:
     except (RuntimeError, ValueError) as error:
         where = f"{placement.host}, port {placement.ports[0]}"
         raise LaunchError(f"cannot meet the group at {where}: {_reason(error)}") from error
+
+
+def _wait_for_all(store: dist.Store, placement: Placement) -> None:
+    """Return when every rank has come to the store. Raises `LaunchError` naming those that have not.
+
+    The backend would wait as well, but inside of C++, where no signal is heard, and would name nobody.
+    """
+    store.set(f"here/{placement.rank}", "")
+    missing = [f"here/{rank}" for rank in range(placement.size)]
+    deadline = time.monotonic() + MEETING_SECONDS
+    while not store.check(missing):
+        if time.monotonic() > deadline:
+            absent = ", ".join(key.partition("/")[2] for key in missing if not store.check([key]))
+            raise LaunchError(
+                f"still missing at {placement.host} after {MEETING_SECONDS:.0f} s: rank {absent}"
+            )
+        time.sleep(0.01)
+
+
+def _described(error: Exception | None) -> tuple[type[DmnistError], str]:
+    """An error as another rank can raise it: its text, and its class where that takes just a text."""
+    if isinstance(error, DmnistError):
+        return type(error), str(error)
+    return DmnistError, f"{type(error).__name__}: {error}"
 
 
 def _store(placement: Placement, port: int, *, serve: bool, listen_fd: int | None = None) -> dist.TCPStore:

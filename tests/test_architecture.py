@@ -21,7 +21,7 @@ ORDER: Sequence[str] = """
     gradients ledger evaluate pace
     original checkpoint store observe share
     train
-    process folder job assess
+    process folder prepare job assess
     flags workers
     classic classic_job
     preload cli __main__ __init__

@@ -58,7 +58,7 @@ def content(**changes: Any) -> dict[str, Any]:
         "step": 2,
         "best_accuracy": 0.1 + 0.2,
         "samples_sha256": "ab" * 32,
-        "epoch_totals": {"loss": 1.5, "correct": 3, "images": 8},
+        "totals": {"loss": 1.5, "correct": 3, "images": 8},
         "train_seconds": 0.25,
         "recipe": Recipe().to_dict(),
         "dataset": {

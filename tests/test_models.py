@@ -73,7 +73,8 @@ class FunctionalDropout(Flat):
 
 class Noise(Flat):
     def forward(self, images: Tensor) -> Tensor:
-        return self.fc(images.flatten(1)) + torch.randn(len(images), 1)
+        logits = self.fc(images.flatten(1))
+        return logits + torch.randn(len(images), 1) if self.training else logits
 
 
 class Pair(Flat):
@@ -119,7 +120,7 @@ def test_the_number_of_parameters_in_the_docstring_is_true(name: str) -> None:
     model = build(name, 10, seed=0)
     counted = sum(p.numel() for p in model.parameters())
     assert counted == int(stated[1].replace(",", ""))
-    assert inspect(model, name, 10, CPU) == Traits(counted, draws_random_numbers=False)
+    assert inspect(model, name, 10, CPU) == Traits(counted, draws_random_numbers=False, unused=())
 
 
 @pytest.mark.parametrize("name", MODELS)

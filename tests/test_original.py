@@ -86,10 +86,10 @@ def ours() -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Any]]:
         "step": 14,
         "best_accuracy": 0.9213,
         "samples_sha256": "ab" * 32,
-        "epoch_totals": {"loss": 0.0, "correct": 0, "images": 0},
+        "totals": {"loss": 0.0, "correct": 0, "images": 0},
         "train_seconds": 1.5,
         "recipe": CLASSIC.to_dict(),
-        "dataset": {"name": "mnist", "sha256": "cd"},
+        "dataset": {"name": "mnist", "class_names": [], "mean": 0.1, "std": 0.3, "sha256": "cd"},
         "steps_per_epoch": 7,
         "versions": {"torch": "2"},
     }

@@ -26,8 +26,12 @@ def pack(step: int) -> Callable[[], dict[str, Any]]:
         "step": step,
         "best_accuracy": 0.5,
         "samples_sha256": "ab",
+        "totals": {},
+        "train_seconds": 0.5,
         "recipe": {},
-        "dataset": {},
+        "dataset": {"name": "idx", "class_names": [], "mean": 0.1, "std": 0.3, "sha256": "cd"},
+        "steps_per_epoch": 9,
+        "versions": {},
     }
 
 
@@ -95,6 +99,7 @@ def test_the_newest_is_found(tmp_path: Path) -> None:
     reader = RunStore(tmp_path, 3)
     found = reader.newest(silence)
     assert found == (file(tmp_path, 11), encode(pack(11)()))
+    reader.resumed_from(str(found[0]))
     assert reader.last_good() == str(file(tmp_path, 11))
 
 

@@ -1,0 +1,108 @@
+"""What a run is made of, each part from the recipe and the world: threads, data, model, gradient sums."""
+
+
+import torch
+from rich.console import Console
+
+from . import datasets
+from .checkpoint import FORMAT, Content, versions
+from .config import Recipe, Run
+from .errors import DataError, UsageError
+from .gradients import DdpGradients, Gradients, TreeGradients
+from .locate import NotFoundError
+from .models import Traits, build, inspect, place
+from .observe import DataProgress
+from .placement import usable_cores
+from .share import Data, share
+from .train import State
+from .world import World
+
+
+def use_threads(world: World, recipe: Recipe) -> int:
+    """Set and return this process's intra-op threads.
+
+    In `tree` it is one: two threads would add in another order. In `ddp` the host's cores are divided.
+    """
+    threads = 1 if recipe.sync == "tree" else max(1, usable_cores() // world.local_size)
+    torch.set_num_threads(threads)
+    if world.device.type == "cuda" and recipe.sync == "tree":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+    return threads
+
+
+def oversubscription(world: World, threads: int) -> list[str]:
+    """A warning if this host's processes have more threads than cores."""
+    wanted, cores = world.local_size * threads, usable_cores()
+    if world.device.type != "cpu" or wanted <= cores:
+        return []
+    return [
+        f"{world.local_size} processes share {cores} cores: same answer, slower than --nproc {cores}"
+    ]
+
+
+def load_data(world: World, options: Run, console: Console) -> Data:
+    """The run's data set on every rank."""
+
+    def load() -> datasets.Dataset:
+        with DataProgress(console) as progress:
+            return datasets.load(
+                options.dataset,
+                options.data,
+                seed=options.data_seed,
+                train_size=options.train_size,
+                test_size=options.test_size,
+                progress=progress,
+            )
+
+    try:
+        return share(world, load)
+    except NotFoundError as error:
+        raise DataError(
+            f"{error}; give --data DIR, or train on drawn digits: --dataset generated"
+        ) from None
+
+
+def make_model(recipe: Recipe, classes: int, world: World) -> tuple[torch.nn.Module, Traits]:
+    """The model on this rank's device, found fit for exact training."""
+    model = place(build(recipe.model, classes, recipe.seed), world.device)
+    return model, inspect(model, recipe.model, classes, world.device)
+
+
+def make_gradients(
+    recipe: Recipe, options: Run, world: World, model: torch.nn.Module, traits: Traits
+) -> Gradients:
+    """The recipe's way of adding gradients up. Raises `UsageError` if a shard exceeds `--micro-batch`."""
+    if recipe.sync == "ddp" and traits.unused:
+        raise UsageError(
+            f"--model {recipe.model}: its {traits.unused[0]} is never used; ddp needs all to be"
+        )
+    shard_size = -(-recipe.batch_size // recipe.shards)
+    if options.micro_batch is not None and options.micro_batch < shard_size:
+        raise UsageError(
+            f"--micro-batch {options.micro_batch}, but a shard has {shard_size} images: use --shards "
+            f"{-(-recipe.batch_size // options.micro_batch)} or more"
+        )
+    if recipe.sync == "tree":
+        return TreeGradients(model, world, recipe.shards)
+    return DdpGradients(
+        model,
+        world,
+        recipe.shards,
+        shard_size=shard_size,
+        one_by_one=traits.draws_random_numbers,
+        micro_batch=options.micro_batch,
+    )
+
+
+def pack(state: State, recipe: Recipe, data: Data, options: Run, steps_per_epoch: int) -> Content:
+    """The checkpoint of this moment."""
+    drawn = {"seed": options.data_seed, "train_size": options.train_size, "test_size": options.test_size}
+    return {
+        "format": FORMAT,
+        **state.to_content(),
+        "recipe": recipe.to_dict(),
+        "dataset": {**data.to_dict(), **(drawn if data.name == "generated" else {})},
+        "steps_per_epoch": steps_per_epoch,
+        "versions": versions(),
+    }
