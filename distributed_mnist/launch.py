@@ -21,8 +21,8 @@ _MPICH = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Roughly, on one core, forward and backward; and the work in a step below which a second process costs more
 # than it saves. Only used to choose a default: see docs/performance.md.
-_MICROSECONDS_PER_IMAGE = {"linear": 3, "mlp": 20, "cnn": 120}
-_WORTH_A_PROCESS = 1_000
+_MICROSECONDS_PER_IMAGE = {"linear": 3, "mlp": 10, "cnn": 120}
+_WORTH_A_PROCESS = 1_500
 
 
 def detect(env: Mapping[str, str] = os.environ) -> Placement | None:
