@@ -6,8 +6,7 @@ BIN := $(VENV)/bin
 # On Linux without a GPU this spares you the CUDA build of torch, several gigabytes:
 #   make train TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
-PIP := $(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt \
-	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+PIP := $(BIN)/pip install --disable-pip-version-check --quiet
 
 .PHONY: setup train test lint format clean
 
@@ -31,14 +30,18 @@ format: $(VENV)/installed-dev
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
+# With TORCH_INDEX, torch comes from that index and the rest from the usual one, in two calls: asked about both
+# at once, pip takes whichever has the newer version of anything. The second call brings what came along with
+# torch to the tested versions.
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or later is needed: make PYTHON=python3.12 ..."; exit 1; }
 	@echo "Setting up $(VENV), once: this takes a minute or more."
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) -e .
+	@$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) $$(grep '^torch==' constraints.txt))
+	@$(PIP) -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	@$(PIP) -e '.[dev]'
+	@$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@

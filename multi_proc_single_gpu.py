@@ -10,13 +10,36 @@ Nothing to uncomment: whether a launcher started this process is seen from its e
 
 import argparse
 import sys
+from importlib.util import find_spec
 
-from distributed_mnist import classic
-from distributed_mnist.errors import DmnistError, tell
+from distributed_mnist.errors import LaunchError, tell
+
+_NEEDED = ("torch", "numpy", "rich", "requests", "tyro")
 
 
 def main() -> int:
-    """Parse the original's flags and run its job; the exit code."""
+    """Run the original's job; the exit code."""
+    try:
+        return _run(_parser().parse_args())
+    except (Exception, KeyboardInterrupt) as error:
+        return tell(error)
+
+
+def _run(flags: argparse.Namespace) -> int:
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        are = "are" if missing[1:] else "is"
+        raise LaunchError(
+            f"{', '.join(missing)} {are} not installed for this python: run `make setup`, then "
+            ".venv/bin/python multi_proc_single_gpu.py ..."
+        )
+    from distributed_mnist import classic  # noqa: PLC0415 - needs what was looked for above
+
+    return classic.main(classic.Options(**vars(flags)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The original's flags."""
     parser = argparse.ArgumentParser(description="Train a linear classifier on MNIST.")
     add = parser.add_argument
     add(
@@ -56,10 +79,7 @@ def main() -> int:
     add("-s", "--world-size", type=int, default=1, help="processes to start (default: 1)")
     add("-r", "--rank", type=int, help="no longer needed: ranks are given out")
     add("--seed", type=int, default=0, help="key of everything random (default: 0)")
-    try:
-        return classic.main(classic.Options(**vars(parser.parse_args())))
-    except DmnistError as error:
-        return tell(error)
+    return parser
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 Addresses and MD5s (of the `.gz` files) are those of torchvision's `datasets/mnist.py`. MNIST's files are
 known by the SHA-256 of their content instead, because its mirrors compress them differently. A table and
-nothing else: what is done with it is in `locate`, `download` and `datasets`.
+the names in it: what is done with it is in `locate`, `download` and `datasets`.
 """
 
+import difflib
 import string
 from dataclasses import dataclass
 from typing import Literal, get_args
+
+from .errors import UsageError
 
 Role = Literal["train_images", "train_labels", "test_images", "test_labels"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -192,3 +195,16 @@ ENTRIES: dict[str, Entry] = {
         Entry(name="idx", folder="MNIST", files=_plain(*MNIST_NAMES)),
     )
 }
+
+NAMES = (*ENTRIES, "generated", "auto")
+"""Every data set there is; `auto` is MNIST if it can be had, else generated digits."""
+
+
+def require_name(name: str, *, files: bool = False) -> None:
+    """Raise `UsageError`, with the names there are, for no data set; with `files` also for a drawn one."""
+    if files and name == "generated":
+        raise UsageError("generated digits are drawn when they are needed: they have no files")
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, 1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(f"there is no data set {name!r}; {meant}there are {', '.join(NAMES)}")

@@ -1,19 +1,26 @@
 """The `dmnist` command: from flags to what each command does. Heavy imports wait until one is needed."""
 
 import dataclasses
+import importlib.metadata
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import DataError, UsageError, tell
 from .flags import Check, Evaluate, Fetch, Generate, Train, parse
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The `dmnist` command. Ends the process with a documented exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        if arguments == ["--version"]:
+            sys.stdout.write(f"dmnist {_version('distributed-mnist')}, torch {_version('torch')}\n")
+            sys.exit(0)
         command = parse(arguments)
         code = _COMMANDS[type(command)](command)
     except (Exception, KeyboardInterrupt) as error:
@@ -42,15 +49,17 @@ def _evaluate(command: Evaluate) -> int:
 
 def _fetch(command: Fetch) -> int:
     from . import datasets
-    from .observe import DataProgress, make_console
+    from .observe import DataProgress, make_console, print_json
 
-    console = make_console()
+    console = make_console(stderr=command.json)
     with DataProgress(console) as progress:
         paths = datasets.fetch(
             command.dataset, command.data, mirrors=command.mirror or None, progress=progress
         )
-    for path in paths:
-        console.print(path, highlight=False, soft_wrap=True)
+    if command.json:
+        print_json({"dataset": command.dataset, "paths": [str(path) for path in paths]})
+    else:
+        _print_lines(console, [str(path) for path in paths])
     return 0
 
 
@@ -58,25 +67,37 @@ def _check(command: Check) -> int:
     from . import datasets
     from .observe import make_console, print_json
 
-    findings = datasets.check(command.dataset, command.data)
     console = make_console(stderr=command.json)
-    for finding in findings:
-        colour = "green" if finding.ok else "red"
-        rows = "-" if finding.rows is None else f"{finding.rows:,}"
-        console.print(
-            f"[{colour}]{finding.verdict}[/]  {rows} rows  {finding.path}", highlight=False, soft_wrap=True
-        )
-    plain = [{**dataclasses.asdict(finding), "path": str(finding.path)} for finding in findings]
+    with console.status(f"reading {command.dataset} in {command.data}"):
+        findings = datasets.check(command.dataset, command.data)
     if command.json:
+        plain = [{**dataclasses.asdict(finding), "path": str(finding.path)} for finding in findings]
         print_json({"dataset": command.dataset, "files": plain})
-    return 0 if all(finding.ok for finding in findings) else DataError.exit_code
+    else:
+        paths = [str(finding.path) for finding in findings]
+        rows = ["-" if finding.rows is None else f"{finding.rows:,}" for finding in findings]
+        wide, high = max(map(len, paths)), max(map(len, rows))
+        lines = [
+            (
+                f"{path:<{wide}}  {count:>{high}} rows  ",
+                finding.verdict,
+                "green" if finding.ok else "bold red",
+            )
+            for path, count, finding in zip(paths, rows, findings, strict=True)
+        ]
+        _print_lines(console, lines)
+    bad = [finding for finding in findings if not finding.ok]
+    if bad:
+        of = f"{len(bad)} of {len(findings)} files of {command.dataset} cannot be used"
+        raise DataError(f"{of}: {', '.join(str(finding.path) for finding in bad)}")
+    return 0
 
 
 def _generate(command: Generate) -> int:
     from . import datasets
-    from .observe import DataProgress, make_console
+    from .observe import DataProgress, make_console, print_json
 
-    console = make_console()
+    console = make_console(stderr=command.json)
     with DataProgress(console) as progress:
         drawn = datasets.load(
             "generated",
@@ -86,9 +107,34 @@ def _generate(command: Generate) -> int:
             test_size=command.test_size,
             progress=progress,
         )
-    for path in datasets.write(drawn, command.out):
-        console.print(path, highlight=False, soft_wrap=True)
+        paths = [str(path) for path in datasets.write(drawn, command.out, progress)]
+    if command.json:
+        from .digest import digest  # imports torch, a second or two
+
+        sizes = {"train_size": command.train_size, "test_size": command.test_size}
+        sha256 = digest(list(drawn.arrays().values()))  # as a run on these files tells it
+        plain = {"dataset": "generated", **sizes, "data_seed": command.data_seed, "data_sha256": sha256}
+        print_json({**plain, "paths": paths})
+    else:
+        told = f"{command.train_size:,} + {command.test_size:,} images drawn with seed {command.data_seed}"
+        _print_lines(console, [*paths, f"{told}: use them with --dataset idx --data {command.out}"])
     return 0
+
+
+def _print_lines(console: "Console", lines: Sequence[str | tuple[str, str, str]]) -> None:
+    """Whole lines, as they are: text, or text and a verdict with its style."""
+    from rich.text import Text
+
+    for line in lines:
+        plain, verdict, style = (line, "", "") if isinstance(line, str) else line
+        console.print(Text.assemble(plain, (verdict, style)), soft_wrap=True)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 _COMMANDS: dict[type, Callable[[Any], int]] = {

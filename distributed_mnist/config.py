@@ -1,7 +1,8 @@
 """What a run is asked to do: `Recipe`, which decides the weights, and `Run`, which does not.
 
 Both are frozen and checked when they are made, so the rest of the program never doubts them. A recipe
-is a small TOML file; `recipes/` holds the ones that come with the program.
+is a small TOML file; `recipes/` holds the ones that come with the program. The docstrings of the two and of
+their fields are the command line's help; what is raised is said at `__post_init__`.
 """
 
 import dataclasses
@@ -29,40 +30,40 @@ _EVERY = re.compile(r"(\d+)\s*(steps?|epochs?)?")
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run takes its data and puts its results, and how it is carried out: not what its weights are.
-
-    Raises `UsageError` for impossible values.
-    """
+    """Where a run takes its data and puts its results, and how it is carried out; the weights come out the
+    same."""
 
     dataset: str = "mnist"
-    """mnist, fashion-mnist, kmnist, qmnist, emnist-SPLIT, generated, idx (your own files), or auto: mnist
-    if it can be had, else generated."""
+    """mnist, fashion-mnist, kmnist, qmnist, emnist-SPLIT, generated (drawn digits), idx (your own files),
+    or auto (mnist if it can be had, else generated)."""
     data: Path = Path("data")
     """Folder with the data; what is missing is downloaded into it."""
     train_size: int = 60_000
-    """generated: training images to draw."""
+    """Training images to draw, with --dataset generated."""
     test_size: int = 10_000
-    """generated: test images to draw."""
+    """Test images to draw, with --dataset generated."""
     data_seed: int = 0
-    """generated: key of the drawn digits."""
+    """Seed of the drawn digits, with --dataset generated."""
     out: Path | None = None
-    """Folder of the run; by default a new one under runs/."""
+    """Folder for the run's checkpoints and records; by default a new one under runs/."""
     resume: str | None = None
-    """A checkpoint to go on from, or auto: the newest whole one in --out."""
+    """Checkpoint to go on from, or auto for the newest whole one in --out."""
     checkpoint_every: str = "1 epoch"
-    """Distance between checkpoints: steps ("500") or epochs ("2 epochs")."""
+    """How often a checkpoint is saved: in steps (500) or in epochs ('2 epochs')."""
     eval_every: str = "1 epoch"
-    """Distance between evaluations: steps or epochs."""
+    """How often the test images are scored: in steps (500) or in epochs ('2 epochs')."""
     keep: int = 3
-    """Checkpoints kept besides the best."""
+    """How many of the newest checkpoints are kept, besides the best one."""
     nproc: int | None = None
     """Processes to start here; by default one per GPU, or on CPU as many as pay off."""
     device: Device = "auto"
-    """auto: the accelerator if there is one. cpu: never."""
+    """auto takes a GPU or other accelerator if there is one, cpu never does."""
     micro_batch: int | None = None
-    """Images in a forward pass at most: ddp then makes more passes, tree goes shard by shard anyway."""
+    """With --sync ddp, the most images that go through the model at once, to save memory; by default all
+    of a process's share. (tree goes shard by shard: use more --shards.)"""
 
     def __post_init__(self) -> None:
+        """Raises `UsageError` for impossible values."""
         for name in ("train_size", "test_size", "keep"):
             require(getattr(self, name) >= 1, name, "at least 1", self)
         for name in ("nproc", "micro_batch"):
@@ -71,6 +72,12 @@ class Run:
         require(0 <= self.data_seed < 2**63, "data_seed", "between 0 and 2^63 - 1", self)
         for name in ("checkpoint_every", "eval_every"):
             steps_between(getattr(self, name), 1, name)
+        if self.dataset not in ("generated", "auto"):
+            for name in ("train_size", "test_size", "data_seed"):
+                if getattr(self, name) != getattr(Run, name):
+                    raise UsageError(f"{flag(name)} only goes with --dataset generated")
+        if self.resume == "auto" and self.out is None:
+            raise UsageError("--resume auto needs --out: the folder of the run to go on with")
 
 
 def steps_between(text: str, steps_per_epoch: int, name: str) -> int:
@@ -83,52 +90,55 @@ def steps_between(text: str, steps_per_epoch: int, name: str) -> int:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights, besides the data. Raises `UsageError` for impossible values."""
+    """Everything that decides the weights, besides the data."""
 
     model: str = "cnn"
-    """linear, mlp, cnn, or your own as package.module:factory."""
+    """linear, mlp, cnn, or your own as package.module:factory: factory(classes) is called and returns a
+    torch module. It is found from the current directory, or among installed packages."""
     epochs: int = 3
-    """Times through the training set."""
+    """How many times to go through the training images."""
     batch_size: int = 256
-    """Global batch: images per step, over all processes together."""
+    """Images per step, over all processes together (the global batch)."""
     optimizer: Optimizer = "adam"
-    """How a gradient becomes a step."""
+    """Optimizer."""
     lr: float = 0.001
-    """Learning rate; the highest one where the schedule moves it."""
+    """Learning rate; where the schedule moves it, the highest."""
     beta1: float = 0.9
-    """Adam: decay of the mean of gradients."""
+    """Adam's decay of the running mean of gradients."""
     beta2: float = 0.999
-    """Adam: decay of the mean of squared gradients."""
+    """Adam's decay of the running mean of squared gradients."""
     momentum: float = 0.9
-    """SGD: momentum."""
+    """Momentum of sgd."""
     weight_decay: float = 0.0
-    """Weight decay (decoupled with adamw, added to the gradient otherwise)."""
+    """Weight decay: decoupled with adamw, otherwise added to the gradient."""
     schedule: Schedule = "constant"
-    """How the learning rate moves over the steps."""
+    """How the learning rate changes over the steps."""
     decay_every: int = 10
-    """step: epochs between decays."""
+    """With --schedule step, epochs between two decays."""
     decay_factor: float = 0.1
-    """step: what the rate is multiplied by at each decay."""
+    """With --schedule step, what the rate is multiplied by at each decay."""
     warmup: float = 0.25
-    """one-cycle and cosine: the fraction of the steps in which the rate rises to its highest."""
+    """With --schedule one-cycle or cosine, the fraction of all steps in which the rate rises."""
     label_smoothing: float = 0.0
-    """Probability spread evenly over all classes in the target."""
+    """Share of each target's probability that is spread evenly over all classes."""
     shift: float = 0.0
-    """Augmentation: random translation, at most this many pixels each way."""
+    """Augmentation by random shifts, of at most this many pixels each way."""
     rotate: float = 0.0
-    """Augmentation: random rotation, at most this many degrees each way."""
+    """Augmentation by random rotation, of at most this many degrees each way."""
     scale: float = 0.0
-    """Augmentation: random zoom, at most this fraction each way."""
+    """Augmentation by random zoom, of at most this fraction each way."""
     seed: int = 0
-    """Key of everything random: initial weights, order of samples, augmentation, dropout."""
+    """Seed of everything random: initial weights, order of samples, augmentation, dropout."""
     sync: Sync = "tree"
-    """tree: same bits at any number of processes. ddp: DistributedDataParallel, same to rounding."""
+    """How gradients are added up: tree gives the same bits at any number of processes, ddp
+    (DistributedDataParallel) the same up to rounding."""
     shards: int = 8
-    """Parts a global batch is cut into; at most this many processes can share it."""
+    """Parts that a global batch is cut into: at most this many processes can share it."""
     precision: Precision = "fp32"
-    """bf16: autocast; the weights stay fp32."""
+    """Arithmetic of the model: fp32, or bf16 by autocast (the weights stay fp32)."""
 
     def __post_init__(self) -> None:
+        """Raises `UsageError` for impossible values."""
         for name in ("epochs", "batch_size", "decay_every", "shards"):
             require(getattr(self, name) >= 1, name, "at least 1", self)
         for name in ("weight_decay", "shift", "rotate"):

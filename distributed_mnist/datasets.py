@@ -14,14 +14,11 @@ from numpy.typing import NDArray
 
 from . import decode, idx, locate
 from . import download as downloading
-from .catalog import DIGITS, ENTRIES, MNIST_NAMES, ROLES, Entry, Role
+from .catalog import DIGITS, ENTRIES, MNIST_NAMES, ROLES, Entry, Role, require_name
 from .download import Progress, silent
 from .errors import DataError
 from .idx import one_line
 from .locate import Found, NotFoundError
-
-NAMES = (*ENTRIES, "generated", "auto")
-"""Everything that `load` knows; `auto` is MNIST if it can be had, else generated digits."""
 
 DRAWN = "drawn by the program"
 
@@ -61,7 +58,7 @@ class Finding:
     rows: int | None  # None: not readable
     sha256: str | None  # of the content, unpacked
     ok: bool
-    verdict: str  # "ok", "checksum unknown", or what is wrong
+    verdict: str  # "ok", "ok (no published checksum)", or what is wrong
 
 
 def load(
@@ -78,16 +75,21 @@ def load(
     """The data set `name`, found under `root`, else downloaded to there if `download` allows.
 
     `seed`, `train_size` and `test_size` are for generated digits. `mirrors` are base addresses to ask
-    instead of the published ones. Raises DataError: unknown name, not there and not to be had, damaged, or
-    not what its name says.
+    instead of the published ones. Raises UsageError for an unknown name, DataError for a set that is not
+    there and not to be had, damaged, or not what its name says. `auto` draws digits only where none of
+    MNIST's files is: one that is there was put there to be used.
     """
     if name == "generated":
         return _generated(seed, train_size, test_size, DRAWN, progress)
     try:
         found = _obtain(_entry(name), root, download, mirrors, progress)
-    except NotFoundError:
+    except NotFoundError as error:
         if name != "auto":
             raise
+        if error.partly:
+            raise DataError(
+                f"{error}; --dataset auto draws digits only where none of MNIST's files is"
+            ) from error
         why = f"{DRAWN}: MNIST is not in {one_line(root)} and cannot be downloaded"
         return _generated(seed, train_size, test_size, why, progress)
     return _decoded(_entry(name), found)
@@ -96,19 +98,33 @@ def load(
 def fetch(
     name: str, root: Path, *, mirrors: Sequence[str] | None = None, progress: Progress = silent
 ) -> list[Path]:
-    """Makes sure that the files of a data set are under `root`, and returns the four. Raises DataError."""
-    found = _obtain(_entry(name), root, True, mirrors, progress)
+    """Makes sure that the files of a data set are under `root`, and returns the four.
+
+    Raises UsageError for a name without files, DataError for what cannot be had.
+    """
+    entry = _entry(name)
+    try:
+        found = locate.search(entry, root)
+    except NotFoundError as error:
+        if not entry.mirrors:
+            why = f"{entry.name} stands for your own files, which cannot be downloaded"
+            raise NotFoundError(f"{error}; {why}") from error
+        try:
+            downloading.fetch(entry, root, mirrors=mirrors, progress=progress)
+        except DataError as failure:
+            raise DataError(f"{entry.name} cannot be downloaded: {failure}") from failure
+        found = locate.search(entry, root)
     return [found.paths[role] for role in ROLES]
 
 
 def check(name: str, root: Path) -> list[Finding]:
     """Looks at every file of the data set under `root`, in every place where `load` would look.
 
-    A file that is absent beside others of its set is a finding too. Raises DataError only when there is
-    nothing to look at.
+    A file that is absent beside others of its set is a finding too. Raises UsageError for a name without
+    files, DataError only when there is nothing to look at.
     """
     entry = _entry(name)
-    locate.require_folder(root)
+    locate.require_folder(entry, root)
     findings: list[Finding] = []
     for folder in locate.folders(entry, root):
         paths = locate.present(entry, folder)
@@ -119,7 +135,7 @@ def check(name: str, root: Path) -> list[Finding]:
     return findings
 
 
-def write(dataset: Dataset, folder: Path) -> list[Path]:
+def write(dataset: Dataset, folder: Path, progress: Progress = silent) -> list[Path]:
     """Writes four gzipped IDX files in MNIST's naming, which `load("idx", folder)` reads.
 
     Files of those names that hold something else are never replaced. Raises DataError.
@@ -129,19 +145,19 @@ def write(dataset: Dataset, folder: Path) -> list[Path]:
         if role in there and idx.digest(idx.read(there[role])) != idx.digest(array):
             raise DataError(f"{one_line(there[role])}: holds other data; give a folder without it")
     paths = {role: folder / f"{name}.gz" for role, name in zip(ROLES, MNIST_NAMES, strict=True)} | there
+    done, total = 0, sum(array.nbytes for array in dataset.arrays().values())
+    progress("writing files", done, total)
     for role, array in dataset.arrays().items():
         if role not in there:
             idx.write(paths[role], array)
+        done += array.nbytes
+        progress("writing files", done, total)
     return [paths[role] for role in ROLES]
 
 
 def _entry(name: str) -> Entry:
-    if name == "generated":
-        raise DataError("generated digits are drawn when they are needed; they have no files")
-    try:
-        return ENTRIES["mnist" if name == "auto" else name]
-    except KeyError:
-        raise DataError(f"unknown data set {one_line(name)}; there are {', '.join(NAMES)}") from None
+    require_name(name, files=True)
+    return ENTRIES["mnist" if name == "auto" else name]
 
 
 def _obtain(
@@ -156,7 +172,7 @@ def _obtain(
         try:
             downloading.fetch(entry, root, mirrors=mirrors, progress=progress)
         except DataError as error:
-            raise NotFoundError(f"{absent}; {error}") from error
+            raise NotFoundError(f"{absent} and {error}", partly=absent.partly) from error
     return locate.search(entry, root)
 
 

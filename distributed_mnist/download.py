@@ -52,19 +52,33 @@ class _Mirrors:
 
     def download(self, name: str, destination: Path, verify: Callable[[Path], str | None]) -> None:
         """Gets `name` from the first mirror whose copy `verify` finds nothing wrong with."""
-        reasons: list[str] = []
+        reasons: dict[str, str] = {}
         try:
             with written_aside(destination) as part:
                 for base in self.bases:
                     reason = self.unreachable.get(base) or self._try(base, name, part, verify)
                     if reason is None:
                         return
-                    reasons.append(f"{_host(base)}: {reason}")
-                raise DataError(f"cannot download {name}: {'; '.join(reasons) or 'no mirror is known'}")
+                    reasons[base] = reason
+                raise DataError(self._failure(name, reasons))
         except OSError as error:
             raise DataError(
                 f"{one_line(destination)}: cannot be written: {error.strerror or error}"
             ) from error
+
+    def _failure(self, name: str, reasons: dict[str, str]) -> str:
+        """Why no mirror delivered; those that share a reason share its mention."""
+        grouped: dict[str, list[str]] = {}
+        for base, reason in reasons.items():
+            hosts = grouped.setdefault(reason, [])
+            if _host(base) not in hosts:
+                hosts.append(_host(base))
+        if not grouped:
+            return "no mirror is known"
+        shown = "; ".join(f"{', '.join(hosts)} ({reason})" for reason, hosts in grouped.items())
+        if all(base in self.unreachable for base in reasons):
+            return f"no mirror could be reached: {shown}"
+        return f"no mirror has {name}: {shown}"
 
     def _try(self, base: str, name: str, part: Path, verify: Callable[[Path], str | None]) -> str | None:
         """Downloads into `part`; returns None, or why it failed."""
@@ -131,11 +145,11 @@ def _problem(published: Published, part: Path) -> str | None:
         try:
             found, expected = idx.digest(idx.read(part)), published.sha256
         except DataError as error:
-            return f"wrong content ({str(error).removeprefix(f'{one_line(part)}: ')})"
+            return f"wrong content: {str(error).removeprefix(f'{one_line(part)}: ')}"
         kind = "SHA-256 of the content"
     else:
         found, expected, kind = md5_of(part), published.gz_md5 or "", "MD5"
-    return None if found == expected else f"wrong content ({kind} {found[:12]}…, not {expected[:12]}…)"
+    return None if found == expected else f"wrong content: {kind} {found[:12]}…, not {expected[:12]}…"
 
 
 def _archive(entry: Entry, name: str, folder: Path, sources: _Mirrors) -> Path:
@@ -197,7 +211,7 @@ def _transfer(url: str, part: Path, name: str, progress: Progress) -> None:
     except requests.ConnectionError as error:
         raise _MirrorError("connection failed", unreachable=True) from error
     except (requests.RequestException, urllib3.exceptions.HTTPError, UnicodeError) as error:
-        raise _MirrorError(f"not a usable address ({type(error).__name__})", unreachable=True) from error
+        raise _MirrorError(f"not a usable address: {type(error).__name__}", unreachable=True) from error
 
 
 def _host(base: str) -> str:

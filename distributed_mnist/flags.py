@@ -1,28 +1,42 @@
-"""The command line's grammar: one class a command, one field a flag, its docstring the help."""
+"""The command line's grammar: one class a command, one field a flag, its docstring the help.
+
+tyro parses; what it refuses is looked at again here, and told in one line.
+"""
 
 import contextlib
+import dataclasses
+import difflib
 import io
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
-from .config import Recipe, Run, load_recipe, require
+from .catalog import require_name
+from .config import Recipe, Run, flag, load_recipe, require
 from .errors import UsageError
 
-_SUMMARY = "Distributed training of digit classifiers: the same weights on any number of processes."
+_SUMMARY = "Distributed training of digit classifiers. dmnist --version tells its and torch's version."
+_METAVARS = {int: "N", float: "X", Path: "DIR", str: "NAME"}
+_OTHER_METAVARS = {
+    "checkpoint": "CHECKPOINT",
+    "checkpoint_every": "EVERY",
+    "eval_every": "EVERY",
+    "mirror": "URL [URL ...]",
+    "recipe": "NAME|FILE.toml",
+    "resume": "PATH|auto",
+}
+_NEEDED = {"evaluate": "a CHECKPOINT or a run's folder", "data generate": "a folder to write to"}
+_FLAG = re.compile(r"--?[a-zA-Z]")  # and not a negative number
 
 
-@dataclass(frozen=True)
-class Train:
-    """Train a digit classifier; the same weights on any number of processes."""
+@dataclass(frozen=True, kw_only=True)
+class _Every:
+    """What every command has."""
 
-    settings: tyro.conf.OmitArgPrefixes[Recipe]
-    run: tyro.conf.OmitArgPrefixes[Run] = field(default_factory=Run)
-    recipe: str = "default"
-    """What the settings start from: a name (classic, default) or a TOML file. Flags override it."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object on standard output and nothing else there."""
     debug: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -30,75 +44,95 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Train(_Every):
+    """Train a digit classifier; the same weights on any number of processes."""
+
+    settings: Annotated[tyro.conf.OmitArgPrefixes[Recipe], tyro.conf.arg(name="recipe")]
+    run: tyro.conf.OmitArgPrefixes[Run] = field(default_factory=Run)
+    recipe: str = "default"
+    """Where the settings below come from: default, classic, or your own TOML file. Flags override it."""
+
+    def __post_init__(self) -> None:
+        """Raises `UsageError` for an unknown data set."""
+        require_name(self.run.dataset)
+
+
+@dataclass(frozen=True)
+class Evaluate(_Every):
     """Score a checkpoint on the test images: every image once, on any number of processes."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint of ours or of the original script."""
+    """A checkpoint, ours or the original script's, or a run's folder, whose best is taken."""
+    model: str | None = None
+    """For a checkpoint of your own model: the package.module:factory it was trained with."""
     dataset: str | None = None
     """Data set to score on; by default the one it was trained on."""
     data: Path = Path("data")
     """Folder with the data; what is missing is downloaded into it."""
     nproc: int | None = None
-    """Processes to start here."""
+    """Processes to start here; by default one."""
     device: Literal["auto", "cpu"] = "auto"
-    """auto: the accelerator if there is one. cpu: never."""
-    json: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Print one JSON object on standard output and nothing else there."""
-    debug: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Show the traceback of an error."""
+    """auto takes a GPU or other accelerator if there is one, cpu never does."""
 
     def __post_init__(self) -> None:
+        """Raises `UsageError` for impossible values."""
         require(self.nproc is None or self.nproc >= 1, "nproc", "at least 1", self)
+        if self.dataset is not None:
+            require_name(self.dataset)
 
 
 @dataclass(frozen=True)
-class Fetch:
+class Fetch(_Every):
     """Download a data set, verified, into a folder."""
 
     dataset: tyro.conf.Positional[str] = "mnist"
     """Name of the data set."""
     data: Path = Path("data")
-    """Folder to put it in (torchvision's layout inside)."""
+    """Folder to put it in, laid out as torchvision does."""
     mirror: tuple[str, ...] = ()
-    """Base addresses to ask instead of the published ones."""
-    debug: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Show the traceback of an error."""
+    """Addresses to download from instead of the published ones, each a folder with the files."""
+
+    def __post_init__(self) -> None:
+        """Raises `UsageError` for a name that is no data set, or that has no files."""
+        require_name(self.dataset, files=True)
 
 
 @dataclass(frozen=True)
-class Check:
+class Check(_Every):
     """Say what is in a folder of data: every file, its rows, its checksum, and whether it is sound."""
 
     dataset: tyro.conf.Positional[str] = "mnist"
     """Name of the data set."""
     data: Path = Path("data")
     """Folder to look in."""
-    json: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Print one JSON object on standard output and nothing else there."""
-    debug: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Show the traceback of an error."""
+
+    def __post_init__(self) -> None:
+        """Raises `UsageError` for a name that is no data set, or that has no files."""
+        require_name(self.dataset, files=True)
 
 
 @dataclass(frozen=True)
-class Generate:
+class Generate(_Every):
     """Draw digits and write them as four IDX files, for --dataset idx here or for any other program."""
 
     out: tyro.conf.Positional[Path]
     """Folder to write to."""
     train_size: int = 60_000
-    """Training images."""
+    """Training images to draw."""
     test_size: int = 10_000
-    """Test images."""
+    """Test images to draw."""
     data_seed: int = 0
-    """Key of the drawn digits."""
-    debug: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Show the traceback of an error."""
+    """Seed of the drawn digits: the same seed draws the same digits everywhere."""
 
     def __post_init__(self) -> None:
+        """Raises `UsageError` for impossible values."""
         for name in ("train_size", "test_size"):
             require(getattr(self, name) >= 1, name, "at least 1", self)
         require(0 <= self.data_seed < 2**63, "data_seed", "between 0 and 2^63 - 1", self)
+
+
+_DATA = {"fetch": Fetch, "check": Check, "generate": Generate}
+_GRAMMAR: dict[str, Any] = {"train": Train, "evaluate": Evaluate, "data": _DATA}
 
 
 def parse(arguments: list[str]) -> Any:
@@ -110,11 +144,8 @@ def parse(arguments: list[str]) -> Any:
     arguments = [word for word in arguments if not re.fullmatch(r"--local[-_]rank=\d+", word)]
     recipe = _named_recipe(arguments)
     train = Train(settings=load_recipe(recipe), recipe=recipe)
-    data = Union[  # noqa: UP007 - `|` of Annotated types is not typed
-        Annotated[Fetch, tyro.conf.subcommand("fetch")],
-        Annotated[Check, tyro.conf.subcommand("check")],
-        Annotated[Generate, tyro.conf.subcommand("generate")],
-    ]
+    parts = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in _DATA.items())
+    data: Any = Union[parts]  # noqa: UP007 - `|` of Annotated types is not typed
     grammar: Any = Union[  # noqa: UP007
         Annotated[Train, tyro.conf.subcommand("train", default=train)],
         Annotated[Evaluate, tyro.conf.subcommand("evaluate")],
@@ -122,30 +153,148 @@ def parse(arguments: list[str]) -> Any:
     ]
     shown = io.StringIO()
     try:
-        with contextlib.redirect_stderr(shown):
+        with contextlib.redirect_stderr(shown), _metavars():
             return tyro.cli(grammar, prog="dmnist", args=arguments, description=_SUMMARY)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise UsageError(_in_one_line(shown.getvalue())) from None
+        raise UsageError(_complaint(arguments, shown.getvalue())) from None
 
 
 def _named_recipe(arguments: list[str]) -> str:
-    """The value of `--recipe`, which decides the defaults of the flags beside it."""
-    for i, argument in enumerate(arguments):
+    """The value of `train --recipe`, which decides the defaults of the flags beside it."""
+    named = "default"
+    for i, argument in enumerate(arguments if arguments[:1] == ["train"] else []):
         if argument == "--recipe" and i + 1 < len(arguments):
-            return arguments[i + 1]
+            named = arguments[i + 1]
         if argument.startswith("--recipe="):
-            return argument.removeprefix("--recipe=")
-    return "default"
+            named = argument.removeprefix("--recipe=")
+    return named
 
 
-def _in_one_line(box: str) -> str:
-    """The first message in a box that tyro draws around its errors."""
-    lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in box.splitlines()]
-    message: list[str] = []
-    for line in lines[1:]:
-        if not line or set(line) <= set("─╰╯-"):
-            break
-        message.append(line)
-    return (" ".join(message) or "bad command line") + " (--help lists the flags)"
+def _metavars() -> ConstructorRegistry:
+    """Rules that call a number N and a folder DIR in the help, and do not mention defaults of None."""
+    registry = ConstructorRegistry()
+    asking = False
+
+    def rule(info: StructTypeInfo) -> StructConstructorSpec | None:
+        nonlocal asking
+        if asking or not dataclasses.is_dataclass(info.type):
+            return None
+        asking = True  # the other rules are asked, then what they say is changed
+        try:
+            spec: Any = ConstructorRegistry.get_struct_spec(info)
+        finally:
+            asking = False
+        if not isinstance(spec, StructConstructorSpec):
+            return spec
+        return dataclasses.replace(spec, fields=tuple(map(_shown, spec.fields)))
+
+    registry.struct_rule(rule)
+    return registry
+
+
+def _shown(spec: StructFieldSpec) -> StructFieldSpec:
+    """A flag with its metavar, and its help without the line breaks of the source."""
+    kinds = _kinds(spec.type)
+    if any(map(dataclasses.is_dataclass, kinds)):
+        return spec  # a group of flags
+    kind = next((kind for kind in _METAVARS if kind in kinds), None)
+    metavar = _OTHER_METAVARS.get(spec.name, _METAVARS[kind]) if kind else None
+    found = spec.helptext() if callable(spec.helptext) else spec.helptext
+    hint = lambda default: "" if default in ("None", "False", "") else f"(default: {default})"  # noqa: E731
+    shown: Any = Annotated[spec.type, tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)]
+    return dataclasses.replace(spec, type=shown, helptext=" ".join((found or "").split()))
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The plain types in an annotation; a Literal is its own."""
+    if get_origin(annotation) is Literal or not get_args(annotation):
+        return {annotation}
+    if get_origin(annotation) is Annotated:
+        return _kinds(get_args(annotation)[0])
+    return set[Any]().union(*map(_kinds, get_args(annotation)))
+
+
+def _complaint(arguments: list[str], box: str) -> str:
+    """What is wrong with the command line, in one line."""
+    level: Any = _GRAMMAR
+    command = ""
+    words = list(arguments)
+    while isinstance(level, dict):
+        names = [f"{command} {name}".strip() for name in level]
+        if not words:
+            return f"which command? {_either(names)}; --help after one tells more"
+        word = words.pop(0)
+        if word.startswith("-"):
+            return f"{word.partition('=')[0]} comes after a command: {_either(names)}"
+        command = f"{command} {word}".strip()
+        if word not in level:
+            return f"there is no command {command!r}; there are {', '.join(names)}"
+        level = level[word]
+    # Where we find nothing, what tyro drew a box around.
+    problem = _problem(command, level, words) or " ".join(re.sub(r"[│|╭╮╰╯─]+", " ", box).split())
+    return f"{problem} (dmnist {command} --help lists the flags)"
+
+
+def _problem(command: str, grammar: type, words: list[str]) -> str | None:
+    """The first word that is not in the command's grammar, or what is missing."""
+    flags = _flags(grammar)
+    given: list[str] = []
+    while words:
+        word = words.pop(0)
+        if not _FLAG.match(word):
+            given.append(word)
+            continue
+        shown, attached, value = word.partition("=")
+        name = shown.replace("_", "-")
+        if name not in flags:
+            near = difflib.get_close_matches(name, flags, 1)
+            return f"{command} has no flag {shown}" + (f"; did you mean {near[0]}?" if near else "")
+        if flags[name] is bool:
+            continue
+        if not attached:
+            if not words or _FLAG.match(words[0]):
+                return f"{name} needs a value"
+            value = words.pop(0)
+        while get_origin(flags[name]) is tuple and words and not _FLAG.match(words[0]):
+            words.pop(0)
+        rule = _rule(_kinds(flags[name]), value)
+        if rule:
+            return f"{name} must be {rule}, not {value!r}"
+    if surplus := given[0 if grammar is Train else 1 :]:
+        return f"{command} does not know what to do with {surplus[0]!r}"
+    return None if given or command not in _NEEDED else f"{command} needs {_NEEDED[command]}"
+
+
+def _flags(grammar: type) -> dict[str, Any]:
+    """A command's flags with their types."""
+    found: dict[str, Any] = {}
+    for name, annotation in get_type_hints(grammar, include_extras=True).items():
+        plain = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+        if tyro.conf.Positional in getattr(annotation, "__metadata__", ()):
+            continue
+        if dataclasses.is_dataclass(plain):
+            found |= _flags(plain)  # type: ignore[arg-type]
+        else:
+            found[flag(name)] = plain
+    return found
+
+
+def _rule(kinds: set[Any], value: str) -> str | None:
+    """What a value of these types must be, if this one is not."""
+    if value == "None" and type(None) in kinds:
+        return None
+    for kind in kinds:
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            return _either(list(get_args(kind)))
+        if kind in (int, float):
+            try:
+                kind(value)
+            except ValueError:
+                return "a whole number" if kind is int else "a number"
+    return None
+
+
+def _either(names: list[str]) -> str:
+    return " or ".join([", ".join(names[:-1]), names[-1]])

@@ -21,6 +21,10 @@ from .idx import one_line
 class NotFoundError(DataError):
     """The data set is not there; nothing that is there is damaged."""
 
+    def __init__(self, text: str, *, partly: bool = False) -> None:
+        super().__init__(text)
+        self.partly = partly  # some of its files are there
+
 
 @dataclass(frozen=True)
 class Found:
@@ -35,7 +39,7 @@ class Verdict(NamedTuple):
     """Whether a file is what its name says, and how that is known."""
 
     ok: bool
-    text: str  # "ok", "checksum unknown" (which is ok), or what is wrong
+    text: str  # "ok", "ok (no published checksum)", or what is wrong
 
 
 def own_folder(entry: Entry, root: Path) -> Path:
@@ -69,12 +73,17 @@ def missing(entry: Entry, paths: dict[Role, Path]) -> list[str]:
     return [entry.file(role).name for role in ROLES if role not in paths]
 
 
-def require_folder(root: Path) -> None:
+def absent(entry: Entry, root: Path, why: str) -> str:
+    """A set that is not there, in words that others can go on from."""
+    return f"{entry.name} is not in {one_line(f'{root}'.rstrip('/') + '/')} ({why})"
+
+
+def require_folder(entry: Entry, root: Path) -> None:
     """Raises NotFoundError when there is no such folder, DataError when it is no folder or unreadable."""
     try:
         mode = root.stat().st_mode
     except (FileNotFoundError, ValueError) as error:  # ValueError: a name with a NUL in it
-        raise NotFoundError(f"{one_line(root)}: no such folder") from error
+        raise NotFoundError(absent(entry, root, "no such folder")) from error
     except OSError as error:
         raise DataError(f"{one_line(root)}: {error.strerror}") from error
     if not stat.S_ISDIR(mode):
@@ -87,8 +96,9 @@ def search(entry: Entry, root: Path) -> Found:
     Raises NotFoundError when no folder holds all four (the message says which are missing), DataError when
     they are there but damaged or not what their names say.
     """
-    require_folder(root)
+    require_folder(entry, root)
     reasons: list[str] = []
+    partly = False
     for folder in folders(entry, root):
         paths = present(entry, folder)
         lacking = missing(entry, paths)
@@ -96,6 +106,7 @@ def search(entry: Entry, root: Path) -> Found:
             continue
         if lacking:
             reasons.append(f"{one_line(folder)} lacks {', '.join(lacking)}")
+            partly = True
             continue
         arrays: dict[Role, NDArray[Any]] = {}
         for role in ROLES:
@@ -110,12 +121,12 @@ def search(entry: Entry, root: Path) -> Found:
         else:
             return Found(folder, paths, arrays)
     looked = f"no {entry.files[0].name} or .gz in it or in {entry.folder}/raw"
-    raise NotFoundError(f"{one_line(root)}: {entry.name} is not here: {'; '.join(reasons) or looked}")
+    raise NotFoundError(absent(entry, root, "; ".join(reasons) or looked), partly=partly)
 
 
 def judge(entry: Entry, role: Role, path: Path, array: NDArray[Any]) -> Verdict:
     """Whether `array`, read from `path`, is the content that `entry` has for `role`."""
-    unknown = Verdict(True, "checksum unknown")
+    unknown = Verdict(True, "ok (no published checksum)")
     if entry.name == "idx":
         return unknown
     published = entry.file(role)

@@ -12,9 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from rich.console import Console, Group
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from .errors import OutputError
@@ -135,13 +134,7 @@ class Terminal:
         self._epochs = epochs
         if self._console.is_terminal:
             self._bar = Progress(
-                TextColumn("epoch {task.fields[epoch]}"),
-                BarColumn(bar_width=None),
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-                TextColumn("loss {task.fields[loss]}"),
-                TextColumn("test {task.fields[test]}"),
-                TextColumn("{task.fields[speed]}"),
-                TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+                *_columns(self._console.width, epochs, steps),
                 console=self._console,
                 expand=True,
                 transient=True,
@@ -183,25 +176,72 @@ class Terminal:
 
     def _on_end(self, *, result: dict[str, Any], **_: Any) -> None:
         self.close()
-        table = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
-        table.add_column(style="bold")
-        table.add_column(overflow="fold")
-        rate, seconds = result["images_per_second"], result["train_seconds"]
-        table.add_row(
-            "test accuracy",
-            f"[bold green]{result['test_accuracy']:.2%}[/] of {result['test_images']:,} images",
+        accuracy = Text.assemble(
+            (f"{result['test_accuracy']:.2%}", "bold green"),
+            f" of {_count(result['test_images'], 'image')}",
         )
-        table.add_row("test loss", f"{result['test_loss']:.6f}")
-        table.add_row("training", f"{result['steps']:,} steps in {seconds:.2f} s, {rate:,.0f} images/s")
-        table.add_row("weights sha256", result["weights_sha256"])
-        table.add_row("samples sha256", result["samples_sha256"])
-        table.add_row("data sha256", result["data_sha256"])
-        table.add_row("in", result["out"])
-        self._console.print(Group("", table))
+        rows: dict[str, Text | str] = {
+            "test accuracy": accuracy,
+            "test loss": f"{result['test_loss']:.6f}",
+            "training": _effort(result),
+            "weights sha256": result["weights_sha256"],
+            "samples sha256": result["samples_sha256"],
+            "data sha256": result["data_sha256"],
+            "in": result["out"],
+        }
+        self._console.print()
+        for name, value in rows.items():
+            self._line(name, value, column=16)
 
-    def _line(self, name: str, text: str, style: str = "") -> None:
-        line = Text.assemble((f"{name:<8} ", "bold"), (text, style))
-        self._console.print(line, soft_wrap=self._bar is None)
+    def _line(self, name: str, text: Text | str, style: str = "", column: int = 9) -> None:
+        """A label and what it labels: on a terminal wrapped at words to the right of `column`."""
+        label = Text(f"{name:<{column - 1}} ", "bold")
+        body = text if isinstance(text, Text) else Text(text, style)
+        if not self._console.is_terminal:  # whole lines for a file or a pipe, and nothing after their end
+            whole = label + body
+            whole.rstrip()
+            self._console.print(whole, soft_wrap=True)
+            return
+        lines: list[Text] = []
+        for line in body.wrap(self._console, max(self._console.width - column, 20)):
+            line.rstrip()
+            lines.append((Text(" " * column) if lines else label) + line)
+        self._console.print(Text("\n").join(lines), soft_wrap=self._bar is None)
+
+
+def _effort(result: dict[str, Any]) -> str:
+    """What the training took: all of it, or what a resumed run did here."""
+    steps, rate = result["steps"], result.get("images_per_second")
+    here = result.get("steps_here", steps if rate else 0)
+    if not here:
+        return f"{_count(steps, 'step')}, finished before; nothing left to do"
+    speed = f", {rate:,.0f} images/s" if rate else ""
+    if here < steps:
+        return f"{here:,} of {_count(steps, 'step')} here, in {result['seconds_here']:.1f} s{speed}"
+    return f"{_count(steps, 'step')} in {result['train_seconds']:.2f} s{speed}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _columns(width: int, epochs: int, steps: int) -> list[ProgressColumn]:
+    """The live bar's parts that fit into `width`; step and time left are always among them."""
+    # In the order in which they are shown, each with the most it takes.
+    parts: dict[str, tuple[ProgressColumn, int]] = {
+        "epoch": (TextColumn("epoch {task.fields[epoch]}"), len(f"epoch {epochs}/{epochs}")),
+        "bar": (BarColumn(bar_width=None), 10),
+        "step": (TextColumn("step {task.completed:.0f}/{task.total:.0f}"), len(f"step {steps}/{steps}")),
+        "loss": (TextColumn("loss {task.fields[loss]}"), len("loss 0.1234")),
+        "test": (TextColumn("test {task.fields[test]}"), len("test 99.99%")),
+        "speed": (TextColumn("{task.fields[speed]}"), len("123,456 images/s")),
+        "left": (TimeRemainingColumn(compact=True, elapsed_when_finished=True), len("0:00:00")),
+    }
+    for name in ("speed", "epoch", "test", "loss", "bar"):
+        if sum(size + 1 for _, size in parts.values()) - 1 <= width:
+            break
+        del parts[name]
+    return [column for column, _ in parts.values()]
 
 
 class DataProgress:

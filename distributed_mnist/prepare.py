@@ -1,6 +1,5 @@
 """What a run is made of, each part from the recipe and the world: threads, data, model, gradient sums."""
 
-
 import torch
 from rich.console import Console
 
@@ -36,9 +35,7 @@ def oversubscription(world: World, threads: int) -> list[str]:
     wanted, cores = world.local_size * threads, usable_cores()
     if world.device.type != "cpu" or wanted <= cores:
         return []
-    return [
-        f"{world.local_size} processes share {cores} cores: same answer, slower than --nproc {cores}"
-    ]
+    return [f"{world.local_size} processes share {cores} cores: same answer, slower than --nproc {cores}"]
 
 
 def load_data(world: World, options: Run, console: Console) -> Data:

@@ -4,12 +4,13 @@ import fcntl
 import gzip
 import shutil
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from ranks import DMNIST, Finished, dmnist, run, train
+from ranks import DMNIST, REPOSITORY, Finished, dmnist, run, train
 
 from distributed_mnist import datasets, idx
 
@@ -53,21 +54,21 @@ def nothing_in(folder: Path) -> None:
 FLAGS = [
     ("--epochs 0", ["--epochs", "at least 1", "0"]),
     ("--epochs -3", ["--epochs", "-3"]),
-    ("--epochs 1.5", ["--epochs", "1.5"]),
+    ("--epochs 1.5", ["--epochs must be a whole number, not '1.5'"]),
     ("--epochs many", ["--epochs", "many"]),
-    ("--epochs", ["--epochs"]),
+    ("--epochs", ["--epochs needs a value"]),
     ("--batch-size 0", ["--batch-size", "at least 1"]),
     ("--lr 0", ["--lr", "above zero"]),
     ("--lr -0.1", ["--lr", "above zero"]),
     ("--lr nan", ["--lr", "nan"]),
     ("--lr inf", ["--lr", "inf"]),
-    ("--lr fast", ["--lr", "fast"]),
+    ("--lr fast", ["--lr must be a number, not 'fast'"]),
     ("--seed -1", ["--seed", "-1"]),
     ("--seed 9223372036854775808", ["--seed"]),
     ("--shards 0", ["--shards", "at least 1"]),
     ("--nproc 0", ["--nproc", "at least 1"]),
     ("--nproc two", ["--nproc", "two"]),
-    ("--sync ring", ["--sync", "ring"]),
+    ("--sync ring", ["--sync must be tree or ddp, not 'ring'"]),
     ("--precision fp8", ["--precision", "fp8"]),
     ("--optimizer lion", ["--optimizer", "lion"]),
     ("--schedule linear", ["--schedule", "linear"]),
@@ -92,8 +93,16 @@ FLAGS = [
     ("--recipe nonsense", ["nonsense", "classic", "default"]),
     ("--recipe", ["--recipe"]),
     ("--recipe missing.toml", ["missing.toml"]),
-    ("--no-such-flag", ["--no-such-flag"]),
-    ("surplus", ["surplus"]),
+    ("--no-such-flag", ["train has no flag --no-such-flag", "--help"]),
+    ("--epcohs 12345", ["train has no flag --epcohs; did you mean --epochs?"]),
+    ("--epcohs=12345", ["train has no flag --epcohs; did you mean --epochs?"]),
+    ("--batchsize 64", ["did you mean --batch-size?"]),
+    ("-n 3", ["train has no flag -n"]),
+    ("--lr --seed 3", ["--lr needs a value"]),
+    ("surplus", ["'surplus'"]),
+    ("--dataset minst", ["there is no data set 'minst'; did you mean mnist?", "kmnist", "generated"]),
+    ("--train-size 5000", ["--train-size only goes with --dataset generated"]),
+    ("--data-seed 5", ["--data-seed only goes with --dataset generated"]),
     ("--model nonsense", ["nonsense", "linear", "mlp", "cnn"]),
     ("--model networks:nonsense", ["networks:nonsense"]),
     ("--model no.such.module:factory", ["no.such.module"]),
@@ -122,12 +131,22 @@ def test_bad_flags_of_train(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], ["--help"]),
-        (["trian"], ["trian"]),
-        (["evaluate"], ["checkpoint"]),
+        ([], ["train, evaluate or data", "--help"]),
+        (["trian"], ["there is no command 'trian'; there are train, evaluate, data"]),
+        (["--nproc", "2", "train"], ["--nproc comes after a command"]),
+        (["evaluate"], ["evaluate needs a CHECKPOINT", "folder"]),
+        (["evaluate", "a.pt", "b.pt"], ["'b.pt'"]),
+        (["evaluate", "a.pt", "--dataset", "kminst"], ["'kminst'; did you mean kmnist?"]),
         (["evaluate", "a.pt", "--nproc", "0"], ["--nproc", "at least 1"]),
-        (["data"], ["--help"]),
-        (["data", "generate"], ["Folder to write to"]),
+        (["data"], ["data fetch, data check or data generate", "--help"]),
+        (["data", "fetsh"], ["there is no command 'data fetsh'; there are data fetch, data check,"]),
+        (["data", "fetch", "generated"], ["they have no files"]),
+        (["data", "check", "cifar"], ["there is no data set 'cifar'; there are mnist"]),
+        (
+            ["data", "fetch", "--mirror", "a", "b", "--jsno"],
+            ["data fetch has no flag --jsno; did you mean"],
+        ),
+        (["data", "generate"], ["data generate needs a folder to write to"]),
         (
             ["data", "generate", "there", "--test-size", "9", "--train-size", "9", "--data-seed", "-1"],
             ["seed"],
@@ -163,8 +182,7 @@ def test_bad_recipes(text: str, words: list[str], tmp_path: Path) -> None:
 def test_a_size_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     ended = dmnist("data", "generate", "there", "--train-size", 0)
-    assert ended.code in (USAGE, DATA)
-    refused(ended, ended.code, "at least 1", "0")
+    refused(ended, USAGE, "--train-size must be at least 1, not 0")
     nothing_in(tmp_path)
 
 
@@ -178,7 +196,7 @@ def start(digits: Path, out: Path, *more: object) -> Finished:
 
 def test_an_unknown_data_set(tmp_path: Path) -> None:
     ended = start(tmp_path, tmp_path / "out", "--dataset", "cifar")
-    refused(ended, DATA, "cifar", "mnist")
+    refused(ended, USAGE, "cifar", "mnist")
     nothing_in(tmp_path)
 
 
@@ -474,3 +492,26 @@ def test_a_fresh_program_says_the_same(tmp_path: Path) -> None:
     ended = run([*DMNIST, "train", "--recipe", "nonsense", "--json"], cwd=tmp_path)
     refused(ended, USAGE, "there is no recipe 'nonsense'")
     nothing_in(tmp_path)
+
+
+def test_the_original_script_without_torch(tmp_path: Path) -> None:
+    """With -S a python sees none of the installed packages."""
+    ended = run(
+        [sys.executable, "-S", REPOSITORY / "multi_proc_single_gpu.py", "--epochs", 1], cwd=tmp_path
+    )
+    line = refused(ended, LAUNCH, "torch, numpy, rich, requests, tyro are not installed for this python")
+    assert line.endswith("run `make setup`, then .venv/bin/python multi_proc_single_gpu.py ...")
+    nothing_in(tmp_path)
+
+
+def test_the_original_script_interrupted(tmp_path: Path) -> None:
+    """Whatever it is doing: here, while it looks for packages."""
+    program = (
+        "import sys, importlib.util, multi_proc_single_gpu as script\n"
+        "def interrupted(name): raise KeyboardInterrupt\n"
+        "script.find_spec, sys.argv = interrupted, ['script']\n"
+        "sys.exit(script.main())"
+    )
+    ended = run([sys.executable, "-c", program], cwd=tmp_path, PYTHONPATH=str(REPOSITORY))
+    assert ended.code == 130, ended
+    assert "Traceback" not in ended.stderr

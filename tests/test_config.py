@@ -125,6 +125,26 @@ def test_impossible_values_of_a_run(name: str, value: Any, rule: str) -> None:
     assert str(caught.value) == f"--{name.replace('_', '-')} must be {rule}, not {value}"
 
 
+@pytest.mark.parametrize("name", ["train_size", "test_size", "data_seed"])
+def test_sizes_and_seed_are_for_drawn_digits_only(name: str) -> None:
+    values: dict[str, Any] = {name: 7}
+    for dataset in ("generated", "auto"):
+        assert getattr(Run(dataset=dataset, **values), name) == 7
+    for dataset in ("mnist", "idx"):
+        with pytest.raises(UsageError) as caught:
+            Run(dataset=dataset, **values)
+        assert str(caught.value) == f"--{name.replace('_', '-')} only goes with --dataset generated"
+
+
+def test_auto_resume_needs_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"^--resume auto needs --out: the folder of the run to go on with$"
+    ):
+        Run(resume="auto")
+    assert Run(resume="auto", out=tmp_path).resume == "auto"
+    assert Run(resume="some.pt").out is None
+
+
 @pytest.mark.parametrize("name", ["checkpoint_every", "eval_every"])
 @pytest.mark.parametrize(
     "text", ["", "0", "0 epochs", "-1", "1.5 epochs", "often", "2 days", "epoch", "1 2"]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from distributed_mnist import catalog, datasets, generated, idx
 from distributed_mnist.catalog import ENTRIES, MNIST_NAMES, ROLES, Entry, Role
-from distributed_mnist.errors import DataError
+from distributed_mnist.errors import DataError, UsageError
 
 Arrays = dict[Role, NDArray[Any]]
 
@@ -135,7 +135,7 @@ def test_real_mnist(real_mnist: Path) -> None:
         (10_000, "ok"),
     ]
     assert [finding.sha256 for finding in findings] == [file.sha256 for file in ENTRIES["mnist"].files]
-    assert refusal("kmnist", real_mnist).endswith("train-images-idx3-ubyte.gz: holds mnist, not kmnist")
+    assert refusal("kmnist", real_mnist).endswith("train-images-idx3-ubyte.gz: holds mnist, not kmnist)")
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
@@ -254,7 +254,7 @@ def test_unpacked_files_in_a_bare_folder_are_believed_unless_known(tmp_path: Pat
     put(tmp_path, ENTRIES["fashion-mnist"], small())
     assert datasets.load("fashion-mnist", tmp_path, download=False).class_names[9] == "Ankle boot"
     verdicts = {finding.verdict for finding in datasets.check("fashion-mnist", tmp_path)}
-    assert verdicts == {"checksum unknown"}
+    assert verdicts == {"ok (no published checksum)"}
 
 
 def test_the_users_own_files(tmp_path: Path) -> None:
@@ -347,20 +347,23 @@ def test_a_damaged_file_is_named(tmp_path: Path, mnist: Arrays) -> None:
 
 
 def test_what_is_missing_is_said(tmp_path: Path, mnist: Arrays) -> None:
-    assert refusal("mnist", tmp_path / "none") == f"{tmp_path / 'none'}: no such folder"
-    assert refusal("mnist", tmp_path / "no\nne").endswith(r"no\nne': no such folder")
+    assert refusal("mnist", tmp_path / "none") == f"mnist is not in {tmp_path / 'none'}/ (no such folder)"
+    assert refusal("mnist", tmp_path / "no\nne").endswith(r"no\nne/' (no such folder)")
     (tmp_path / "file").touch()
     for name in ("mnist", "auto"):
         assert refusal(name, tmp_path / "file") == f"{tmp_path / 'file'}: not a folder"
-    empty = f"{tmp_path}: mnist is not here: no train-images-idx3-ubyte or .gz in it or in MNIST/raw"
+    empty = f"mnist is not in {tmp_path}/ (no train-images-idx3-ubyte or .gz in it or in MNIST/raw)"
     assert refusal("mnist", tmp_path) == empty
     with pytest.raises(DataError) as caught:
         datasets.check("mnist", tmp_path)
     assert str(caught.value) == empty
     paths = put(tmp_path / "MNIST/raw", ENTRIES["mnist"], mnist)
     paths["test_labels"].unlink()
-    partial = f"{tmp_path}: mnist is not here: {tmp_path / 'MNIST/raw'} lacks t10k-labels-idx1-ubyte"
+    partial = f"mnist is not in {tmp_path}/ ({tmp_path / 'MNIST/raw'} lacks t10k-labels-idx1-ubyte)"
     assert refusal("mnist", tmp_path) == partial
+    # One file is enough to show what was meant: nothing else is drawn in its place.
+    said = f"{partial}; --dataset auto draws digits only where none of MNIST's files is"
+    assert refusal("auto", tmp_path) == said
     assert [finding.verdict for finding in datasets.check("mnist", tmp_path)] == [
         "ok",
         "ok",
@@ -370,10 +373,24 @@ def test_what_is_missing_is_said(tmp_path: Path, mnist: Arrays) -> None:
 
 
 def test_names_that_are_no_data_set(tmp_path: Path) -> None:
-    assert refusal("cifar", tmp_path).startswith("unknown data set cifar; there are mnist, fashion-mnist, ")
+    names = "there are mnist, fashion-mnist, .*, idx, generated, auto$"
+    with pytest.raises(UsageError, match=rf"^there is no data set 'cifar'; {names}"):
+        datasets.load("cifar", tmp_path)
+    with pytest.raises(UsageError, match=rf"^there is no data set 'fashion'; .*{names}"):
+        datasets.check("fashion", tmp_path)
+    with pytest.raises(UsageError, match=r"^there is no data set 'minst'; did you mean mnist\? there are "):
+        datasets.fetch("minst", tmp_path)
     for call in (datasets.check, datasets.fetch):
-        with pytest.raises(DataError, match="they have no files"):
+        with pytest.raises(UsageError, match="they have no files"):
             call("generated", tmp_path)
+
+
+def test_nothing_to_fetch(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        datasets.fetch("idx", tmp_path)
+    assert str(caught.value).endswith("; idx stands for your own files, which cannot be downloaded")
+    put(tmp_path, ENTRIES["idx"], small())
+    assert [path.name for path in datasets.fetch("idx", tmp_path)] == list(MNIST_NAMES)
 
 
 def test_generated_digits(tmp_path: Path) -> None:
@@ -409,7 +426,10 @@ def test_auto_without_mnist_draws_and_says_why(tmp_path: Path) -> None:
 
 def test_written_sets_are_read_back_and_never_replace_others(tmp_path: Path) -> None:
     drawn = datasets.load("generated", tmp_path, train_size=30, test_size=20)
-    paths = datasets.write(drawn, tmp_path / "new" / "folder")
+    seen: list[tuple[str, int, int | None]] = []
+    paths = datasets.write(drawn, tmp_path / "new" / "folder", lambda *args: seen.append(args))
+    assert [done for _, done, _ in seen] == [0, 30 * 784, 30 * 785, 30 * 785 + 20 * 784, 50 * 785]
+    assert {total for _, _, total in seen} == {50 * 785}
     assert [path.name for path in paths] == [f"{name}.gz" for name in MNIST_NAMES]
     loaded = datasets.load("idx", tmp_path / "new" / "folder", download=False)
     for role, array in loaded.arrays().items():

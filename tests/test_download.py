@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from distributed_mnist import catalog, datasets, download, idx
 from distributed_mnist.catalog import ENTRIES, ROLES, Entry, Role
 from distributed_mnist.errors import DataError
+from distributed_mnist.locate import NotFoundError
 
 Arrays = dict[Role, NDArray[Any]]
 
@@ -216,11 +217,11 @@ def test_when_all_fail_one_line_has_every_reason(
     cut.cut[first] = 2
     digests = [idx.digest(content(shift)["train_images"])[:12] for shift in (1, 0)]
     assert failure(entry, tmp_path, dead, absent, refusing, wrong, page, cut) == (
-        f"cannot download {first}: {dead.host}: connection failed; {absent.host}: HTTP 404; "
-        f"{refusing.host}: HTTP 503; "
-        f"{wrong.host}: wrong content (SHA-256 of the content {digests[0]}…, not {digests[1]}…); "
-        f"{page.host}: wrong content (not an IDX file: starts with 3c 68 74 6d, not with 00 00); "
-        f"{cut.host}: broke off the transfer"
+        f"no mirror has {first}: {dead.host} (connection failed); {absent.host} (HTTP 404); "
+        f"{refusing.host} (HTTP 503); "
+        f"{wrong.host} (wrong content: SHA-256 of the content {digests[0]}…, not {digests[1]}…); "
+        f"{page.host} (wrong content: not an IDX file: starts with 3c 68 74 6d, not with 00 00); "
+        f"{cut.host} (broke off the transfer)"
     )
     assert cut.asked == [first, first]  # once more, no more
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
@@ -247,7 +248,7 @@ def test_a_server_that_tells_no_length(
     download.fetch(entry, tmp_path, mirrors=[mirror.base], progress=lambda _, __, total: totals.add(total))
     assert totals == {None}
     mirror.cut = {"train-labels-idx1-ubyte.gz": 1}  # nothing but the checksum can tell
-    assert "wrong content (MD5 " in failure(entry, tmp_path / "other", mirror)
+    assert "wrong content: MD5 " in failure(entry, tmp_path / "other", mirror)
 
 
 def test_a_server_that_never_ends_is_cut_off(
@@ -256,7 +257,7 @@ def test_a_server_that_never_ends_is_cut_off(
     entry = register(monkeypatch, "mnist", content())
     mirror = serve({"train-images-idx3-ubyte.gz": bytes(3 << 20)})
     monkeypatch.setattr(download, "_MAX_BYTES", 1 << 20)
-    assert failure(entry, tmp_path, mirror).endswith(f"{mirror.host}: sent more than 1 MiB")
+    assert failure(entry, tmp_path, mirror).endswith(f"{mirror.host} (sent more than 1 MiB)")
 
 
 def test_only_what_is_missing_is_downloaded(
@@ -289,14 +290,46 @@ def test_auto_draws_when_no_mirror_answers(
     monkeypatch.setenv("NO_PROXY", "*")
     loaded = datasets.load("auto", tmp_path, mirrors=[dead.base], train_size=20, test_size=10)
     assert loaded.name == "generated"
-    assert loaded.source == (
-        f"drawn by the program, because MNIST was not to be had ({tmp_path}: mnist is not here: "
-        "no train-images-idx3-ubyte or .gz in it or in MNIST/raw; "
-        f"cannot download train-images-idx3-ubyte.gz: {dead.host}: connection failed)"
-    )
-    with pytest.raises(DataError, match="connection failed"):
-        datasets.load("mnist", tmp_path, mirrors=[dead.base])
+    assert loaded.source == f"drawn by the program: MNIST is not in {tmp_path} and cannot be downloaded"
     assert leftovers(tmp_path) == []
+
+
+def test_auto_does_not_draw_in_place_of_half_of_mnist(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dead: Mirror
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "*")
+    entry = register(monkeypatch, "mnist", content())
+    idx.write(tmp_path / entry.files[0].name, content()["train_images"])
+    with pytest.raises(DataError) as caught:
+        datasets.load("auto", tmp_path, mirrors=[dead.base], train_size=20, test_size=10)
+    lacking = ", ".join(file.name for file in entry.files[1:])
+    assert str(caught.value) == (
+        f"mnist is not in {tmp_path}/ ({tmp_path} lacks {lacking}) and no mirror could be reached: "
+        f"{dead.host} (connection failed); --dataset auto draws digits only where none of MNIST's files is"
+    )
+    assert not isinstance(caught.value, NotFoundError)
+
+
+def test_mirrors_that_share_a_reason_share_its_mention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve, dead: Mirror
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "*")
+    entry = register(monkeypatch, "mnist", content())
+    other = Mirror(dead.base.replace("127.0.0.1", "localhost"), {})
+    reached = f"no mirror could be reached: {dead.host}, {other.host} (connection failed)"
+    assert failure(entry, tmp_path, dead, other, dead) == reached
+    root = tmp_path / "none"
+    for call, said in (
+        (datasets.load, f"mnist is not in {root}/ (no such folder) and {reached}"),
+        (datasets.fetch, f"mnist cannot be downloaded: {reached}"),
+    ):
+        with pytest.raises(DataError) as caught:
+            call("mnist", root, mirrors=[dead.base, other.base])
+        assert str(caught.value) == said
+    empty = [serve({}), serve({})]
+    hosts = ", ".join(mirror.host for mirror in empty)
+    said = f"no mirror has train-images-idx3-ubyte.gz: {hosts} (HTTP 404)"
+    assert failure(entry, tmp_path, *empty) == said
 
 
 def test_emnist_comes_out_of_one_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve) -> None:
@@ -331,7 +364,7 @@ def test_emnist_comes_out_of_one_zip(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_zip_with_the_wrong_checksum_is_refused(tmp_path: Path, serve: Serve) -> None:
     mirror = serve({"gzip.zip": b"PK..."})
     text = failure(ENTRIES["emnist-letters"], tmp_path, mirror)
-    assert text.startswith(f"cannot download gzip.zip: {mirror.host}: wrong content (MD5 ")
+    assert text.startswith(f"no mirror has gzip.zip: {mirror.host} (wrong content: MD5 ")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
@@ -400,5 +433,6 @@ def test_addresses_that_are_none(tmp_path: Path, base: str) -> None:
 def test_addresses_that_cannot_be_used(tmp_path: Path, base: str) -> None:
     with pytest.raises(DataError) as caught:
         download.fetch(ENTRIES["mnist"], tmp_path, mirrors=[base])
-    assert "cannot download train-images-idx3-ubyte.gz: " in str(caught.value)
+    assert str(caught.value).startswith("no mirror could be reached: ")
+    assert "not a usable address" in str(caught.value)
     assert "pw" not in str(caught.value)

@@ -1,18 +1,23 @@
 """What a run prints and what it leaves: one JSON object, one folder, a bar only at a terminal."""
 
 import contextlib
+import importlib.metadata
+import io
 import json
 import math
 import os
 import pty
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ranks import DMNIST, PATIENCE, Finished, dmnist, environment, events, run, train
+from rich.console import Console
 
 from distributed_mnist.checkpoint import decode
+from distributed_mnist.observe import Terminal
 
 EPOCHS, BATCH, STEPS_PER_EPOCH = 3, 64, 18
 RECIPE = ("--recipe", "classic", "--epochs", EPOCHS, "--batch-size", BATCH)
@@ -126,20 +131,21 @@ def test_metrics_have_every_step_once(finished: tuple[Path, Finished]) -> None:
     assert parsed[-1]["result"] == ended.json()
 
 
-def test_the_mean_loss_of_an_epoch_weighs_every_sample_alike(finished: tuple[Path, Finished]) -> None:
+def test_the_mean_loss_since_an_evaluation_weighs_every_sample_alike(
+    finished: tuple[Path, Finished],
+) -> None:
     """The last batch of an epoch has 12 samples instead of 64, and counts for 12."""
     out, _ = finished
     losses = [loss for event in events(out) if event["event"] == "steps" for loss in event["losses"]]
-    sizes = [64] * 17 + [12]
-    for epoch in range(EPOCHS):
-        mine = losses[epoch * STEPS_PER_EPOCH : (epoch + 1) * STEPS_PER_EPOCH]
-        expected = sum(loss * size for loss, size in zip(mine, sizes, strict=True)) / 1_100
-        (told,) = [
-            event["train_loss"]
-            for event in events(out)
-            if event["event"] == "evaluation" and event["step"] == (epoch + 1) * STEPS_PER_EPOCH
-        ]
-        assert told == pytest.approx(expected, rel=1e-12)
+    sizes = ([64] * 17 + [12]) * EPOCHS
+    evaluations = [event for event in events(out) if event["event"] == "evaluation"]
+    since = 0
+    for event in evaluations:
+        rows = slice(since, event["step"])
+        total = sum(loss * size for loss, size in zip(losses[rows], sizes[rows], strict=True))
+        assert event["train_loss"] == pytest.approx(total / sum(sizes[rows]), rel=1e-12)
+        since = event["step"]
+    assert since == EPOCHS * STEPS_PER_EPOCH
 
 
 def test_the_record_does_not_depend_on_the_number_of_processes(
@@ -246,3 +252,169 @@ def at_a_terminal(command: list[str]) -> str:
         os.close(master)
         assert process.wait(PATIENCE) == 0, shown.decode()
     return shown.decode()
+
+
+# ---- What a terminal shows -------------------------------------------------------------------------------
+
+RESULT: dict[str, Any] = {
+    **{
+        "test_accuracy": 0.9926,
+        "test_loss": 0.02,
+        "test_images": 10_000,
+        "steps": 470,
+        "train_seconds": 19.71,
+    },
+    **{f"{name}_sha256": "0123456789abcdef" * 4 for name in ("weights", "samples", "data")},
+    **{"images_per_second": 11_884.2, "out": "runs/[bold]x"},
+}
+
+
+def terminal(width: int, *, step: int = 235, epochs: int = 2, **more: Any) -> str:
+    """All that a person sees of a run, without escape codes; a `width` of 0 is a pipe."""
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=bool(width), width=width or 1000, color_system=None)
+    sink = Terminal(console)
+    recipe = "default: cnn with 215,194 parameters, 2 epochs in batches of 256, tree over 8 shards, seed 0"
+    sink.log("start", lines={"recipe": recipe, "out": "runs/x"}, epochs=epochs, steps=470, step=0)
+    sink.log("steps", step=step, epoch=0.5, loss=0.123456, images_per_second=11_884.2)
+    scores = {
+        "train_loss": 0.21281,
+        "train_accuracy": 0.93624,
+        "test_loss": 0.0793,
+        "test_accuracy": 0.97641,
+    }
+    sink.log("evaluation", epoch=1.0, **scores)
+    sink.log("notice", text="a notice that goes on and on for longer than a narrow terminal has columns")
+    sink.log("end", result={**RESULT, **more})
+    sink.close()
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue()).replace("\r", "\n")
+
+
+def test_a_pipe_gets_whole_lines_and_nothing_after_their_end() -> None:
+    lines = terminal(0).splitlines()
+    assert lines[0].endswith("seed 0")
+    assert lines[1] == "out      runs/x"
+    assert lines[2].startswith("epoch 1  train loss 0.2128, accuracy 93.62%; test loss 0.0793, ")
+    assert lines[3].startswith("note     a notice")
+    assert lines[3].endswith("columns")
+    assert lines[4:7] == ["", "test accuracy   99.26% of 10,000 images", "test loss       0.020000"]
+    assert lines[7] == "training        470 steps in 19.71 s, 11,884 images/s"
+    assert lines[-1] == "in              runs/[bold]x"
+    assert [line for line in lines if line != line.rstrip()] == []
+
+
+def test_a_narrow_terminal_wraps_at_words_under_the_text() -> None:
+    lines = [line.rstrip() for line in terminal(60).splitlines()]
+    assert max(map(len, lines)) <= 60
+    start = lines.index("recipe   default: cnn with 215,194 parameters, 2 epochs in")
+    assert lines[start + 1] == "         batches of 256, tree over 8 shards, seed 0"
+    assert "         narrow terminal has columns" in lines
+    assert "                " + ("0123456789abcdef" * 4)[44:] in lines  # nowhere to wrap: it goes on below
+
+
+@pytest.mark.parametrize(
+    ("width", "parts"),
+    [
+        (120, {"epoch 1/2", "step 235/470", "loss 0.1235", "test 97.64%", "images/s", "━"}),
+        (60, {"step 235/470", "loss 0.1235", "test 97.64%", "━"}),
+        (40, {"step 235/470", "━"}),
+        (20, {"step 235/470"}),
+    ],
+)
+def test_a_bar_leaves_away_what_does_not_fit(width: int, parts: set[str]) -> None:
+    every = {"epoch 1/2", "step 235/470", "loss 0.1235", "test 97.64%", "images/s", "━"}
+    bars = [line for line in terminal(width).splitlines() if "step 235/470" in line]
+    assert bars
+    assert {part for part in every if part in bars[-1]} == parts
+    assert re.search(r"[\d-]+:[\d-]+\s*$", bars[-1])  # the time left
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({}, "470 steps in 19.71 s, 11,884 images/s"),
+        ({"steps_here": 470, "seconds_here": 19.71}, "470 steps in 19.71 s, 11,884 images/s"),
+        (
+            {"steps_here": 136, "seconds_here": 9.6, "images_per_second": 3_626.7},
+            "136 of 470 steps here, in 9.6 s, 3,627 images/s",
+        ),
+        (
+            {"steps_here": 0, "seconds_here": 0.0, "images_per_second": None},
+            "470 steps, finished before; nothing left to do",
+        ),
+        ({"steps": 1, "steps_here": 1}, "1 step in 19.71 s, 11,884 images/s"),
+    ],
+)
+def test_the_effort_of_a_run(more: dict[str, Any], said: str) -> None:
+    (line,) = [line for line in terminal(0, **more).splitlines() if line.startswith("training")]
+    assert line == f"training        {said}"
+
+
+# ---- Other commands --------------------------------------------------------------------------------------
+
+NAMES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+
+
+def test_versions() -> None:
+    """Without importing torch, which takes longer than the answer is worth."""
+    ended = run([*DMNIST, "--version"])
+    ours, torch = importlib.metadata.version("distributed-mnist"), importlib.metadata.version("torch")
+    assert ended == Finished(0, f"dmnist {ours}, torch {torch}\n", "")
+
+
+def test_generate_and_fetch(
+    finished: tuple[Path, Finished], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("data", "generate", "drawn", "--train-size", 1_100, "--test-size", 300)
+    paths = [f"drawn/{name}.gz" for name in NAMES]
+    ended = dmnist(*words)
+    assert ended.code == 0, ended
+    told = "1,100 + 300 images drawn with seed 0: use them with --dataset idx --data drawn"
+    assert ended.stdout.splitlines() == [*paths, told]
+    ended = dmnist(*words, "--json")
+    assert ended.stderr == ""
+    assert ended.json() == {
+        **{"dataset": "generated", "train_size": 1_100, "test_size": 300, "data_seed": 0},
+        **{"data_sha256": finished[1].json()["data_sha256"], "paths": paths},
+    }
+    fetched = dmnist("data", "fetch", "idx", "--data", "drawn", "--json")
+    assert fetched.json() == {"dataset": "idx", "paths": paths}
+    assert dmnist("data", "fetch", "idx", "--data", "drawn").stdout.splitlines() == paths
+
+
+def test_check(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(digits)
+    ended = dmnist("data", "check", "idx")
+    assert (ended.code, ended.stderr) == (0, "")
+    assert ended.stdout.splitlines() == [
+        "data/train-images-idx3-ubyte.gz  1,100 rows  ok (no published checksum)",
+        "data/train-labels-idx1-ubyte.gz  1,100 rows  ok (no published checksum)",
+        "data/t10k-images-idx3-ubyte.gz     300 rows  ok (no published checksum)",
+        "data/t10k-labels-idx1-ubyte.gz     300 rows  ok (no published checksum)",
+    ]
+
+
+def test_check_of_what_is_not_sound(digits: Path, tmp_path: Path) -> None:
+    for name in NAMES[:3]:
+        (tmp_path / f"{name}.gz").symlink_to(digits / f"{name}.gz")
+    ended = dmnist("data", "check", "idx", "--data", tmp_path)
+    lacking = tmp_path / NAMES[3]
+    said = f"dmnist: 1 of 4 files of idx cannot be used: {lacking}\n"
+    assert (ended.code, ended.stderr) == (3, said)
+    assert re.fullmatch(rf"{lacking} +- rows  missing", ended.stdout.splitlines()[3])
+    ended = dmnist("data", "check", "idx", "--data", tmp_path, "--json")
+    assert (ended.code, ended.stderr) == (3, said)
+    files = json.loads(ended.stdout)["files"]
+    assert [(file["ok"], file["rows"]) for file in files] == [
+        (True, 1_100),
+        (True, 1_100),
+        (True, 300),
+        (False, None),
+    ]

@@ -1,0 +1,138 @@
+"""What the documents show is tried: examples run, commands parse, links lead somewhere."""
+
+import importlib.util
+import itertools
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from ranks import REPOSITORY, dmnist
+
+from distributed_mnist.flags import parse
+
+DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+README = DOCUMENTS[0].read_text()
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NUMBERS = ("--nproc", "--epochs", "--batch-size", "--seed", "--shards", "--micro-batch", "--lr")
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """Language and content of the fenced blocks."""
+    return BLOCK.findall(text)
+
+
+def section(title: str) -> str:
+    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def lines_of_commands() -> list[str]:
+    """Whatever the documents tell people to type: lines of fenced blocks, and code within sentences."""
+    found: list[str] = []
+    for path in DOCUMENTS:
+        text = path.read_text()
+        for language, content in blocks(text):
+            if not language:
+                found += [line.partition(" #")[0].strip() for line in content.splitlines()]
+        found += re.findall(r"`([^`\n]+)`", BLOCK.sub("", text))
+    return list(dict.fromkeys(found))
+
+
+def words_after(program: str) -> list[list[str]]:
+    """The words after `program` in each line that has it as a command, alternatives written out."""
+    found = []
+    for line in lines_of_commands():
+        match = re.search(rf"(?:^|[\s/]){re.escape(program)}\s+(.*)", line)
+        if match and (line.startswith((program, ".venv/bin/", "srun", "mpirun"))):
+            words = [re.split(r"\\?\|", word) for word in match[1].split() if word != "..."]
+            found += map(list, itertools.product(*words))
+    return found
+
+
+def examples_in(folder: Path, text: str) -> None:
+    """Writes the TOML and Python examples under the names in their first lines."""
+    for language, content in blocks(text):
+        if language in ("toml", "python"):
+            (folder / content.partition("\n")[0].removeprefix("# ")).write_text(content)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for link in re.findall(r"\[[^\]]*\]\(([^)\s]+)\)", path.read_text()):
+        if link.startswith("http"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (path.parent / name).resolve() if name else path
+        assert target.exists(), f"{path.name} links to {link}"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
+def test_commands_and_flags_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    examples_in(tmp_path, README)
+    shown = words_after("dmnist")
+    assert len(shown) > 12
+    for words in map(complete, shown):
+        if "--help" in words:
+            with pytest.raises(SystemExit) as end:
+                parse(words)
+            assert end.value.code == 0
+        else:
+            parse(words)
+
+
+def complete(words: list[str]) -> list[str]:
+    """A command as shown, with something in place of what is left open."""
+    pairs = itertools.pairwise(["", *words])
+    words = ["2" if before in NUMBERS and word == "N" else word for before, word in pairs]
+    if words[0].startswith("-"):  # `dmnist ... --debug`
+        return ["train", *words]
+    return [*words, "HERE"] if words in (["evaluate"], ["data", "generate"]) else words
+
+
+def test_the_original_commands_have_their_flags() -> None:
+    spec = importlib.util.spec_from_file_location("script", REPOSITORY / "multi_proc_single_gpu.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    shown = words_after("multi_proc_single_gpu.py")
+    assert len(shown) >= 3
+    for words in shown:
+        script._parser().parse_args(words)
+
+
+def test_what_make_is_asked_for_it_makes() -> None:
+    targets = re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    shown = [line.split()[1] for line in lines_of_commands() if re.match(r"make \w", line)]
+    assert {"train", "test"} <= set(shown) <= set(targets)
+
+
+def test_the_readmes_own_recipe_model_and_data(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every command of that section in its order, as written but for one epoch of the small digits."""
+    monkeypatch.chdir(tmp_path)
+    text = section("Your own recipe, model, data")
+    examples_in(tmp_path, text)
+    shutil.copytree(digits, tmp_path / "my_data")
+    for name in ("train-images", "train-labels", "t10k-images", "t10k-labels"):
+        (path,) = (tmp_path / "my_data").glob(f"{name}*.gz")
+        assert f"`{path.name.removesuffix('.gz')}`" in text
+    ran = []
+    for language, content in blocks(text):
+        for line in content.splitlines() if not language else []:
+            words = line.removeprefix(".venv/bin/dmnist ").split()
+            if words[0] == "train":
+                words += ["--epochs", "1", "--nproc", "1"]
+            if words[0] != "data":
+                words += ["--device", "cpu"]
+            if "--data" not in words:
+                words += ["--data", "my_data", "--dataset", "idx"]
+            ended = dmnist(*words)
+            assert ended.code == 0, (line, ended)
+            ran.append(words[0])
+    assert ran == ["train", "train", "evaluate", "data", "train"]
+    for run in ("mine", "small", "my_data"):
+        assert (tmp_path / "runs" / run / "checkpoints" / "best.pt").is_file()
