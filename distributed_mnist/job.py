@@ -159,15 +159,19 @@ def describe(
 ) -> dict[str, str]:
     """The lines a run begins with."""
     how = "tree" if recipe.sync == "tree" else "DistributedDataParallel"
-    group = (
-        "1 process" if world.size == 1 else f"{world.size} processes ({world.launcher}, {world.backend})"
-    )
-    per = f", {threads} thread{'s' if threads > 1 else ''} each" if world.device.type == "cpu" else ""
+    group = _count(world.size, "process", "processes")
+    if world.size > 1:
+        group += f" ({world.launcher}, {world.backend})"
+    per = f", {_count(threads, 'thread')} each" if world.device.type == "cpu" else ""
     return {
         "recipe": f"{title}: {recipe.model} with {traits.parameters:,} parameters, "
-        f"{recipe.epochs} epoch{'s' if recipe.epochs > 1 else ''} in batches of {recipe.batch_size}, "
-        f"{how} over {recipe.shards} shards, {recipe.precision}, seed {recipe.seed}",
+        f"{_count(recipe.epochs, 'epoch')} in batches of {recipe.batch_size}, "
+        f"{how} over {_count(recipe.shards, 'shard')}, {recipe.precision}, seed {recipe.seed}",
         "data": f"{data.name}, {len(data.train):,} + {len(data.test):,} images, {data.source}",
         "world": f"{group} on {world.device.type}{per}",
         "out": str(folder),
     }
+
+
+def _count(number: int, one: str, several: str = "") -> str:
+    return f"{number} {one if number == 1 else several or one + 's'}"

@@ -30,6 +30,7 @@ def run_in_group(
 
     `exact` asks the device's libraries for results that do not vary from call to call.
     """
+    code = 0
     try:
         signals = StopSignals()
         prepare_environment(exact)
@@ -37,13 +38,13 @@ def run_in_group(
         world = World.connect(placement, device=chosen, backend=backend, listener=listener)
         body(world, signals)
         world.close()
-        return 0
     except StoppedEarly as early:
         code = tell(Interrupted(str(early)), placement, debug=debug)
     except (Exception, KeyboardInterrupt) as error:
         code = tell(error, placement, debug=debug)
     if placement.size > 1:
-        # Not by `return`: the interpreter's end would wait for, or trip over, a group that is broken.
+        # Not by `return`: at the interpreter's end the backend's threads may still run, and abort the
+        # process (one run in three under torchrun) or wait for a peer that is gone.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

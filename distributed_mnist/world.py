@@ -78,8 +78,9 @@ class World:
         return world
 
     def close(self) -> None:
-        """Leave the group. Call it once, when nothing is under way."""
-        if self.size > 1 and dist.is_initialized():
+        """Leave the group, all at once. Call it when nothing is under way."""
+        if self.size > 1:
+            self.barrier()  # a launcher may end those that are left when the first has gone
             dist.destroy_process_group()
 
     def sum_(self, tensor: Tensor) -> Tensor:
