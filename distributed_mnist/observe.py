@@ -8,15 +8,18 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 from .errors import OutputError
+
+_ECHO = 3  # columns: `^C`, and the cursor
 
 
 def make_console(*, stderr: bool = False) -> Console:
@@ -133,12 +136,8 @@ class Terminal:
             self._line(name, text)
         self._epochs = epochs
         if self._console.is_terminal:
-            self._bar = Progress(
-                *_columns(self._console.width, epochs, steps),
-                console=self._console,
-                expand=True,
-                transient=True,
-            )
+            columns = _columns(self._console.width - _ECHO, epochs, steps)
+            self._bar = _Bar(*columns, console=self._console)
             self._shown = {"epoch": f"1/{epochs}", "loss": "–", "test": "–", "speed": "–"}  # noqa: RUF001
             self._task = self._bar.add_task("", total=steps, completed=step, **self._shown)
             self._bar.start()
@@ -223,6 +222,21 @@ def _effort(result: dict[str, Any]) -> str:
 
 def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+class _Bar(Progress):
+    """Ends short of the line's end: a terminal echoes Ctrl-C there as `^C`, and if that went to the next
+    line, the bar would not be wiped away."""
+
+    def __init__(self, *columns: ProgressColumn, console: Console) -> None:
+        self._width = console.width - _ECHO
+        super().__init__(*columns, console=console, expand=True, transient=True)
+
+    def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
+        """See rich."""
+        table = super().make_tasks_table(tasks)
+        table.width = self._width
+        return table
 
 
 def _columns(width: int, epochs: int, steps: int) -> list[ProgressColumn]:
