@@ -62,14 +62,10 @@ class BinaryCounter:
 
 def subtree_roots(leaves: range) -> list[tuple[int, int]]:
     """The nodes (level, index) left when `leaves` alone have been added: the complete subtrees in them."""
-    nodes: list[tuple[int, int]] = []
+    counter = BinaryCounter()
     for leaf in leaves:
-        level, index = 0, leaf
-        while index % 2 == 1 and nodes and nodes[-1] == (level, index - 1):
-            nodes.pop()
-            level, index = level + 1, index // 2
-        nodes.append((level, index))
-    return nodes
+        counter.push(0, leaf, torch.zeros(()))
+    return [(level, index) for level, index, _ in counter.nodes]
 
 
 class TreeGradients:

@@ -39,7 +39,6 @@ class Ledger:
     """Room for `capacity` steps of a global batch of `batch_size` samples in `shards` shards."""
 
     def __init__(self, capacity: int, batch_size: int, shards: int, device: torch.device) -> None:
-        self.capacity = capacity
         self._ids = np.zeros((capacity, batch_size), dtype=np.int64)  # id + 1; 0 is "not mine"
         self._losses = torch.zeros((capacity, shards), device=device)
         self._correct = torch.zeros((), dtype=torch.int64, device=device)

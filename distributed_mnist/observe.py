@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Table
 from rich.text import Text
 
-from .errors import OutputError
+from .errors import OutputError, reason
 
 _ECHO = 3  # columns: `^C`, and the cursor
 
@@ -86,7 +86,7 @@ class JsonLines:
         try:
             self._file: TextIO | None = path.open("a")
         except OSError as error:
-            raise OutputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+            raise OutputError(f"{path}: {reason(error)}") from None
         self._path, self._complain = path, complain
 
     def log(self, event: str, **fields: Any) -> None:
@@ -100,7 +100,7 @@ class JsonLines:
             broken, self._file = self._file, None
             with contextlib.suppress(OSError):  # closing tries to write what is left, and fails again
                 broken.close()
-            self._complain(f"{self._path} ends here: {(error.strerror or str(error)).lower()}")
+            self._complain(f"{self._path} ends here: {reason(error)}")
 
     def close(self) -> None:
         """See `Sink`."""

@@ -173,25 +173,16 @@ def test_the_record_does_not_depend_on_the_number_of_processes(
     assert record(tmp_path / "out") == record(out)
 
 
+def one_process(digits: Path) -> tuple[Any, ...]:
+    return ("train", "--device", "cpu", "--nproc", 1, "--dataset", "idx", "--data", digits)
+
+
 def test_a_second_try_in_the_same_folder_is_described_by_its_own_config(
     digits: Path, tmp_path: Path
 ) -> None:
     """The first one broke down before its first checkpoint: the folder holds no run to go on with."""
     out = tmp_path / "out"
-    words = (
-        "train",
-        "--device",
-        "cpu",
-        "--nproc",
-        1,
-        "--dataset",
-        "idx",
-        "--data",
-        digits,
-        *RECIPE,
-        "--out",
-        out,
-    )
+    words = (*one_process(digits), *RECIPE, "--out", out)
     assert dmnist(*words, "--model", "mlp", "--optimizer", "sgd", "--lr", "1e30").code == 7
     assert dmnist(*words).code == 0
     assert json.loads((out / "config.json").read_text())["recipe"]["model"] == "linear"
@@ -201,19 +192,7 @@ def test_runs_of_the_same_second_have_folders_of_their_own(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = (
-        "train",
-        "--device",
-        "cpu",
-        "--nproc",
-        1,
-        "--dataset",
-        "idx",
-        "--data",
-        digits,
-        "--recipe",
-        "classic",
-    )
+    words = (*one_process(digits), "--recipe", "classic")
     for _ in range(3):
         assert dmnist(*words, "--epochs", 1).code == 0
     folders = sorted((tmp_path / "runs").iterdir())
