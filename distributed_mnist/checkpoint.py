@@ -47,6 +47,17 @@ _DATASET_TYPES: dict[str, type | tuple[type, ...]] = {
 }
 
 
+def snapshot(value: Any) -> Any:
+    """A copy of a content, tensors on the CPU, that goes on being of this moment while training goes on."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: snapshot(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [snapshot(inner) for inner in value]
+    return value
+
+
 def encode(content: Content) -> bytes:
     """The file's bytes, content digest included."""
     buffer = io.BytesIO()

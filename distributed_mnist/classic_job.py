@@ -15,7 +15,7 @@ from .checkpoint import Content, decode, encode, read_bytes, write
 from .classic import Options
 from .config import Run, load_recipe
 from .digest import START_OF_CHAIN
-from .errors import CheckpointError, OutputError, reason
+from .errors import CheckpointError, OutputError
 from .evaluate import evaluate
 from .observe import DataProgress, NullSink
 from .optim import make_optimizer
@@ -25,7 +25,7 @@ from .prepare import make_gradients, make_model, pack, use_threads
 from .process import run_in_group
 from .share import Data, share
 from .signals import StopSignals
-from .store import NullStore, Pack
+from .store import BackgroundStore, NullStore
 from .train import NO_TOTALS, Job, State, require_same_weights, train
 from .world import World
 
@@ -95,7 +95,10 @@ def run(world: World, options: Options, signals: StopSignals) -> None:
     )
     if state.step < options.epochs * batches.steps_per_epoch:
         signals.arm()
-        train(state, job)
+        try:
+            train(state, job)
+        finally:
+            job.store.finished(wait=True)
     if state.unsaved:
         raise OutputError(f"trained, but {state.unsaved}")
 
@@ -122,36 +125,29 @@ def explanations(options: Options, world: World) -> list[str]:
     return lines
 
 
-class OriginalStore(NullStore):
+class OriginalStore(BackgroundStore):
     """`checkpoints/checkpoint_{epoch}.pth.tar` after each epoch, the best also as `model_best.pth.tar`.
 
     One saved within an epoch, because the run was asked to stop, is `checkpoint_{epoch}_{step}.pth.tar`.
     """
 
     def __init__(self, steps_per_epoch: int) -> None:
+        super().__init__(None)
         self._steps_per_epoch = steps_per_epoch
-        self._last_good = "none"
 
-    def save(self, pack: Pack, *, best: bool) -> str | None:
-        """See `Store`."""
-        content = pack()
+    def path_of(self, content: Content) -> Path:
+        """See `BackgroundStore`."""
         epoch, step = divmod(content["step"], self._steps_per_epoch)
-        path = FOLDER / (
+        return FOLDER / (
             f"checkpoint_{epoch}_{step}.pth.tar" if step else f"checkpoint_{epoch - 1}.pth.tar"
         )
-        try:
-            data = encode(to_original(content))
-            if best:  # first: see `RunStore.save`
-                write(FOLDER / "model_best.pth.tar", data)
-            write(path, data)
-            self._last_good = str(path)
-        except OSError as error:
-            return f"{path} could not be saved: {reason(error)}"
-        return None
 
-    def last_good(self) -> str:
-        """See `Store`."""
-        return self._last_good
+    def write(self, path: Path, content: Content, *, best: bool) -> None:
+        """See `BackgroundStore`."""
+        data = encode(to_original(content))
+        if best:  # first: see `RunStore.write`
+            write(FOLDER / "model_best.pth.tar", data)
+        write(path, data)
 
 
 class EpochLines:

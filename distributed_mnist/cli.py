@@ -29,16 +29,21 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _train(command: Train) -> int:
-    from . import launch, spawn
+    from . import launch, layout, spawn
 
     placement = launch.detect()
     nproc = command.run.nproc
     if placement is not None and nproc not in (None, placement.local_size):
         raise UsageError(f"--nproc {nproc}, but {placement.launcher} started this process: leave it away")
-    if placement is None:
-        nproc = nproc or launch.default_nproc(command.settings, command.run)
-        command.settings.check_size(nproc)
-    return spawn.start(placement, nproc, "distributed_mnist.workers:train", command)
+    if placement is not None:
+        return spawn.start(placement, None, "distributed_mnist.workers:train", command)
+    nproc = nproc or launch.default_nproc(command.settings, command.run)
+    command.settings.check_size(nproc)
+    # One folder through all restarts, so chosen here.
+    out = command.run.out or layout.new_folder(command.recipe)
+    command = dataclasses.replace(command, run=dataclasses.replace(command.run, out=out))
+    restarts = spawn.Restarts(command.run.max_restarts, lambda: layout.newest_step(out))
+    return spawn.spawn(nproc, "distributed_mnist.workers:train", command, restarts)
 
 
 def _evaluate(command: Evaluate) -> int:

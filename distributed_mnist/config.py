@@ -26,6 +26,7 @@ Device = Literal["auto", "cpu"]
 
 _RECIPES = resources.files("distributed_mnist") / "recipes"
 _EVERY = re.compile(r"(\d+)\s*(steps?|epochs?)?")
+_SECONDS = re.compile(r"(\d+(?:\.\d+)?)\s*(?:s|seconds?)")
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,18 @@ class Run:
     """Folder for the run's checkpoints and records; by default a new one under runs/."""
     resume: str | None = None
     """Checkpoint to go on from, or auto for the newest whole one in --out."""
-    checkpoint_every: str = "1 epoch"
-    """How often a checkpoint is saved: in steps (500) or in epochs ('2 epochs')."""
+    checkpoint_every: str = "5 seconds"
+    """How often a checkpoint is saved, beside the training: in seconds ('5 seconds'), steps (500) or epochs
+    ('2 epochs')."""
     eval_every: str = "1 epoch"
     """How often the test images are scored: in steps (500) or in epochs ('2 epochs')."""
     keep: int = 3
     """How many of the newest checkpoints are kept, besides the best one."""
+    max_restarts: int = 3
+    """When a process dies, all are started again from the last checkpoint: at most this often in a row
+    without reaching a new one. (A launcher of another program restarts by rules of its own.)"""
+    hang_after: float = 60.0
+    """Seconds that the others wait for a process that does not go on, before they name it and end."""
     nproc: int | None = None
     """Processes to start here; by default one per GPU, or on CPU as many as pay off."""
     device: Device = "auto"
@@ -70,8 +77,10 @@ class Run:
             value = getattr(self, name)
             require(value is None or value >= 1, name, "at least 1", self)
         require(0 <= self.data_seed < 2**63, "data_seed", "between 0 and 2^63 - 1", self)
-        for name in ("checkpoint_every", "eval_every"):
-            steps_between(getattr(self, name), 1, name)
+        require(self.max_restarts >= 0, "max_restarts", "zero or more", self)
+        require(1 <= self.hang_after < math.inf, "hang_after", "at least 1", self)
+        checkpoint_interval(self.checkpoint_every, 1)
+        steps_between(self.eval_every, 1, "eval_every")
         if self.dataset not in ("generated", "auto"):
             for name in ("train_size", "test_size", "data_seed"):
                 if getattr(self, name) != getattr(Run, name):
@@ -86,6 +95,17 @@ def steps_between(text: str, steps_per_epoch: int, name: str) -> int:
     if match is None or int(match[1]) < 1:
         raise UsageError(f"{flag(name)} must be like 500 (steps) or '2 epochs', not {text!r}")
     return int(match[1]) * (steps_per_epoch if (match[2] or "").startswith("epoch") else 1)
+
+
+def checkpoint_interval(text: str, steps_per_epoch: int) -> tuple[int | None, float | None]:
+    """`--checkpoint-every` as (steps, None), or a time as (None, seconds). Raises `UsageError`."""
+    match = _SECONDS.fullmatch(text.strip())
+    if match and float(match[1]) > 0:
+        return None, float(match[1])
+    try:
+        return steps_between(text, steps_per_epoch, "checkpoint_every"), None
+    except UsageError as error:
+        raise UsageError(str(error).replace("like 500", "like '5 seconds', 500")) from None
 
 
 @dataclass(frozen=True)

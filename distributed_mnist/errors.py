@@ -62,6 +62,16 @@ class WorkerLost(DmnistError):
     on_one_rank = True
 
 
+class Hang(WorkerLost):
+    """A process of the group, or the group, does not go on."""
+
+
+class VerificationError(DmnistError):
+    """Weights that must be equal are not."""
+
+    exit_code = 9
+
+
 class Interrupted(DmnistError):
     """Asked to stop by a signal; the run can be resumed. The code is BSD's EX_TEMPFAIL, "try again"."""
 
@@ -71,6 +81,13 @@ class Interrupted(DmnistError):
 def reason(error: OSError) -> str:
     """What the system said, in the middle of a sentence: "no space left on device"."""
     return (error.strerror or str(error)).lower()
+
+
+def described(error: Exception | None) -> tuple[type[DmnistError], str]:
+    """An error as another rank can raise it: its text, and its class where that takes just a text."""
+    if isinstance(error, DmnistError):
+        return type(error), str(error)
+    return DmnistError, f"{type(error).__name__}: {error}"
 
 
 def tell(error: BaseException, placement: Placement = ALONE, *, debug: bool = False) -> int:
@@ -88,7 +105,8 @@ def tell(error: BaseException, placement: Placement = ALONE, *, debug: bool = Fa
         what = f"a defect, please report it: {type(error).__name__}: {error} (--debug shows where)"
         _print(placement, what)
         return 1
-    told_by_launcher = isinstance(error, WorkerLost) and placement.launcher == "spawned"
+    # Our launcher knows better than those who lost it how a process ended.
+    told_by_launcher = type(error) is WorkerLost and placement.launcher == "spawned"
     if (placement.rank == 0 or error.on_one_rank) and not told_by_launcher:
         _print(placement, str(error))
     return error.exit_code

@@ -1,53 +1,104 @@
-"""A run's folder at its start: chosen, locked, and resumed from if asked to.
+"""A run's folder at its start: chosen, locked, and resumed from if asked to or if started again.
 
-Rank 0 does what touches files; the others are told what came of it.
+Rank 0 does what touches files; the others are told what came of it. On a host that does not see rank 0's
+folder one rank keeps a copy of the checkpoints, so that losing a host loses none.
 """
 
 import dataclasses
+import secrets
 from collections.abc import Callable
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from .checkpoint import Content, decode, read_bytes, versions
 from .config import Recipe, Run, flag
 from .errors import CheckpointError, OutputError
+from .layout import checkpoints_in, new_folder
+from .lock import RunLock
 from .share import Data
-from .store import NullStore, RunLock, RunStore, Store, checkpoints_in
+from .store import NullStore, RunStore, Store
 from .train import State
 from .world import World
 
+_PATIENCE = 30.0  # seconds for the processes of a group that was started again to be gone
 
-def open_folder(world: World, options: Run, title: str) -> tuple[Path, RunLock | None]:
+
+@dataclass(frozen=True)
+class Folder:
+    """Where a run's files are."""
+
+    path: Path
+    again: bool
+    """The launcher started this run before: it goes on where it was."""
+    mark: str
+    """What a rank finds in `.group` there if it sees the same folder as rank 0."""
+    lock: RunLock | None = None
+    """On rank 0."""
+
+
+def open_folder(world: World, options: Run, title: str) -> Folder:
     """The run's folder, the same on every rank; on rank 0 locked, and refused if it holds another run."""
     locks: list[RunLock] = []
 
-    def choose() -> Path:
-        folder = options.out or _new_folder(title)
-        mine = (folder / "checkpoints").resolve()
-        resuming_here = options.resume is not None and Path(options.resume).resolve().parent == mine
-        lock = RunLock(folder)
-        if checkpoints_in(mine) and options.resume != "auto" and not resuming_here:
+    def choose() -> Folder:
+        earlier = world.recall("folder")
+        path = options.out or Path(earlier or new_folder(title))
+        again = earlier == str(path) or world.attempt > 0
+        lock = RunLock(path, patience=_PATIENCE if again else 0.0)
+        try:
+            if not again:
+                _refuse_used(path, options)
+            mark = secrets.token_hex(8)
+            (path / ".group").write_text(mark)
+        except OSError as error:
+            lock.abandon()
+            raise OutputError(f"--out {path}: {error.strerror}") from None
+        except OutputError:
             lock.release()
-            raise OutputError(
-                f"--out {folder} already holds a run: add --resume auto to go on, or choose another folder"
-            )
+            raise
         locks.append(lock)
-        return folder
+        world.remember("folder", str(path))
+        return Folder(path, again, mark)
 
     folder = world.from_rank_zero(choose)
-    return folder, locks[0] if locks else None
+    return dataclasses.replace(folder, lock=locks[0]) if locks else folder
 
 
-def _new_folder(title: str) -> Path:
-    stamp = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{Path(title).stem}"
-    names = [stamp, *(f"{stamp}-{again}" for again in range(2, 100))]
-    return next(Path("runs") / name for name in names if not (Path("runs") / name).exists())
+def _refuse_used(path: Path, options: Run) -> None:
+    mine = (path / "checkpoints").resolve()
+    resuming_here = options.resume is not None and Path(options.resume).resolve().parent == mine
+    if checkpoints_in(mine) and options.resume != "auto" and not resuming_here:
+        raise OutputError(
+            f"--out {path} already holds a run: add --resume auto to go on, or choose another folder"
+        )
 
 
-def open_store(world: World, options: Run, folder: Path) -> Store:
-    """Rank 0's writes into the folder; the others' does nothing."""
-    return world.together(lambda: RunStore(folder, options.keep) if world.rank == 0 else NullStore())
+def open_store(world: World, options: Run, folder: Folder, every_seconds: float | None) -> Store:
+    """Rank 0's writes into the folder, and so does one rank's on each host that does not see it."""
+
+    def make() -> Store:
+        if world.rank == 0:
+            return RunStore(folder.path, options.keep, every_seconds)
+        if world.local_rank != 0 or _sees(folder):
+            return NullStore()
+        if not folder.again:
+            _refuse_used(folder.path, options)
+        try:
+            return RunStore(folder.path, options.keep, every_seconds)
+        except OutputError:  # a host where nothing can be written: there are others
+            return NullStore()
+
+    return world.together(make)
+
+
+def _sees(folder: Folder) -> bool:
+    try:
+        return (folder.path / ".group").read_text() == folder.mark
+    except OSError:
+        return False
 
 
 def read_named(world: World, options: Run) -> bytes | None:
@@ -62,6 +113,7 @@ def read_named(world: World, options: Run) -> bytes | None:
 def resume(
     world: World,
     options: Run,
+    folder: Folder,
     store: Store,
     named: bytes | None,
     state: State,
@@ -71,18 +123,14 @@ def resume(
 ) -> str | None:
     """Take the state from the checkpoint asked for, if any; its path.
 
-    `named` is what `read_named` gave. `refuse` raises for a checkpoint that does not belong to this run.
+    Of a run that was started again that is the newest, whatever was asked for. `named` is what `read_named`
+    gave. `refuse` raises for a checkpoint that does not belong to this run.
     """
     found = (options.resume or "", named) if named is not None else None
-    if options.resume == "auto":
-
-        def newest() -> tuple[str, bytes] | None:
-            newest = store.newest(complain)
-            if newest is None:
-                complain("nothing to resume: starting from the beginning")
-            return newest and (str(newest[0]), newest[1])
-
-        found = world.from_rank_zero(newest)
+    if options.resume == "auto" or folder.again:
+        found = _newest(world, store, complain) or found
+        if found is None:
+            complain("nothing to resume: starting from the beginning")
     if found is None:
         return None
     name, raw = found
@@ -99,6 +147,18 @@ def resume(
     if changed:
         complain(f"{name} was made elsewhere ({'; '.join(changed)}): the last bits may come out different")
     return name
+
+
+def _newest(world: World, store: Store, complain: Callable[[str], None]) -> tuple[str, bytes] | None:
+    """The newest whole checkpoint of all hosts and where it was found."""
+    mine = world.together(lambda: store.newest(complain))
+    steps = world.gather(torch.tensor([mine[2] if mine else -1], device=world.device)).flatten()
+    holder = int(steps.argmax())
+    if steps[holder] < 0:
+        return None
+    where = "" if holder == 0 else f" on {world.peers[holder].host}"
+    name = world.broadcast_object(f"{mine[0]}{where}" if mine else "", holder)
+    return name, world.broadcast_bytes(mine[1] if mine else None, holder)
 
 
 def refuse_mismatch(content: Content, name: str, recipe: Recipe, data: Data) -> None:

@@ -1,6 +1,7 @@
 """One rank's life in a `dmnist train`: connect, get the data, make or resume the state, train, report."""
 
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,18 +9,18 @@ from typing import Any
 from rich.console import Console
 
 from .batches import Batches
-from .config import Recipe, Run, steps_between
+from .config import Recipe, Run, checkpoint_interval, steps_between
 from .digest import digest
 from .errors import DmnistError, Interrupted, OutputError, WorkerLost
 from .evaluate import Evaluation
-from .folder import described, open_folder, open_store, read_named, refuse_mismatch, resume
+from .folder import Folder, described, open_folder, open_store, read_named, refuse_mismatch, resume
+from .lock import write_json
 from .models import Traits, find_factory
 from .observe import JsonLines, Many, NullSink, Sink, Terminal
 from .optim import make_optimizer
 from .prepare import load_data, make_gradients, make_model, oversubscription, pack, use_threads
 from .share import Data
 from .signals import StopSignals
-from .store import write_json
 from .train import Job, State, require_same_weights, train
 from .world import World
 
@@ -44,22 +45,26 @@ def run(
     batches = Batches(data.train, recipe, data.mean, data.std)
     state = State(model, make_optimizer(recipe, model))
     gradients = make_gradients(recipe, options, world, model, traits)
-    folder, lock = open_folder(world, options, title)
+    folder = open_folder(world, options, title)
     notices = oversubscription(world, threads)
     if recipe.batch_size > len(data.train):
         notices.append(
             f"--batch-size {recipe.batch_size} is more than the {len(data.train):,} training images"
         )
+    save_steps, save_seconds = checkpoint_interval(options.checkpoint_every, batches.steps_per_epoch)
     try:
-        store = open_store(world, options, folder)
+        store = open_store(world, options, folder, save_seconds)
         refuse = partial(refuse_mismatch, recipe=recipe, data=data)
-        resumed = resume(world, options, store, named, state, refuse=refuse, complain=notices.append)
+        resumed = resume(
+            world, options, folder, store, named, state, refuse=refuse, complain=notices.append
+        )
         require_same_weights(state, world)
-        sink = make_sink(world, folder, console)
-        world.from_rank_zero(lambda: write_json(folder / "config.json", described(recipe, options, data)))
+        sink = make_sink(world, folder.path, console)
+        config = described(recipe, options, data)
+        world.from_rank_zero(lambda: write_json(folder.path / "config.json", config))
     except DmnistError:
-        if lock is not None:
-            lock.abandon()
+        if folder.lock is not None:
+            folder.lock.abandon()
         raise
     job = Job(
         recipe=recipe,
@@ -78,13 +83,19 @@ def run(
             "std": data.std,
             "precision": recipe.precision,
         },
-        save_every=steps_between(options.checkpoint_every, batches.steps_per_epoch, "checkpoint_every"),
+        save_every=save_steps,
         eval_every=steps_between(options.eval_every, batches.steps_per_epoch, "eval_every"),
     )
     total = recipe.epochs * batches.steps_per_epoch
-    lines = describe(world, recipe, data, traits, title, threads, folder)
     sink.log(
-        "start", lines=lines, world_size=world.size, step=state.step, steps=total, epochs=recipe.epochs
+        "start",
+        lines=describe(world, recipe, data, traits, title, threads, folder.path),
+        world_size=world.size,
+        step=state.step,
+        steps=total,
+        epochs=recipe.epochs,
+        again=folder.again,
+        ranks=[asdict(peer) for peer in world.peers],
     )
     if resumed:
         notices.append(f"resumed from {resumed} at step {state.step} of {total}")
@@ -92,20 +103,26 @@ def run(
         sink.log("notice", text=text)
     signals.arm()
     try:
-        result = train_and_sum_up(state, job, data, folder, began)
+        result = train_and_sum_up(state, job, data, folder.path, began)
         sink.log("end", result=result)
     except Interrupted as error:
-        raise Interrupted(f"{error}; go on with --resume auto --out {folder}") from None
+        raise Interrupted(f"{error}; go on with --resume auto --out {folder.path}") from None
     except WorkerLost as error:
-        raise WorkerLost(f"{error}; go on with --resume auto --out {folder}") from error
+        raise WorkerLost(f"{error}; go on with --resume auto --out {folder.path}") from error
     finally:
+        store.finished(wait=True)  # what is being written is kept, however this ends
         sink.close()
-    if lock is not None:
-        write_json(folder / "result.json", result)
-        lock.release()
+    finish(folder, result)
     if state.unsaved:
         raise OutputError(f"trained, but {state.unsaved}")
     return result
+
+
+def finish(folder: Folder, result: dict[str, Any]) -> None:
+    """Write the result, where the folder is this rank's to write, and let others in."""
+    if folder.lock is not None:
+        write_json(folder.path / "result.json", result)
+        folder.lock.release()
 
 
 def train_and_sum_up(state: State, job: Job, data: Data, folder: Path, began: float) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from .config import Recipe, Run
 from .errors import LaunchError
 from .placement import Placement, usable_cores
-from .rendezvous import derived_ports
+from .rendezvous import derived_ports, interface_to
 
 _OPENMPI = tuple(f"OMPI_COMM_WORLD_{word}" for word in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
 _MPICH = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
@@ -40,13 +40,19 @@ def detect(env: Mapping[str, str] = os.environ) -> Placement | None:
     return None
 
 
-def prepare_environment(recipe_is_exact: bool) -> None:
+def prepare_environment(placement: Placement, *, exact: bool) -> None:
     """Settings that libraries read from the environment once, before they start.
 
-    cuBLAS only adds in a fixed order with a workspace of its own choosing taken away from it.
+    cuBLAS only adds in a fixed order with a workspace of its own choosing taken away from it. gloo talks
+    over the interface that this host's own name resolves to, on many hosts the loopback, which leads to no
+    other: it is given the one that leads to rank 0.
     """
-    if recipe_is_exact:
+    if exact:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if placement.local_size < placement.size and "GLOO_SOCKET_IFNAME" not in os.environ:
+        interface = interface_to(placement.host)
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
 
 
 def _torchrun(env: Mapping[str, str]) -> Placement:
@@ -62,7 +68,7 @@ def _torchrun(env: Mapping[str, str]) -> Placement:
     local_size = _integer(env, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in env else 1
     if local_size > 1 and "LOCAL_RANK" not in env:
         raise LaunchError("LOCAL_RANK is not set, but LOCAL_WORLD_SIZE is")
-    attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+    restarts = _integer(env, "TORCHELASTIC_RESTART_COUNT") if "TORCHELASTIC_RESTART_COUNT" in env else 0
     return _checked(
         Placement(
             rank=_integer(env, "RANK"),
@@ -72,7 +78,8 @@ def _torchrun(env: Mapping[str, str]) -> Placement:
             host=env["MASTER_ADDR"],
             ports=(_port(env),),
             store_exists=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-            store_prefix=f"dmnist/{env.get('TORCHELASTIC_RUN_ID', '')}/{attempt}",
+            job=f"dmnist/{env.get('TORCHELASTIC_RUN_ID', '')}",
+            attempt=restarts,
             launcher="torchrun" if "TORCHELASTIC_RUN_ID" in env else "environment",
         ),
         "RANK",
@@ -84,7 +91,8 @@ def _slurm(env: Mapping[str, str]) -> Placement:
     job, step = _text(env, "SLURM_JOB_ID"), _text(env, "SLURM_STEP_ID")
     node = _integer(env, "SLURM_NODEID")
     host = "127.0.0.1" if _integer(env, "SLURM_STEP_NUM_NODES") == 1 else _first_slurm_host(env)
-    name = f"slurm-{job}-{step}-{env.get('SLURM_RESTART_COUNT', '0')}"
+    requeued = _integer(env, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in env else 0
+    name = f"slurm-{job}-{step}-{requeued}"
     return _checked(
         Placement(
             rank=_integer(env, "SLURM_PROCID"),
@@ -93,7 +101,8 @@ def _slurm(env: Mapping[str, str]) -> Placement:
             local_size=_tasks_on_node(_text(env, "SLURM_STEP_TASKS_PER_NODE"), node),
             host=env.get("MASTER_ADDR", host),
             ports=_ports(env, name),
-            store_prefix=name,
+            job=name,
+            attempt=requeued,
             own_device="SLURM_GPUS_PER_TASK" in env or "gpu" in env.get("SLURM_TRES_PER_TASK", ""),
             launcher="srun",
         ),
@@ -120,7 +129,7 @@ def _mpi(env: Mapping[str, str], rank: str, size: str, local_rank: str, local_si
             local_size=_integer(env, local_size),
             host=env.get("MASTER_ADDR", "127.0.0.1"),
             ports=_ports(env, name),
-            store_prefix=name,
+            job=name,
             launcher="mpirun",
         ),
         rank,

@@ -131,8 +131,10 @@ class Terminal:
             self._bar.stop()
             self._bar = None
 
-    def _on_start(self, *, lines: dict[str, str], epochs: int, steps: int, step: int, **_: Any) -> None:
-        for name, text in lines.items():
+    def _on_start(
+        self, *, lines: dict[str, str], epochs: int, steps: int, step: int, again: bool, **_: Any
+    ) -> None:
+        for name, text in {} if again else lines.items():  # already there to read, further up
             self._line(name, text)
         self._epochs = epochs
         if self._console.is_terminal:

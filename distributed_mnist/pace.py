@@ -32,15 +32,16 @@ class Pace:
         """Whether the ranks meet after this many steps."""
         return step >= self._next
 
-    def sync(self, step: int, *, stop_requested: bool) -> bool:
-        """Meet the other ranks after `step` steps; whether any of them was asked to stop."""
+    def sync(self, step: int, *, stop: bool, save: bool) -> tuple[bool, bool]:
+        """Meet the other ranks after `step` steps: was any asked to stop; does any find it time to save?"""
         if self._world.device.type != "cpu":
-            torch.accelerator.synchronize()
+            with self._world.speaking("step"):
+                torch.accelerator.synchronize()
         self.seconds = time.perf_counter() - self._started
         per_step = self.seconds / max(step - self._last, 1)
-        mine = torch.tensor([float(stop_requested), per_step], device=self._world.device)
-        stopping, slowest = self._world.max_(mine).tolist()
+        mine = torch.tensor([float(stop), float(save), per_step], device=self._world.device)
+        stopping, saving, slowest = self._world.max_(mine).tolist()
         # At most four times the last stretch: a first step is slow for reasons that do not last.
         stretch = min(int(self.SECONDS / max(slowest, 1e-9)), 4 * (step - self._last), self._most_steps)
         self._last, self._next = step, step + max(stretch, 1)
-        return stopping > 0
+        return stopping > 0, saving > 0

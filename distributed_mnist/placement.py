@@ -18,8 +18,10 @@ class Placement:
     """Ports to try there, the same list on every rank."""
     store_exists: bool = False
     """The launcher serves the store itself (torchrun does)."""
-    store_prefix: str = "dmnist"
-    """Tells this group's keys from those of others that met at the same store."""
+    job: str = "dmnist"
+    """The job's name: the same on all its ranks and in every attempt, other jobs' differ."""
+    attempt: int = 0
+    """How often the launcher has started this group again, as far as it says so."""
     own_device: bool = False
     """The launcher shows each process its own device only (Slurm's --gpus-per-task)."""
     launcher: str = "alone"

@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 import torch
 
+from .devices import choose_device
 from .errors import Interrupted, tell
 from .launch import prepare_environment
 from .placement import Placement
-from .signals import StoppedEarly, StopSignals
-from .world import World, choose_device
+from .signals import StoppedEarly, StopSignals, end_with_parent
+from .world import World
 
 Body = Callable[[World, StopSignals], None]
 
@@ -24,18 +25,24 @@ def run_in_group(
     device: str = "auto",
     backend: str | None = None,
     exact: bool = True,
+    hang_after: float = 60.0,
     debug: bool = False,
 ) -> int:
     """Join the group, call `body(world, signals)`, leave it; the exit code.
 
-    `exact` asks the device's libraries for results that do not vary from call to call.
+    `exact` asks the device's libraries for results that do not vary from call to call; `hang_after` is how
+    many seconds the group may stand still.
     """
     code = 0
     try:
-        signals = StopSignals()
-        prepare_environment(exact)
+        signals = StopSignals(placement)
+        if placement.launcher == "torchrun":  # its agent, killed, would leave us behind
+            end_with_parent()
+        prepare_environment(placement, exact=exact)
         chosen = torch.device("cpu") if device == "cpu" else choose_device(placement)
-        world = World.connect(placement, device=chosen, backend=backend, listener=listener)
+        world = World.connect(
+            placement, device=chosen, backend=backend, listener=listener, hang_after=hang_after
+        )
         body(world, signals)
         world.close()
     except StoppedEarly as early:

@@ -18,6 +18,8 @@ from .digest import digest
 from .errors import DataError
 from .world import World
 
+_DATA_SECONDS = 1800.0  # rank 0 may be downloading, or drawing millions of digits, while the others wait
+
 
 @dataclass(frozen=True)
 class Data:
@@ -44,6 +46,7 @@ def share(world: World, load: Callable[[], Dataset]) -> Data:
 
     Raises `DataError` if a copy arrived different.
     """
+    world.vitals.enter("loading the data", patience=_DATA_SECONDS)
     loaded: list[Dataset] = []
 
     def describe() -> tuple[dict[str, Any], list[tuple[int, ...]], str]:
@@ -58,6 +61,7 @@ def share(world: World, load: Callable[[], Dataset]) -> Data:
     wrong = world.differing(sha256 if loaded else digest([tensor.cpu().numpy() for tensor in tensors]))
     if wrong:
         raise DataError(f"rank {wrong[0]} received other data than was sent: check its memory and network")
+    world.vitals.enter("preparing")
     train_images, train_labels, test_images, test_labels = tensors
     return Data(Split(train_images, train_labels), Split(test_images, test_labels), sha256=sha256, **meta)
 

@@ -4,10 +4,20 @@ SIGTERM (schedulers, torchrun), SIGINT (Ctrl-C) and SIGUSR1 (Slurm's `--signal`)
 checkpoint at one common step, and the exit code that says "start me again".
 """
 
+import os
 import signal
+import socket
+import threading
+import time
 from types import FrameType
 
+from .errors import Interrupted, tell
+from .placement import Placement
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+OBEY_SECONDS = 20.0
+"""How long a process asked to stop may take: torchrun, the most impatient, kills after 30."""
+_WATCH_SECONDS = 1.0
 
 
 class StoppedEarly(BaseException):
@@ -17,11 +27,22 @@ class StoppedEarly(BaseException):
 
 class StopSignals:
     """Installed for a process's life. Before `arm` the first signal raises `StoppedEarly` where it strikes,
-    afterwards it sets a flag that the loop looks at."""
+    afterwards it sets a flag that the loop looks at.
 
-    def __init__(self) -> None:
+    Python runs handlers between two instructions of the main thread, which may be inside of a long
+    computation or wait for a rank that hangs. So a thread hears of signals too, and ends a process that has
+    not stopped by itself in time; the last checkpoint is what it leaves.
+    """
+
+    def __init__(self, placement: Placement) -> None:
+        self._placement = placement
         self._armed = False
         self._received: str | None = None
+        heard, struck = socket.socketpair()
+        struck.setblocking(False)
+        signal.set_wakeup_fd(struck.fileno(), warn_on_full_buffer=False)
+        self._struck = struck  # closed when collected
+        threading.Thread(target=self._see_it_done, args=(heard,), daemon=True).start()
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # our launcher blocks them until now
@@ -40,3 +61,24 @@ class StopSignals:
             raise KeyboardInterrupt  # a second Ctrl-C: the user does not want to wait
         if not self._armed and first:
             raise StoppedEarly(f"stopped by {self._received} before there was anything to save")
+
+    def _see_it_done(self, heard: socket.socket) -> None:
+        while heard.recv(1)[0] not in SIGNALS:
+            pass
+        time.sleep(OBEY_SECONDS)
+        text = f"asked to stop, but came to no common step within {OBEY_SECONDS:.0f} s; not saved again"
+        error = Interrupted(f"{text}: a run goes on from its last checkpoint with --resume auto")
+        tell(error, self._placement)
+        os._exit(error.exit_code)
+
+
+def end_with_parent() -> None:
+    """Ask this process to stop when the one that started it is gone: nobody else would."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()

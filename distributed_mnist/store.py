@@ -1,36 +1,49 @@
-"""A run's folder: its lock, and which checkpoints in it are written, kept, found and pruned.
+"""Which of a run's checkpoints are written, when, kept, found and pruned.
 
-Only one process of a run has a `RunStore`; the others are given a `NullStore`, so the code that trains
-never asks who it is.
+Writing goes on beside the training, in a thread of its own. Only some ranks have a `RunStore` (see
+`folder`); the others are given a `NullStore`, so the code that trains never asks who it is.
 """
 
-import fcntl
-import json
-import os
-import re
-import shutil
-import socket
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from .aside import flush_folder, remove_leftovers
-from .checkpoint import Content, decode, encode, read_bytes, write
+from .checkpoint import Content, decode, encode, read_bytes, snapshot, write
 from .errors import CheckpointError, OutputError, reason
-
-_NAME = re.compile(r"step_(\d+)\.pt")
+from .layout import checkpoint_path, checkpoints_in
 
 Pack = Callable[[], Content]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What became of a checkpoint."""
+
+    step: int
+    path: str
+    seconds: float
+    """From handing it over to its being safe on disk."""
+    problem: str | None = None
+    """Why it could not be written: it costs safety, not the run."""
 
 
 class Store(Protocol):
     """Where checkpoints go."""
 
-    def save(self, pack: Pack, *, best: bool) -> str | None:
-        """Save what `pack()` returns, also as the best if `best`.
+    def due(self) -> bool:
+        """Whether it is time for another checkpoint, where the time between them was given in seconds."""
+        ...
 
-        Returns None, or what went wrong: a checkpoint that cannot be written costs safety, not the run.
-        """
+    def save(self, pack: Pack, *, best: bool) -> None:
+        """Take what `pack()` returns as it is now, and begin to write it, also as the best if `best`."""
+        ...
+
+    def finished(self, *, wait: bool) -> list[Saved]:
+        """What became of the checkpoints since the last call; `wait` for those still being written."""
         ...
 
     def last_good(self) -> str:
@@ -41,17 +54,24 @@ class Store(Protocol):
         """Say which checkpoint the run goes on from: until the next one it is the last good."""
         ...
 
-    def newest(self, complain: Callable[[str], None]) -> tuple[Path, bytes] | None:
-        """The newest whole checkpoint and its bytes; `complain` hears of each damaged one passed over."""
+    def newest(self, complain: Callable[[str], None]) -> tuple[Path, bytes, int] | None:
+        """The newest whole checkpoint, its bytes and its step; `complain` hears of each damaged one."""
         ...
 
 
 class NullStore:
     """Of a rank that writes nothing."""
 
-    def save(self, pack: Pack, *, best: bool) -> str | None:
+    def due(self) -> bool:
+        """Never."""
+        return False
+
+    def save(self, pack: Pack, *, best: bool) -> None:
         """Nothing."""
-        return None
+
+    def finished(self, *, wait: bool) -> list[Saved]:
+        """Nothing."""
+        return []
 
     def last_good(self) -> str:
         """Nothing is known here."""
@@ -60,40 +80,58 @@ class NullStore:
     def resumed_from(self, path: str) -> None:
         """Nothing."""
 
-    def newest(self, complain: Callable[[str], None]) -> tuple[Path, bytes] | None:
+    def newest(self, complain: Callable[[str], None]) -> tuple[Path, bytes, int] | None:
         """Nothing is known here."""
         return None
 
 
-class RunStore:
-    """`checkpoints/` of a run's folder: `step_00000470.pt` …, of which the newest `keep` stay, and
-    `best.pt`."""
+class BackgroundStore(NullStore):
+    """Writes one checkpoint at a time in a thread; a subclass says how (`write`)."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self._folder, self._keep = folder / "checkpoints", keep
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(self._folder)
-        except OSError as error:
-            raise OutputError(f"{self._folder}: {reason(error)}") from None
+    def __init__(self, every_seconds: float | None) -> None:
+        self._every = every_seconds
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: list[Future[Saved]] = []
+        self._since = time.monotonic()
         self._last_good = "none"
 
-    def save(self, pack: Pack, *, best: bool) -> str | None:
+    def due(self) -> bool:
+        """See `Store`. While one is being written, no other is due."""
+        if self._every is None or any(not future.done() for future in self._pending):
+            return False
+        return time.monotonic() - self._since >= self._every
+
+    def save(self, pack: Pack, *, best: bool) -> None:
         """See `Store`."""
-        content = pack()
-        path = self._folder / f"step_{content['step']:08d}.pt"
+        self._since = time.monotonic()
+        self._pending.append(self._writer.submit(self._write, snapshot(pack()), best, self._since))
+
+    def _write(self, content: Content, best: bool, began: float) -> Saved:
+        path = self.path_of(content)
         try:
-            data = encode(content)
-            # The best first: the other file says that this accuracy was reached, and must not say so while
-            # nothing holds its weights.
-            if best:
-                write(self._folder / "best.pt", data)
-            write(path, data)
-            self._last_good = str(path)
-            self._prune(path)
+            self.write(path, content, best=best)
         except OSError as error:
-            return f"{path} could not be saved: {reason(error)}"
-        return None
+            problem = f"{path} could not be saved: {reason(error)}"
+            return Saved(content["step"], str(path), time.monotonic() - began, problem)
+        return Saved(content["step"], str(path), time.monotonic() - began)
+
+    def path_of(self, content: Content) -> Path:
+        """Where a checkpoint goes."""
+        raise NotImplementedError
+
+    def write(self, path: Path, content: Content, *, best: bool) -> None:
+        """Put a checkpoint on disk. Raises `OSError`."""
+        raise NotImplementedError
+
+    def finished(self, *, wait: bool) -> list[Saved]:
+        """See `Store`."""
+        done = []
+        while self._pending and (wait or self._pending[0].done()):
+            saved = self._pending.pop(0).result()
+            if saved.problem is None:
+                self._last_good = saved.path
+            done.append(saved)
+        return done
 
     def last_good(self) -> str:
         """See `Store`."""
@@ -103,16 +141,44 @@ class RunStore:
         """See `Store`."""
         self._last_good = path
 
-    def newest(self, complain: Callable[[str], None]) -> tuple[Path, bytes] | None:
+
+class RunStore(BackgroundStore):
+    """`checkpoints/` of a run's folder: `step_00000470.pt` …, of which the newest `keep` stay, and
+    `best.pt`."""
+
+    def __init__(self, folder: Path, keep: int, every_seconds: float | None = None) -> None:
+        super().__init__(every_seconds)
+        self._folder, self._keep = folder / "checkpoints", keep
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self._folder)
+        except OSError as error:
+            raise OutputError(f"{self._folder}: {reason(error)}") from None
+
+    def path_of(self, content: Content) -> Path:
+        """See `BackgroundStore`."""
+        return checkpoint_path(self._folder, content["step"])
+
+    def write(self, path: Path, content: Content, *, best: bool) -> None:
+        """See `BackgroundStore`."""
+        data = encode(content)
+        # The best first: the other file says that this accuracy was reached, and must not say so while
+        # nothing holds its weights.
+        if best:
+            write(self._folder / "best.pt", data)
+        write(path, data)
+        self._prune(path)
+
+    def newest(self, complain: Callable[[str], None]) -> tuple[Path, bytes, int] | None:
         """See `Store`."""
         for path in reversed(checkpoints_in(self._folder)):
             try:
                 data = read_bytes(path)
-                decode(data, str(path))
+                step = decode(data, str(path))["step"]
             except CheckpointError as error:
                 complain(f"{error}; trying the one before it")
             else:
-                return path, data
+                return path, data, step
         return None
 
     def _prune(self, newest: Path) -> None:
@@ -122,60 +188,3 @@ class RunStore:
         for path in found[: found.index(newest) + 1][: -self._keep]:
             path.unlink(missing_ok=True)
         flush_folder(self._folder)
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """Checkpoints of a folder by step, oldest first; without `best.pt`."""
-    try:
-        found = [
-            (int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))
-        ]
-    except OSError:
-        return []
-    return [path for _, path in sorted(found)]
-
-
-class RunLock:
-    """Held by the one process that writes into a run's folder, for as long as it lives.
-
-    The kernel drops the lock with the process, however it dies, so there is no stale lock to remove.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        path = folder / ".lock"
-        self._folder, self._is_new = folder, not folder.exists()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+")
-        except OSError as error:
-            raise OutputError(f"--out {folder}: {reason(error)}") from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.seek(0)
-            owner = self._file.read().strip() or "unknown"
-            self._file.close()
-            if isinstance(error, BlockingIOError):
-                raise OutputError(f"--out {folder} is in use by a live run ({owner})") from None
-            raise OutputError(f"--out {folder} cannot be locked: {reason(error)}") from None
-        self._file.truncate(0)
-        self._file.write(f"pid {os.getpid()} on {socket.gethostname()}")
-        self._file.flush()
-
-    def release(self) -> None:
-        """Let others in."""
-        self._file.close()
-
-    def abandon(self) -> None:
-        """Let others in, and leave no trace of a folder that was made for nothing."""
-        if self._is_new:
-            shutil.rmtree(self._folder, ignore_errors=True)
-        self.release()
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a small JSON file whole or not at all. Raises `OutputError`."""
-    try:
-        write(path, (json.dumps(value, indent=2) + "\n").encode())
-    except OSError as error:
-        raise OutputError(f"{path}: {reason(error)}") from None

@@ -24,6 +24,7 @@ from .pace import Pace
 from .store import Store
 from .world import World
 
+_DISK_SECONDS = 300.0  # a slow disk is not a hang
 NO_TOTALS: dict[str, float] = {"loss": 0.0, "correct": 0, "images": 0}
 
 
@@ -86,8 +87,8 @@ class Job:
     stop_requested: Callable[[], bool]
     evaluation: dict[str, Any]
     """Keyword arguments of `evaluate`."""
-    save_every: int
-    """Steps between checkpoints."""
+    save_every: int | None
+    """Steps between checkpoints; None where the store's clock decides."""
     eval_every: int
     """Steps between evaluations."""
 
@@ -107,27 +108,34 @@ def train(state: State, job: Job) -> Evaluation:
     pace = Pace(world, state.step, room)
     result = None
     state.model.train()
+    world.vitals.enter("training")
     pace.start()
     for step in range(state.step, total):
+        world.vitals.at(step + 1)
         set_learning_rate(state.optimizer, lr_at(step))
         train_step(state, job, ledger, step)
         state.step = step + 1
-        evaluating = state.step % job.eval_every == 0 or state.step == total
-        saving = state.step % job.save_every == 0 or state.step == total
+        last = state.step == total
+        evaluating = state.step % job.eval_every == 0 or last
+        saving = last or (job.save_every is not None and state.step % job.save_every == 0)
         if not (evaluating or saving or pace.due(state.step)):
             continue
-        stopping = pace.sync(state.step, stop_requested=job.stop_requested()) and state.step < total
+        stopping, due = pace.sync(state.step, stop=job.stop_requested(), save=job.store.due())
+        stopping = stopping and not last
         close_page(state, job, ledger, pace.seconds, lr_at(step))
         best = False
         if evaluating:
+            world.vitals.enter("evaluating")
             result = evaluate(state.model, job.test, world, **job.evaluation)
             best = log_evaluation(state, job, result)
-        if saving or stopping or best:
+        if saving or due or stopping or best:
             save(state, job, best=best)
+        note_saved(state, job, wait=stopping or last)
         if stopping:
             world.barrier()  # nobody leaves before the checkpoint is on disk: a launcher would end the rest
             saved = f"but {state.unsaved}" if state.unsaved else "checkpoint saved"
             raise Interrupted(f"stopped by a signal after step {state.step} of {total}, {saved}")
+        world.vitals.enter("training")
         pace.start()
     return result or evaluate(state.model, job.test, world, **job.evaluation)
 
@@ -167,14 +175,22 @@ def require_same_weights(state: State, world: World) -> None:
 
 
 def save(state: State, job: Job, *, best: bool) -> None:
-    """Write a checkpoint; one that cannot be written is reported and costs safety, not the run."""
+    """Begin to write a checkpoint of this moment; the training goes on meanwhile."""
     require_same_weights(state, job.world)
-    state.unsaved = job.store.save(job.pack, best=best)
-    if state.unsaved:
-        text = f"{state.unsaved}; training goes on, last good checkpoint: {job.store.last_good()}"
-        job.sink.log("notice", text=text)
-    else:
-        job.sink.log("checkpoint", step=state.step, path=job.store.last_good())
+    job.store.save(job.pack, best=best)
+
+
+def note_saved(state: State, job: Job, *, wait: bool) -> None:
+    """Report checkpoints that have been written; one that could not be costs safety, not the run."""
+    if wait:
+        job.world.vitals.enter("saving a checkpoint", patience=_DISK_SECONDS)
+    for saved in job.store.finished(wait=wait):
+        state.unsaved = saved.problem
+        if saved.problem:
+            text = f"{saved.problem}; training goes on, last good checkpoint: {job.store.last_good()}"
+            job.sink.log("notice", text=text)
+        else:
+            job.sink.log("checkpoint", step=saved.step, path=saved.path, seconds=saved.seconds)
 
 
 def close_page(state: State, job: Job, ledger: Ledger, seconds: float, lr: float) -> None:

@@ -31,7 +31,13 @@ def train(placement: Placement, listener: socket.socket | None, command: Train) 
 
     exact = command.settings.sync == "tree"
     return run_in_group(
-        placement, listener, body, device=command.run.device, exact=exact, debug=command.debug
+        placement,
+        listener,
+        body,
+        device=command.run.device,
+        exact=exact,
+        hang_after=command.run.hang_after,
+        debug=command.debug,
     )
 
 

@@ -5,11 +5,12 @@ A `World` is made once and passed in. Its methods are the program's collectives:
 """
 
 import contextlib
+import math
+import os
 import pickle
 import re
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, Self, TypeVar
 
@@ -18,12 +19,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import rendezvous
-from .errors import DmnistError, LaunchError, WorkerLost
+from .errors import LaunchError, WorkerLost, described
 from .placement import Placement
+from .roll_call import Peer, meet
+from .vitals import Vitals
+from .watch import Watch
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(minutes=30)  # rank 0 may be downloading the data while the others wait for it
+TIMEOUT = timedelta(hours=1)  # the backend's, which names nobody: the group's watch is there long before
 _LOST = re.compile(r"gloo/transport|[Cc]onnection|peer|NCCL|[Tt]imed? ?out|store", re.ASCII)
 MEETING_SECONDS = 300.0  # hosts of one job can be minutes apart in starting
 
@@ -32,15 +36,29 @@ class World:
     """One process's view of its group: who it is, its device, and the collectives.
 
     Attributes: `rank`, `size`, `local_rank`, `local_size`, `device`, `backend` ("gloo", "nccl", "xccl" or
-    "none"), `launcher`. Every method but `close` must be called by all ranks in the same order. A peer
-    that dies makes them raise `WorkerLost`.
+    "none"), `launcher`, `attempt` (how often it was started again), `peers` (who they are), `vitals` (what
+    this rank tells about itself). Collectives must be called by all ranks in the same order. A peer that
+    dies makes them raise `WorkerLost`; one that does not go on ends this process, see `watch`.
     """
 
-    def __init__(self, placement: Placement, device: torch.device, backend: str) -> None:
+    def __init__(
+        self,
+        placement: Placement,
+        device: torch.device,
+        backend: str,
+        *,
+        peers: Sequence[Peer] | None = None,
+        vitals: Vitals | None = None,
+        store: dist.Store | None = None,
+    ) -> None:
         self.rank, self.size = placement.rank, placement.size
         self.local_rank, self.local_size = placement.local_rank, placement.local_size
-        self.launcher = placement.launcher
+        self.launcher, self.attempt = placement.launcher, placement.attempt
         self.device, self.backend = device, backend
+        self.peers = list(peers or [Peer(0, socket.gethostname(), os.getpid())])
+        self.vitals = vitals or Vitals(math.inf)
+        self._store = store
+        self._watch: Watch | None = None
 
     @classmethod
     def connect(
@@ -50,30 +68,47 @@ class World:
         backend: str | None = None,
         device: torch.device,
         listener: socket.socket | None = None,
+        hang_after: float = 60.0,
     ) -> Self:
         """Meet the other ranks and return the group.
 
         `listener` is a bound and listening socket for rank 0's store, where a launcher of ours holds one.
+        `hang_after`, in seconds and the same on all ranks, is how long the group may stand still.
         Raises `LaunchError` if the others cannot be met.
         """
         if placement.size == 1:
-            return cls(placement, device, "none")
+            known = _meet(placement, None) if placement.store_exists else None
+            return cls(placement, device, "none", store=known and dist.PrefixStore(placement.job, known))
         backend = backend or _backend_for(device)
-        store = dist.PrefixStore(placement.store_prefix, _meet(placement, listener))
-        _wait_for_all(store, placement)
-        bind = device if device.type != "cpu" else None
+        store = _meet(placement, listener)
+        where = f"{placement.host} port {store.port}"
+        jobs = dist.PrefixStore(placement.job, store)
+        call = meet(jobs, placement.rank, placement.size, where=where, seconds=MEETING_SECONDS)
+        vitals = Vitals(hang_after)
+        world = cls(placement, device, backend, peers=call.peers, vitals=vitals, store=jobs)
+        own = _store(placement, store.port, serve=False)  # another connection: this one may block
+        world._watch = Watch(
+            placement,
+            call.peers,
+            vitals,
+            dist.PrefixStore(call.attempt, dist.PrefixStore(placement.job, own)),
+            limit=hang_after,
+            where=where,
+            asynchronous=device.type != "cpu",
+        )
+        world._watch.start()
         try:
-            dist.init_process_group(
-                backend,
-                store=store,
-                rank=placement.rank,
-                world_size=placement.size,
-                timeout=TIMEOUT,
-                device_id=bind,
-            )
+            with world.speaking("first meeting"):
+                dist.init_process_group(
+                    backend,
+                    store=dist.PrefixStore(call.attempt, jobs),
+                    rank=placement.rank,
+                    world_size=placement.size,
+                    timeout=TIMEOUT,
+                    device_id=device if device.type != "cpu" else None,
+                )
         except (RuntimeError, ValueError) as error:
             raise LaunchError(f"cannot join the group: {_reason(error)}") from error
-        world = cls(placement, device, backend)
         world.barrier()  # or a rank that fails at once would break the others' connecting
         return world
 
@@ -81,7 +116,20 @@ class World:
         """Leave the group, all at once. Call it when nothing is under way."""
         if self.size > 1:
             self.barrier()  # a launcher may end those that are left when the first has gone
+            if self._watch is not None:
+                self._watch.stop()
             dist.destroy_process_group()
+
+    def remember(self, name: str, value: str) -> None:
+        """Leave a word for a later attempt of this job, where the launcher keeps a store for it."""
+        if self._store is not None:
+            self._store.set(f"remember/{name}", value)
+
+    def recall(self, name: str) -> str | None:
+        """What an earlier attempt of this job left under this name."""
+        if self._store is None or not self._store.check([f"remember/{name}"]):
+            return None
+        return self._store.get(f"remember/{name}").decode()
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add the ranks' tensors up, in place, on every rank.
@@ -139,8 +187,8 @@ class World:
             self.broadcast_(buffer, src)
         return buffer.cpu().numpy().tobytes()
 
-    def _broadcast_object(self, value: Any, src: int) -> Any:
-        # Pickle is safe here: it comes from a process of our own group.
+    def broadcast_object(self, value: Any, src: int) -> Any:
+        """Rank `src`'s value on every rank, by pickle: it comes from a process of our own group."""
         return pickle.loads(self.broadcast_bytes(pickle.dumps(value), src))
 
     def together(self, make: Callable[[], T]) -> T:
@@ -160,7 +208,7 @@ class World:
             failed = self.gather(mine).flatten().nonzero().flatten().tolist()
             if failed:
                 # Collective, so also for those who have an error of their own to raise.
-                kind, text = self._broadcast_object(_described(failure), src=failed[0])
+                kind, text = self.broadcast_object(described(failure), src=failed[0])
                 where = f"rank {failed[0]}: " if failed[0] else ""  # rank 0 is who tells it
                 failure = failure or kind(f"{where}{text}")
         if failure is not None:
@@ -170,7 +218,7 @@ class World:
     def from_rank_zero(self, make: Callable[[], T]) -> T:
         """Call `make` on rank 0 alone and return its (picklable) result on every rank, or its failure."""
         value = self.together(lambda: make() if self.rank == 0 else None)
-        return value if self.size == 1 else self._broadcast_object(value, src=0)  # type: ignore[return-value]
+        return value if self.size == 1 else self.broadcast_object(value, src=0)  # type: ignore[return-value]
 
     def differing(self, sha256: str) -> list[int]:
         """The ranks that call this with another digest than rank 0."""
@@ -184,36 +232,16 @@ class World:
 
     @contextlib.contextmanager
     def speaking(self, what: str) -> Iterator[None]:
-        """Around whatever talks to other ranks: a backend's complaint of a lost one is `WorkerLost`."""
+        """Around whatever waits for other ranks: a backend's complaint of a lost one is `WorkerLost`."""
+        self.vitals.wait(what)
         try:
             yield
         except RuntimeError as error:
             if not _LOST.search(str(error)):
                 raise
             raise WorkerLost(f"lost another process in a {what} ({_reason(error)})") from error
-
-
-def choose_device(placement: Placement) -> torch.device:
-    """This rank's accelerator if the host has one for each of its ranks, the CPU if it has none.
-
-    Raises `LaunchError` for more processes than devices: two ranks on one GPU would be slower than one,
-    and NCCL refuses them with a less helpful message.
-    """
-    if not torch.accelerator.is_available():
-        return torch.device("cpu")
-    kind = torch.accelerator.current_accelerator()
-    assert kind is not None
-    count = torch.accelerator.device_count()
-    index = 0 if placement.own_device and count == 1 else placement.local_rank
-    if index >= count or (placement.local_size > count and not placement.own_device):
-        error = LaunchError(
-            f"{placement.local_size} processes on this host but {count} {kind.type.upper()} device"
-            f"{'s' if count > 1 else ''}: start at most {count}"
-        )
-        error.on_one_rank = False  # the others find the same
-        raise error
-    torch.accelerator.set_device_index(index)
-    return torch.device(kind.type, index)
+        finally:
+            self.vitals.wait(None)
 
 
 def _backend_for(device: torch.device) -> str:
@@ -224,7 +252,7 @@ def _backend_for(device: torch.device) -> str:
     return dist.get_default_backend_for_device(device)
 
 
-def _meet(placement: Placement, listener: socket.socket | None) -> dist.Store:
+def _meet(placement: Placement, listener: socket.socket | None) -> dist.TCPStore:
     """The store at which the group meets, served by the launcher or by rank 0. Raises `LaunchError`."""
     serve = placement.rank == 0 and not placement.store_exists
     derived = len(placement.ports) > 1  # else the one port was told to all
@@ -237,37 +265,13 @@ def _meet(placement: Placement, listener: socket.socket | None) -> dist.Store:
             return _store(placement, placement.ports[0], serve=serve)
         if serve:
             store = _store(placement, 0, serve=True)
-            rendezvous.announce(placement.ports, placement.store_prefix, store.port)
+            rendezvous.announce(placement.ports, placement.job, store.port)
             return store
-        port = rendezvous.find(placement.host, placement.ports, placement.store_prefix, MEETING_SECONDS)
+        port = rendezvous.find(placement.host, placement.ports, placement.job, MEETING_SECONDS)
         return _store(placement, port, serve=False)
     except (RuntimeError, ValueError) as error:
         where = f"{placement.host}, port {placement.ports[0]}"
         raise LaunchError(f"cannot meet the group at {where}: {_reason(error)}") from error
-
-
-def _wait_for_all(store: dist.Store, placement: Placement) -> None:
-    """Return when every rank has come to the store. Raises `LaunchError` naming those that have not.
-
-    The backend would wait as well, but inside of C++, where no signal is heard, and would name nobody.
-    """
-    store.set(f"here/{placement.rank}", "")
-    missing = [f"here/{rank}" for rank in range(placement.size)]
-    deadline = time.monotonic() + MEETING_SECONDS
-    while not store.check(missing):
-        if time.monotonic() > deadline:
-            absent = ", ".join(key.partition("/")[2] for key in missing if not store.check([key]))
-            raise LaunchError(
-                f"still missing at {placement.host} after {MEETING_SECONDS:.0f} s: rank {absent}"
-            )
-        time.sleep(0.01)
-
-
-def _described(error: Exception | None) -> tuple[type[DmnistError], str]:
-    """An error as another rank can raise it: its text, and its class where that takes just a text."""
-    if isinstance(error, DmnistError):
-        return type(error), str(error)
-    return DmnistError, f"{type(error).__name__}: {error}"
 
 
 def _store(placement: Placement, port: int, *, serve: bool, listen_fd: int | None = None) -> dist.TCPStore:

@@ -10,6 +10,7 @@ All of them wait for a bounded time and end what they started.
 """
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -31,7 +32,7 @@ from typing import Any, Self
 
 import pytest
 
-from distributed_mnist import cli
+from distributed_mnist import child, cli, spawn
 from distributed_mnist.placement import Placement
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -177,14 +178,10 @@ def server() -> Any:
 def train(*arguments: object, nproc: int, out: Path) -> dict[str, Any]:
     """`dmnist train --nproc N --out OUT ...` on CPU, which must succeed; its result as stored."""
     words = ["train", "--device", "cpu", *map(str, arguments), "--nproc", str(nproc), "--out", str(out)]
-    if nproc == 1:
-        finished = dmnist(*words)
-        assert finished.code == 0, finished
-    else:
-        server()
-        with pytest.raises(SystemExit) as end:
-            cli.main(words)
-        assert end.value.code == 0, "see what was printed"
+    server()
+    with pytest.raises(SystemExit) as end:
+        cli.main(words)
+    assert end.value.code == 0, "see what was printed"
     return json.loads((out / "result.json").read_text())
 
 
@@ -201,9 +198,8 @@ def dmnist_ranks(ranks: Sequence[Mapping[str, str]], *arguments: object) -> list
     workers = []
     for rank, variables in enumerate(ranks):
         files = (folder / f"{rank}.out", folder / f"{rank}.err")
-        worker = context.Process(
-            target=_command, args=(files, environment(**variables), words), daemon=True
-        )
+        address = forkserver._forkserver._forkserver_address  # type: ignore[attr-defined]
+        worker = context.Process(target=_command, args=(files, environment(**variables), words, address))
         worker.start()
         workers.append((worker, files))
     try:
@@ -223,15 +219,28 @@ def dmnist_ranks(ranks: Sequence[Mapping[str, str]], *arguments: object) -> list
         shutil.rmtree(folder)
 
 
-def _command(files: tuple[Path, Path], variables: dict[str, str], words: list[str]) -> None:
+def _command(files: tuple[Path, Path], variables: dict[str, str], words: list[str], server: str) -> None:
+    # The command's own workers come from the same warm server, not from a cold one of its own.
+    forkserver._forkserver._forkserver_address = server  # type: ignore[attr-defined]
+    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # which the server is deaf to
         signal.signal(number, signal.SIG_DFL)
-    for descriptor, path in enumerate(files, start=1):
-        with path.open("wb") as file:
-            os.dup2(file.fileno(), descriptor)
+    _write_into(files, "ab")
+    spawn.work = functools.partial(_work_into, files)  # type: ignore[assignment]
     os.environ.clear()
     os.environ.update(variables)
     cli.main(words)
+
+
+def _work_into(files: tuple[Path, Path], *arguments: Any) -> None:
+    _write_into(files, "ab")
+    child.work(*arguments)
+
+
+def _write_into(files: tuple[Path, Path], mode: str) -> None:
+    for descriptor, path in enumerate(files, start=1):
+        with path.open(mode) as file:
+            os.dup2(file.fileno(), descriptor)
 
 
 # ---- The program, fresh ----------------------------------------------------------------------------------

@@ -13,13 +13,13 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 # A module imports only from those before it. `docs/architecture.md` draws the same order.
 ORDER: Sequence[str] = """
-    placement errors keys aside
+    placement errors keys aside layout
     config digest
     idx catalog locate decode download strokes generated datasets
-    rendezvous world signals launch spawn
+    rendezvous roll_call vitals watch world devices signals launch child spawn
     augment batches models optim
     gradients ledger evaluate pace
-    original checkpoint store observe share
+    original checkpoint store lock observe share
     train
     process folder prepare job assess
     flags workers

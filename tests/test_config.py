@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 
-from distributed_mnist.config import Recipe, Run, load_recipe, recipe_names, steps_between
+from distributed_mnist.config import (
+    Recipe,
+    Run,
+    checkpoint_interval,
+    load_recipe,
+    recipe_names,
+    steps_between,
+)
 from distributed_mnist.errors import UsageError
 
 NAN, INF = float("nan"), float("inf")
@@ -150,12 +157,50 @@ def test_auto_resume_needs_a_folder(tmp_path: Path) -> None:
     "text", ["", "0", "0 epochs", "-1", "1.5 epochs", "often", "2 days", "epoch", "1 2"]
 )
 def test_impossible_distances(name: str, text: str) -> None:
-    said = rf"^--{name.replace('_', '-')} must be like 500 \(steps\) or '2 epochs', not '{text}'$"
+    seconds = "'5 seconds', " if name == "checkpoint_every" else ""
+    said = rf"^--{name.replace('_', '-')} must be like {seconds}500 \(steps\) or '2 epochs', not '{text}'$"
     values: dict[str, Any] = {name: text}
     with pytest.raises(UsageError, match=said):
         Run(**values)
-    with pytest.raises(UsageError, match=said):
-        steps_between(text, 10, name)
+    if name == "eval_every":
+        with pytest.raises(UsageError, match=said):
+            steps_between(text, 10, name)
+
+
+@pytest.mark.parametrize(
+    ("text", "steps", "seconds"),
+    [
+        ("5 seconds", None, 5.0),
+        ("0.5 s", None, 0.5),
+        ("1 second", None, 1.0),
+        ("2s", None, 2.0),
+        ("500", 500, None),
+        ("2 epochs", 20, None),
+    ],
+)
+def test_checkpoints_by_time_or_by_steps(text: str, steps: int | None, seconds: float | None) -> None:
+    assert checkpoint_interval(text, 10) == (steps, seconds)
+
+
+@pytest.mark.parametrize("text", ["0 seconds", "0.0 s", "-1 s", "seconds", "1 minute"])
+def test_impossible_times(text: str) -> None:
+    with pytest.raises(UsageError, match=r"^--checkpoint-every must be like '5 seconds', "):
+        Run(checkpoint_every=text)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("max_restarts", -1, "zero or more"),
+        ("hang_after", 0.5, "at least 1"),
+        ("hang_after", float("inf"), "at least 1"),
+        ("hang_after", float("nan"), "at least 1"),
+    ],
+)
+def test_impossible_patience(name: str, value: float, rule: str) -> None:
+    values: dict[str, Any] = {name: value}
+    with pytest.raises(UsageError, match=f"^--{name.replace('_', '-')} must be {rule}, not {value}$"):
+        Run(**values)
 
 
 @pytest.mark.parametrize(

@@ -103,9 +103,12 @@ def test_torchrun() -> None:
     assert placement.launcher == "torchrun"
 
 
-def test_a_restarted_group_meets_apart_from_its_former_self() -> None:
+def test_a_restarted_group_is_known_as_one() -> None:
     first, second = placed(TORCHRUN, TORCHELASTIC_RESTART_COUNT="0"), placed(TORCHRUN)
-    assert first.store_prefix != second.store_prefix
+    assert first.job == second.job
+    assert (first.attempt, second.attempt) == (0, int(TORCHRUN["TORCHELASTIC_RESTART_COUNT"]))
+    assert placed(SRUN).attempt == 0
+    assert placed(SRUN, SLURM_RESTART_COUNT="2").attempt == 2
 
 
 def test_environment_variables_of_any_launcher() -> None:
@@ -188,8 +191,8 @@ def test_all_ranks_of_srun_derive_the_same_meeting_place() -> None:
         placed(SRUN, SLURM_PROCID=str(rank), SLURM_NODEID=str(rank // 2), SLURM_LOCALID=str(rank % 2))
         for rank in range(5)
     ]
-    assert {(place.host, place.ports, place.store_prefix) for place in places} == {
-        (places[0].host, places[0].ports, places[0].store_prefix)
+    assert {(place.host, place.ports, place.job) for place in places} == {
+        (places[0].host, places[0].ports, places[0].job)
     }
     assert [place.local_size for place in places] == [2, 2, 2, 2, 1]
     assert len(set(places[0].ports)) > 1
@@ -205,7 +208,7 @@ def test_jobs_and_their_restarts_meet_apart() -> None:
     ]
     places = [placed(SRUN, **change) for change in changes]
     assert len({place.ports for place in places}) == 4
-    assert len({place.store_prefix for place in places}) == 4
+    assert len({place.job for place in places}) == 4
 
 
 def test_one_port_on_request() -> None:
@@ -303,7 +306,7 @@ def test_mpi_on_one_host(env: dict[str, str]) -> None:
     assert placement.launcher == "mpirun"
     rank_zero = {name: "0" if value == "1" else value for name, value in env.items()}
     assert placed(rank_zero).ports == placement.ports
-    assert placed(rank_zero).store_prefix == placement.store_prefix
+    assert placed(rank_zero).job == placement.job
 
 
 def test_mpi_over_hosts() -> None:

@@ -161,10 +161,12 @@ def test_a_signal_to_a_single_process(undisturbed: Any, flags: tuple[object, ...
 @pytest.mark.slow
 @needs_proc
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_worker_is_killed(rank: int, undisturbed: Any, flags: tuple[object, ...], tmp_path: Path) -> None:
+def test_a_worker_is_killed_and_not_started_again(
+    rank: int, undisturbed: Any, flags: tuple[object, ...], tmp_path: Path
+) -> None:
     """One line names it, nothing is left running, only the work since the last checkpoint is lost."""
     out = tmp_path / "out"
-    with endless(flags, out, "--checkpoint-every", 15) as program:
+    with endless(flags, out, "--checkpoint-every", 15, "--max-restarts", 0) as program:
         in_the_middle(program, out, 40)
         pid = workers(program, out)[rank]
         os.kill(pid, signal.SIGKILL)

@@ -14,7 +14,9 @@ import torch
 
 from distributed_mnist.checkpoint import decode, encode
 from distributed_mnist.errors import OutputError
-from distributed_mnist.store import NullStore, RunLock, RunStore, checkpoints_in, write_json
+from distributed_mnist.layout import checkpoints_in, newest_step
+from distributed_mnist.lock import RunLock, write_json
+from distributed_mnist.store import NullStore, RunStore
 
 
 def pack(step: int) -> Callable[[], dict[str, Any]]:
@@ -33,6 +35,14 @@ def pack(step: int) -> Callable[[], dict[str, Any]]:
         "steps_per_epoch": 9,
         "versions": {},
     }
+
+
+def save(store: RunStore, step: int, *, best: bool = False) -> str | None:
+    """Save a checkpoint and wait for it; what went wrong."""
+    store.save(pack(step), best=best)
+    (saved,) = store.finished(wait=True)
+    assert saved.step == step
+    return saved.problem
 
 
 def names(folder: Path) -> list[str]:
@@ -67,7 +77,7 @@ def test_the_newest_stay_and_the_best(tmp_path: Path, keep: int) -> None:
     store = RunStore(tmp_path, keep)
     assert store.last_good() == "none"
     for step in (5, 10, 15, 100_000_000, 200_000_000):  # the last two are too long for their names
-        assert store.save(pack(step), best=step == 10) is None
+        assert save(store, step, best=step == 10) is None
         assert store.last_good() == str(file(tmp_path, step))
     kept = [5, 10, 15, 100_000_000, 200_000_000][-keep:]
     assert names(tmp_path) == sorted(["best.pt", *(file(tmp_path, step).name for step in kept)])
@@ -82,8 +92,8 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
     for name in others:
         (tmp_path / "checkpoints" / name).write_text("mine")
     store = RunStore(tmp_path, keep=1)
-    store.save(pack(1), best=False)
-    store.save(pack(2), best=False)
+    save(store, 1)
+    save(store, 2)
     assert names(tmp_path) == sorted([*others, file(tmp_path, 2).name])
 
 
@@ -95,10 +105,10 @@ def test_nothing_to_find(tmp_path: Path) -> None:
 def test_the_newest_is_found(tmp_path: Path) -> None:
     writer = RunStore(tmp_path, 3)
     for step in (9, 10, 11):
-        writer.save(pack(step), best=True)
+        save(writer, step, best=True)
     reader = RunStore(tmp_path, 3)
     found = reader.newest(silence)
-    assert found is not None and found == (file(tmp_path, 11), encode(pack(11)()))
+    assert found is not None and found == (file(tmp_path, 11), encode(pack(11)()), 11)
     reader.resumed_from(str(found[0]))
     assert reader.last_good() == str(file(tmp_path, 11))
 
@@ -106,7 +116,7 @@ def test_the_newest_is_found(tmp_path: Path) -> None:
 def test_damaged_ones_are_passed_over_aloud(tmp_path: Path) -> None:
     writer = RunStore(tmp_path, 4)
     for step in (1, 2, 3, 4):
-        writer.save(pack(step), best=False)
+        save(writer, step)
     whole = file(tmp_path, 4).read_bytes()
     file(tmp_path, 4).write_bytes(whole[: len(whole) // 2])
     file(tmp_path, 3).write_bytes(b"")
@@ -123,7 +133,7 @@ def test_damaged_ones_are_passed_over_aloud(tmp_path: Path) -> None:
 
 
 def test_all_damaged(tmp_path: Path) -> None:
-    RunStore(tmp_path, 3).save(pack(1), best=False)
+    save(RunStore(tmp_path, 3), 1)
     file(tmp_path, 1).write_bytes(b"torn")
     said: list[str] = []
     assert RunStore(tmp_path, 3).newest(said.append) is None
@@ -135,13 +145,13 @@ def test_a_save_after_passing_over_damage_stays(tmp_path: Path, keep: int) -> No
     """Damaged files of later steps must not push out what is written now."""
     writer = RunStore(tmp_path, 3)
     for step in (10, 20, 30):
-        writer.save(pack(step), best=False)
+        save(writer, step)
     file(tmp_path, 30).write_bytes(b"torn")
     file(tmp_path, 20).write_bytes(b"torn")
     store = RunStore(tmp_path, keep)
     said: list[str] = []
     assert store.newest(said.append) is not None
-    assert store.save(pack(12), best=False) is None
+    assert save(store, 12) is None
     assert Path(store.last_good()).exists()
     found = RunStore(tmp_path, keep).newest(said.append)
     assert found is not None
@@ -150,21 +160,21 @@ def test_a_save_after_passing_over_damage_stays(tmp_path: Path, keep: int) -> No
 
 def test_a_full_disk_is_told_and_harms_nothing(tmp_path: Path) -> None:
     store = RunStore(tmp_path, keep=1)
-    store.save(pack(1), best=True)
+    save(store, 1, best=True)
     before = {path.name: path.read_bytes() for path in (tmp_path / "checkpoints").iterdir()}
     with little_room():
-        problem = store.save(pack(2), best=True)
+        problem = save(store, 2, best=True)
     assert problem == f"{file(tmp_path, 2)} could not be saved: file too large"
     assert {path.name: path.read_bytes() for path in (tmp_path / "checkpoints").iterdir()} == before
     assert store.last_good() == str(file(tmp_path, 1))
-    assert store.save(pack(3), best=True) is None  # and when there is room again, it is used
+    assert save(store, 3, best=True) is None  # and when there is room again, it is used
     assert names(tmp_path) == ["best.pt", file(tmp_path, 3).name]
 
 
 def test_a_folder_that_went_away_is_made_again(tmp_path: Path) -> None:
     store = RunStore(tmp_path, keep=1)
     (tmp_path / "checkpoints").rmdir()
-    assert store.save(pack(1), best=False) is None
+    assert save(store, 1) is None
     assert names(tmp_path) == [file(tmp_path, 1).name]
 
 
@@ -187,14 +197,49 @@ def test_the_null_store_writes_nothing() -> None:
         raise AssertionError("packed for nothing")
 
     store = NullStore()
-    assert store.save(unpacked, best=True) is None
+    store.save(unpacked, best=True)
+    assert store.finished(wait=True) == []
+    assert not store.due()
     assert store.last_good() == "none"
+
+
+def test_what_is_saved_is_the_moment_of_saving(tmp_path: Path) -> None:
+    """Training goes on in the same tensors while they are written."""
+    store = RunStore(tmp_path, 3)
+    content = pack(7)()
+    store.save(lambda: content, best=False)
+    content["model"]["w"].fill_(-1)
+    content["totals"]["loss"] = 1.0
+    store.finished(wait=True)
+    written = decode(file(tmp_path, 7).read_bytes(), "file")
+    assert written["model"]["w"].eq(7).all()
+    assert written["totals"] == {}
+
+
+def test_all_that_were_handed_over_are_written_in_their_order(tmp_path: Path) -> None:
+    store = RunStore(tmp_path, 2)
+    for step in range(1, 6):
+        store.save(pack(step), best=False)
+    assert [saved.step for saved in store.finished(wait=True)] == [1, 2, 3, 4, 5]
+    assert [step_in(path) for path in checkpoints_in(tmp_path / "checkpoints")] == [4, 5]
+    assert newest_step(tmp_path) == 5
+    assert newest_step(tmp_path / "nowhere") == -1
+
+
+def test_another_is_due_by_the_clock(tmp_path: Path) -> None:
+    assert not RunStore(tmp_path, 1).due()  # where steps decide, never
+    assert not RunStore(tmp_path, 1, every_seconds=3600).due()
+    store = RunStore(tmp_path, 1, every_seconds=1e-9)
+    assert store.due()
+    store.save(pack(1), best=False)
+    store.finished(wait=True)
+    assert store.due()
 
 
 HOLDER = """
 import sys
 from pathlib import Path
-from distributed_mnist.store import RunLock
+from distributed_mnist.lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()

@@ -1,0 +1,157 @@
+"""What a rank is doing, as it tells the others, and what they make of it when nothing moves.
+
+Everything here is plain values and pure functions; `watch.py` has the threads.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+from .roll_call import Peer
+
+_OWN = str(Path(__file__).parent)
+
+
+@dataclass(frozen=True)
+class Sign:
+    """A sign of life: what a rank was doing at `clock`, by its own clock."""
+
+    number: int
+    """Counts the signs, so that one that is repeated is known to be old."""
+    phase: str
+    step: int
+    waiting: str | None
+    """The collective in which it waits for others."""
+    idle: float
+    """Seconds since its main thread last got further."""
+    patience: float
+    """Seconds that this phase may take without getting further."""
+    where: str
+    """The line of the model or of the program that its main thread is in."""
+    clock: str
+
+    def encode(self) -> str:
+        """As text."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def decode(cls, text: bytes) -> "Sign":
+        """The inverse of `encode`."""
+        return cls(**json.loads(text))
+
+
+class Vitals:
+    """Kept by a rank's main thread, read by its watching thread; single assignments, so no lock."""
+
+    def __init__(self, patience: float) -> None:
+        self._patience = patience  # of an ordinary phase
+        self.phase, self.step, self.patience = "starting", 0, patience
+        self.waiting: str | None = None
+        self.since = time.monotonic()
+
+    def enter(self, phase: str, *, patience: float | None = None) -> None:
+        """From now on the rank is in this phase, which may take long without getting further."""
+        self.phase, self.patience = phase, max(patience or 0.0, self._patience)
+        self.since = time.monotonic()
+
+    def at(self, step: int) -> None:
+        """The rank begins this step."""
+        self.step, self.since = step, time.monotonic()
+
+    def wait(self, what: str | None) -> None:
+        """The rank begins to wait for others in a collective, or (None) has what it waited for."""
+        self.waiting, self.since = what, time.monotonic()
+
+    def sign(self, number: int, main_thread: int) -> Sign:
+        """A sign of life."""
+        idle = time.monotonic() - self.since
+        where = _place(sys._current_frames().get(main_thread)) if idle > 1 else ""
+        clock = time.strftime("%H:%M:%S")
+        return Sign(number, self.phase, self.step, self.waiting, idle, self.patience, where, clock)
+
+
+def _place(frame: FrameType | None) -> str:
+    """The innermost line outside of libraries: of a user's model, else of this program."""
+    own = ""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        place = f"{Path(file).name}:{frame.f_lineno} {frame.f_code.co_name}"
+        library = "site-packages" in file or file.startswith((sys.base_prefix, sys.prefix, "<"))
+        if file.startswith(_OWN):
+            own = own or place
+        elif not library:
+            return place
+        frame = frame.f_back
+    return own
+
+
+@dataclass(frozen=True)
+class Heard:
+    """The last sign of a rank and when, by our own clock (monotonic), it was new to us."""
+
+    sign: Sign
+    at: float
+
+
+def verdict(
+    me: int,
+    peers: Sequence[Peer],
+    heard: Mapping[int, Heard],
+    *,
+    contact: float,
+    now: float,
+    limit: float,
+    store: str,
+    asynchronous: bool = False,
+) -> tuple[str, int] | None:
+    """Why nothing moves, in a sentence, and the rank that should tell it; None while it is too early.
+
+    `heard` has the latest sign of every rank, `me` included; `contact` is when the store at `store` last
+    answered. Everyone is looked at only when this rank itself has got no further for `limit` seconds. On
+    devices that work by themselves (`asynchronous`) a rank that waits for others cannot be told from one
+    that just does not go on.
+    """
+    mine = heard[me].sign
+    waited = mine.idle + now - heard[me].at
+    if waited < limit or not (mine.waiting or asynchronous):
+        return None
+    for_it = f"; rank {me} waited {waited:.0f} s for it in a {mine.waiting or 'step'}, at step {mine.step}"
+    if now - contact > limit / 2:
+        host = peers[0]
+        known = heard.get(0)
+        last = f", last heard of {_doing(known.sign)}" if known and me != 0 else ""
+        return f"{host} or its store at {store} cannot be reached{last}{for_it}", me
+    suspects: list[str] = []
+    waiting: list[int] = []
+    for rank, peer in enumerate(peers):
+        known = heard.get(rank)
+        if known is None or now - known.at > limit / 2:
+            last = f"{_doing(known.sign)}, last sign of life at {known.sign.clock}" if known else "no sign"
+            suspects.append(f"{peer} is stopped or cannot be reached: {last}")
+            continue
+        idle = known.sign.idle + now - known.at
+        if known.sign.waiting or asynchronous:
+            waiting.append(rank)
+        elif idle >= 0.9 * known.sign.patience:
+            where = f" in {known.sign.where}" if known.sign.where else ""
+            suspects.append(f"{peer} does not go on: {_doing(known.sign)} for {idle:.0f} s{where}")
+    if suspects:
+        return f"{'; '.join(suspects)}{for_it}", min(waiting, default=me)
+    if len(waiting) < len(peers):
+        return None  # who does not wait is busy, and may be
+    stands = ", ".join(_stands(peer, heard[peer.rank].sign) for peer in peers[:8])
+    why = "a connection between them is cut, or they disagree about what comes next"
+    return f"no rank goes on, though all are alive ({stands}): {why}", 0
+
+
+def _doing(sign: Sign) -> str:
+    return f"{sign.phase}, step {sign.step}"
+
+
+def _stands(peer: Peer, sign: Sign) -> str:
+    place = f"in a {sign.waiting}" if sign.waiting else f"in {sign.where}" if sign.where else sign.phase
+    return f"{peer} {place} at step {sign.step}"
