@@ -5,6 +5,7 @@ folder one rank keeps a copy of the checkpoints, so that losing a host loses non
 """
 
 import dataclasses
+import json
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,13 +17,14 @@ import torch
 from .checkpoint import Content, decode, read_bytes, versions
 from .config import Recipe, Run, flag
 from .errors import CheckpointError, OutputError
-from .layout import checkpoints_in, new_folder
-from .lock import RunLock
+from .layout import RUNS, checkpoints_in, new_folder
+from .lock import RunLock, write_json
 from .share import Data
 from .store import NullStore, RunStore, Store
 from .train import State
 from .world import World
 
+_LOOKED_AT = 20  # of the newest runs
 _PATIENCE = 30.0  # seconds for the processes of a group that was started again to be gone
 
 
@@ -34,37 +36,59 @@ class Folder:
     again: bool
     """The launcher started this run before: it goes on where it was."""
     mark: str
-    """What a rank finds in `.group` there if it sees the same folder as rank 0."""
+    """What a rank finds there if it sees the same folder as rank 0."""
     lock: RunLock | None = None
     """On rank 0."""
 
 
 def open_folder(world: World, options: Run, title: str) -> Folder:
     """The run's folder, the same on every rank; on rank 0 locked, and refused if it holds another run."""
+    known = _opened_before(world, options)
     locks: list[RunLock] = []
 
     def choose() -> Folder:
-        earlier = world.recall("folder")
-        path = options.out or Path(earlier or new_folder(title))
-        again = earlier == str(path) or world.attempt > 0
-        lock = RunLock(path, patience=_PATIENCE if again else 0.0)
+        path = known or options.out or new_folder(title)
+        lock = RunLock(path, patience=_PATIENCE if known else 0.0)
+        folder = Folder(path, known is not None, secrets.token_hex(8))
         try:
-            if not again:
+            if not known:
                 _refuse_used(path, options)
-            mark = secrets.token_hex(8)
-            (path / ".group").write_text(mark)
-        except OSError as error:
-            lock.abandon()
-            raise OutputError(f"--out {path}: {error.strerror}") from None
+            _leave_word(folder, world)
         except OutputError:
-            lock.release()
+            lock.abandon()
             raise
         locks.append(lock)
-        world.remember("folder", str(path))
-        return Folder(path, again, mark)
+        return folder
 
     folder = world.from_rank_zero(choose)
     return dataclasses.replace(folder, lock=locks[0]) if locks else folder
+
+
+def _opened_before(world: World, options: Run) -> Path | None:
+    """The folder that this run had before its launcher started it again, if it did."""
+    # Each rank knows its own launcher, and looks on its own host: rank 0 may have come anew.
+    starter = world.peers[world.rank].starter
+    found = next((path for path in _candidates(options) if starter in _word_in(path)["starters"]), None)
+    has = world.gather(torch.tensor([found is not None], device=world.device)).flatten()
+    return Path(world.broadcast_object(str(found), int(has.int().argmax()))) if has.any() else None
+
+
+def _candidates(options: Run) -> list[Path]:
+    return [options.out] if options.out else sorted(RUNS.glob("*"), reverse=True)[:_LOOKED_AT]
+
+
+def _word_in(path: Path) -> dict[str, Any]:
+    """What the last group that opened a folder left there: its mark, and who started its processes."""
+    try:
+        word = json.loads((path / ".group").read_text())
+        return {"mark": str(word["mark"]), "starters": [name for name in word["starters"] if name]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"mark": "", "starters": []}
+
+
+def _leave_word(folder: Folder, world: World) -> None:
+    starters = sorted({peer.starter for peer in world.peers})
+    write_json(folder.path / ".group", {"mark": folder.mark, "starters": starters})
 
 
 def _refuse_used(path: Path, options: Run) -> None:
@@ -82,23 +106,18 @@ def open_store(world: World, options: Run, folder: Folder, every_seconds: float 
     def make() -> Store:
         if world.rank == 0:
             return RunStore(folder.path, options.keep, every_seconds)
-        if world.local_rank != 0 or _sees(folder):
+        if world.local_rank != 0 or _word_in(folder.path)["mark"] == folder.mark:
             return NullStore()
         if not folder.again:
             _refuse_used(folder.path, options)
         try:
-            return RunStore(folder.path, options.keep, every_seconds)
+            store = RunStore(folder.path, options.keep, every_seconds)
+            _leave_word(dataclasses.replace(folder, mark=""), world)
+            return store
         except OutputError:  # a host where nothing can be written: there are others
             return NullStore()
 
     return world.together(make)
-
-
-def _sees(folder: Folder) -> bool:
-    try:
-        return (folder.path / ".group").read_text() == folder.mark
-    except OSError:
-        return False
 
 
 def read_named(world: World, options: Run) -> bytes | None:

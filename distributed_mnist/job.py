@@ -1,7 +1,6 @@
 """One rank's life in a `dmnist train`: connect, get the data, make or resume the state, train, report."""
 
 import time
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,7 @@ def run(
         steps=total,
         epochs=recipe.epochs,
         again=folder.again,
-        ranks=[asdict(peer) for peer in world.peers],
+        ranks=[{"rank": peer.rank, "host": peer.host, "pid": peer.pid} for peer in world.peers],
     )
     if resumed:
         notices.append(f"resumed from {resumed} at step {state.step} of {total}")

@@ -11,10 +11,12 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
+
 from .config import Recipe, Run
 from .errors import LaunchError
 from .placement import Placement, usable_cores
-from .rendezvous import derived_ports, interface_to
+from .rendezvous import derived_ports
 
 _OPENMPI = tuple(f"OMPI_COMM_WORLD_{word}" for word in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
 _MPICH = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
@@ -40,21 +42,6 @@ def detect(env: Mapping[str, str] = os.environ) -> Placement | None:
     return None
 
 
-def prepare_environment(placement: Placement, *, exact: bool) -> None:
-    """Settings that libraries read from the environment once, before they start.
-
-    cuBLAS only adds in a fixed order with a workspace of its own choosing taken away from it. gloo talks
-    over the interface that this host's own name resolves to, on many hosts the loopback, which leads to no
-    other: it is given the one that leads to rank 0.
-    """
-    if exact:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if placement.local_size < placement.size and "GLOO_SOCKET_IFNAME" not in os.environ:
-        interface = interface_to(placement.host)
-        if interface is not None:
-            os.environ["GLOO_SOCKET_IFNAME"] = interface
-
-
 def _torchrun(env: Mapping[str, str]) -> Placement:
     for name in _TORCHRUN:
         if name not in env:
@@ -66,9 +53,9 @@ def _torchrun(env: Mapping[str, str]) -> Placement:
         raise LaunchError("MASTER_ADDR is empty")
     size = _integer(env, "WORLD_SIZE")
     local_size = _integer(env, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in env else 1
+    elastic = "TORCHELASTIC_RUN_ID" in env
     if local_size > 1 and "LOCAL_RANK" not in env:
         raise LaunchError("LOCAL_RANK is not set, but LOCAL_WORLD_SIZE is")
-    restarts = _integer(env, "TORCHELASTIC_RESTART_COUNT") if "TORCHELASTIC_RESTART_COUNT" in env else 0
     return _checked(
         Placement(
             rank=_integer(env, "RANK"),
@@ -79,8 +66,8 @@ def _torchrun(env: Mapping[str, str]) -> Placement:
             ports=(_port(env),),
             store_exists=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             job=f"dmnist/{env.get('TORCHELASTIC_RUN_ID', '')}",
-            attempt=restarts,
-            launcher="torchrun" if "TORCHELASTIC_RUN_ID" in env else "environment",
+            starter=_parent() if elastic else "",
+            launcher="torchrun" if elastic else "environment",
         ),
         "RANK",
         "WORLD_SIZE",
@@ -91,8 +78,7 @@ def _slurm(env: Mapping[str, str]) -> Placement:
     job, step = _text(env, "SLURM_JOB_ID"), _text(env, "SLURM_STEP_ID")
     node = _integer(env, "SLURM_NODEID")
     host = "127.0.0.1" if _integer(env, "SLURM_STEP_NUM_NODES") == 1 else _first_slurm_host(env)
-    requeued = _integer(env, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in env else 0
-    name = f"slurm-{job}-{step}-{requeued}"
+    name = f"slurm-{job}-{step}-{env.get('SLURM_RESTART_COUNT', '0')}"
     return _checked(
         Placement(
             rank=_integer(env, "SLURM_PROCID"),
@@ -102,7 +88,7 @@ def _slurm(env: Mapping[str, str]) -> Placement:
             host=env.get("MASTER_ADDR", host),
             ports=_ports(env, name),
             job=name,
-            attempt=requeued,
+            starter=f"slurm {job}.{step}",  # a requeued job keeps its number
             own_device="SLURM_GPUS_PER_TASK" in env or "gpu" in env.get("SLURM_TRES_PER_TASK", ""),
             launcher="srun",
         ),
@@ -135,6 +121,15 @@ def _mpi(env: Mapping[str, str], rank: str, size: str, local_rank: str, local_si
         rank,
         size,
     )
+
+
+def _parent() -> str:
+    """The process that started this one, told from any other that had or will have its number."""
+    try:
+        parent = psutil.Process(os.getppid())
+        return f"{socket.gethostname()} {parent.pid} {parent.create_time()}"
+    except psutil.Error:  # out of our sight, as from inside of some containers
+        return ""
 
 
 def _checked(placement: Placement, rank: str, size: str) -> Placement:

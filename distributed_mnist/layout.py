@@ -4,6 +4,8 @@ import re
 from datetime import UTC, datetime
 from pathlib import Path
 
+RUNS = Path("runs")
+"""Where runs go that were given no folder."""
 _NAME = re.compile(r"step_(\d+)\.pt")
 
 
@@ -11,7 +13,7 @@ def new_folder(title: str) -> Path:
     """A name under `runs/` that nobody has yet; `title` is the recipe's."""
     stamp = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{Path(title).stem}"
     names = [stamp, *(f"{stamp}-{again}" for again in range(2, 100))]
-    return next(Path("runs") / name for name in names if not (Path("runs") / name).exists())
+    return next(RUNS / name for name in names if not (RUNS / name).exists())
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

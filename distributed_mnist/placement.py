@@ -20,8 +20,9 @@ class Placement:
     """The launcher serves the store itself (torchrun does)."""
     job: str = "dmnist"
     """The job's name: the same on all its ranks and in every attempt, other jobs' differ."""
-    attempt: int = 0
-    """How often the launcher has started this group again, as far as it says so."""
+    starter: str = ""
+    """Which launcher started this process: the same through its restarts, another's differs. Empty for a
+    launcher that does not start a process again."""
     own_device: bool = False
     """The launcher shows each process its own device only (Slurm's --gpus-per-task)."""
     launcher: str = "alone"

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import torch
 
+from . import environment
 from .devices import choose_device
 from .errors import Interrupted, tell
-from .launch import prepare_environment
 from .placement import Placement
 from .signals import StoppedEarly, StopSignals, end_with_parent
 from .world import World
@@ -38,7 +38,8 @@ def run_in_group(
         signals = StopSignals(placement)
         if placement.launcher == "torchrun":  # its agent, killed, would leave us behind
             end_with_parent()
-        prepare_environment(placement, exact=exact)
+        if exact:
+            environment.order_additions()
         chosen = torch.device("cpu") if device == "cpu" else choose_device(placement)
         world = World.connect(
             placement, device=chosen, backend=backend, listener=listener, hang_after=hang_after

@@ -11,6 +11,7 @@ import ipaddress
 import socket
 import threading
 import time
+from collections.abc import Iterable
 
 import psutil
 
@@ -42,8 +43,8 @@ def announce(ports: tuple[int, ...], job: str, store_port: int) -> None:
     raise LaunchError(f"none of the ports {', '.join(map(str, ports))} can be opened: {problem}")
 
 
-def wait_for(host: str, port: int, seconds: float) -> None:
-    """Return when something listens there. Raises `LaunchError` after `seconds`.
+def wait_for(host: str, port: int, seconds: float, hint: str = "") -> None:
+    """Return when something listens there. Raises `LaunchError`, with `hint`, after `seconds`.
 
     The store's own client waits too, but deaf to signals.
     """
@@ -54,24 +55,27 @@ def wait_for(host: str, port: int, seconds: float) -> None:
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise LaunchError(f"nobody listens at {host} port {port}: {reason(error)}") from None
+                raise LaunchError(f"nobody listens at {host} port {port}: {reason(error)}{hint}") from None
         time.sleep(0.02)
 
 
-def interface_to(host: str) -> str | None:
-    """The name of this host's network interface that leads to `host`, or, on that host itself, outside."""
-    anywhere = "192.0.2.1"  # reserved for documentation; nothing is sent
-    for target in (host, anywhere):
-        with contextlib.suppress(OSError):
-            family, _, _, _, address = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]
-            with socket.socket(family, socket.SOCK_DGRAM) as probe:
-                probe.connect(address)
-                mine = probe.getsockname()[0]
-            if ipaddress.ip_address(mine.partition("%")[0]).is_loopback:
-                continue
-            for name, addresses in psutil.net_if_addrs().items():
-                if any(entry.address.partition("%")[0] == mine for entry in addresses):
-                    return name
+def address_towards(host: str) -> str:
+    """This host's own address on the way to `host`; empty if there is no way, or none that leaves it."""
+    with contextlib.suppress(OSError):
+        family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # asks for the route; nothing is sent
+            mine = probe.getsockname()[0].partition("%")[0]
+        return "" if ipaddress.ip_address(mine).is_loopback else mine
+    return ""
+
+
+def interface_towards(hosts: Iterable[str]) -> str | None:
+    """This host's network interface that leads to the first of `hosts` that is another host."""
+    mine = next(filter(None, map(address_towards, hosts)), None)
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == mine for entry in addresses):
+            return name
     return None
 
 

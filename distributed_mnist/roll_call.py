@@ -12,10 +12,12 @@ import secrets
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass
+from typing import Protocol, Self
 
 from .errors import LaunchError
+from .placement import Placement
+from .rendezvous import address_towards
 
 
 class KeyValues(Protocol):
@@ -41,6 +43,17 @@ class Peer:
     rank: int
     host: str
     pid: int
+    address: str = ""
+    """Of its host, on the way to rank 0's; empty on that host itself."""
+    starter: str = ""
+    """See `Placement`."""
+
+    @classmethod
+    def here(cls, placement: Placement) -> Self:
+        """This process."""
+        one_host = placement.local_size == placement.size
+        address = "" if one_host else address_towards(placement.host)
+        return cls(placement.rank, socket.gethostname(), os.getpid(), address, placement.starter)
 
     def __str__(self) -> str:
         return f"rank {self.rank} (pid {self.pid} on {self.host})"
@@ -49,17 +62,16 @@ class Peer:
 class RollCall:
     """One rank's part in meeting the others; `finish` is called until it returns true."""
 
-    def __init__(self, store: KeyValues, rank: int, size: int) -> None:
-        self._store, self._rank, self._size = store, rank, size
+    def __init__(self, store: KeyValues, me: Peer, size: int) -> None:
+        self._store, self._rank, self._size = store, me.rank, size
         self._token = secrets.token_hex(8)
-        self.attempt = self._token if rank == 0 else ""
+        self.attempt = self._token if me.rank == 0 else ""
         """The name of this attempt; on other ranks than 0 known when the roll call is over."""
         self.peers: list[Peer] = []
         """All ranks; known when the roll call is over."""
         self._answered: dict[int, str] = {}
-        self._came: dict[int, Peer] = {rank: Peer(rank, socket.gethostname(), os.getpid())}
-        me = {"token": self._token, "host": socket.gethostname(), "pid": os.getpid()}
-        store.set(f"hello/{rank}", json.dumps(me))
+        self._came: dict[int, Peer] = {me.rank: me}
+        store.set(f"hello/{me.rank}", json.dumps([self._token, asdict(me)]))
 
     def finish(self) -> bool:
         """Do what can be done now; whether every rank is there and knows it."""
@@ -71,21 +83,27 @@ class RollCall:
 
     def _call(self) -> bool:
         for rank in range(1, self._size):
-            if rank in self._came or not self._store.check([f"hello/{rank}"]):
-                continue
-            hello = json.loads(self._store.get(f"hello/{rank}"))
-            token = hello["token"]
-            if self._answered.get(rank) != token:  # the first we see of it, or it took a dead one's place
-                self._store.set(f"answer/{token}", self.attempt)
-                self._answered[rank] = token
-            if self._store.check([f"{self.attempt}/here/{token}"]):
-                self._came[rank] = Peer(rank, hello["host"], hello["pid"])
+            if rank not in self._came:
+                self._look_for(rank)
+        if len(self._came) == self._size:  # another look: who came early may have died and come again
+            for rank in range(1, self._size):
+                self._look_for(rank)
         if len(self._came) < self._size:
             return False
         self.peers = [self._came[rank] for rank in range(self._size)]
-        listed = [[peer.host, peer.pid] for peer in self.peers]
-        self._store.set(f"{self.attempt}/all", json.dumps(listed))
+        self._store.set(f"{self.attempt}/all", json.dumps([asdict(peer) for peer in self.peers]))
         return True
+
+    def _look_for(self, rank: int) -> None:
+        if not self._store.check([f"hello/{rank}"]):
+            return
+        token, peer = json.loads(self._store.get(f"hello/{rank}"))
+        if self._answered.get(rank) != token:  # the first we see of it, or it took a dead one's place
+            self._store.set(f"answer/{token}", self.attempt)
+            self._answered[rank] = token
+            self._came.pop(rank, None)
+        if self._store.check([f"{self.attempt}/here/{token}"]):
+            self._came[rank] = Peer(**peer)
 
     def _answer(self) -> bool:
         if not self._store.check([f"answer/{self._token}"]):
@@ -96,17 +114,16 @@ class RollCall:
             self.attempt = attempt
         if not self._store.check([f"{attempt}/all"]):
             return False
-        listed = json.loads(self._store.get(f"{attempt}/all"))
-        self.peers = [Peer(rank, host, pid) for rank, (host, pid) in enumerate(listed)]
+        self.peers = [Peer(**peer) for peer in json.loads(self._store.get(f"{attempt}/all"))]
         return True
 
 
-def meet(store: KeyValues, rank: int, size: int, *, where: str, seconds: float) -> RollCall:
+def meet(store: KeyValues, me: Peer, size: int, *, where: str, seconds: float) -> RollCall:
     """The finished roll call of a group. Raises `LaunchError`, naming who is missing, after `seconds`.
 
     A backend would wait as well, but inside of C++, where no signal is heard, and would name nobody.
     """
-    call = RollCall(store, rank, size)
+    call = RollCall(store, me, size)
     deadline = time.monotonic() + seconds
     while not call.finish():
         if time.monotonic() > deadline:

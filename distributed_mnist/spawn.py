@@ -10,6 +10,7 @@ hands it to rank 0.
 import contextlib
 import multiprocessing
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -54,10 +55,10 @@ def spawn(nproc: int, target: Target, argument: Any, restarts: Restarts | None =
     SIGTERM, SIGINT and SIGUSR1 are passed on. If a process dies, the others get some time to notice, and
     are then ended; with `restarts` all are started again, with a `Placement` that says so.
     """
-    attempt, in_a_row = 0, 0
+    in_a_row, starter = 0, secrets.token_hex(8)
     furthest = restarts.reached() if restarts else 0
     while True:
-        group = _Group(nproc, target, argument, attempt)
+        group = _Group(nproc, target, argument, starter)
         ending = group.run()
         if ending.lost is None:
             return ending.code
@@ -71,7 +72,6 @@ def spawn(nproc: int, target: Target, argument: Any, restarts: Restarts | None =
             often = f", {in_a_row} times in a row without a new checkpoint" if in_a_row > 1 else ""
             _say(f"{ending.lost}{often}; a run goes on from its last checkpoint with --resume auto")
             return ending.code
-        attempt += 1
         if sys.stdout.isatty():
             sys.stdout.write("\r\x1b[K\x1b[?25h")  # a bar that rank 0 could not put away
             sys.stdout.flush()
@@ -90,8 +90,8 @@ class _Ending:
 class _Group:
     """One attempt: `nproc` processes from their start to their ends."""
 
-    def __init__(self, nproc: int, target: Target, argument: Any, attempt: int) -> None:
-        self._nproc, self._target, self._argument, self._attempt = nproc, target, argument, attempt
+    def __init__(self, nproc: int, target: Target, argument: Any, starter: str) -> None:
+        self._nproc, self._target, self._argument, self._starter = nproc, target, argument, starter
         self._workers: list[BaseProcess] = []
         self._printers: list[threading.Thread] = []
         self.asked_to_stop = False
@@ -125,7 +125,7 @@ class _Group:
             local_rank=rank,
             local_size=self._nproc,
             ports=(listener.getsockname()[1],),
-            attempt=self._attempt,
+            starter=self._starter,
             launcher="spawned",
         )
         output = None

@@ -14,6 +14,8 @@ from types import FrameType
 from .roll_call import Peer
 
 _OWN = str(Path(__file__).parent)
+_LIBRARIES = (sys.base_prefix, sys.prefix, "<")
+_SOON = 0.5  # seconds: within about this all ranks look
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,10 @@ class Sign:
 
 
 class Vitals:
-    """Kept by a rank's main thread, read by its watching thread; single assignments, so no lock."""
+    """Kept by a rank's main thread, read by its watching threads; single assignments, so no lock.
+
+    The clock is set back first: read in between, the rank has just begun what it did before.
+    """
 
     def __init__(self, patience: float) -> None:
         self._patience = patience  # of an ordinary phase
@@ -55,16 +60,22 @@ class Vitals:
 
     def enter(self, phase: str, *, patience: float | None = None) -> None:
         """From now on the rank is in this phase, which may take long without getting further."""
-        self.phase, self.patience = phase, max(patience or 0.0, self._patience)
         self.since = time.monotonic()
+        self.phase, self.patience = phase, max(patience or 0.0, self._patience)
 
     def at(self, step: int) -> None:
         """The rank begins this step."""
-        self.step, self.since = step, time.monotonic()
+        self.since = time.monotonic()
+        self.step = step
 
     def wait(self, what: str | None) -> None:
         """The rank begins to wait for others in a collective, or (None) has what it waited for."""
-        self.waiting, self.since = what, time.monotonic()
+        self.since = time.monotonic()
+        self.waiting = what
+
+    def slept(self, seconds: float) -> None:
+        """This process was stopped for so long, as by Ctrl-Z: that time does not count."""
+        self.since = min(self.since + seconds, time.monotonic())
 
     def sign(self, number: int, main_thread: int) -> Sign:
         """A sign of life."""
@@ -76,17 +87,12 @@ class Vitals:
 
 def _place(frame: FrameType | None) -> str:
     """The innermost line outside of libraries: of a user's model, else of this program."""
-    own = ""
     while frame is not None:
         file = frame.f_code.co_filename
-        place = f"{Path(file).name}:{frame.f_lineno} {frame.f_code.co_name}"
-        library = "site-packages" in file or file.startswith((sys.base_prefix, sys.prefix, "<"))
-        if file.startswith(_OWN):
-            own = own or place
-        elif not library:
-            return place
+        if file.startswith(_OWN) or not ("site-packages" in file or file.startswith(_LIBRARIES)):
+            return f"{Path(file).name}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
-    return own
+    return ""
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ def verdict(
     """
     mine = heard[me].sign
     waited = mine.idle + now - heard[me].at
-    if waited < limit or not (mine.waiting or asynchronous):
+    if waited < limit or not (mine.waiting or (asynchronous and waited >= mine.patience)):
         return None
     for_it = f"; rank {me} waited {waited:.0f} s for it in a {mine.waiting or 'step'}, at step {mine.step}"
     if now - contact > limit / 2:
@@ -126,7 +132,7 @@ def verdict(
         last = f", last heard of {_doing(known.sign)}" if known and me != 0 else ""
         return f"{host} or its store at {store} cannot be reached{last}{for_it}", me
     suspects: list[str] = []
-    waiting: list[int] = []
+    waiting: dict[int, float] = {}
     for rank, peer in enumerate(peers):
         known = heard.get(rank)
         if known is None or now - known.at > limit / 2:
@@ -134,18 +140,21 @@ def verdict(
             suspects.append(f"{peer} is stopped or cannot be reached: {last}")
             continue
         idle = known.sign.idle + now - known.at
-        if known.sign.waiting or asynchronous:
-            waiting.append(rank)
-        elif idle >= 0.9 * known.sign.patience:
+        overdue = idle >= 0.9 * known.sign.patience
+        if known.sign.waiting or (asynchronous and overdue):
+            waiting[rank] = idle
+        elif overdue:
             where = f" in {known.sign.where}" if known.sign.where else ""
             suspects.append(f"{peer} does not go on: {_doing(known.sign)} for {idle:.0f} s{where}")
+    # One of those who find it out now: who began to wait later would not be in time to tell.
+    teller = min((rank for rank, idle in waiting.items() if idle >= limit - _SOON), default=me)
     if suspects:
-        return f"{'; '.join(suspects)}{for_it}", min(waiting, default=me)
-    if len(waiting) < len(peers):
-        return None  # who does not wait is busy, and may be
+        return f"{'; '.join(suspects)}{for_it}", teller
+    if len(waiting) < len(peers) or min(waiting.values()) < 0.9 * limit:
+        return None  # who does not wait is busy, and may be; who came late may be all that was waited for
     stands = ", ".join(_stands(peer, heard[peer.rank].sign) for peer in peers[:8])
     why = "a connection between them is cut, or they disagree about what comes next"
-    return f"no rank goes on, though all are alive ({stands}): {why}", 0
+    return f"no rank goes on, though all are alive ({stands}): {why}", teller
 
 
 def _doing(sign: Sign) -> str:

@@ -24,6 +24,10 @@ class Signs(Protocol):
         """Put a value."""
         ...
 
+    def check(self, keys: list[str], /) -> bool:
+        """Whether all of them are there."""
+        ...
+
     def multi_get(self, keys: list[str], /) -> list[bytes]:
         """Values, waiting for those that are not there yet."""
         ...
@@ -66,18 +70,21 @@ class Watch:
         # All read all: in large groups less often, or rank 0's host would do nothing else.
         tick = max(min(1.0, self._limit / 8), len(self._peers) / 64)
         keys = [f"life/{rank}" for rank in range(len(self._peers))]
+        there: list[int] = []  # who has given a sign: the store would wait for the others
         number = 0
         while not self._over.is_set():
             number += 1
             sign = self._vitals.sign(number, self._main)
             try:
                 self._store.set(keys[self._placement.rank], sign.encode())
-                texts = self._store.multi_get(keys)
+                absent = [rank for rank in range(len(keys)) if rank not in there]
+                there += [rank for rank in absent if self._store.check([keys[rank]])]
+                texts = self._store.multi_get([keys[rank] for rank in there])
             except RuntimeError:  # the connection broke: `_contact` grows old
                 self._over.wait(tick)
                 continue
             self._contact = now = time.monotonic()
-            for rank, text in enumerate(texts):
+            for rank, text in zip(there, texts, strict=True):
                 sign = Sign.decode(text)
                 known = self._heard.get(rank)
                 if known is None or known.sign.number != sign.number:
@@ -86,8 +93,13 @@ class Watch:
 
     def _judge(self) -> None:
         me = self._placement.rank
-        while not self._over.wait(min(0.5, self._limit / 8)):
+        tick = min(0.5, self._limit / 8)
+        looked = time.monotonic()
+        while not self._over.wait(tick):
             now = time.monotonic()
+            if (slept := now - looked - tick) > tick:  # Ctrl-Z, a suspended job: nobody is to blame
+                self._awake(slept)
+            looked = now
             mine = Heard(self._vitals.sign(0, self._main), now)
             found = verdict(
                 me,
@@ -101,6 +113,12 @@ class Watch:
             )
             if found is not None:
                 self._end(*found)
+
+    def _awake(self, slept: float) -> None:
+        self._vitals.slept(slept)
+        self._contact += slept
+        heard = self._heard.copy()  # at once: the other thread goes on adding
+        self._heard = {rank: Heard(one.sign, one.at + slept) for rank, one in heard.items()}
 
     def _end(self, text: str, teller: int) -> None:
         error = Hang(text)

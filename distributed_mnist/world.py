@@ -6,7 +6,6 @@ A `World` is made once and passed in. Its methods are the program's collectives:
 
 import contextlib
 import math
-import os
 import pickle
 import re
 import socket
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import rendezvous
+from . import environment, rendezvous
 from .errors import LaunchError, WorkerLost, described
 from .placement import Placement
 from .roll_call import Peer, meet
@@ -30,15 +29,17 @@ T = TypeVar("T")
 TIMEOUT = timedelta(hours=1)  # the backend's, which names nobody: the group's watch is there long before
 _LOST = re.compile(r"gloo/transport|[Cc]onnection|peer|NCCL|[Tt]imed? ?out|store", re.ASCII)
 MEETING_SECONDS = 300.0  # hosts of one job can be minutes apart in starting
+STORE_SECONDS = 30.0  # a store that the launcher keeps is there before we are
+_STALE = "; if that host is gone, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started"
 
 
 class World:
     """One process's view of its group: who it is, its device, and the collectives.
 
     Attributes: `rank`, `size`, `local_rank`, `local_size`, `device`, `backend` ("gloo", "nccl", "xccl" or
-    "none"), `launcher`, `attempt` (how often it was started again), `peers` (who they are), `vitals` (what
-    this rank tells about itself). Collectives must be called by all ranks in the same order. A peer that
-    dies makes them raise `WorkerLost`; one that does not go on ends this process, see `watch`.
+    "none"), `launcher`, `peers` (who they are), `vitals` (what this rank tells about itself). Collectives
+    must be called by all ranks in the same order. A peer that dies makes them raise `WorkerLost`; one that
+    does not go on ends this process, see `watch`.
     """
 
     def __init__(
@@ -49,15 +50,13 @@ class World:
         *,
         peers: Sequence[Peer] | None = None,
         vitals: Vitals | None = None,
-        store: dist.Store | None = None,
     ) -> None:
         self.rank, self.size = placement.rank, placement.size
         self.local_rank, self.local_size = placement.local_rank, placement.local_size
-        self.launcher, self.attempt = placement.launcher, placement.attempt
+        self.launcher = placement.launcher
         self.device, self.backend = device, backend
-        self.peers = list(peers or [Peer(0, socket.gethostname(), os.getpid())])
+        self.peers = list(peers or [Peer.here(placement)])
         self.vitals = vitals or Vitals(math.inf)
-        self._store = store
         self._watch: Watch | None = None
 
     @classmethod
@@ -77,15 +76,19 @@ class World:
         Raises `LaunchError` if the others cannot be met.
         """
         if placement.size == 1:
-            known = _meet(placement, None) if placement.store_exists else None
-            return cls(placement, device, "none", store=known and dist.PrefixStore(placement.job, known))
+            return cls(placement, device, "none")
         backend = backend or _backend_for(device)
         store = _meet(placement, listener)
         where = f"{placement.host} port {store.port}"
         jobs = dist.PrefixStore(placement.job, store)
-        call = meet(jobs, placement.rank, placement.size, where=where, seconds=MEETING_SECONDS)
+        me = Peer.here(placement)
+        call = meet(jobs, me, placement.size, where=where, seconds=MEETING_SECONDS)
+        if placement.local_size < placement.size:
+            others = [peer.address for peer in call.peers if peer.address]
+            if (interface := rendezvous.interface_towards([placement.host, *others])) is not None:
+                environment.talk_over(interface)
         vitals = Vitals(hang_after)
-        world = cls(placement, device, backend, peers=call.peers, vitals=vitals, store=jobs)
+        world = cls(placement, device, backend, peers=call.peers, vitals=vitals)
         own = _store(placement, store.port, serve=False)  # another connection: this one may block
         world._watch = Watch(
             placement,
@@ -119,17 +122,6 @@ class World:
             if self._watch is not None:
                 self._watch.stop()
             dist.destroy_process_group()
-
-    def remember(self, name: str, value: str) -> None:
-        """Leave a word for a later attempt of this job, where the launcher keeps a store for it."""
-        if self._store is not None:
-            self._store.set(f"remember/{name}", value)
-
-    def recall(self, name: str) -> str | None:
-        """What an earlier attempt of this job left under this name."""
-        if self._store is None or not self._store.check([f"remember/{name}"]):
-            return None
-        return self._store.get(f"remember/{name}").decode()
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add the ranks' tensors up, in place, on every rank.
@@ -261,7 +253,8 @@ def _meet(placement: Placement, listener: socket.socket | None) -> dist.TCPStore
             return _store(placement, listener.getsockname()[1], serve=True, listen_fd=listener.detach())
         if not derived:
             if not serve:
-                rendezvous.wait_for(placement.host, placement.ports[0], MEETING_SECONDS)
+                seconds, hint = (STORE_SECONDS, _STALE) if placement.store_exists else (MEETING_SECONDS, "")
+                rendezvous.wait_for(placement.host, placement.ports[0], seconds, hint)
             return _store(placement, placement.ports[0], serve=serve)
         if serve:
             store = _store(placement, 0, serve=True)

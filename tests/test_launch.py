@@ -106,9 +106,10 @@ def test_torchrun() -> None:
 def test_a_restarted_group_is_known_as_one() -> None:
     first, second = placed(TORCHRUN, TORCHELASTIC_RESTART_COUNT="0"), placed(TORCHRUN)
     assert first.job == second.job
-    assert (first.attempt, second.attempt) == (0, int(TORCHRUN["TORCHELASTIC_RESTART_COUNT"]))
-    assert placed(SRUN).attempt == 0
-    assert placed(SRUN, SLURM_RESTART_COUNT="2").attempt == 2
+    assert first.starter == second.starter != ""
+    assert placed(SRUN).starter == placed(SRUN, SLURM_RESTART_COUNT="2").starter
+    assert placed(SRUN).starter != placed(SRUN, SLURM_JOB_ID="78").starter
+    assert placed(OPENMPI).starter == ""  # mpirun starts nothing again
 
 
 def test_environment_variables_of_any_launcher() -> None:
