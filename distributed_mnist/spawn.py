@@ -44,6 +44,8 @@ class Restarts:
 
 def start(placement: Placement | None, nproc: int | None, target: Target, argument: Any) -> int:
     """Run `target` here, if a launcher placed this process or one is enough, else in `nproc` processes."""
+    if placement is not None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # kept, until it is there to obey them
     if placement is not None or nproc in (None, 1):
         return resolve(target)(placement or Placement(), None, argument)
     return spawn(nproc, target, argument)

@@ -125,7 +125,8 @@ def verdict(
     waited = mine.idle + now - heard[me].at
     if waited < limit or not (mine.waiting or (asynchronous and waited >= mine.patience)):
         return None
-    for_it = f"; rank {me} waited {waited:.0f} s for it in a {mine.waiting or 'step'}, at step {mine.step}"
+    place = f"in a {mine.waiting or 'step'}, at step {mine.step}"
+    for_it = f"; rank {me} waited {waited:.0f} s for it {place} (--hang-after {limit:g})"
     if now - contact > limit / 2:
         host = peers[0]
         known = heard.get(0)
@@ -152,6 +153,8 @@ def verdict(
         return f"{'; '.join(suspects)}{for_it}", teller
     if len(waiting) < len(peers) or min(waiting.values()) < 0.9 * limit:
         return None  # who does not wait is busy, and may be; who came late may be all that was waited for
+    if waited < mine.patience:
+        return None  # a phase that may take long: a large group's first meeting
     stands = ", ".join(_stands(peer, heard[peer.rank].sign) for peer in peers[:8])
     why = "a connection between them is cut, or they disagree about what comes next"
     return f"no rank goes on, though all are alive ({stands}): {why}", teller

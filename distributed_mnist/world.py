@@ -99,6 +99,7 @@ class World:
             where=where,
             asynchronous=device.type != "cpu",
         )
+        vitals.enter("meeting", patience=MEETING_SECONDS)
         world._watch.start()
         try:
             with world.speaking("first meeting"):
