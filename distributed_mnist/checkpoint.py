@@ -7,6 +7,8 @@ pass, and it is loaded with `weights_only=True`, so a stranger's file cannot run
 
 import io
 import platform
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,12 @@ from torch import nn
 from . import original
 from .aside import written_aside
 from .digest import digest
+from .distrust import require_bounded, sound
 from .errors import CheckpointError, reason
 
 FORMAT = 1
+
+_NEEDED = {"step", "exp_avg", "exp_avg_sq"}  # of Adam's state of a parameter
 
 Content = dict[str, Any]
 """A checkpoint in memory. Keys: `format`, `model` (raw state dict), `optimizer`, `step`, `best_accuracy`,
@@ -44,6 +49,11 @@ _DATASET_TYPES: dict[str, type | tuple[type, ...]] = {
     "mean": float,
     "std": float,
     "sha256": str,
+}
+_TOTALS_TYPES: dict[str, type | tuple[type, ...]] = {
+    "loss": (int, float),
+    "correct": (int, float),
+    "images": (int, float),
 }
 
 
@@ -72,7 +82,10 @@ def decode(data: bytes, name: str) -> Content:
     Raises `CheckpointError` for anything that is not a whole checkpoint.
     """
     try:
-        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong with it is said once, in the error's one line
+            loaded = torch.load(io.BytesIO(sound(data)), map_location="cpu", weights_only=True)
+        require_bounded(loaded, len(data))
     except Exception as error:  # torch raises many types for damaged files; all mean the same here
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         if "weights_only" in str(error) or "Unsupported" in str(error):
@@ -81,7 +94,7 @@ def decode(data: bytes, name: str) -> Content:
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{name} is no checkpoint: it holds a {type(loaded).__name__}")
     claimed = loaded.pop("content_sha256", None)
-    if original.is_original(loaded) and claimed is None:
+    if original.is_original(loaded) and claimed is None and "dmnist" not in loaded:
         return original.from_original(loaded, name)
     try:
         damaged = digest(loaded) != claimed
@@ -91,10 +104,17 @@ def decode(data: bytes, name: str) -> Content:
         raise CheckpointError(f"{name} is damaged: its content does not have the digest it claims")
     if original.is_original(loaded):
         loaded = original.from_original(loaded, name)
-    if loaded.get("format") != FORMAT:
-        raise CheckpointError(f"{name} has format {loaded.get('format')!r}; this version reads {FORMAT}")
+    found = loaded.get("format")
+    if type(found) is not int or found != FORMAT:
+        shown = (
+            repr(found) if found is None or isinstance(found, int | str) else f"a {type(found).__name__}"
+        )
+        raise CheckpointError(f"{name} has format {shown}; this version reads {FORMAT}")
     _require_types(loaded, _TYPES, name)
     _require_types(loaded["dataset"], _DATASET_TYPES, name)
+    _require_types(loaded["totals"], _TOTALS_TYPES, name)
+    if loaded["step"] < 0 or not re.fullmatch("[0-9a-f]{64}", loaded["samples_sha256"]):
+        raise CheckpointError(f"{name} has an impossible step or digest of samples")
     return loaded
 
 
@@ -127,7 +147,7 @@ def write(path: Path, data: bytes) -> None:
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], name: str) -> None:
     """Put a state dict into a model. Raises `CheckpointError` if it is another model's."""
     mine = model.state_dict()
-    different = sorted(mine.keys() ^ weights.keys())
+    different = sorted(map(str, mine.keys() ^ weights.keys()))
     if different:
         raise CheckpointError(
             f"{name} is of another model: {', '.join(different[:4])} found on one side only"
@@ -138,7 +158,14 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], name: str) 
         if weights[key].shape != value.shape:
             shapes = f"{tuple(weights[key].shape)} there, {tuple(value.shape)} here"
             raise CheckpointError(f"{name} is of another model: {key} is {shapes}")
+        if weights[key].dtype != value.dtype:
+            types = f"{_name(weights[key].dtype)} there, {_name(value.dtype)} here"
+            raise CheckpointError(f"{name} is of another model: {key} is {types}")
     model.load_state_dict(weights)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], name: str) -> None:
@@ -149,6 +176,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], name
         if count != sum(len(group["params"]) for group in current["param_groups"]):
             raise ValueError("it has another number of parameters")
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        needed = _NEEDED if isinstance(optimizer, torch.optim.Adam) else set[str]()  # AdamW is one too
+        for of_one in saved["state"].values():
+            if lacking := {key for key in needed if of_one.get(key) is None}:
+                raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
         state = {
             i: {k: _like(parameters[i], k, v) for k, v in s.items()} for i, s in saved["state"].items()
         }
@@ -159,7 +190,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], name
 
 def _like(parameter: torch.Tensor, key: str, value: Any) -> Any:
     """Fused optimizers go through memory by the parameter's layout and check nothing."""
-    if key == "step" or value is None:
+    if key == "step":
+        return torch.as_tensor(value, dtype=torch.float32).reshape(()).clone()
+    if value is None:
         return value
     if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
         raise ValueError(f"{key} is not of its parameter's shape")

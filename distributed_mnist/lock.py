@@ -36,9 +36,13 @@ class RunLock:
             if isinstance(error, BlockingIOError):
                 raise OutputError(f"--out {folder} is in use by a live run ({owner})") from None
             raise OutputError(f"--out {folder} cannot be locked: {reason(error)}") from None
-        self._file.truncate(0)
-        self._file.write(f"pid {os.getpid()} on {socket.gethostname()}")
-        self._file.flush()
+        try:
+            os.ftruncate(self._file.fileno(), 0)
+            # Not through the buffer of the file, which would be written again, and fail, when it is closed.
+            os.write(self._file.fileno(), f"pid {os.getpid()} on {socket.gethostname()}".encode())
+        except OSError as error:
+            self.abandon()
+            raise OutputError(f"--out {folder}: {reason(error)}") from None
 
     def _take(self, deadline: float) -> None:
         while True:

@@ -4,6 +4,7 @@ Writing goes on beside the training, in a thread of its own. Only some ranks hav
 `folder`); the others are given a `NullStore`, so the code that trains never asks who it is.
 """
 
+import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -149,8 +150,10 @@ class RunStore(BackgroundStore):
     def __init__(self, folder: Path, keep: int, every_seconds: float | None = None) -> None:
         super().__init__(every_seconds)
         self._folder, self._keep = folder / "checkpoints", keep
+        self._owed: bytes | None = None
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            flush_folder(folder)  # or a power cut could take the new folder with all that is in it
             remove_leftovers(self._folder)
         except OSError as error:
             raise OutputError(f"{self._folder}: {reason(error)}") from None
@@ -163,9 +166,12 @@ class RunStore(BackgroundStore):
         """See `BackgroundStore`."""
         data = encode(content)
         # The best first: the other file says that this accuracy was reached, and must not say so while
-        # nothing holds its weights.
+        # nothing holds its weights. One that a full disk refused is owed until there is room.
         if best:
-            write(self._folder / "best.pt", data)
+            self._owed = data
+        if self._owed is not None:
+            write(self._folder / "best.pt", self._owed)
+            self._owed = None
         write(path, data)
         self._prune(path)
 
@@ -186,5 +192,6 @@ class RunStore(BackgroundStore):
         # way, and reaching their steps again replaces them.
         found = checkpoints_in(self._folder)
         for path in found[: found.index(newest) + 1][: -self._keep]:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # one too many harms nothing; the newest is saved
+                path.unlink()
         flush_folder(self._folder)

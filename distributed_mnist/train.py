@@ -185,7 +185,9 @@ def note_saved(state: State, job: Job, *, wait: bool) -> None:
     if wait:
         job.world.vitals.enter("saving a checkpoint", patience=_DISK_SECONDS)
     for saved in job.store.finished(wait=wait):
-        state.unsaved = saved.problem
+        told, state.unsaved = state.unsaved is not None, saved.problem
+        if saved.problem and told:
+            continue  # a disk that stays full is told of once
         if saved.problem:
             text = f"{saved.problem}; training goes on, last good checkpoint: {job.store.last_good()}"
             job.sink.log("notice", text=text)

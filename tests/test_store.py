@@ -27,8 +27,8 @@ def pack(step: int) -> Callable[[], dict[str, Any]]:
         "optimizer": {},
         "step": step,
         "best_accuracy": 0.5,
-        "samples_sha256": "ab",
-        "totals": {},
+        "samples_sha256": "ab" * 32,
+        "totals": {"loss": 1.5, "correct": 3, "images": 8},
         "train_seconds": 0.5,
         "recipe": {},
         "dataset": {"name": "idx", "class_names": [], "mean": 0.1, "std": 0.3, "sha256": "cd"},
@@ -209,11 +209,11 @@ def test_what_is_saved_is_the_moment_of_saving(tmp_path: Path) -> None:
     content = pack(7)()
     store.save(lambda: content, best=False)
     content["model"]["w"].fill_(-1)
-    content["totals"]["loss"] = 1.0
+    content["totals"]["loss"] = 9.0
     store.finished(wait=True)
     written = decode(file(tmp_path, 7).read_bytes(), "file")
     assert written["model"]["w"].eq(7).all()
-    assert written["totals"] == {}
+    assert written["totals"]["loss"] == 1.5
 
 
 def test_all_that_were_handed_over_are_written_in_their_order(tmp_path: Path) -> None:
