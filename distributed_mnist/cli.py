@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import DataError, UsageError, tell
-from .flags import Check, Evaluate, Fetch, Generate, Train, parse
+from .flags import Check, Evaluate, Fetch, Generate, Train, Verify, parse
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from .placement import Placement
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -33,9 +35,8 @@ def _train(command: Train) -> int:
 
     placement = launch.detect()
     nproc = command.run.nproc
-    if placement is not None and nproc not in (None, placement.local_size):
-        raise UsageError(f"--nproc {nproc}, but {placement.launcher} started this process: leave it away")
     if placement is not None:
+        _refuse_another_size(placement, nproc)
         return spawn.start(placement, None, "distributed_mnist.workers:train", command)
     nproc = nproc or launch.default_nproc(command.settings, command.run)
     command.settings.check_size(nproc)
@@ -50,6 +51,30 @@ def _evaluate(command: Evaluate) -> int:
     from . import launch, spawn
 
     return spawn.start(launch.detect(), command.nproc, "distributed_mnist.workers:evaluate", command)
+
+
+def _verify(command: Verify) -> int:
+    from . import launch, spawn
+
+    placement = launch.detect()
+    if placement is not None:
+        _refuse_another_size(placement, command.nproc)
+        if command.chaos:
+            raise UsageError(
+                f"--chaos starts and kills processes by itself: run it alone on a host, not under "
+                f"{placement.launcher}"
+            )
+        return spawn.start(placement, None, "distributed_mnist.workers:verify", command)
+    from . import verify  # imports torch
+
+    return verify.run(
+        command.nproc,
+        command.device,
+        chaos=command.chaos,
+        faults=command.faults,
+        seed=command.seed,
+        as_json=command.json,
+    )
 
 
 def _fetch(command: Fetch) -> int:
@@ -126,6 +151,11 @@ def _generate(command: Generate) -> int:
     return 0
 
 
+def _refuse_another_size(placement: "Placement", nproc: int | None) -> None:
+    if nproc not in (None, placement.local_size):
+        raise UsageError(f"--nproc {nproc}, but {placement.launcher} started this process: leave it away")
+
+
 def _print_lines(console: "Console", lines: Sequence[str | tuple[str, str, str]]) -> None:
     """Whole lines, as they are: text, or text and a verdict with its style."""
     from rich.text import Text
@@ -145,6 +175,7 @@ def _version(package: str) -> str:
 _COMMANDS: dict[type, Callable[[Any], int]] = {
     Train: _train,
     Evaluate: _evaluate,
+    Verify: _verify,
     Fetch: _fetch,
     Check: _check,
     Generate: _generate,

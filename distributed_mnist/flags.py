@@ -1,21 +1,18 @@
-"""The command line's grammar: one class a command, one field a flag, its docstring the help.
-
-tyro parses; what it refuses is looked at again here, and told in one line.
-"""
+"""The command line's grammar: one class a command, one field a flag, its docstring the help."""
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union
 
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 from .catalog import require_name
+from .complaints import complaint, kinds
 from .config import Recipe, Run, flag, load_recipe, require
 from .errors import UsageError
 
@@ -29,8 +26,6 @@ _OTHER_METAVARS = {
     "recipe": "NAME|FILE.toml",
     "resume": "PATH|auto",
 }
-_NEEDED = {"evaluate": "a CHECKPOINT or a run's folder", "data generate": "a folder to write to"}
-_FLAG = re.compile(r"--?[a-zA-Z]")  # and not a negative number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +74,34 @@ class Evaluate(_Every):
         require(self.nproc is None or self.nproc >= 1, "nproc", "at least 1", self)
         if self.dataset is not None:
             require_name(self.dataset)
+
+
+@dataclass(frozen=True)
+class Verify(_Every):
+    """The known-answer test of a machine: train a small job at several sizes, compare every digest. Under
+    torchrun, srun or mpirun: each process alone, then all of them together."""
+
+    nproc: int | None = None
+    """Train at 1, 2, ... N processes; by default one per core or GPU, at most 4."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto takes a GPU or other accelerator if there is one, cpu never does."""
+    chaos: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Then train with faults at random moments: processes killed, stopped, terminated, sizes changed,
+    checkpoints torn. The answer must be the same."""
+    faults: int | None = None
+    """With --chaos, how many faults; by default 8."""
+    seed: int | None = None
+    """With --chaos, what decides the faults; by default random, and printed."""
+
+    def __post_init__(self) -> None:
+        """Raises `UsageError` for impossible values."""
+        for name in ("nproc", "faults"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, "at least 1", self)
+        require(self.seed is None or self.seed >= 0, "seed", "zero or more", self)
+        for name in ("faults", "seed"):
+            if getattr(self, name) is not None and not self.chaos:
+                raise UsageError(f"{flag(name)} only goes with --chaos")
 
 
 @dataclass(frozen=True)
@@ -132,7 +155,7 @@ class Generate(_Every):
 
 
 _DATA = {"fetch": Fetch, "check": Check, "generate": Generate}
-_GRAMMAR: dict[str, Any] = {"train": Train, "evaluate": Evaluate, "data": _DATA}
+_GRAMMAR: dict[str, Any] = {"train": Train, "evaluate": Evaluate, "verify": Verify, "data": _DATA}
 
 
 def parse(arguments: list[str]) -> Any:
@@ -149,6 +172,7 @@ def parse(arguments: list[str]) -> Any:
     grammar: Any = Union[  # noqa: UP007
         Annotated[Train, tyro.conf.subcommand("train", default=train)],
         Annotated[Evaluate, tyro.conf.subcommand("evaluate")],
+        Annotated[Verify, tyro.conf.subcommand("verify")],
         Annotated[data, tyro.conf.subcommand("data", description="Fetch, check or draw data sets.")],
     ]
     shown = io.StringIO()
@@ -158,7 +182,7 @@ def parse(arguments: list[str]) -> Any:
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise UsageError(_complaint(arguments, shown.getvalue())) from None
+        raise UsageError(complaint(_GRAMMAR, arguments, shown.getvalue())) from None
 
 
 def _named_recipe(arguments: list[str]) -> str:
@@ -196,105 +220,12 @@ def _metavars() -> ConstructorRegistry:
 
 def _shown(spec: StructFieldSpec) -> StructFieldSpec:
     """A flag with its metavar, and its help without the line breaks of the source."""
-    kinds = _kinds(spec.type)
-    if any(map(dataclasses.is_dataclass, kinds)):
+    found = kinds(spec.type)
+    if any(map(dataclasses.is_dataclass, found)):
         return spec  # a group of flags
-    kind = next((kind for kind in _METAVARS if kind in kinds), None)
+    kind = next((kind for kind in _METAVARS if kind in found), None)
     metavar = _OTHER_METAVARS.get(spec.name, _METAVARS[kind]) if kind else None
-    found = spec.helptext() if callable(spec.helptext) else spec.helptext
+    told = spec.helptext() if callable(spec.helptext) else spec.helptext
     hint = lambda default: "" if default in ("None", "False", "") else f"(default: {default})"  # noqa: E731
     shown: Any = Annotated[spec.type, tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)]
-    return dataclasses.replace(spec, type=shown, helptext=" ".join((found or "").split()))
-
-
-def _kinds(annotation: Any) -> set[Any]:
-    """The plain types in an annotation; a Literal is its own."""
-    if get_origin(annotation) is Literal or not get_args(annotation):
-        return {annotation}
-    if get_origin(annotation) is Annotated:
-        return _kinds(get_args(annotation)[0])
-    return set[Any]().union(*map(_kinds, get_args(annotation)))
-
-
-def _complaint(arguments: list[str], box: str) -> str:
-    """What is wrong with the command line, in one line."""
-    level: Any = _GRAMMAR
-    command = ""
-    words = list(arguments)
-    while isinstance(level, dict):
-        names = [f"{command} {name}".strip() for name in level]
-        if not words:
-            return f"which command? {_either(names)}; --help after one tells more"
-        word = words.pop(0)
-        if word.startswith("-"):
-            return f"{word.partition('=')[0]} comes after a command: {_either(names)}"
-        command = f"{command} {word}".strip()
-        if word not in level:
-            return f"there is no command {command!r}; there are {', '.join(names)}"
-        level = level[word]
-    # Where we find nothing, what tyro drew a box around.
-    problem = _problem(command, level, words) or " ".join(re.sub(r"[│|╭╮╰╯─]+", " ", box).split())
-    return f"{problem} (dmnist {command} --help lists the flags)"
-
-
-def _problem(command: str, grammar: type, words: list[str]) -> str | None:
-    """The first word that is not in the command's grammar, or what is missing."""
-    flags = _flags(grammar)
-    given: list[str] = []
-    while words:
-        word = words.pop(0)
-        if not _FLAG.match(word):
-            given.append(word)
-            continue
-        shown, attached, value = word.partition("=")
-        name = shown.replace("_", "-")
-        if name not in flags:
-            near = difflib.get_close_matches(name, flags, 1)
-            return f"{command} has no flag {shown}" + (f"; did you mean {near[0]}?" if near else "")
-        if flags[name] is bool:
-            continue
-        if not attached:
-            if not words or _FLAG.match(words[0]):
-                return f"{name} needs a value"
-            value = words.pop(0)
-        while get_origin(flags[name]) is tuple and words and not _FLAG.match(words[0]):
-            words.pop(0)
-        rule = _rule(_kinds(flags[name]), value)
-        if rule:
-            return f"{name} must be {rule}, not {value!r}"
-    if surplus := given[0 if grammar is Train else 1 :]:
-        return f"{command} does not know what to do with {surplus[0]!r}"
-    return None if given or command not in _NEEDED else f"{command} needs {_NEEDED[command]}"
-
-
-def _flags(grammar: type) -> dict[str, Any]:
-    """A command's flags with their types."""
-    found: dict[str, Any] = {}
-    for name, annotation in get_type_hints(grammar, include_extras=True).items():
-        plain = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
-        if tyro.conf.Positional in getattr(annotation, "__metadata__", ()):
-            continue
-        if dataclasses.is_dataclass(plain):
-            found |= _flags(plain)  # type: ignore[arg-type]
-        else:
-            found[flag(name)] = plain
-    return found
-
-
-def _rule(kinds: set[Any], value: str) -> str | None:
-    """What a value of these types must be, if this one is not."""
-    if value == "None" and type(None) in kinds:
-        return None
-    for kind in kinds:
-        if get_origin(kind) is Literal and value not in get_args(kind):
-            return _either(list(get_args(kind)))
-        if kind in (int, float):
-            try:
-                kind(value)
-            except ValueError:
-                return "a whole number" if kind is int else "a number"
-    return None
-
-
-def _either(names: list[str]) -> str:
-    return " or ".join([", ".join(names[:-1]), names[-1]])
+    return dataclasses.replace(spec, type=shown, helptext=" ".join((told or "").split()))

@@ -84,6 +84,7 @@ class JsonLines:
 
     def __init__(self, path: Path, complain: Callable[[str], None]) -> None:
         try:
+            _drop_unfinished_line(path)
             self._file: TextIO | None = path.open("a")
         except OSError as error:
             raise OutputError(f"{path}: {reason(error)}") from None
@@ -107,6 +108,14 @@ class JsonLines:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _drop_unfinished_line(path: Path) -> None:
+    """Of a writer that was killed in the middle of it."""
+    if path.exists():
+        with path.open("rb+") as file:
+            whole = file.read().rpartition(b"\n")
+            file.truncate(len(whole[0]) + len(whole[1]))
 
 
 class Terminal:

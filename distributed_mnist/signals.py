@@ -65,9 +65,11 @@ class StopSignals:
     def _see_it_done(self, heard: socket.socket) -> None:
         while heard.recv(1)[0] not in SIGNALS:
             pass
-        time.sleep(OBEY_SECONDS)
+        # If rank 0 goes, those who wait for it do too; who is still there a moment later tells as well.
+        time.sleep(OBEY_SECONDS + (1.0 if self._placement.rank else 0.0))
         text = f"asked to stop, but came to no common step within {OBEY_SECONDS:.0f} s; not saved again"
         error = Interrupted(f"{text}: a run goes on from its last checkpoint with --resume auto")
+        error.on_one_rank = True
         tell(error, self._placement)
         os._exit(error.exit_code)
 

@@ -5,8 +5,9 @@ Named by the launcher as `module:function`, so that the process that starts othe
 
 import socket
 
-from . import assess, job
-from .flags import Evaluate, Train
+from . import assess, job, witness
+from .board import Board
+from .flags import Evaluate, Train, Verify
 from .observe import make_console, print_json
 from .placement import Placement
 from .process import run_in_group
@@ -56,5 +57,14 @@ def evaluate(placement: Placement, listener: socket.socket | None, command: Eval
         )
         if command.json and world.rank == 0:
             print_json(result)
+
+    return run_in_group(placement, listener, body, device=command.device, debug=command.debug)
+
+
+def verify(placement: Placement, listener: socket.socket | None, command: Verify) -> int:
+    """One rank of a `dmnist verify` in a world of another launcher; its exit code."""
+
+    def body(world: World, signals: StopSignals) -> None:
+        witness.run(world, Board.make(as_json=command.json, shown=world.rank == 0), signals)
 
     return run_in_group(placement, listener, body, device=command.device, debug=command.debug)

@@ -19,10 +19,11 @@ ORDER: Sequence[str] = """
     rendezvous roll_call vitals watch world devices signals launch child spawn
     augment batches models optim
     gradients ledger evaluate pace
-    original checkpoint store lock observe share
+    original distrust checkpoint store lock observe share
     train
     process folder prepare job assess
-    flags workers
+    compare board known trial ordeal faults chaos witness verify
+    complaints flags workers
     classic classic_job
     preload cli __main__ __init__
 """.split()  # noqa: SIM905 - one line a layer

@@ -131,8 +131,8 @@ def test_bad_flags_of_train(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], ["train, evaluate or data", "--help"]),
-        (["trian"], ["there is no command 'trian'; there are train, evaluate, data"]),
+        ([], ["train, evaluate, verify or data", "--help"]),
+        (["trian"], ["there is no command 'trian'; there are train, evaluate, verify, data"]),
         (["--nproc", "2", "train"], ["--nproc comes after a command"]),
         (["evaluate"], ["evaluate needs a CHECKPOINT", "folder"]),
         (["evaluate", "a.pt", "b.pt"], ["'b.pt'"]),
@@ -330,10 +330,11 @@ def test_auto_with_other_data_leaves_the_run_alone(good: Path, tmp_path: Path) -
 
 
 def contents(folder: Path) -> dict[str, bytes]:
+    """The run in a folder; not who looked at it last."""
     return {
         path.name: path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and path.name != ".lock"
+        if path.is_file() and path.name not in (".lock", ".group")
     }
 
 
