@@ -29,6 +29,7 @@ from .errors import Interrupted, WorkerLost
 from .placement import Placement
 from .signals import SIGNALS
 
+_UNKNOWN = 255  # what multiprocessing gives for a process whose end nobody can tell any more
 GRACE_SECONDS = 2.0  # how long the others may take to end by themselves once one has failed
 
 
@@ -194,6 +195,8 @@ def _explained(failed: list[tuple[int, BaseProcess]]) -> _Ending:
                 WorkerLost.exit_code, f"rank {rank} (pid {worker.pid}) was ended by {name}{hint}"
             )
     codes = [worker.exitcode or 0 for _, worker in failed]
+    if _UNKNOWN in codes:
+        return _Ending(WorkerLost.exit_code, "the server that the processes are forked from was ended")
     own = [code for code in codes if code not in (WorkerLost.exit_code, Interrupted.exit_code)]
     if own:
         return _Ending(own[0])

@@ -43,8 +43,8 @@ def network(classes: int) -> nn.Module:
 class Job:
     """The job in a test's hands: its `words` and `variables`, its folder `out`, and `hurry()`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.out = folder / "out"
+    def __init__(self, folder: Path, out: Path | None = None) -> None:
+        self.out = out or folder / "out"
         self._hurry = folder / "hurry"
         self._groups = 0
         self.words = ("train", "--device", "cpu", *flags("data"))  # in the folder where it is started

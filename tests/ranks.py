@@ -283,9 +283,11 @@ class Program:
         """Wait for it and for every child that holds its output."""
         try:
             stdout, stderr = self._process.communicate(timeout=PATIENCE)
-        except subprocess.TimeoutExpired:
+        except subprocess.TimeoutExpired as late:
+            stdout, stderr = late.stdout, late.stderr
             self.signal(signal.SIGKILL, group=True)
-            stdout, stderr = self._process.communicate()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # who is in another session may hold the pipe
+                stdout, stderr = self._process.communicate(timeout=5)
             pytest.fail(f"still running after {PATIENCE} seconds: {self.command}\n{stdout}\n{stderr}")
         return Finished(self._process.returncode, stdout, stderr)
 

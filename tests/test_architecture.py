@@ -1,6 +1,7 @@
 """What keeps the project readable, as tests: who imports whom, what an import does, how long files are."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -66,6 +67,12 @@ def uses(module: str, attribute: str, owner: str) -> bool:
 
 def test_every_module_has_a_place_in_the_order():
     assert sorted(ORDER) == MODULES
+
+
+def test_the_document_draws_the_same_order():
+    table = (PACKAGE.parent / "docs" / "architecture.md").read_text().partition("## ")[0]
+    rows = [line.split("|")[2] for line in table.splitlines() if line.startswith("| ")][1:]
+    assert re.findall(r"`(\w+)`", " ".join(rows)) == list(ORDER)
 
 
 @pytest.mark.parametrize("module", MODULES)
