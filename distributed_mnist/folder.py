@@ -60,7 +60,8 @@ def open_folder(world: World, options: Run, title: str) -> Folder:
         locks.append(lock)
         return folder
 
-    folder = world.from_rank_zero(choose)
+    with world.vitals.during("opening the run's folder", 2 * _PATIENCE):
+        folder = world.from_rank_zero(choose)
     return dataclasses.replace(folder, lock=locks[0]) if locks else folder
 
 

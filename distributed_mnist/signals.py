@@ -41,7 +41,7 @@ class StopSignals:
         heard, struck = socket.socketpair()
         struck.setblocking(False)
         signal.set_wakeup_fd(struck.fileno(), warn_on_full_buffer=False)
-        self._struck = struck  # closed when collected
+        self._struck = struck  # kept open
         threading.Thread(target=self._see_it_done, args=(heard,), daemon=True).start()
         for number in SIGNALS:
             signal.signal(number, self._on_signal)

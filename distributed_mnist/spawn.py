@@ -7,7 +7,7 @@ out with their rank in front. No port is chosen in advance: the launcher opens a
 hands it to rank 0.
 """
 
-import contextlib
+import math
 import multiprocessing
 import os
 import secrets
@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
@@ -27,9 +27,10 @@ from typing import Any
 from .child import Target, print_with_rank, resolve, work
 from .errors import Interrupted, WorkerLost
 from .placement import Placement
-from .signals import SIGNALS
+from .signals import OBEY_SECONDS, SIGNALS
 
 _UNKNOWN = 255  # what multiprocessing gives for a process whose end nobody can tell any more
+_GLANCE_SECONDS = 0.5  # between two looks at deadlines; an end is seen at once
 GRACE_SECONDS = 2.0  # how long the others may take to end by themselves once one has failed
 
 
@@ -56,18 +57,34 @@ def spawn(nproc: int, target: Target, argument: Any, restarts: Restarts | None =
     """Run `target` in `nproc` processes and return the group's exit code.
 
     SIGTERM, SIGINT and SIGUSR1 are passed on. If a process dies, the others get some time to notice, and
-    are then ended; with `restarts` all are started again, with a `Placement` that says so.
+    are then ended; with `restarts` all are started again.
     """
-    in_a_row, starter = 0, secrets.token_hex(8)
-    furthest = restarts.reached() if restarts else 0
+    stop = _Stop()
+    # Signals are kept for later rather than lost: by us whenever there are no workers to pass them on to,
+    # by those until they can obey, and by the server they are forked from for good, because a scheduler
+    # signals a whole process group and the server must outlive the workers to tell how they ended.
+    resource_tracker.ensure_running()  # would unblock them when started later
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    handlers = {number: signal.signal(number, stop.pass_on) for number in SIGNALS}
+    try:
+        return _until_done(lambda starter: _Group(nproc, target, argument, starter, stop), stop, restarts)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _until_done(make_group: Callable[[str], "_Group"], stop: "_Stop", restarts: Restarts | None) -> int:
+    """One group after the other, until one has done it or there is no sense in another."""
+    starter = secrets.token_hex(8)
+    in_a_row, furthest = 0, restarts.reached() if restarts else 0
     while True:
-        group = _Group(nproc, target, argument, starter)
-        ending = group.run()
+        ending = make_group(starter).run()
         if ending.lost is None:
             return ending.code
-        if group.asked_to_stop:
+        if stop.asked():
             _say(ending.lost)
-            return Interrupted.exit_code if restarts else ending.code
+            return Interrupted.exit_code
         reached = restarts.reached() if restarts else 0
         in_a_row = 1 if reached > furthest else in_a_row + 1
         furthest = max(furthest, reached)
@@ -79,6 +96,28 @@ def spawn(nproc: int, target: Target, argument: Any, restarts: Restarts | None =
             sys.stdout.write("\r\x1b[K\x1b[?25h")  # a bar that rank 0 could not put away
             sys.stdout.flush()
         _say(f"{ending.lost}; starting again from the last checkpoint")
+
+
+class _Stop:
+    """Whether this process was asked to stop, and the workers to whom that is passed on."""
+
+    def __init__(self) -> None:
+        self.workers: list[BaseProcess] = []
+        self.deadline: float | None = None
+        """When they should have obeyed."""
+
+    def pass_on(self, number: int, frame: FrameType | None) -> None:
+        """The handler."""
+        self.deadline = self.deadline or time.monotonic() + OBEY_SECONDS + GRACE_SECONDS
+        # A terminal sends Ctrl-C to the workers too, and a second one means something else to them.
+        passed = signal.SIGTERM if number == signal.SIGINT else number
+        for worker in self.workers:
+            if worker.is_alive() and worker.pid:
+                os.kill(worker.pid, passed)
+
+    def asked(self) -> bool:
+        """Also by a signal that has come while they are blocked."""
+        return self.deadline is not None or not signal.sigpending().isdisjoint(SIGNALS)
 
 
 @dataclass(frozen=True)
@@ -93,19 +132,14 @@ class _Ending:
 class _Group:
     """One attempt: `nproc` processes from their start to their ends."""
 
-    def __init__(self, nproc: int, target: Target, argument: Any, starter: str) -> None:
+    def __init__(self, nproc: int, target: Target, argument: Any, starter: str, stop: _Stop) -> None:
         self._nproc, self._target, self._argument, self._starter = nproc, target, argument, starter
+        self._stop = stop
         self._workers: list[BaseProcess] = []
         self._printers: list[threading.Thread] = []
-        self.asked_to_stop = False
 
     def run(self) -> _Ending:
-        """Start the processes and wait for their ends."""
-        # Signals are kept for later rather than lost: by us until the workers exist, by them until they can
-        # obey, and by the server they are forked from for good, because a scheduler signals a whole process
-        # group and the server must outlive the workers to tell how they ended.
-        resource_tracker.ensure_running()  # would unblock them when started later
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        """Start the processes and wait for their ends. Signals are blocked before and after."""
         context = _context()
         alive_read, alive_write = context.Pipe(duplex=False)
         with socket.create_server(("127.0.0.1", 0)) as listener, alive_read:
@@ -113,9 +147,10 @@ class _Group:
                 self._start(context, rank, listener, alive_read)
         for printer in self._printers:
             printer.start()
-        with self._passing_signals_on():
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            ending = self._look_after()
+        self._stop.workers = self._workers
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        ending = self._look_after()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         alive_write.close()
         for printer in self._printers:
             printer.join(timeout=1)
@@ -145,43 +180,28 @@ class _Group:
             output.close()
         self._workers.append(worker)
 
-    @contextlib.contextmanager
-    def _passing_signals_on(self) -> Iterator[None]:
-        def pass_on(number: int, frame: FrameType | None) -> None:
-            self.asked_to_stop = True
-            # A terminal sends Ctrl-C to the workers too, and a second one means something else to them.
-            passed = signal.SIGTERM if number == signal.SIGINT else number
-            for worker in self._workers:
-                if worker.is_alive() and worker.pid:
-                    os.kill(worker.pid, passed)
-
-        before = {number: signal.signal(number, pass_on) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def _look_after(self) -> _Ending:
         """Wait for all workers: 0, or the code of the failure that the others followed from."""
         failed: list[tuple[int, BaseProcess]] = []  # in the order of their ends
-        deadline: float | None = None
-        overdue = False
+        deadline = math.inf
+        overdue: set[int] = set()
         running = dict(enumerate(self._workers))
         while running:
-            timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ended = wait([worker.sentinel for worker in running.values()], timeout)
+            ended = wait([worker.sentinel for worker in running.values()], _GLANCE_SECONDS)
             for rank, worker in list(running.items()):
                 if worker.sentinel in ended:
                     worker.join()
                     del running[rank]
-                    if worker.exitcode != 0 and not overdue:
+                    if worker.exitcode != 0 and rank not in overdue:
                         failed.append((rank, worker))
-                        deadline = deadline or time.monotonic() + GRACE_SECONDS
-            if deadline is not None and time.monotonic() >= deadline:
-                overdue = True
+                        deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+            if time.monotonic() >= min(deadline, self._stop.deadline or math.inf):
+                overdue.update(running)
                 for worker in running.values():
                     worker.kill()
+        if overdue and not failed:
+            _say(f"rank {', '.join(map(str, sorted(overdue)))} did not obey, and was ended")
+            return _Ending(Interrupted.exit_code)
         return _explained(failed) if failed else _Ending(0)
 
 
@@ -202,7 +222,7 @@ def _explained(failed: list[tuple[int, BaseProcess]]) -> _Ending:
         return _Ending(own[0])
     if Interrupted.exit_code in codes:
         return _Ending(Interrupted.exit_code)
-    return _Ending(WorkerLost.exit_code, f"rank {failed[0][0]} lost the other processes")
+    return _Ending(WorkerLost.exit_code, "the group fell apart")
 
 
 def _context() -> Any:

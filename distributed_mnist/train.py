@@ -25,6 +25,7 @@ from .store import Store
 from .world import World
 
 _DISK_SECONDS = 300.0  # a slow disk is not a hang
+_READER_SECONDS = 3600.0  # nor is a terminal that somebody holds with Ctrl-S
 NO_TOTALS: dict[str, float] = {"loss": 0.0, "correct": 0, "images": 0}
 
 
@@ -182,17 +183,17 @@ def save(state: State, job: Job, *, best: bool) -> None:
 
 def note_saved(state: State, job: Job, *, wait: bool) -> None:
     """Report checkpoints that have been written; one that could not be costs safety, not the run."""
-    if wait:
-        job.world.vitals.enter("saving a checkpoint", patience=_DISK_SECONDS)
-    for saved in job.store.finished(wait=wait):
+    with job.world.vitals.during("saving a checkpoint", _DISK_SECONDS if wait else 0):
+        finished = job.store.finished(wait=wait)
+    for saved in finished:
         told, state.unsaved = state.unsaved is not None, saved.problem
         if saved.problem and told:
             continue  # a disk that stays full is told of once
         if saved.problem:
             text = f"{saved.problem}; training goes on, last good checkpoint: {job.store.last_good()}"
-            job.sink.log("notice", text=text)
+            report(job, "notice", text=text)
         else:
-            job.sink.log("checkpoint", step=saved.step, path=saved.path, seconds=saved.seconds)
+            report(job, "checkpoint", step=saved.step, path=saved.path, seconds=saved.seconds)
 
 
 def close_page(state: State, job: Job, ledger: Ledger, seconds: float, lr: float) -> None:
@@ -213,7 +214,8 @@ def close_page(state: State, job: Job, ledger: Ledger, seconds: float, lr: float
     totals["loss"] += page.loss_sum
     totals["correct"] += page.correct
     totals["images"] += page.images
-    job.sink.log(
+    report(
+        job,
         "steps",
         step=state.step,
         epoch=state.step / job.batches.steps_per_epoch,
@@ -225,6 +227,12 @@ def close_page(state: State, job: Job, ledger: Ledger, seconds: float, lr: float
     )
 
 
+def report(job: Job, event: str, **fields: Any) -> None:
+    """Tell an event."""
+    with job.world.vitals.during("reporting", _READER_SECONDS):
+        job.sink.log(event, **fields)
+
+
 def log_evaluation(state: State, job: Job, result: Evaluation) -> bool:
     """Report an evaluation and start new totals; whether it is the best so far."""
     if not math.isfinite(result.loss):
@@ -232,7 +240,8 @@ def log_evaluation(state: State, job: Job, result: Evaluation) -> bool:
     best = result.accuracy > state.best_accuracy
     state.best_accuracy = max(state.best_accuracy, result.accuracy)
     totals, state.totals = state.totals, dict(NO_TOTALS)
-    job.sink.log(
+    report(
+        job,
         "evaluation",
         step=state.step,
         epoch=state.step / job.batches.steps_per_epoch,

@@ -3,10 +3,11 @@
 Everything here is plain values and pure functions; `watch.py` has the threads.
 """
 
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -63,6 +64,20 @@ class Vitals:
         self.since = time.monotonic()
         self.phase, self.patience = phase, max(patience or 0.0, self._patience)
 
+    @contextlib.contextmanager
+    def during(self, phase: str, patience: float) -> Iterator[None]:
+        """In this phase for a while, and then in the one before again."""
+        before = self.phase, self.patience
+        self.enter(phase, patience=patience)
+        try:
+            yield
+        finally:
+            self.enter(before[0], patience=before[1])
+
+    def moved(self) -> None:
+        """The rank got further, within its phase."""
+        self.since = time.monotonic()
+
     def at(self, step: int) -> None:
         """The rank begins this step."""
         self.since = time.monotonic()
@@ -111,15 +126,16 @@ def verdict(
     contact: float,
     now: float,
     limit: float,
+    silence: float,
     store: str,
     asynchronous: bool = False,
 ) -> tuple[str, int] | None:
     """Why nothing moves, in a sentence, and the rank that should tell it; None while it is too early.
 
     `heard` has the latest sign of every rank, `me` included; `contact` is when the store at `store` last
-    answered. Everyone is looked at only when this rank itself has got no further for `limit` seconds. On
-    devices that work by themselves (`asynchronous`) a rank that waits for others cannot be told from one
-    that just does not go on.
+    answered. Everyone is looked at only when this rank itself has got no further for `limit` seconds; who
+    was not heard for `silence` seconds is stopped or out of reach. On devices that work by themselves
+    (`asynchronous`) a rank that waits for others cannot be told from one that just does not go on.
     """
     mine = heard[me].sign
     waited = mine.idle + now - heard[me].at
@@ -127,7 +143,7 @@ def verdict(
         return None
     place = f"in a {mine.waiting or 'step'}, at step {mine.step}"
     for_it = f"; rank {me} waited {waited:.0f} s for it {place} (--hang-after {limit:g})"
-    if now - contact > limit / 2:
+    if now - contact > silence:
         host = peers[0]
         known = heard.get(0)
         last = f", last heard of {_doing(known.sign)}" if known and me != 0 else ""
@@ -136,7 +152,7 @@ def verdict(
     waiting: dict[int, float] = {}
     for rank, peer in enumerate(peers):
         known = heard.get(rank)
-        if known is None or now - known.at > limit / 2:
+        if known is None or now - known.at > silence:
             last = f"{_doing(known.sign)}, last sign of life at {known.sign.clock}" if known else "no sign"
             suspects.append(f"{peer} is stopped or cannot be reached: {last}")
             continue

@@ -52,6 +52,8 @@ class Watch:
     ) -> None:
         self._placement, self._peers, self._vitals, self._store = placement, peers, vitals, store
         self._limit, self._where, self._asynchronous = limit, where, asynchronous
+        # All read all: in large groups less often, or rank 0's host would do nothing else.
+        self._tick = max(min(1.0, limit / 8), len(peers) / 64)
         self._main = threading.get_ident()
         self._over = threading.Event()
         self._heard: dict[int, Heard] = {}
@@ -67,8 +69,6 @@ class Watch:
         self._over.set()
 
     def _tell_and_listen(self) -> None:
-        # All read all: in large groups less often, or rank 0's host would do nothing else.
-        tick = max(min(1.0, self._limit / 8), len(self._peers) / 64)
         keys = [f"life/{rank}" for rank in range(len(self._peers))]
         there: list[int] = []  # who has given a sign: the store would wait for the others
         number = 0
@@ -81,7 +81,7 @@ class Watch:
                 there += [rank for rank in absent if self._store.check([keys[rank]])]
                 texts = self._store.multi_get([keys[rank] for rank in there])
             except RuntimeError:  # the connection broke: `_contact` grows old
-                self._over.wait(tick)
+                self._over.wait(self._tick)
                 continue
             self._contact = now = time.monotonic()
             for rank, text in zip(there, texts, strict=True):
@@ -89,7 +89,7 @@ class Watch:
                 known = self._heard.get(rank)
                 if known is None or known.sign.number != sign.number:
                     self._heard[rank] = Heard(sign, now)
-            self._over.wait(tick)
+            self._over.wait(self._tick)
 
     def _judge(self) -> None:
         me = self._placement.rank
@@ -108,6 +108,7 @@ class Watch:
                 contact=self._contact,
                 now=now,
                 limit=self._limit,
+                silence=max(self._limit / 2, 3 * self._tick),
                 store=self._where,
                 asynchronous=self._asynchronous,
             )

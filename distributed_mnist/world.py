@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import environment, rendezvous
-from .errors import LaunchError, WorkerLost, described
+from .errors import Hang, LaunchError, WorkerLost, described
 from .placement import Placement
-from .roll_call import Peer, meet
+from .roll_call import Peer, RollCall, meet
 from .vitals import Vitals
 from .watch import Watch
 
@@ -82,7 +82,7 @@ class World:
         where = f"{placement.host} port {store.port}"
         jobs = dist.PrefixStore(placement.job, store)
         me = Peer.here(placement)
-        call = meet(jobs, me, placement.size, where=where, seconds=MEETING_SECONDS)
+        call = _everyone(jobs, me, placement, where, hang_after)
         if placement.local_size < placement.size:
             others = [peer.address for peer in call.peers if peer.address]
             if (interface := rendezvous.interface_towards([placement.host, *others])) is not None:
@@ -266,6 +266,16 @@ def _meet(placement: Placement, listener: socket.socket | None) -> dist.TCPStore
     except (RuntimeError, ValueError) as error:
         where = f"{placement.host}, port {placement.ports[0]}"
         raise LaunchError(f"cannot meet the group at {where}: {_reason(error)}") from error
+
+
+def _everyone(store: dist.Store, me: Peer, placement: Placement, where: str, hang_after: float) -> RollCall:
+    """The finished roll call. Processes of our own launcher come at once, and can be started again."""
+    if placement.launcher != "spawned":
+        return meet(store, me, placement.size, where=where, seconds=MEETING_SECONDS)
+    try:
+        return meet(store, me, placement.size, where=where, seconds=max(hang_after, STORE_SECONDS))
+    except LaunchError as error:
+        raise Hang(str(error)) from None
 
 
 def _store(placement: Placement, port: int, *, serve: bool, listen_fd: int | None = None) -> dist.TCPStore:

@@ -286,7 +286,9 @@ class Program:
         except subprocess.TimeoutExpired as late:
             stdout, stderr = late.stdout, late.stderr
             self.signal(signal.SIGKILL, group=True)
-            with contextlib.suppress(subprocess.TimeoutExpired):  # who is in another session may hold the pipe
+            with contextlib.suppress(
+                subprocess.TimeoutExpired
+            ):  # who is in another session may hold the pipe
                 stdout, stderr = self._process.communicate(timeout=5)
             pytest.fail(f"still running after {PATIENCE} seconds: {self.command}\n{stdout}\n{stderr}")
         return Finished(self._process.returncode, stdout, stderr)
