@@ -14,7 +14,7 @@ from .digest import digest
 from .errors import CheckpointError
 from .evaluate import evaluate
 from .models import MODELS, build, place
-from .observe import DataProgress
+from .progress import DataProgress
 from .share import share
 from .world import World
 

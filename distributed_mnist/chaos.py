@@ -52,7 +52,9 @@ def soak(most: int, device: str, faults: int, seed: int, folder: Path, board: Bo
             board.wrong.append(f"chaos, before any fault: {error}")
             return
     board.head("under faults")
-    board.add(Row("undisturbed", True, "reference", reference.sha256, time.monotonic() - began))
+    board.add(
+        Row("a longer job, undisturbed", True, "reference", reference.sha256, time.monotonic() - began)
+    )
     deck = _shuffled(Random(seed))
     blows: list[Blow] = []
     number = failures = in_vain = 0
@@ -143,9 +145,11 @@ def _summary(blows: list[Blow], runs: int, failures: int, seed: int) -> dict[str
 
 def _show_summary(board: Board) -> None:
     chaos = board.fields["chaos"]
-    told = f"{chaos['faults']} faults in {chaos['runs']} runs, {chaos['failures']} failures"
-    board.say(f"\n  {told:<36} {'count':>5} {'median s':>9} {'worst s':>9}   until new steps", "bold")
+    told = ", ".join(f"{chaos[name]} {name}" for name in ("faults", "runs", "failures"))
+    board.say(f"\n  {told:<36} {'count':>5} {'median s':>9} {'worst s':>9}  to recover", "bold")
     for kind, told in chaos["kinds"].items():
+        if not told["count"]:
+            continue
         median, worst = (
             "-" if told[name] is None else f"{told[name]:.1f}"
             for name in ("median_seconds", "worst_seconds")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from .errors import WorkerLost
+from .errors import WorkerLost, tidy_terminal
 from .placement import Placement
 
 Target = str
@@ -52,6 +52,7 @@ def print_with_rank(reader: Connection, rank: int) -> None:
     """In the launcher: pass on what a worker prints, line by line, until it ends."""
     with os.fdopen(os.dup(reader.fileno()), "r", errors="replace") as lines:
         for line in lines:
+            tidy_terminal(sys.stderr)
             sys.stderr.write(f"[rank {rank}] {line.rstrip()}\n")
             sys.stderr.flush()
 

@@ -17,12 +17,13 @@ from .config import Run, load_recipe
 from .digest import START_OF_CHAIN
 from .errors import CheckpointError, OutputError
 from .evaluate import evaluate
-from .observe import DataProgress, NullSink
+from .observe import NullSink
 from .optim import make_optimizer
 from .original import to_original
 from .placement import Placement
 from .prepare import make_gradients, make_model, pack, use_threads
 from .process import run_in_group
+from .progress import DataProgress
 from .share import Data, share
 from .signals import StopSignals
 from .store import BackgroundStore, NullStore

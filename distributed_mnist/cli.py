@@ -43,7 +43,8 @@ def _train(command: Train) -> int:
     # One folder through all restarts, so chosen here.
     out = command.run.out or layout.new_folder(command.recipe)
     command = dataclasses.replace(command, run=dataclasses.replace(command.run, out=out))
-    restarts = spawn.Restarts(command.run.max_restarts, lambda: layout.newest_step(out))
+    go_on = f"--resume auto --out {out}"
+    restarts = spawn.Restarts(command.run.max_restarts, lambda: layout.newest_step(out), go_on)
     return spawn.spawn(nproc, "distributed_mnist.workers:train", command, restarts)
 
 
@@ -79,7 +80,8 @@ def _verify(command: Verify) -> int:
 
 def _fetch(command: Fetch) -> int:
     from . import datasets
-    from .observe import DataProgress, make_console, print_json
+    from .observe import make_console, print_json
+    from .progress import DataProgress
 
     console = make_console(stderr=command.json)
     with DataProgress(console) as progress:
@@ -125,7 +127,8 @@ def _check(command: Check) -> int:
 
 def _generate(command: Generate) -> int:
     from . import datasets
-    from .observe import DataProgress, make_console, print_json
+    from .observe import make_console, print_json
+    from .progress import DataProgress
 
     console = make_console(stderr=command.json)
     with DataProgress(console) as progress:

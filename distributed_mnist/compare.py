@@ -66,11 +66,6 @@ class Difference:
             )
         return what
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        largest = None if math.isnan(self.largest) else self.largest
-        return {"differs": list(self.fields), "step": self.step, "losses": self.losses, "largest": largest}
-
 
 def read_answer(folder: Path) -> Answer:
     """What the run in `folder` came to; it has ended well. Raises `CheckpointError`, `OSError`."""

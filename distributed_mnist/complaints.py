@@ -55,7 +55,7 @@ def _problem(command: str, grammar: type, words: list[str]) -> str | None:
         shown, attached, value = word.partition("=")
         name = shown.replace("_", "-")
         if name not in flags:
-            near = difflib.get_close_matches(name, flags, 1)
+            near = difflib.get_close_matches(name, flags, 1, cutoff=0.7)
             return f"{command} has no flag {shown}" + (f"; did you mean {near[0]}?" if near else "")
         if flags[name] is bool:
             continue

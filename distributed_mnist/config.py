@@ -26,7 +26,7 @@ Device = Literal["auto", "cpu"]
 
 _RECIPES = resources.files("distributed_mnist") / "recipes"
 _EVERY = re.compile(r"(\d+)\s*(steps?|epochs?)?")
-_SECONDS = re.compile(r"(\d+(?:\.\d+)?)\s*(?:s|seconds?)")
+_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(s|seconds?|min|minutes?)")
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Run:
     resume: str | None = None
     """Checkpoint to go on from, or auto for the newest whole one in --out."""
     checkpoint_every: str = "5 seconds"
-    """How often a checkpoint is saved, beside the training: in seconds ('5 seconds'), steps (500) or epochs
-    ('2 epochs')."""
+    """How often a checkpoint is saved, beside the training: in seconds or minutes ('5 seconds'), steps
+    (500) or epochs ('2 epochs')."""
     eval_every: str = "1 epoch"
     """How often the test images are scored: in steps (500) or in epochs ('2 epochs')."""
     keep: int = 3
@@ -99,9 +99,9 @@ def steps_between(text: str, steps_per_epoch: int, name: str) -> int:
 
 def checkpoint_interval(text: str, steps_per_epoch: int) -> tuple[int | None, float | None]:
     """`--checkpoint-every` as (steps, None), or a time as (None, seconds). Raises `UsageError`."""
-    match = _SECONDS.fullmatch(text.strip())
+    match = _TIME.fullmatch(text.strip())
     if match and float(match[1]) > 0:
-        return None, float(match[1])
+        return None, float(match[1]) * (60 if match[2].startswith("m") else 1)
     try:
         return steps_between(text, steps_per_epoch, "checkpoint_every"), None
     except UsageError as error:

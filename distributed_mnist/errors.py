@@ -6,6 +6,7 @@ defect. `docs/exit-codes.md` lists the codes for scripts.
 
 import sys
 import traceback
+from typing import TextIO
 
 from .placement import ALONE, Placement
 
@@ -112,7 +113,15 @@ def tell(error: BaseException, placement: Placement = ALONE, *, debug: bool = Fa
     return error.exit_code
 
 
+def tidy_terminal(stream: TextIO, *, cursor: bool = False) -> None:
+    """Wipe away what is left of a live bar, and show the cursor that it hid."""
+    if stream.isatty():
+        stream.write("\r\x1b[K" + "\x1b[?25h" * cursor)
+        stream.flush()
+
+
 def _print(placement: Placement, text: str) -> None:
+    tidy_terminal(sys.stderr)
     # Our own launcher puts the rank in front of whatever a rank prints; under others we do.
     rank = f"rank {placement.rank}: " if placement.rank and placement.launcher != "spawned" else ""
     sys.stderr.write(f"dmnist: {rank}{' '.join(text.split())}\n")

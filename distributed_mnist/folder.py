@@ -16,6 +16,7 @@ import torch
 
 from .checkpoint import Content, decode, read_bytes, versions
 from .config import Recipe, Run, flag
+from .digest import digest
 from .errors import CheckpointError, OutputError
 from .layout import RUNS, checkpoints_in, new_folder
 from .lock import RunLock, write_json
@@ -24,7 +25,7 @@ from .store import NullStore, RunStore, Store
 from .train import State
 from .world import World
 
-_LOOKED_AT = 20  # of the newest runs
+_DATA_OPTIONS = ("dataset", "data", "train_size", "test_size", "data_seed")
 _PATIENCE = 30.0  # seconds for the processes of a group that was started again to be gone
 
 
@@ -37,19 +38,22 @@ class Folder:
     """The launcher started this run before: it goes on where it was."""
     mark: str
     """What a rank finds there if it sees the same folder as rank 0."""
+    what: str
+    """Digest of recipe and data: one launcher may start several runs."""
     lock: RunLock | None = None
     """On rank 0."""
 
 
-def open_folder(world: World, options: Run, title: str) -> Folder:
+def open_folder(world: World, options: Run, recipe: Recipe, title: str) -> Folder:
     """The run's folder, the same on every rank; on rank 0 locked, and refused if it holds another run."""
-    known = _opened_before(world, options)
+    what = digest([recipe.to_dict(), *(str(getattr(options, name)) for name in _DATA_OPTIONS)])
+    known = _opened_before(world, options, what)
     locks: list[RunLock] = []
 
     def choose() -> Folder:
         path = known or options.out or new_folder(title)
         lock = RunLock(path, patience=_PATIENCE if known else 0.0)
-        folder = Folder(path, known is not None, secrets.token_hex(8))
+        folder = Folder(path, known is not None, secrets.token_hex(8), what)
         try:
             if not known:
                 _refuse_used(path, options)
@@ -65,31 +69,34 @@ def open_folder(world: World, options: Run, title: str) -> Folder:
     return dataclasses.replace(folder, lock=locks[0]) if locks else folder
 
 
-def _opened_before(world: World, options: Run) -> Path | None:
+def _opened_before(world: World, options: Run, what: str) -> Path | None:
     """The folder that this run had before its launcher started it again, if it did."""
     # Each rank knows its own launcher, and looks on its own host: rank 0 may have come anew.
     starter = world.peers[world.rank].starter
-    found = next((path for path in _candidates(options) if starter in _word_in(path)["starters"]), None)
+    mine = lambda word: word["what"] == what and starter in word["starters"]  # noqa: E731
+    found = next((path for path in _candidates(options) if mine(_word_in(path))), None)
     has = world.gather(torch.tensor([found is not None], device=world.device)).flatten()
     return Path(world.broadcast_object(str(found), int(has.int().argmax()))) if has.any() else None
 
 
 def _candidates(options: Run) -> list[Path]:
-    return [options.out] if options.out else sorted(RUNS.glob("*"), reverse=True)[:_LOOKED_AT]
+    return [options.out] if options.out else sorted(RUNS.glob("*"), reverse=True)
 
 
 def _word_in(path: Path) -> dict[str, Any]:
-    """What the last group that opened a folder left there: its mark, and who started its processes."""
+    """What the last group that opened a folder left there: its mark, its run, who started its processes."""
     try:
         word = json.loads((path / ".group").read_text())
-        return {"mark": str(word["mark"]), "starters": [name for name in word["starters"] if name]}
+        starters = [name for name in word["starters"] if name]
+        return {"mark": word["mark"], "what": word["what"], "starters": starters}
     except (OSError, ValueError, KeyError, TypeError):
-        return {"mark": "", "starters": []}
+        return {"mark": "", "what": "", "starters": []}
 
 
 def _leave_word(folder: Folder, world: World) -> None:
     starters = sorted({peer.starter for peer in world.peers})
-    write_json(folder.path / ".group", {"mark": folder.mark, "starters": starters})
+    word = {"mark": folder.mark, "what": folder.what, "starters": starters}
+    write_json(folder.path / ".group", word)
 
 
 def _refuse_used(path: Path, options: Run) -> None:
@@ -150,14 +157,14 @@ def resume(
     if options.resume == "auto" or folder.again:
         found = _newest(world, store, complain) or found
         if found is None:
-            complain("nothing to resume: starting from the beginning")
+            complain("there is no checkpoint yet: starting from the beginning")
     if found is None:
         return None
     name, raw = found
     content = decode(raw, name)
     refuse(content, name)
     state.restore(content, name)
-    store.resumed_from(name)
+    store.resumed_from(name, state.step)
     here, there = versions(), content["versions"]
     changed = [
         f"{key} {there[key]} then, {here[key]} now"

@@ -176,16 +176,17 @@ class DdpGradients:
         """One step's gradient; see the class."""
         for p in self._parameters:
             p.grad = None
+        for shards in self._passes[:-1]:
+            with nullcontext() if self._world.size == 1 else self._module.no_sync():  # type: ignore[operator]
+                self._loss(loss_of, shards).backward()
+        last = self._loss(loss_of, self._passes[-1])
         with self._world.speaking("gradient sum"):
-            for shards in self._passes[:-1]:
-                with nullcontext() if self._world.size == 1 else self._module.no_sync():  # type: ignore[operator]
-                    self._backward(loss_of, shards)
-            self._backward(loss_of, self._passes[-1])
+            last.backward()
 
-    def _backward(self, loss_of: LossOf, shards: range) -> None:
+    def _loss(self, loss_of: LossOf, shards: range) -> Tensor:
         loss = loss_of(self._module, shards)
         # DDP divides by the number of processes; our loss is already a share of the global one.
-        (self._nothing() if loss is None else loss * self._world.size).backward()
+        return self._nothing() if loss is None else loss * self._world.size
 
     def _nothing(self) -> Tensor:
         """A loss of zero that depends on every parameter: DDP waits for all of their gradients."""

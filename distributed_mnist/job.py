@@ -15,11 +15,12 @@ from .evaluate import Evaluation
 from .folder import Folder, described, open_folder, open_store, read_named, refuse_mismatch, resume
 from .lock import write_json
 from .models import Traits, find_factory
-from .observe import JsonLines, Many, NullSink, Sink, Terminal
+from .observe import JsonLines, Many, Notices, NullSink, Sink, Terminal
 from .optim import make_optimizer
 from .prepare import load_data, make_gradients, make_model, oversubscription, pack, use_threads
 from .share import Data
 from .signals import StopSignals
+from .store import NullStore, Store
 from .train import Job, State, require_same_weights, train
 from .world import World
 
@@ -44,12 +45,8 @@ def run(
     batches = Batches(data.train, recipe, data.mean, data.std)
     state = State(model, make_optimizer(recipe, model))
     gradients = make_gradients(recipe, options, world, model, traits)
-    folder = open_folder(world, options, title)
-    notices = oversubscription(world, threads)
-    if recipe.batch_size > len(data.train):
-        notices.append(
-            f"--batch-size {recipe.batch_size} is more than the {len(data.train):,} training images"
-        )
+    folder = open_folder(world, options, recipe, title)
+    notices = remarks(world, recipe, data, threads, folder)
     save_steps, save_seconds = checkpoint_interval(options.checkpoint_every, batches.steps_per_epoch)
     try:
         store = open_store(world, options, folder, save_seconds)
@@ -58,7 +55,7 @@ def run(
             world, options, folder, store, named, state, refuse=refuse, complain=notices.append
         )
         require_same_weights(state, world)
-        sink = make_sink(world, folder.path, console)
+        sink = make_sink(world, folder.path, store, console)
         config = described(recipe, options, data)
         world.from_rank_zero(lambda: write_json(folder.path / "config.json", config))
     except DmnistError:
@@ -100,21 +97,34 @@ def run(
         notices.append(f"resumed from {resumed} at step {state.step} of {total}")
     for text in notices:
         sink.log("notice", text=text)
-    signals.arm()
+    go_on = f"--resume auto --out {folder.path}"
+    signals.arm(go_on)
     try:
         result = train_and_sum_up(state, job, data, folder.path, began)
         sink.log("end", result=result)
     except Interrupted as error:
-        raise Interrupted(f"{error}; go on with --resume auto --out {folder.path}") from None
+        raise Interrupted(f"{error}; go on with {go_on}") from None
     except WorkerLost as error:
-        raise WorkerLost(f"{error}; go on with --resume auto --out {folder.path}") from error
+        by_itself = "torchrun may start it again; else " if world.launcher == "torchrun" else ""
+        raise WorkerLost(f"{error}; {by_itself}go on with {go_on}") from error
     finally:
         store.finished(wait=True)  # what is being written is kept, however this ends
         sink.close()
     finish(folder, result)
-    if state.unsaved:
+    if state.unsaved and world.rank == 0:
         raise OutputError(f"trained, but {state.unsaved}")
     return result
+
+
+def remarks(world: World, recipe: Recipe, data: Data, threads: int, folder: Folder) -> list[str]:
+    """What a person should know before it starts."""
+    lines = [] if folder.again else oversubscription(world, threads)
+    if world.restarts and not folder.again:
+        lines.append(f"{world.launcher} has started this again, but no run of its is known here")
+    if recipe.batch_size > len(data.train):
+        images = f"the {len(data.train):,} training images"
+        lines.append(f"--batch-size {recipe.batch_size} is more than {images}")
+    return lines
 
 
 def finish(folder: Folder, result: dict[str, Any]) -> None:
@@ -160,10 +170,10 @@ def outcome(state: State, recipe: Recipe, data: Data, evaluation: Evaluation) ->
     }
 
 
-def make_sink(world: World, folder: Path, console: Console) -> Sink:
-    """Rank 0 tells the terminal and `metrics.jsonl`; the others nothing."""
+def make_sink(world: World, folder: Path, store: Store, console: Console) -> Sink:
+    """Rank 0 tells the terminal and `metrics.jsonl`; the others nothing, or what goes wrong with a copy."""
     if world.rank != 0:
-        return NullSink()
+        return NullSink() if isinstance(store, NullStore) else Notices(str(world.peers[world.rank]))
     terminal = Terminal(console)
     return Many(
         JsonLines(folder / "metrics.jsonl", lambda text: terminal.log("notice", text=text)), terminal

@@ -66,7 +66,7 @@ def this_platform(device: torch.device) -> Platform:
 
 
 def read_table(path: Path = TABLE) -> dict[str, Any]:
-    """The table: `recipe_sha256`, `data_sha256`, `samples_sha256`, and the rows under `answer`."""
+    """The table: `job_sha256`, `data_sha256`, `samples_sha256`, and the rows under `answer`."""
     return tomllib.loads(path.read_text())
 
 

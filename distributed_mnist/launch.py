@@ -20,6 +20,7 @@ from .rendezvous import derived_ports
 
 _OPENMPI = tuple(f"OMPI_COMM_WORLD_{word}" for word in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
 _MPICH = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+_AGENT = re.compile(r"torchrun|torch\.distributed|torch/distributed")
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Roughly, on one core, forward and backward; and the work in a step below which a second process costs more
 # than it saves. Only used to choose a default: see docs/performance.md.
@@ -54,6 +55,8 @@ def _torchrun(env: Mapping[str, str]) -> Placement:
     size = _integer(env, "WORLD_SIZE")
     local_size = _integer(env, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in env else 1
     elastic = "TORCHELASTIC_RUN_ID" in env
+    agent = _agent() if elastic else None
+    restarts = _integer(env, "TORCHELASTIC_RESTART_COUNT") if "TORCHELASTIC_RESTART_COUNT" in env else 0
     if local_size > 1 and "LOCAL_RANK" not in env:
         raise LaunchError("LOCAL_RANK is not set, but LOCAL_WORLD_SIZE is")
     return _checked(
@@ -65,8 +68,10 @@ def _torchrun(env: Mapping[str, str]) -> Placement:
             host=env["MASTER_ADDR"],
             ports=(_port(env),),
             store_exists=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-            job=f"dmnist/{env.get('TORCHELASTIC_RUN_ID', '')}",
-            starter=_parent() if elastic else "",
+            job=f"dmnist/{env.get('TORCHELASTIC_RUN_ID', '')}/{size}",
+            starter=_identity(agent) if agent else "",
+            parent=os.getppid() if agent else 0,
+            restarts=restarts,
             launcher="torchrun" if elastic else "environment",
         ),
         "RANK",
@@ -88,7 +93,7 @@ def _slurm(env: Mapping[str, str]) -> Placement:
             host=env.get("MASTER_ADDR", host),
             ports=_ports(env, name),
             job=name,
-            starter=f"slurm {job}.{step}",  # a requeued job keeps its number
+            starter=f"slurm {env.get('SLURM_CLUSTER_NAME', '')} {job}.{step}",  # kept when it is requeued
             own_device="SLURM_GPUS_PER_TASK" in env or "gpu" in env.get("SLURM_TRES_PER_TASK", ""),
             launcher="srun",
         ),
@@ -123,13 +128,23 @@ def _mpi(env: Mapping[str, str], rank: str, size: str, local_rank: str, local_si
     )
 
 
-def _parent() -> str:
-    """The process that started this one, told from any other that had or will have its number."""
+def _agent() -> psutil.Process | None:
+    """torchrun's agent: the parent, or above a shell between the two; None if out of our sight."""
     try:
-        parent = psutil.Process(os.getppid())
-        return f"{socket.gethostname()} {parent.pid} {parent.create_time()}"
-    except psutil.Error:  # out of our sight, as from inside of some containers
-        return ""
+        above = psutil.Process().parents()
+        named = (one for one in above if any(map(_AGENT.search, one.cmdline())))
+        return next(named, above[0] if above else None)
+    except psutil.Error:
+        return None
+
+
+def _identity(process: psutil.Process) -> str:
+    """A process told from any other that had or will have its number on this host."""
+    try:  # in ticks since the start: other clocks are set while programs run
+        started = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        started = str(process.create_time())
+    return f"{socket.gethostname()} {process.pid} {started}"
 
 
 def _checked(placement: Placement, rank: str, size: str) -> Placement:

@@ -24,16 +24,17 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 def checkpoints_in(folder: Path) -> list[Path]:
     """Checkpoints of a folder by step, oldest first; without `best.pt`."""
     try:
-        found = [
-            (int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))
-        ]
+        return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=step_of)
     except OSError:
         return []
-    return [path for _, path in sorted(found)]
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.stem.removeprefix("step_"))
 
 
 def newest_step(folder: Path) -> int:
     """The step of the newest checkpoint of the run in `folder`, sound or not; -1 if there is none."""
     found = checkpoints_in(folder / "checkpoints")
-    match = _NAME.fullmatch(found[-1].name) if found else None
-    return int(match[1]) if match else -1
+    return step_of(found[-1]) if found else -1

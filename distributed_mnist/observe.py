@@ -58,6 +58,22 @@ class NullSink:
         """Nothing."""
 
 
+class Notices:
+    """Of a rank that keeps a copy of the checkpoints on another host: it tells what goes wrong there."""
+
+    def __init__(self, who: str) -> None:
+        self._who = who
+
+    def log(self, event: str, **fields: Any) -> None:
+        """See `Sink`."""
+        if event == "notice":
+            sys.stderr.write(f"dmnist: {self._who}: {fields['text']}\n")
+            sys.stderr.flush()
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 class Many:
     """Every event to each of several sinks."""
 
@@ -267,24 +283,3 @@ def _columns(width: int, epochs: int, steps: int) -> list[ProgressColumn]:
             break
         del parts[name]
     return [column for column, _ in parts.values()]
-
-
-class DataProgress:
-    """Shows a bar for each part of a download or of drawing digits that takes long enough to see."""
-
-    def __init__(self, console: Console) -> None:
-        self._bar = Progress(console=console, transient=True, disable=not console.is_terminal)
-        self._tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> "DataProgress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, description: str, done: int, total: int | None) -> None:
-        """`done` of `total` (None: unknown) of the part called `description`."""
-        if description not in self._tasks:
-            self._tasks[description] = self._bar.add_task(description, total=total)
-        self._bar.update(self._tasks[description], completed=done, total=total)

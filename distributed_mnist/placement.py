@@ -23,6 +23,10 @@ class Placement:
     starter: str = ""
     """Which launcher started this process: the same through its restarts, another's differs. Empty for a
     launcher that does not start a process again."""
+    parent: int = 0
+    """Process without which this one shall not go on; 0 if there is none."""
+    restarts: int = 0
+    """How often the launcher says that it has started this group again."""
     own_device: bool = False
     """The launcher shows each process its own device only (Slurm's --gpus-per-task)."""
     launcher: str = "alone"

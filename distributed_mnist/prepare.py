@@ -10,8 +10,8 @@ from .errors import DataError, UsageError
 from .gradients import DdpGradients, Gradients, TreeGradients
 from .locate import NotFoundError
 from .models import Traits, build, inspect, place
-from .observe import DataProgress
 from .placement import usable_cores
+from .progress import DataProgress
 from .share import Data, share
 from .train import State
 from .world import World

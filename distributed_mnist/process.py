@@ -11,7 +11,7 @@ from . import environment
 from .devices import choose_device
 from .errors import Interrupted, tell
 from .placement import Placement
-from .signals import StoppedEarly, StopSignals, end_with_parent
+from .signals import StoppedEarly, StopSignals, end_with
 from .world import World
 
 Body = Callable[[World, StopSignals], None]
@@ -36,8 +36,8 @@ def run_in_group(
     code = 0
     try:
         signals = StopSignals(placement)
-        if placement.launcher == "torchrun":  # its agent, killed, would leave us behind
-            end_with_parent()
+        if placement.parent:  # torchrun's agent, killed, would leave us behind
+            end_with(placement.parent)
         if exact:
             environment.order_additions()
         chosen = torch.device("cpu") if device == "cpu" else choose_device(placement)

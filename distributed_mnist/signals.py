@@ -36,7 +36,7 @@ class StopSignals:
 
     def __init__(self, placement: Placement) -> None:
         self._placement = placement
-        self._armed = False
+        self._armed, self._go_on = False, "--resume auto"
         self._received: str | None = None
         heard, struck = socket.socketpair()
         struck.setblocking(False)
@@ -47,9 +47,9 @@ class StopSignals:
             signal.signal(number, self._on_signal)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # our launcher blocks them until now
 
-    def arm(self) -> None:
-        """From now on there is a state worth saving."""
-        self._armed = True
+    def arm(self, go_on: str = "--resume auto") -> None:
+        """From now on there is a state worth saving; `go_on` are the flags that resume it."""
+        self._armed, self._go_on = True, go_on
 
     def requested(self) -> bool:
         """Whether this process was asked to stop."""
@@ -60,23 +60,22 @@ class StopSignals:
         if self._armed and not first and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C: the user does not want to wait
         if not self._armed and first:
-            raise StoppedEarly(f"stopped by {self._received} before there was anything to save")
+            raise StoppedEarly(f"stopped by {self._received} before training began: nothing new to save")
 
     def _see_it_done(self, heard: socket.socket) -> None:
         while heard.recv(1)[0] not in SIGNALS:
             pass
         # If rank 0 goes, those who wait for it do too; who is still there a moment later tells as well.
         time.sleep(OBEY_SECONDS + (1.0 if self._placement.rank else 0.0))
-        text = f"asked to stop, but came to no common step within {OBEY_SECONDS:.0f} s; not saved again"
-        error = Interrupted(f"{text}: a run goes on from its last checkpoint with --resume auto")
+        text = f"asked to stop, but not done after {OBEY_SECONDS:.0f} s (a long step, or something hangs)"
+        error = Interrupted(f"{text}: a run goes on from its last checkpoint with {self._go_on}")
         error.on_one_rank = True
         tell(error, self._placement)
         os._exit(error.exit_code)
 
 
-def end_with_parent() -> None:
+def end_with(parent: int) -> None:
     """Ask this process to stop when the one that started it is gone: nobody else would."""
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:

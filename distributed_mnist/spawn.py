@@ -25,7 +25,7 @@ from types import FrameType
 from typing import Any
 
 from .child import Target, print_with_rank, resolve, work
-from .errors import Interrupted, WorkerLost
+from .errors import Interrupted, WorkerLost, tidy_terminal
 from .placement import Placement
 from .signals import OBEY_SECONDS, SIGNALS
 
@@ -41,7 +41,9 @@ class Restarts:
     limit: int
     """At most so often in a row without getting further."""
     reached: Callable[[], int]
-    """How far the work has got, as a number that grows."""
+    """How far the work has got, as a number that grows; below zero: there is nothing to go on from."""
+    go_on: str
+    """The flags with which a person goes on."""
 
 
 def start(placement: Placement | None, nproc: int | None, target: Target, argument: Any) -> int:
@@ -82,20 +84,25 @@ def _until_done(make_group: Callable[[str], "_Group"], stop: "_Stop", restarts: 
         ending = make_group(starter).run()
         if ending.lost is None:
             return ending.code
-        if stop.asked():
+        tidy_terminal(sys.stdout, cursor=True)
+        if restarts is None:
             _say(ending.lost)
+            return ending.code
+        reached = restarts.reached()
+        by_hand = f"go on with {restarts.go_on}" if reached >= 0 else "there is no checkpoint yet"
+        if stop.asked():
+            _say(f"{ending.lost} while it was to stop; {by_hand}")
             return Interrupted.exit_code
-        reached = restarts.reached() if restarts else 0
         in_a_row = 1 if reached > furthest else in_a_row + 1
         furthest = max(furthest, reached)
-        if restarts is None or in_a_row > restarts.limit:
-            often = f", {in_a_row} times in a row without a new checkpoint" if in_a_row > 1 else ""
-            _say(f"{ending.lost}{often}; a run goes on from its last checkpoint with --resume auto")
+        if in_a_row > restarts.limit:
+            limit = f"(--max-restarts {restarts.limit})"
+            often = f"; failure {in_a_row} in a row without a checkpoint {limit}" if in_a_row > 1 else ""
+            _say(f"{ending.lost}{often}; {by_hand}")
             return ending.code
-        if sys.stdout.isatty():
-            sys.stdout.write("\r\x1b[K\x1b[?25h")  # a bar that rank 0 could not put away
-            sys.stdout.flush()
-        _say(f"{ending.lost}; starting again from the last checkpoint")
+        often = f" (restart {in_a_row} of {restarts.limit} without a new one)" if in_a_row > 1 else ""
+        start = "the last checkpoint" if reached >= 0 else "the beginning"
+        _say(f"{ending.lost}; starting again from {start}{often}")
 
 
 class _Stop:
@@ -103,12 +110,18 @@ class _Stop:
 
     def __init__(self) -> None:
         self.workers: list[BaseProcess] = []
+        self.at_once = False
+        """By a second Ctrl-C."""
+        self._interrupted = False
         self.deadline: float | None = None
         """When they should have obeyed."""
 
     def pass_on(self, number: int, frame: FrameType | None) -> None:
         """The handler."""
         self.deadline = self.deadline or time.monotonic() + OBEY_SECONDS + GRACE_SECONDS
+        if number == signal.SIGINT and self._interrupted:
+            self.at_once, self.deadline = True, time.monotonic() + _GLANCE_SECONDS
+        self._interrupted |= number == signal.SIGINT
         # A terminal sends Ctrl-C to the workers too, and a second one means something else to them.
         passed = signal.SIGTERM if number == signal.SIGINT else number
         for worker in self.workers:
@@ -199,7 +212,12 @@ class _Group:
                 overdue.update(running)
                 for worker in running.values():
                     worker.kill()
+        if overdue and self._stop.at_once:
+            tidy_terminal(sys.stdout, cursor=True)
+            _say("stopped at once; nothing saved since the last checkpoint")
+            return _Ending(130)
         if overdue and not failed:
+            tidy_terminal(sys.stdout, cursor=True)
             _say(f"rank {', '.join(map(str, sorted(overdue)))} did not obey, and was ended")
             return _Ending(Interrupted.exit_code)
         return _explained(failed) if failed else _Ending(0)
@@ -209,7 +227,7 @@ def _explained(failed: list[tuple[int, BaseProcess]]) -> _Ending:
     """The cause among a group's failures: a process ended by a signal, or an error of its own."""
     for rank, worker in failed:
         if worker.exitcode is not None and worker.exitcode < 0:
-            name = signal.Signals(-worker.exitcode).name
+            name = _signal_name(-worker.exitcode)
             hint = " (out of memory, or by hand)" if name == "SIGKILL" else ""
             return _Ending(
                 WorkerLost.exit_code, f"rank {rank} (pid {worker.pid}) was ended by {name}{hint}"
@@ -232,6 +250,13 @@ def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["distributed_mnist.preload"])
     return context
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 def _say(text: str) -> None:

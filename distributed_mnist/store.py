@@ -7,7 +7,7 @@ Writing goes on beside the training, in a thread of its own. Only some ranks hav
 import contextlib
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,8 +15,9 @@ from typing import Protocol
 from .aside import flush_folder, remove_leftovers
 from .checkpoint import Content, decode, encode, read_bytes, snapshot, write
 from .errors import CheckpointError, OutputError, reason
-from .layout import checkpoint_path, checkpoints_in
+from .layout import checkpoint_path, checkpoints_in, step_of
 
+_LONG_SECONDS = 60.0  # for a checkpoint to be written
 Pack = Callable[[], Content]
 
 
@@ -51,8 +52,8 @@ class Store(Protocol):
         """The newest checkpoint's path, for messages; "none" before the first."""
         ...
 
-    def resumed_from(self, path: str) -> None:
-        """Say which checkpoint the run goes on from: until the next one it is the last good."""
+    def resumed_from(self, path: str, step: int) -> None:
+        """Say which checkpoint the run goes on from. Those of later steps are no longer of this run."""
         ...
 
     def newest(self, complain: Callable[[str], None]) -> tuple[Path, bytes, int] | None:
@@ -78,7 +79,7 @@ class NullStore:
         """Nothing is known here."""
         return "none"
 
-    def resumed_from(self, path: str) -> None:
+    def resumed_from(self, path: str, step: int) -> None:
         """Nothing."""
 
     def newest(self, complain: Callable[[str], None]) -> tuple[Path, bytes, int] | None:
@@ -86,24 +87,27 @@ class NullStore:
         return None
 
 
-class BackgroundStore(NullStore):
-    """Writes one checkpoint at a time in a thread; a subclass says how (`write`)."""
+class BackgroundStore:
+    """Writes one checkpoint at a time in a thread; a subclass says where (`path_of`) and how (`write`)."""
 
     def __init__(self, every_seconds: float | None) -> None:
         self._every = every_seconds
-        self._writer = ThreadPoolExecutor(1, "checkpoint")
-        self._pending: list[Future[Saved]] = []
+        self._writer = futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: list[futures.Future[Saved]] = []
         self._since = time.monotonic()
         self._last_good = "none"
 
     def due(self) -> bool:
-        """See `Store`. While one is being written, no other is due."""
-        if self._every is None or any(not future.done() for future in self._pending):
+        """See `Store`. While one is being written no other is due, until that takes suspiciously long: then
+        `save` waits for it, where a disk that never answers is found out."""
+        if self._every is None:
             return False
-        return time.monotonic() - self._since >= self._every
+        busy = any(not future.done() for future in self._pending)
+        return time.monotonic() - self._since >= (max(self._every, _LONG_SECONDS) if busy else self._every)
 
     def save(self, pack: Pack, *, best: bool) -> None:
-        """See `Store`."""
+        """See `Store`. Waits for the one before it: copies of the state must not pile up."""
+        futures.wait(self._pending)
         self._since = time.monotonic()
         self._pending.append(self._writer.submit(self._write, snapshot(pack()), best, self._since))
 
@@ -138,9 +142,13 @@ class BackgroundStore(NullStore):
         """See `Store`."""
         return self._last_good
 
-    def resumed_from(self, path: str) -> None:
-        """See `Store`."""
+    def resumed_from(self, path: str, step: int) -> None:
+        """See `Store`. Until the next one it is the last good."""
         self._last_good = path
+
+    def newest(self, complain: Callable[[str], None]) -> tuple[Path, bytes, int] | None:
+        """See `Store`. Nothing is looked for here."""
+        return None
 
 
 class RunStore(BackgroundStore):
@@ -173,7 +181,7 @@ class RunStore(BackgroundStore):
             write(self._folder / "best.pt", self._owed)
             self._owed = None
         write(path, data)
-        self._prune(path)
+        self._prune(content["step"])
 
     def newest(self, complain: Callable[[str], None]) -> tuple[Path, bytes, int] | None:
         """See `Store`."""
@@ -187,11 +195,18 @@ class RunStore(BackgroundStore):
                 return path, data, step
         return None
 
-    def _prune(self, newest: Path) -> None:
-        # Later files were passed over as damaged, or the user went back before them: they are not in the
-        # way, and reaching their steps again replaces them.
-        found = checkpoints_in(self._folder)
-        for path in found[: found.index(newest) + 1][: -self._keep]:
-            with contextlib.suppress(OSError):  # one too many harms nothing; the newest is saved
+    def resumed_from(self, path: str, step: int) -> None:
+        """See `Store`. Checkpoints that were passed over as damaged, or that the user went back before, are
+        put aside: a restart must not take them for this run's newest."""
+        super().resumed_from(path, step)
+        for later in checkpoints_in(self._folder):
+            if step_of(later) > step:
+                with contextlib.suppress(OSError):
+                    later.rename(later.with_name(f"{later.name}.before"))
+
+    def _prune(self, step: int) -> None:
+        earlier = [path for path in checkpoints_in(self._folder) if step_of(path) <= step]
+        with contextlib.suppress(OSError):  # one too many harms nothing; the newest is saved
+            for path in earlier[: -self._keep]:
                 path.unlink()
-        flush_folder(self._folder)
+            flush_folder(self._folder)

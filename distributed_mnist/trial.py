@@ -44,7 +44,7 @@ class Trial:
     block ends whatever is left of them."""
 
     def __init__(self, folder: Path, nproc: int, device: str, *more: str) -> None:
-        self.folder, self.nproc = folder, nproc
+        self.folder = folder
         self.log = folder.with_name(f"{folder.name}.log")
         words = ["train", "--recipe", str(RECIPE_FILE), "--nproc", str(nproc), "--device", device]
         words += [

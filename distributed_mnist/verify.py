@@ -15,7 +15,7 @@ from . import launch
 from .board import Board, Row
 from .chaos import soak
 from .compare import Answer, compare
-from .errors import Interrupted
+from .errors import Interrupted, UsageError
 from .known import say_known, this_platform
 from .signals import SIGNALS, StoppedEarly
 from .trial import TrialError, options, recipe, undisturbed
@@ -48,7 +48,8 @@ def sizes_to_try(nproc: int | None, device: str) -> list[int]:
         paying = launch.default_nproc(recipe(), options(device=device))
         least = 2 if _device(device).type == "cpu" else 1
         nproc = max(least, min(paying, MOST_BY_DEFAULT))
-    recipe().check_size(nproc)
+    if nproc > recipe().shards:
+        raise UsageError(f"--nproc must be between 1 and {recipe().shards}, not {nproc}")
     return list(range(1, nproc + 1)) if nproc > 1 else [1, 1]
 
 
@@ -87,6 +88,8 @@ def _stoppable() -> Iterator[None]:
     """Signals are errors here, so that whatever is under way is ended first."""
 
     def stop(number: int, frame: FrameType | None) -> None:
+        for one in SIGNALS:  # what is under way is being ended; a second Ctrl-C must not interrupt that
+            signal.signal(one, signal.SIG_IGN)
         raise StoppedEarly(f"stopped by {signal.Signals(number).name} before it was verified")
 
     before = {number: signal.signal(number, stop) for number in SIGNALS}

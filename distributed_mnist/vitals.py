@@ -146,8 +146,8 @@ def verdict(
     if now - contact > silence:
         host = peers[0]
         known = heard.get(0)
-        last = f", last heard of {_doing(known.sign)}" if known and me != 0 else ""
-        return f"{host} or its store at {store} cannot be reached{last}{for_it}", me
+        last = f": last heard of while {_doing(known.sign)}" if known and me != 0 else ""
+        return f"{host} is stopped or cannot be reached (its store at {store}){last}{for_it}", me
     suspects: list[str] = []
     waiting: dict[int, float] = {}
     for rank, peer in enumerate(peers):
@@ -181,5 +181,10 @@ def _doing(sign: Sign) -> str:
 
 
 def _stands(peer: Peer, sign: Sign) -> str:
-    place = f"in a {sign.waiting}" if sign.waiting else f"in {sign.where}" if sign.where else sign.phase
+    place = " ".join(
+        [
+            f"in a {sign.waiting}" if sign.waiting else sign.phase,
+            *([f"({sign.where})"] if sign.where else []),
+        ]
+    )
     return f"{peer} {place} at step {sign.step}"

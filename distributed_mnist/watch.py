@@ -117,9 +117,10 @@ class Watch:
 
     def _awake(self, slept: float) -> None:
         self._vitals.slept(slept)
-        self._contact += slept
+        now = time.monotonic()
+        self._contact = min(self._contact + slept, now)
         heard = self._heard.copy()  # at once: the other thread goes on adding
-        self._heard = {rank: Heard(one.sign, one.at + slept) for rank, one in heard.items()}
+        self._heard = {rank: Heard(one.sign, min(one.at + slept, now)) for rank, one in heard.items()}
 
     def _end(self, text: str, teller: int) -> None:
         error = Hang(text)

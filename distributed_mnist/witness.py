@@ -124,7 +124,7 @@ def together(
     board.add(Row(name, not wrong, verdict, answer and answer.sha256, time.monotonic() - began))
     if wrong:
         board.wrong.append(f"{name} together, against one alone: {wrong}")
-    else:
+    elif world.rank != 0 and out.parent != folder:
         rmtree(out.parent, ignore_errors=True)  # a host without rank 0's folder kept a copy at its place
 
 

@@ -27,7 +27,7 @@ from .watch import Watch
 T = TypeVar("T")
 
 TIMEOUT = timedelta(hours=1)  # the backend's, which names nobody: the group's watch is there long before
-_LOST = re.compile(r"gloo/transport|[Cc]onnection|peer|NCCL|[Tt]imed? ?out|store", re.ASCII)
+_LOST = re.compile(r"gloo/transport|[Cc]onnection|\bpeer\b|NCCL|[Tt]imed? ?out|\b[Ss]tore\b", re.ASCII)
 MEETING_SECONDS = 300.0  # hosts of one job can be minutes apart in starting
 STORE_SECONDS = 30.0  # a store that the launcher keeps is there before we are
 _STALE = "; if that host is gone, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started"
@@ -37,9 +37,9 @@ class World:
     """One process's view of its group: who it is, its device, and the collectives.
 
     Attributes: `rank`, `size`, `local_rank`, `local_size`, `device`, `backend` ("gloo", "nccl", "xccl" or
-    "none"), `launcher`, `peers` (who they are), `vitals` (what this rank tells about itself). Collectives
-    must be called by all ranks in the same order. A peer that dies makes them raise `WorkerLost`; one that
-    does not go on ends this process, see `watch`.
+    "none"), `launcher`, `restarts` (as it counts them), `peers` (who they are), `vitals` (what this rank
+    tells about itself). Collectives must be called by all ranks in the same order. A peer that dies makes
+    them raise `WorkerLost`; one that does not go on ends this process, see `watch`.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class World:
     ) -> None:
         self.rank, self.size = placement.rank, placement.size
         self.local_rank, self.local_size = placement.local_rank, placement.local_size
-        self.launcher = placement.launcher
+        self.launcher, self.restarts = placement.launcher, placement.restarts
         self.device, self.backend = device, backend
         self.peers = list(peers or [Peer.here(placement)])
         self.vitals = vitals or Vitals(math.inf)
@@ -82,14 +82,17 @@ class World:
         where = f"{placement.host} port {store.port}"
         jobs = dist.PrefixStore(placement.job, store)
         me = Peer.here(placement)
-        call = _everyone(jobs, me, placement, where, hang_after)
+        try:
+            call = _everyone(jobs, me, placement, where, hang_after)
+            own = _store(placement, store.port, serve=False)  # another connection: this one may block
+        except RuntimeError as error:
+            raise WorkerLost(f"lost rank 0 while meeting at {where} ({_reason(error)})") from error
         if placement.local_size < placement.size:
             others = [peer.address for peer in call.peers if peer.address]
             if (interface := rendezvous.interface_towards([placement.host, *others])) is not None:
                 environment.talk_over(interface)
         vitals = Vitals(hang_after)
         world = cls(placement, device, backend, peers=call.peers, vitals=vitals)
-        own = _store(placement, store.port, serve=False)  # another connection: this one may block
         world._watch = Watch(
             placement,
             call.peers,
@@ -270,12 +273,12 @@ def _meet(placement: Placement, listener: socket.socket | None) -> dist.TCPStore
 
 def _everyone(store: dist.Store, me: Peer, placement: Placement, where: str, hang_after: float) -> RollCall:
     """The finished roll call. Processes of our own launcher come at once, and can be started again."""
-    if placement.launcher != "spawned":
-        return meet(store, me, placement.size, where=where, seconds=MEETING_SECONDS)
+    ours = placement.launcher == "spawned"
     try:
-        return meet(store, me, placement.size, where=where, seconds=max(hang_after, STORE_SECONDS))
+        seconds = max(hang_after, STORE_SECONDS) if ours else MEETING_SECONDS
+        return meet(store, me, placement.size, where=where, seconds=seconds)
     except LaunchError as error:
-        raise Hang(str(error)) from None
+        raise (Hang(str(error)) if ours else error) from None
 
 
 def _store(placement: Placement, port: int, *, serve: bool, listen_fd: int | None = None) -> dist.TCPStore:
@@ -292,9 +295,5 @@ def _store(placement: Placement, port: int, *, serve: bool, listen_fd: int | Non
 
 def _reason(error: BaseException) -> str:
     """The first sentence of a backend's message, without the place in its source that it begins with."""
-    return re.sub(r"\[[^\]]*\.cc:\d+\]\s*", "", _first_line(error)).split(". ")[0]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"\[[^\]]*\.cc:\d+\]\s*", "", first_line).split(". ")[0]

@@ -20,7 +20,7 @@ ORDER: Sequence[str] = """
     rendezvous roll_call vitals watch world devices signals launch child spawn
     augment batches models optim
     gradients ledger evaluate pace
-    original distrust checkpoint store lock observe share
+    original distrust checkpoint store lock observe progress share
     train
     process folder prepare job assess
     compare board known trial ordeal faults chaos witness verify

@@ -174,6 +174,7 @@ def test_impossible_distances(name: str, text: str) -> None:
         ("0.5 s", None, 0.5),
         ("1 second", None, 1.0),
         ("2s", None, 2.0),
+        ("2 minutes", None, 120.0),
         ("500", 500, None),
         ("2 epochs", 20, None),
     ],
@@ -182,7 +183,7 @@ def test_checkpoints_by_time_or_by_steps(text: str, steps: int | None, seconds: 
     assert checkpoint_interval(text, 10) == (steps, seconds)
 
 
-@pytest.mark.parametrize("text", ["0 seconds", "0.0 s", "-1 s", "seconds", "1 minute"])
+@pytest.mark.parametrize("text", ["0 seconds", "0.0 s", "-1 s", "seconds", "1 hour"])
 def test_impossible_times(text: str) -> None:
     with pytest.raises(UsageError, match=r"^--checkpoint-every must be like '5 seconds', "):
         Run(checkpoint_every=text)

@@ -298,7 +298,7 @@ def test_nothing_but_damaged_checkpoints(undisturbed: Any, flags: tuple[object, 
     assert resumed["weights_sha256"] == undisturbed(2)["weights_sha256"]
     notes = [event["text"] for event in events(copy) if event["event"] == "notice"]
     assert [str(step) in note for step, note in zip((100, 80, 60), notes, strict=False)] == [True] * 3
-    assert "nothing to resume" in notes[3]
+    assert "there is no checkpoint yet" in notes[3]
 
 
 def test_auto_in_an_empty_folder_starts(

@@ -81,7 +81,11 @@ def test_before_there_is_anything_to_save(number: signal.Signals) -> None:
     with script(EARLY) as process:
         assert process.says() == "ready"
         process.signal(number)
-        assert process.ends() == (75, f"stopped by {number.name} before there was anything to save", "")
+        assert process.ends() == (
+            75,
+            f"stopped by {number.name} before training began: nothing new to save",
+            "",
+        )
 
 
 def test_a_signal_that_came_before_anybody_heard() -> None:
@@ -97,7 +101,7 @@ def test_a_signal_that_came_before_anybody_heard() -> None:
         os._exit(75)
     """
     with script(blocked) as process:
-        assert process.ends() == (75, "stopped by SIGTERM before there was anything to save", "")
+        assert process.ends() == (75, "stopped by SIGTERM before training began: nothing new to save", "")
 
 
 def test_no_failure_of_its_own_is_made_of_it() -> None:
@@ -180,7 +184,7 @@ def test_a_process_that_does_not_come_to_a_step_is_ended(how: str) -> None:
         code, stdout, stderr = process.ends()
     assert (code, stdout) == (75, "")
     assert stderr == (
-        "dmnist: asked to stop, but came to no common step within 0 s; not saved again: "
+        "dmnist: asked to stop, but not done after 0 s (a long step, or something hangs): "
         "a run goes on from its last checkpoint with --resume auto"
     )
 
@@ -200,12 +204,12 @@ def test_other_signals_mean_nothing() -> None:
 
 
 ORPHAN = """
+parent = os.getpid()
 if os.fork() == 0:
     signals._WATCH_SECONDS = 0.05
     stop = signals.StopSignals(Placement())
     stop.arm()
-    parent = os.getppid()
-    signals.end_with_parent()
+    signals.end_with(parent)
     say("ready")
     until(stop.requested)
     say(stop.requested() and os.getppid() != parent)

@@ -20,8 +20,9 @@ from distributed_mnist.spawn import Restarts
 
 NAME = r"rank {} \(pid \d+\) was ended by {}"
 MEMORY = r" \(out of memory, or by hand\)"
-AGAIN = "; starting again from the last checkpoint"
-GONE_ON = "; a run goes on from its last checkpoint with --resume auto"
+AGAIN = r"; starting again from the (last checkpoint|beginning)( \(restart \d+ of \d+ without a new one\))?"
+FLAGS = "--resume auto --out here"
+GONE_ON = f"; go on with {FLAGS}"
 LONG = 30.0
 
 Act = int | str
@@ -93,7 +94,7 @@ def told(capsys: pytest.CaptureFixture[str], *patterns: str) -> None:
 
 
 def no_progress(limit: int) -> Restarts:
-    return Restarts(limit, lambda: 5)
+    return Restarts(limit, lambda: 5, FLAGS)
 
 
 # ---- One end ---------------------------------------------------------------------------------------------
@@ -186,20 +187,21 @@ def test_it_gives_up(limit: int, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert launched.run(no_progress(limit)) == 8
     assert launched.groups() == limit + 1
     died = NAME.format(0, "SIGKILL") + MEMORY
-    often = f", {limit + 1} times in a row without a new checkpoint" if limit else ""
+    limited = rf" \(--max-restarts {limit}\)"
+    often = f"; failure {limit + 1} in a row without a checkpoint{limited}" if limit else ""
     told(capsys, *[died + AGAIN] * limit, died + often + GONE_ON)
 
 
 def test_without_restarts_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert Launched(tmp_path, ["SIGKILL", 8]).run() == 8
-    told(capsys, NAME.format(0, "SIGKILL") + MEMORY + GONE_ON)
+    told(capsys, NAME.format(0, "SIGKILL") + MEMORY)
 
 
 def test_getting_further_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """At most two in a row without: 1, 1, then further, and again 1, 1 and further."""
     reached = iter([0, 0, 7, 7, 7, 9, 9, 9, 9])
     launched = Launched(tmp_path, *[["SIGKILL", 8]] * 5, [0, 0])
-    assert launched.run(Restarts(3, lambda: next(reached))) == 0
+    assert launched.run(Restarts(3, lambda: next(reached), FLAGS)) == 0
     assert launched.groups() == 6
     told(capsys, *[NAME.format(0, "SIGKILL") + MEMORY + AGAIN] * 5)
 
@@ -208,7 +210,7 @@ def test_going_back_is_not_getting_further(tmp_path: Path) -> None:
     """The newest checkpoint was damaged and is gone: until it is passed nothing was gained."""
     reached = iter([90, 60, 75, 90, 90])
     launched = Launched(tmp_path, ["SIGKILL", 8])
-    assert launched.run(Restarts(2, lambda: next(reached))) == 8
+    assert launched.run(Restarts(2, lambda: next(reached), FLAGS)) == 8
     assert launched.groups() == 3
 
 
@@ -262,7 +264,7 @@ def test_asked_to_stop_nothing_is_started_again(
     asking.join()
     assert launched.groups() == 1
     assert heard == []
-    told(capsys, NAME.format(1, "SIGTERM"))
+    told(capsys, NAME.format(1, "SIGTERM") + f" while it was to stop{GONE_ON}")
 
 
 def test_asked_to_stop_between_two_groups(heard: list[int], tmp_path: Path) -> None:
@@ -276,7 +278,7 @@ def test_asked_to_stop_between_two_groups(heard: list[int], tmp_path: Path) -> N
         return 0
 
     launched = Launched(tmp_path, ["SIGKILL", 8], ["obey", "obey"])
-    assert launched.run(Restarts(3, reached)) == 75
+    assert launched.run(Restarts(3, reached, FLAGS)) == 75
     assert heard == []
 
 

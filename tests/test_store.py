@@ -109,7 +109,7 @@ def test_the_newest_is_found(tmp_path: Path) -> None:
     reader = RunStore(tmp_path, 3)
     found = reader.newest(silence)
     assert found is not None and found == (file(tmp_path, 11), encode(pack(11)()), 11)
-    reader.resumed_from(str(found[0]))
+    reader.resumed_from(str(found[0]), 11)
     assert reader.last_good() == str(file(tmp_path, 11))
 
 

@@ -167,22 +167,22 @@ def test_the_store_is_out_of_reach() -> None:
     """Then what the others do is not known either, so every rank tells it."""
     found = judged({0: replace(BUSY, step=40)}, ages={0: 30.1, 1: 30.1, 3: 30.1}, contact=30.1)
     assert found == (
-        "rank 0 (pid 100 on node0) or its store at node0 port 7 cannot be reached, "
-        f"last heard of training, step 40{TOLD}",
+        "rank 0 (pid 100 on node0) is stopped or cannot be reached (its store at node0 port 7): "
+        f"last heard of while training, step 40{TOLD}",
         2,
     )
 
 
 def test_the_store_is_out_of_reach_and_rank_zero_was_never_heard_of() -> None:
     assert judged({0: None, 1: None, 3: None}, contact=61.0) == (
-        f"rank 0 (pid 100 on node0) or its store at node0 port 7 cannot be reached{TOLD}",
+        f"rank 0 (pid 100 on node0) is stopped or cannot be reached (its store at node0 port 7){TOLD}",
         2,
     )
 
 
 def test_rank_zero_does_not_hear_its_own_store() -> None:
     assert judged({}, me=0, contact=61.0) == (
-        "rank 0 (pid 100 on node0) or its store at node0 port 7 cannot be reached; "
+        "rank 0 (pid 100 on node0) is stopped or cannot be reached (its store at node0 port 7); "
         "rank 0 waited 60 s for it in a sum, at step 41 (--hang-after 60)",
         0,
     )
@@ -220,7 +220,7 @@ def test_all_wait_and_one_does_so_in_its_long_phase() -> None:
 def test_asynchronous_devices() -> None:
     """The main thread is ahead of its device: one that stands in a step may wait for another rank."""
     stands = replace(BUSY, idle=61.0, where="train.py:150 train_step")
-    in_a_step = "in train.py:150 train_step at step 41"
+    in_a_step = "training (train.py:150 train_step) at step 41"
     assert judged({0: stands, 1: stands, 3: stands}, asynchronous=True) == (
         f"no rank goes on, though all are alive (rank 0 (pid 100 on node0) {in_a_step}, "
         f"rank 1 (pid 101 on node0) {in_a_step}, rank 2 (pid 102 on node1) in a sum at step 41, "
