@@ -38,6 +38,7 @@ class StopSignals:
         self._placement = placement
         self._armed, self._go_on = False, "--resume auto"
         self._received: str | None = None
+        self._interrupts = 0
         heard, struck = socket.socketpair()
         struck.setblocking(False)
         signal.set_wakeup_fd(struck.fileno(), warn_on_full_buffer=False)
@@ -57,8 +58,11 @@ class StopSignals:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         first, self._received = self._received is None, signal.Signals(number).name
-        if self._armed and not first and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C: the user does not want to wait
+        # A second Ctrl-C: the user does not want to wait. (After the first one our launcher's SIGTERM comes
+        # too, before the terminal's SIGINT or after it.)
+        self._interrupts += number == signal.SIGINT
+        if self._armed and number == signal.SIGINT and self._interrupts > 1:
+            raise KeyboardInterrupt
         if not self._armed and first:
             raise StoppedEarly(f"stopped by {self._received} before training began: nothing new to save")
 

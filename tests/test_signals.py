@@ -51,6 +51,11 @@ class Process:
     def signal(self, number: int) -> None:
         self._process.send_signal(number)
 
+    def tells(self, line: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+
     def says(self) -> str:
         return self._output.readline().strip()
 
@@ -64,6 +69,7 @@ class Process:
 def script(text: str, *arguments: object) -> Iterator[Process]:
     process = subprocess.Popen(
         [sys.executable, "-c", HEAD + textwrap.dedent(text), *map(str, arguments)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -167,6 +173,28 @@ def test_sigterm_twice_is_asked_once() -> None:
         assert process.says() == "heard"
         process.signal(signal.SIGTERM)
         assert process.ends()[0] == 75
+
+
+def test_the_launchers_sigterm_and_one_ctrl_c_are_not_two() -> None:
+    """A terminal sends Ctrl-C to all, and our launcher passes it on: in either order it is asked once."""
+    both = """
+    try:
+        say("ready")
+        until(stop.requested)
+        say("heard")
+        until(lambda: sys.stdin.readline() == "go on\\n")
+        say("asked")
+    except KeyboardInterrupt:
+        say("at once")
+    os._exit(75)
+    """
+    with script(ARMED + textwrap.dedent(both), 0) as process:
+        assert process.says() == "ready"
+        process.signal(signal.SIGTERM)
+        assert process.says() == "heard"
+        process.signal(signal.SIGINT)
+        process.tells("go on")
+        assert process.ends() == (75, "asked", "")
 
 
 STUCK = {
