@@ -4,6 +4,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -224,6 +225,43 @@ def test_all_that_were_handed_over_are_written_in_their_order(tmp_path: Path) ->
     assert [step_in(path) for path in checkpoints_in(tmp_path / "checkpoints")] == [4, 5]
     assert newest_step(tmp_path) == 5
     assert newest_step(tmp_path / "nowhere") == -1
+
+
+def test_who_goes_back_does_not_jump_ahead_again(tmp_path: Path) -> None:
+    """A run resumed from an earlier checkpoint, that dies before its first own one, goes on from there."""
+    writer = RunStore(tmp_path, 5)
+    for step in (80, 160, 320):
+        save(writer, step)
+    again = RunStore(tmp_path, 5)
+    again.resumed_from(str(file(tmp_path, 80)), 80)
+    assert newest_step(tmp_path) == 80
+    assert names(tmp_path) == [file(tmp_path, 80).name, *(f"step_00000{n}.pt.before" for n in (160, 320))]
+    found = RunStore(tmp_path, 5).newest(silence)
+    assert found is not None and found[2] == 80
+    save(again, 96)
+    assert newest_step(tmp_path) == 96
+
+
+def test_copies_of_the_state_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the disk is slower than the checkpoints come, the training waits for it."""
+    room = threading.Event()
+    store = RunStore(tmp_path, 3, every_seconds=1e-9)
+    written = store.write
+
+    def slowly(path: Path, content: dict[str, Any], *, best: bool) -> None:
+        assert room.wait(60)
+        written(path, content, best=best)
+
+    monkeypatch.setattr(store, "write", slowly)
+    store.save(pack(1), best=False)
+    assert not store.due()
+    second = threading.Thread(target=store.save, args=(pack(2),), kwargs={"best": False})
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()
+    room.set()
+    second.join(60)
+    assert [saved.step for saved in store.finished(wait=True)] == [1, 2]
 
 
 def test_another_is_due_by_the_clock(tmp_path: Path) -> None:
