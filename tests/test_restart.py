@@ -290,8 +290,9 @@ def test_one_loops_in_a_users_model(rank: int, digits: Path, undisturbed: Any, t
     same(run, ended, undisturbed, groups=2)
 
 
-def test_a_hang_that_comes_again(digits: Path, tmp_path: Path) -> None:
-    flags = ("--hang-after", HANG, "--max-restarts", 0)
+@pytest.mark.parametrize("sync", ["tree", "ddp"])
+def test_a_hang_that_comes_again(sync: str, digits: Path, tmp_path: Path) -> None:
+    flags = ("--hang-after", HANG, "--max-restarts", 0, "--sync", sync)
     with Run(digits, tmp_path, *flags, TROUBLE="loop 1 train 100") as run:
         run.hurry()
         ended = run.ends()
