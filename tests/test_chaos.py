@@ -120,7 +120,7 @@ def test_a_short_soak() -> None:
     assert told["chaos"]["faults"] == told["chaos"]["kinds"]["all"]["count"] == 4
     assert told["chaos"]["failures"] == 0
     assert "--seed 3" in done.stderr
-    undisturbed = [one for one in told["runs"] if one["what"] == "undisturbed"]
+    undisturbed = [one for one in told["runs"] if one["what"] == "a longer job, undisturbed"]
     struck = [one for one in told["runs"] if one["what"].startswith("run ")]
     assert struck
     assert {one["weights_sha256"] for one in struck} == {undisturbed[0]["weights_sha256"]}

@@ -193,7 +193,7 @@ def test_sizes() -> None:
     assert verify.sizes_to_try(3, "cpu") == [1, 2, 3]
     assert verify.sizes_to_try(1, "cpu") == [1, 1]
     assert verify.sizes_to_try(None, "cpu") in ([1, 2], [1, 2, 3], [1, 2, 3, 4])
-    with pytest.raises(UsageError, match="9 processes cannot share 8 shards"):
+    with pytest.raises(UsageError, match="^--nproc must be between 1 and 8, not 9$"):
         verify.sizes_to_try(9, "cpu")
 
 
@@ -278,7 +278,7 @@ def test_json_says_what_the_board_says(capsys: pytest.CaptureFixture[str]) -> No
         ("--chaos --faults 0", "--faults must be at least 1, not 0"),
         ("--chaos --seed -1", "--seed"),
         ("--nproc 0", "--nproc must be at least 1"),
-        ("--nproc 9", "9 processes cannot share 8 shards"),
+        ("--nproc 9", "--nproc must be between 1 and 8, not 9"),
         ("surplus", "verify does not know what to do with 'surplus'"),
         ("--device tpu", "--device must be auto or cpu"),
     ],
