@@ -193,7 +193,7 @@ def test_sizes() -> None:
     assert verify.sizes_to_try(3, "cpu") == [1, 2, 3]
     assert verify.sizes_to_try(1, "cpu") == [1, 1]
     assert verify.sizes_to_try(None, "cpu") in ([1, 2], [1, 2, 3], [1, 2, 3, 4])
-    with pytest.raises(UsageError, match="^--nproc must be between 1 and 8, not 9$"):
+    with pytest.raises(UsageError, match=r"^--nproc must be between 1 and 8, not 9$"):
         verify.sizes_to_try(9, "cpu")
 
 
