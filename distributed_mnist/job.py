@@ -13,7 +13,7 @@ from .digest import digest
 from .errors import DmnistError, Interrupted, OutputError, WorkerLost
 from .evaluate import Evaluation
 from .folder import Folder, described, open_folder, open_store, read_named, refuse_mismatch, resume
-from .lock import write_json
+from .lock import RunLock, write_json
 from .models import Traits, find_factory
 from .observe import JsonLines, Many, Notices, NullSink, Sink, Terminal
 from .optim import make_optimizer
@@ -110,9 +110,8 @@ def run(
     finally:
         store.finished(wait=True)  # what is being written is kept, however this ends
         sink.close()
-    finish(folder, result)
-    if state.unsaved and world.rank == 0:
-        raise OutputError(f"trained, but {state.unsaved}")
+    if folder.lock is not None:  # else it is another rank's to write
+        finish(folder.path, folder.lock, state, result)
     return result
 
 
@@ -127,11 +126,12 @@ def remarks(world: World, recipe: Recipe, data: Data, threads: int, folder: Fold
     return lines
 
 
-def finish(folder: Folder, result: dict[str, Any]) -> None:
-    """Write the result, where the folder is this rank's to write, and let others in."""
-    if folder.lock is not None:
-        write_json(folder.path / "result.json", result)
-        folder.lock.release()
+def finish(path: Path, lock: RunLock, state: State, result: dict[str, Any]) -> None:
+    """Write the result and let others in. Raises `OutputError` if the final weights are not on disk."""
+    write_json(path / "result.json", result)
+    lock.release()
+    if state.unsaved:
+        raise OutputError(f"trained, but {state.unsaved}")
 
 
 def train_and_sum_up(state: State, job: Job, data: Data, folder: Path, began: float) -> dict[str, Any]:

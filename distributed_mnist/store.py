@@ -6,6 +6,7 @@ Writing goes on beside the training, in a thread of its own. Only some ranks hav
 
 import contextlib
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent import futures
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ class NullStore:
         return None
 
 
-class BackgroundStore:
+class BackgroundStore(ABC):
     """Writes one checkpoint at a time in a thread; a subclass says where (`path_of`) and how (`write`)."""
 
     def __init__(self, every_seconds: float | None) -> None:
@@ -120,13 +121,13 @@ class BackgroundStore:
             return Saved(content["step"], str(path), time.monotonic() - began, problem)
         return Saved(content["step"], str(path), time.monotonic() - began)
 
+    @abstractmethod
     def path_of(self, content: Content) -> Path:
         """Where a checkpoint goes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, path: Path, content: Content, *, best: bool) -> None:
         """Put a checkpoint on disk. Raises `OSError`."""
-        raise NotImplementedError
 
     def finished(self, *, wait: bool) -> list[Saved]:
         """See `Store`."""

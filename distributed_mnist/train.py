@@ -178,7 +178,8 @@ def require_same_weights(state: State, world: World) -> None:
 def save(state: State, job: Job, *, best: bool) -> None:
     """Begin to write a checkpoint of this moment; the training goes on meanwhile."""
     require_same_weights(state, job.world)
-    job.store.save(job.pack, best=best)
+    with job.world.vitals.during("saving a checkpoint", _DISK_SECONDS):
+        job.store.save(job.pack, best=best)
 
 
 def note_saved(state: State, job: Job, *, wait: bool) -> None:
