@@ -267,6 +267,35 @@ def test_asked_to_stop_nothing_is_started_again(
     told(capsys, NAME.format(1, "SIGTERM") + f" while it was to stop{GONE_ON}")
 
 
+def test_ctrl_c_twice_while_one_hangs(
+    heard: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever presses it twice does not want to wait for those who do not listen."""
+
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)  # a person; two at once would be one signal
+        os.kill(os.getpid(), signal.SIGINT)
+
+    asking = when(tmp_path / "waits.1.0", twice)
+    launched = Launched(tmp_path, ["deaf", "deaf"])
+    assert launched.run(no_progress(3)) == 130
+    asking.join()
+    assert launched.groups() == 1
+    assert heard == []
+    told(capsys, "stopped at once; nothing saved since the last checkpoint")
+
+
+def test_a_deaf_group_is_ended_in_the_end(
+    heard: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spawn, "OBEY_SECONDS", 0.5)
+    asking = when(tmp_path / "waits.1.0", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert Launched(tmp_path, ["deaf", "deaf"]).run(no_progress(3)) == 75
+    asking.join()
+    told(capsys, "rank 0, 1 did not obey, and was ended")
+
+
 def test_asked_to_stop_between_two_groups(heard: list[int], tmp_path: Path) -> None:
     """One has ended, the next is not there yet."""
     looked = []
