@@ -20,6 +20,7 @@ from .aside import written_aside
 from .digest import digest
 from .distrust import require_bounded, sound
 from .errors import CheckpointError, reason
+from .muon import Muon
 
 FORMAT = 1
 
@@ -176,9 +177,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], name
         if count != sum(len(group["params"]) for group in current["param_groups"]):
             raise ValueError("it has another number of parameters")
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        needed = _NEEDED if isinstance(optimizer, torch.optim.Adam) else set[str]()  # AdamW is one too
-        for of_one in saved["state"].values():
-            if lacking := {key for key in needed if of_one.get(key) is None}:
+        needed = [_needed(optimizer, group) for group in optimizer.param_groups for _ in group["params"]]
+        for i, of_one in saved["state"].items():
+            if lacking := {key for key in needed[i] if of_one.get(key) is None}:
                 raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
         state = {
             i: {k: _like(parameters[i], k, v) for k, v in s.items()} for i, s in saved["state"].items()
@@ -186,6 +187,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], name
         optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
     except (KeyError, IndexError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{name}: its optimizer state does not fit: {error}") from error
+
+
+def _needed(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> set[str]:
+    """What a step takes for granted in the state of this group's parameters."""
+    if isinstance(optimizer, Muon):
+        return {"momentum_buffer"} if group["matrices"] else _NEEDED
+    return _NEEDED if isinstance(optimizer, torch.optim.Adam) else set()  # AdamW is one too
 
 
 def _like(parameter: torch.Tensor, key: str, value: Any) -> Any:

@@ -18,7 +18,7 @@ from .errors import UsageError
 
 Sync = Literal["tree", "ddp"]
 Precision = Literal["fp32", "bf16"]
-Optimizer = Literal["adam", "adamw", "sgd"]
+Optimizer = Literal["adam", "adamw", "sgd", "muon"]
 Schedule = Literal["constant", "step", "cosine", "one-cycle"]
 
 
@@ -117,10 +117,12 @@ class Recipe:
     torch module. It is found from the current directory, or among installed packages."""
     epochs: int = 3
     """How many times to go through the training images."""
+    steps: int = 0
+    """The most steps to take: the run ends there, in the midst of an epoch if need be. 0 sets no limit."""
     batch_size: int = 256
     """Images per step, over all processes together (the global batch)."""
     optimizer: Optimizer = "adam"
-    """Optimizer."""
+    """Optimizer; muon makes the steps of hidden layers orthogonal, and leaves the rest to Adam."""
     lr: float = 0.001
     """Learning rate; where the schedule moves it, the highest."""
     beta1: float = 0.9
@@ -128,9 +130,11 @@ class Recipe:
     beta2: float = 0.999
     """Adam's decay of the running mean of squared gradients."""
     momentum: float = 0.9
-    """Momentum of sgd."""
+    """Momentum of sgd and muon."""
+    adam_lr: float = 0.005
+    """With --optimizer muon, the highest learning rate of what Adam does: biases and the last layer."""
     weight_decay: float = 0.0
-    """Weight decay: decoupled with adamw, otherwise added to the gradient."""
+    """Weight decay: decoupled with adamw and muon, otherwise added to the gradient."""
     schedule: Schedule = "constant"
     """How the learning rate changes over the steps."""
     decay_every: int = 10
@@ -161,14 +165,19 @@ class Recipe:
         """Raises `UsageError` for impossible values."""
         for name in ("epochs", "batch_size", "decay_every", "shards"):
             require(getattr(self, name) >= 1, name, "at least 1", self)
-        for name in ("weight_decay", "shift", "rotate"):
+        for name in ("steps", "weight_decay", "shift", "rotate"):
             require(0 <= getattr(self, name) < math.inf, name, "zero or more", self)
         for name in ("beta1", "beta2", "momentum", "label_smoothing", "scale"):
             require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", self)
-        for name in ("lr", "decay_factor"):
+        for name in ("lr", "adam_lr", "decay_factor"):
             require(0 < getattr(self, name) < math.inf, name, "above zero", self)
         require(0 <= self.warmup <= 1, "warmup", "between 0 and 1", self)
         require(0 <= self.seed < 2**63, "seed", "between 0 and 2^63 - 1", self)
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Steps of the whole run."""
+        every = self.epochs * steps_per_epoch
+        return min(self.steps, every) if self.steps else every
 
     def check_size(self, world_size: int) -> None:
         """Raise `UsageError` for more ranks than shards: some would have nothing to do."""
@@ -204,12 +213,12 @@ class Recipe:
     def differences(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:
         """Fields in which two recipes differ in a way that moves the weights: name to (self, other).
 
-        The number of epochs counts only where the learning rate looks ahead to the end of the run:
+        The numbers of epochs and steps count only where the learning rate looks ahead to the run's end:
         with a constant or stepwise rate a longer run begins exactly like a shorter one.
         """
         mine, theirs = self.to_dict(), other.to_dict()
         if self.schedule in ("constant", "step"):
-            theirs["epochs"] = mine["epochs"]
+            theirs |= {name: mine[name] for name in ("epochs", "steps")}
         return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
 
 

@@ -199,9 +199,10 @@ def refuse_mismatch(content: Content, name: str, recipe: Recipe, data: Data) -> 
         shown = ", ".join(f"{flag(key)} {old} there, {new} here" for key, (old, new) in differences.items())
         hint = "; the rate of this recipe looks ahead to the last epoch" if "epochs" in differences else ""
         raise CheckpointError(f"{name} is of another recipe: {shown}{hint}")
-    if content["step"] > recipe.epochs * content["steps_per_epoch"]:
+    if content["step"] > recipe.total_steps(content["steps_per_epoch"]):
+        limit = f", --steps {recipe.steps}" if recipe.steps else ""
         raise CheckpointError(
-            f"{name} is past the end: step {content['step']}, --epochs {recipe.epochs} here"
+            f"{name} is past the end: step {content['step']}, --epochs {recipe.epochs}{limit} here"
         )
     theirs = content["dataset"]
     if theirs["sha256"] != data.sha256:

@@ -82,7 +82,7 @@ def run(
         save_every=save_steps,
         eval_every=steps_between(options.eval_every, batches.steps_per_epoch, "eval_every"),
     )
-    total = recipe.epochs * batches.steps_per_epoch
+    total = recipe.total_steps(batches.steps_per_epoch)
     sink.log(
         "start",
         lines=describe(world, recipe, data, traits, title, threads, folder.path),
@@ -188,10 +188,13 @@ def describe(
     group = _count(world.size, "process", "processes")
     if world.size > 1:
         group += f" ({world.launcher}, {world.backend})"
+    length = _count(recipe.epochs, "epoch")
+    if recipe.steps:
+        length = f"at most {_count(recipe.steps, 'step')} or {length}"
     per = f", {_count(threads, 'thread')} each" if world.device.type == "cpu" else ""
     return {
         "recipe": f"{title}: {recipe.model} with {traits.parameters:,} parameters, "
-        f"{_count(recipe.epochs, 'epoch')} in batches of {recipe.batch_size}, "
+        f"{length} in batches of {recipe.batch_size}, "
         f"{how} over {_count(recipe.shards, 'shard')}, {recipe.precision}, seed {recipe.seed}",
         "data": f"{data.name}, {len(data.train):,} + {len(data.test):,} images, {data.source}",
         "world": f"{group} on {world.device.type}{per}",

@@ -5,6 +5,7 @@ No layer may mix samples: batch statistics would make the answer depend on how a
 """
 
 import importlib
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,7 +61,27 @@ def cnn(classes: int) -> nn.Module:
     )
 
 
-MODELS: dict[str, Callable[[int], nn.Module]] = {"linear": Linear, "mlp": mlp, "cnn": cnn}
+def cnn_small(classes: int) -> nn.Module:
+    """Three convolutions, strides for pooling: 33,658 parameters for ten classes, a third of `cnn`'s work.
+
+    Orthogonal convolutions keep the first signals and gradients at one size (Saxe and others, 2014); a
+    last layer of zeros begins from even odds.
+    """
+    last = nn.Linear(64 * 4 * 4, classes)
+    nn.init.zeros_(last.weight)
+    convolutions = [nn.Conv2d(1, 16, 4, stride=2), nn.Conv2d(16, 32, 3, stride=2), nn.Conv2d(32, 64, 3)]
+    for layer in convolutions:
+        nn.init.orthogonal_(layer.weight, math.sqrt(2))
+    first, second, third = convolutions
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third, nn.ReLU(), nn.Flatten(), last)
+
+
+MODELS: dict[str, Callable[[int], nn.Module]] = {
+    "linear": Linear,
+    "mlp": mlp,
+    "cnn": cnn,
+    "cnn-small": cnn_small,
+}
 
 
 @dataclass(frozen=True)

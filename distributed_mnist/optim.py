@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .config import Recipe
+from .muon import Muon
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
@@ -22,6 +23,15 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
             nesterov=recipe.momentum > 0,
             fused=fused,
         )
+    if recipe.optimizer == "muon":
+        return Muon(
+            parameters,
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            adam_ratio=recipe.adam_lr / recipe.lr,
+            betas=(recipe.beta1, recipe.beta2),
+            weight_decay=recipe.weight_decay,
+        )
     adam = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
     return adam(
         parameters,
@@ -33,7 +43,7 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def make_schedule(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
-    """`lr_at(step)` for steps `0 .. epochs * steps_per_epoch - 1`.
+    """`lr_at(step)` for steps `0 .. recipe.total_steps(steps_per_epoch) - 1`.
 
     - constant: `lr`.
     - step: `lr * decay_factor ** (epoch // decay_every)`, the original script's rule.
@@ -42,7 +52,7 @@ def make_schedule(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float
     - one-cycle: a linear rise from `lr / 10`, then a linear fall to `lr / 1000`
       (after Smith, "A disciplined approach to neural network hyper-parameters", 2018).
     """
-    total = recipe.epochs * steps_per_epoch
+    total = recipe.total_steps(steps_per_epoch)
     rising = recipe.warmup * total
 
     def constant(step: int) -> float:

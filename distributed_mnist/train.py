@@ -101,7 +101,7 @@ def train(state: State, job: Job) -> Evaluation:
     the loss is not finite.
     """
     recipe, world = job.recipe, job.world
-    total = recipe.epochs * job.batches.steps_per_epoch
+    total = recipe.total_steps(job.batches.steps_per_epoch)
     lr_at = make_schedule(recipe, job.batches.steps_per_epoch)
     largest = job.batches.size(0)
     room = max(1, min(256, 2**20 // largest))  # steps a ledger holds: about 8 MiB of sample ids

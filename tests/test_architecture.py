@@ -18,7 +18,7 @@ ORDER: Sequence[str] = """
     config digest
     idx catalog locate decode download strokes generated datasets
     rendezvous roll_call vitals watch world devices signals launch child spawn
-    augment batches models optim
+    augment batches models muon optim
     gradients ledger evaluate pace
     original distrust checkpoint store lock observe progress share
     train

@@ -24,12 +24,14 @@ NAN, INF = float("nan"), float("inf")
 OTHER: dict[str, Any] = {
     "model": "mlp",
     "epochs": 7,
+    "steps": 30,
     "batch_size": 100,
     "optimizer": "sgd",
     "lr": 0.5,
     "beta1": 0.5,
     "beta2": 0.5,
     "momentum": 0.5,
+    "adam_lr": 0.5,
     "weight_decay": 0.5,
     "schedule": "cosine",
     "decay_every": 3,
@@ -233,7 +235,7 @@ def test_distances(text: str, steps: int) -> None:
         ({"lr": [0.1]}, "here: lr must be float, not [0.1]"),
         ({"model": 3}, "here: model must be str, not 3"),
         ({"sync": "ring"}, "here: sync must be one of tree, ddp, not 'ring'"),
-        ({"optimizer": ["sgd"]}, "here: optimizer must be one of adam, adamw, sgd, not ['sgd']"),
+        ({"optimizer": ["sgd"]}, "here: optimizer must be one of adam, adamw, sgd, muon, not ['sgd']"),
         ({"precision": "fp8"}, "here: precision must be one of fp32, bf16, not 'fp8'"),
         ({"schedule": 1}, "here: schedule must be one of constant, step, cosine, one-cycle, not 1"),
     ],
@@ -330,6 +332,19 @@ def test_epochs_count_where_the_rate_looks_ahead(schedule: Any, counts: bool) ->
     assert short.differences(long) == ({"epochs": (2, 5)} if counts else {})
     assert long.differences(short) == ({"epochs": (5, 2)} if counts else {})
     assert short.differences(long.replace(seed=1))["seed"] == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "counts"), [("constant", False), ("step", False), ("cosine", True), ("one-cycle", True)]
+)
+def test_steps_count_where_the_rate_looks_ahead(schedule: Any, counts: bool) -> None:
+    short, long = Recipe(steps=20, schedule=schedule), Recipe(steps=50, schedule=schedule)
+    assert short.differences(long) == ({"steps": (20, 50)} if counts else {})
+
+
+@pytest.mark.parametrize(("steps", "total"), [(0, 30), (1, 1), (29, 29), (30, 30), (31, 30)])
+def test_a_run_ends_with_its_steps_or_its_epochs(steps: int, total: int) -> None:
+    assert Recipe(epochs=3, steps=steps).total_steps(10) == total
 
 
 def test_more_processes_than_shards() -> None:
