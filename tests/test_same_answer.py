@@ -26,6 +26,7 @@ CASES = {
     "mlp, 11 shards": "--recipe classic --model mlp --epochs 2 --batch-size 183 --shards 11",
     "cnn, augmented": "--epochs 1 --batch-size 300 --shift 2 --rotate 15 --scale 0.1 --seed 5",
     "dropout": "--recipe classic --model networks:dropout --epochs 2 --batch-size 97 --optimizer sgd",
+    "fast": "--recipe fast --steps 7 --batch-size 130",
     "bf16": "--recipe classic --model mlp --epochs 1 --batch-size 130 --precision bf16",
 }
 
