@@ -47,13 +47,15 @@ class Peer:
     """Of its host, on the way to rank 0's; empty on that host itself."""
     starter: str = ""
     """See `Placement`."""
+    port: int = 0
+    """Where it can be reached there, if it listens."""
 
     @classmethod
-    def here(cls, placement: Placement) -> Self:
+    def here(cls, placement: Placement, port: int = 0) -> Self:
         """This process."""
         one_host = placement.local_size == placement.size
         address = "" if one_host else address_towards(placement.host)
-        return cls(placement.rank, socket.gethostname(), os.getpid(), address, placement.starter)
+        return cls(placement.rank, socket.gethostname(), os.getpid(), address, placement.starter, port)
 
     def __str__(self) -> str:
         return f"rank {self.rank} (pid {self.pid} on {self.host})"

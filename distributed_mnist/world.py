@@ -1,45 +1,52 @@
 """The group of processes that train together, and everything they say to each other.
 
-A `World` is made once and passed in. Its methods are the program's collectives: nothing else touches
-`torch.distributed`. Alone (size 1) every collective is the identity and no process group exists.
+A `World` is made once and passed in. Its methods are the program's collectives. Alone (size 1) every
+collective is the identity and there is nothing to speak through.
 """
 
 import contextlib
 import math
 import pickle
-import re
 import socket
-from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
-from typing import Any, Self, TypeVar
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from . import environment, rendezvous
-from .errors import Hang, LaunchError, WorkerLost, described
+from .errors import WorkerLost, described
+from .meeting import MEETING_SECONDS, Meeting, reason_of
+from .mesh import Mesh, open_door
 from .placement import Placement
-from .roll_call import Peer, RollCall, meet
+from .roll_call import Peer
+from .torch_group import TorchGroup, backend_for, speaks_of_a_lost_peer
 from .vitals import Vitals
 from .watch import Watch
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(hours=1)  # the backend's, which names nobody: the group's watch is there long before
-_LOST = re.compile(r"gloo/transport|[Cc]onnection|\bpeer\b|NCCL|[Tt]imed? ?out|\b[Ss]tore\b", re.ASCII)
-MEETING_SECONDS = 300.0  # hosts of one job can be minutes apart in starting
-STORE_SECONDS = 30.0  # a store that the launcher keeps is there before we are
-_STALE = "; if that host is gone, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started"
+
+class Collectives(Protocol):
+    """What a group speaks through: `Mesh` or `TorchGroup`. For what each does see `World`."""
+
+    def gather(self, tensor: Tensor) -> Tensor: ...  # noqa: D102
+    def exchange(self, rows: Tensor) -> Tensor: ...  # noqa: D102
+    def swap(self, sent: Mapping[int, Tensor], received: Mapping[int, Tensor]) -> None: ...  # noqa: D102
+    def broadcast_(self, tensor: Tensor, src: int) -> Tensor: ...  # noqa: D102
+    def sum_(self, tensor: Tensor) -> Tensor: ...  # noqa: D102
+    def max_(self, tensor: Tensor) -> Tensor: ...  # noqa: D102
+    def close(self) -> None: ...  # noqa: D102
 
 
 class World:
     """One process's view of its group: who it is, its device, and the collectives.
 
-    Attributes: `rank`, `size`, `local_rank`, `local_size`, `device`, `backend` ("gloo", "nccl", "xccl" or
-    "none"), `launcher`, `restarts` (as it counts them), `peers` (who they are), `vitals` (what this rank
-    tells about itself). Collectives must be called by all ranks in the same order. A peer that dies makes
-    them raise `WorkerLost`; one that does not go on ends this process, see `watch`.
+    Attributes: `rank`, `size`, `local_rank`, `local_size`, `device`, `backend` ("sockets" on CPU, else
+    torch's name; "none" alone), `launcher`, `restarts` (as it counts them), `peers` (who they are),
+    `vitals` (what this rank tells about itself), `seconds_speaking` (spent in collectives so far).
+    Collectives must be called by all ranks in the same order. A peer that dies makes them raise
+    `WorkerLost`; one that does not go on ends this process, see `watch`.
     """
 
     def __init__(
@@ -48,16 +55,21 @@ class World:
         device: torch.device,
         backend: str,
         *,
-        peers: Sequence[Peer] | None = None,
+        meeting: Meeting | None = None,
         vitals: Vitals | None = None,
     ) -> None:
         self.rank, self.size = placement.rank, placement.size
         self.local_rank, self.local_size = placement.local_rank, placement.local_size
         self.launcher, self.restarts = placement.launcher, placement.restarts
         self.device, self.backend = device, backend
-        self.peers = list(peers or [Peer.here(placement)])
+        self.peers = meeting.peers if meeting else [Peer.here(placement)]
         self.vitals = vitals or Vitals(math.inf)
+        self.seconds_speaking = 0.0
+        self._placement, self._meeting = placement, meeting
         self._watch: Watch | None = None
+        self._through: Collectives | None = None
+        self._process_group: TorchGroup | None = None
+        self._torchs = backend  # of torch's process group
 
     @classmethod
     def connect(
@@ -71,53 +83,45 @@ class World:
     ) -> Self:
         """Meet the other ranks and return the group.
 
-        `listener` is a bound and listening socket for rank 0's store, where a launcher of ours holds one.
-        `hang_after`, in seconds and the same on all ranks, is how long the group may stand still.
-        Raises `LaunchError` if the others cannot be met.
+        `backend` is torch's name for one, for its process group, where it shall not be the device's usual.
+        `listener` is a bound
+        and listening socket for rank 0's store, where a launcher of ours holds one. `hang_after`, in
+        seconds and the same on all ranks, is how long the group may stand still. Raises `LaunchError` if
+        the others cannot be met.
         """
         if placement.size == 1:
             return cls(placement, device, "none")
-        backend = backend or _backend_for(device)
-        store = _meet(placement, listener)
-        where = f"{placement.host} port {store.port}"
-        jobs = dist.PrefixStore(placement.job, store)
-        me = Peer.here(placement)
-        try:
-            call = _everyone(jobs, me, placement, where, hang_after)
-            own = _store(placement, store.port, serve=False)  # another connection: this one may block
-        except RuntimeError as error:
-            raise WorkerLost(f"lost rank 0 while meeting at {where} ({_reason(error)})") from error
-        if placement.local_size < placement.size:
-            others = [peer.address for peer in call.peers if peer.address]
-            if (interface := rendezvous.interface_towards([placement.host, *others])) is not None:
-                environment.talk_over(interface)
+        backend = backend or backend_for(device)
+        door = open_door() if device.type == "cpu" else None
+        meeting = Meeting(placement, listener, door.getsockname()[1] if door else 0, hang_after)
         vitals = Vitals(hang_after)
-        world = cls(placement, device, backend, peers=call.peers, vitals=vitals)
+        world = cls(placement, device, "sockets" if door else backend, meeting=meeting, vitals=vitals)
+        world._torchs = backend
         world._watch = Watch(
             placement,
-            call.peers,
+            meeting.peers,
             vitals,
-            dist.PrefixStore(call.attempt, dist.PrefixStore(placement.job, own)),
+            meeting.signs,
             limit=hang_after,
-            where=where,
-            asynchronous=device.type != "cpu",
+            where=meeting.where,
+            asynchronous=door is None,
         )
         vitals.enter("meeting", patience=MEETING_SECONDS)
         world._watch.start()
-        try:
-            with world.speaking("first meeting"):
-                dist.init_process_group(
-                    backend,
-                    store=dist.PrefixStore(call.attempt, jobs),
-                    rank=placement.rank,
-                    world_size=placement.size,
-                    timeout=TIMEOUT,
-                    device_id=device if device.type != "cpu" else None,
-                )
-        except (RuntimeError, ValueError) as error:
-            raise LaunchError(f"cannot join the group: {_reason(error)}") from error
+        if door:
+            world._through = Mesh(placement.rank, meeting.peers, door, placement.host, meeting.word)
+        else:
+            world._through = world.join_process_group()
         world.barrier()  # or a rank that fails at once would break the others' connecting
         return world
+
+    def join_process_group(self) -> TorchGroup:
+        """torch's process group, which DistributedDataParallel needs; made once, by all ranks together."""
+        if self._process_group is None:
+            assert self._meeting is not None
+            with self.speaking("first meeting"):
+                self._process_group = TorchGroup(self._placement, self._meeting, self._torchs, self.device)
+        return self._process_group
 
     def close(self) -> None:
         """Leave the group, all at once. Call it when nothing is under way."""
@@ -125,7 +129,8 @@ class World:
             self.barrier()  # a launcher may end those that are left when the first has gone
             if self._watch is not None:
                 self._watch.stop()
-            dist.destroy_process_group()
+            for group in {self._through, self._process_group} - {None}:
+                group.close()
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add the ranks' tensors up, in place, on every rank.
@@ -133,41 +138,43 @@ class World:
         The order of additions is the backend's. Integers are exact; so are floats of which, in each
         place, at most one rank's is not zero. That is how the program keeps its sums exact.
         """
-        if self.size > 1:
+        if self._through:
             with self.speaking("sum"):
-                dist.all_reduce(tensor)
+                self._through.sum_(tensor)
         return tensor
 
     def max_(self, tensor: Tensor) -> Tensor:
         """The largest of the ranks' values in each place, in place, on every rank."""
-        if self.size > 1:
+        if self._through:
             with self.speaking("maximum"):
-                dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+                self._through.max_(tensor)
         return tensor
 
     def gather(self, tensor: Tensor) -> Tensor:
         """All ranks' tensors, stacked by rank: `(...)` to `(size, ...)` on every rank."""
-        if self.size == 1:
+        if not self._through:
             return tensor.unsqueeze(0)
-        gathered = tensor.new_empty((self.size, *tensor.shape))
         with self.speaking("gather"):
-            dist.all_gather(list(gathered.unbind()), tensor.contiguous())
-        return gathered
+            return self._through.gather(tensor)
 
     def exchange(self, tensor: Tensor) -> Tensor:
         """Row `j` goes to rank `j`; row `i` of the answer came from rank `i`. `(size, ...)` both ways."""
-        if self.size == 1:
+        if not self._through:
             return tensor
-        received = torch.empty_like(tensor)
         with self.speaking("exchange"):
-            dist.all_to_all_single(received, tensor)
-        return received
+            return self._through.exchange(tensor)
+
+    def swap(self, sent: Mapping[int, Tensor], received: Mapping[int, Tensor]) -> None:
+        """Send contiguous tensors to some ranks and receive from some, all at once; by rank."""
+        if self._through:
+            with self.speaking("swap"):
+                self._through.swap(sent, received)
 
     def broadcast_(self, tensor: Tensor, src: int = 0) -> Tensor:
         """Rank `src`'s values, in place, on every rank."""
-        if self.size > 1:
+        if self._through:
             with self.speaking("broadcast"):
-                dist.broadcast(tensor, src=src)
+                self._through.broadcast_(tensor, src)
         return tensor
 
     def broadcast_bytes(self, data: bytes | None, src: int = 0) -> bytes:
@@ -227,73 +234,23 @@ class World:
         self.sum_(torch.zeros(1, device=self.device))
 
     @contextlib.contextmanager
-    def speaking(self, what: str) -> Iterator[None]:
-        """Around whatever waits for other ranks: a backend's complaint of a lost one is `WorkerLost`."""
+    def speaking(self, what: str, *, only: bool = True) -> Iterator[None]:
+        """Around whatever waits for other ranks: a backend's complaint of a lost one is `WorkerLost`.
+
+        `only` is false where that is not all that happens inside, so that its time is not all exchange.
+        """
         self.vitals.wait(what)
+        began = time.perf_counter()
         try:
             yield
-        except RuntimeError as error:
-            if not _LOST.search(str(error)):
+        except WorkerLost as error:
+            if not only:  # it was told where it happened
                 raise
-            raise WorkerLost(f"lost another process in a {what} ({_reason(error)})") from error
+            raise WorkerLost(f"{error}, in a {what}") from error
+        except RuntimeError as error:
+            if not speaks_of_a_lost_peer(error):
+                raise
+            raise WorkerLost(f"lost another process, in a {what} ({reason_of(error)})") from error
         finally:
+            self.seconds_speaking += only * (time.perf_counter() - began)
             self.vitals.wait(None)
-
-
-def _backend_for(device: torch.device) -> str:
-    if device.type == "cpu":
-        return "gloo"
-    if device.type == "mps":
-        raise LaunchError("MPS has one device and no collectives: train with --nproc 1")
-    return dist.get_default_backend_for_device(device)
-
-
-def _meet(placement: Placement, listener: socket.socket | None) -> dist.TCPStore:
-    """The store at which the group meets, served by the launcher or by rank 0. Raises `LaunchError`."""
-    serve = placement.rank == 0 and not placement.store_exists
-    derived = len(placement.ports) > 1  # else the one port was told to all
-    try:
-        if listener is not None and serve:
-            return _store(placement, listener.getsockname()[1], serve=True, listen_fd=listener.detach())
-        if not derived:
-            if not serve:
-                seconds, hint = (STORE_SECONDS, _STALE) if placement.store_exists else (MEETING_SECONDS, "")
-                rendezvous.wait_for(placement.host, placement.ports[0], seconds, hint)
-            return _store(placement, placement.ports[0], serve=serve)
-        if serve:
-            store = _store(placement, 0, serve=True)
-            rendezvous.announce(placement.ports, placement.job, store.port)
-            return store
-        port = rendezvous.find(placement.host, placement.ports, placement.job, MEETING_SECONDS)
-        return _store(placement, port, serve=False)
-    except (RuntimeError, ValueError) as error:
-        where = f"{placement.host}, port {placement.ports[0]}"
-        raise LaunchError(f"cannot meet the group at {where}: {_reason(error)}") from error
-
-
-def _everyone(store: dist.Store, me: Peer, placement: Placement, where: str, hang_after: float) -> RollCall:
-    """The finished roll call. Processes of our own launcher come at once, and can be started again."""
-    ours = placement.launcher == "spawned"
-    try:
-        seconds = max(hang_after, STORE_SECONDS) if ours else MEETING_SECONDS
-        return meet(store, me, placement.size, where=where, seconds=seconds)
-    except LaunchError as error:
-        raise (Hang(str(error)) if ours else error) from None
-
-
-def _store(placement: Placement, port: int, *, serve: bool, listen_fd: int | None = None) -> dist.TCPStore:
-    return dist.TCPStore(
-        placement.host,
-        port,
-        world_size=placement.size,
-        is_master=serve,
-        timeout=timedelta(seconds=MEETING_SECONDS),
-        wait_for_workers=False,
-        master_listen_fd=listen_fd,
-    )
-
-
-def _reason(error: BaseException) -> str:
-    """The first sentence of a backend's message, without the place in its source that it begins with."""
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return re.sub(r"\[[^\]]*\.cc:\d+\]\s*", "", first_line).split(". ")[0]

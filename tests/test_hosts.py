@@ -163,7 +163,7 @@ def test_a_link_comes_back(expected: Any, digits: Path, job: Job) -> None:
 
 # ---- Rank 0 cannot be reached ----------------------------------------------------------------------------
 
-IMPATIENT = "from distributed_mnist import cli, world; world.MEETING_SECONDS = 2; cli.main()"
+IMPATIENT = "from distributed_mnist import cli, meeting; meeting.MEETING_SECONDS = 2; cli.main()"
 """The command with less time for the ranks to meet. (Hosts of a job can be minutes apart in starting.)"""
 
 

@@ -1,14 +1,16 @@
 """The collectives, at every size: each in one group of real processes, looked at from every rank."""
 
 import os
+import re
 from functools import cache
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks, try_ranks
+from ranks import PATIENCE, run_ranks, server, try_ranks
 
 from distributed_mnist.errors import DataError, WorkerLost
 from distributed_mnist.world import World
@@ -28,6 +30,10 @@ def speak(world: World) -> dict[str, Any]:
     heard["gather transposed"] = world.gather(torch.arange(6).view(2, 3).t() + rank).numpy()
     heard["gather scalar"] = world.gather(torch.tensor(rank)).tolist()
     heard["exchange"] = world.exchange(torch.tensor([[10 * rank + j, rank] for j in range(size)])).tolist()
+    above, below = (rank + 1) % size, (rank - 1) % size
+    theirs = torch.zeros(2, dtype=torch.int64)
+    world.swap({above: torch.tensor([rank, 7])}, {below: theirs})
+    heard["swap"] = theirs.tolist()
     heard["broadcast"] = world.broadcast_(torch.tensor([rank, rank + 5])).tolist()
     heard["bytes"] = world.broadcast_bytes(bytes(range(256)) * 5 if rank == 0 else None)
     heard["no bytes"] = world.broadcast_bytes(b"" if rank == 0 else None)
@@ -80,6 +86,12 @@ def test_gather_stacks_by_rank(size: int) -> None:
 def test_exchange_is_a_transposition(size: int) -> None:
     for rank, heard in enumerate(answers(size)):
         assert heard["exchange"] == [[10 * sender + rank, sender] for sender in range(size)]
+
+
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_a_swap_is_between_neighbours(size: int) -> None:
+    for rank, heard in enumerate(answers(size)):
+        assert heard["swap"] == [(rank - 1) % size, 7]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -139,18 +151,21 @@ def test_nobody_passes_a_barrier_before_the_last(size: int, tmp_path: Any) -> No
     assert run_ranks(arrive, size, str(tmp_path)) == [[size] * size] * size
 
 
-COLLECTIVES = ("sum_", "gather", "exchange", "broadcast_bytes", "from_rank_zero", "barrier")
-
-
-def outlive(world: World, victim: int, what: str) -> str:
-    """The victim goes without a word; the others speak on until they notice."""
-    world.barrier()
+def outlive(world: World, victim: int, what: str, noticed: Barrier) -> None:
+    """The victim goes without a word; the others speak on until they notice, and say who it was."""
+    everyone = world.gather(torch.tensor([os.getpid()])).flatten().tolist()
     if world.rank == victim:
         os._exit(9)
+    others = [rank for rank in range(world.size) if rank != world.rank]
     calls = {
         "sum_": lambda: world.sum_(torch.ones(1_000)),
+        "large sum": lambda: world.sum_(torch.ones(100_000)),
+        "max_": lambda: world.max_(torch.ones(1_000)),
         "gather": lambda: world.gather(torch.ones(1_000)),
         "exchange": lambda: world.exchange(torch.ones(world.size, 1_000)),
+        "swap": lambda: world.swap(
+            {rank: torch.ones(1_000) for rank in others}, {rank: torch.ones(1_000) for rank in others}
+        ),
         "broadcast_bytes": lambda: world.broadcast_bytes(b"x" * 1_000 if world.rank == 0 else None),
         "from_rank_zero": lambda: world.from_rank_zero(lambda: 1),
         "barrier": world.barrier,
@@ -159,17 +174,40 @@ def outlive(world: World, victim: int, what: str) -> str:
         while True:
             calls[what]()
     except WorkerLost as error:
-        raise WorkerLost(f"noticed: {error}") from None
+        noticed.wait(PATIENCE)  # who leaves at once would be lost to the next in turn
+        raise WorkerLost(f"noticed: {error}, {everyone[victim]}") from None
 
 
-@pytest.mark.parametrize("what", COLLECTIVES)
-def test_the_others_notice_a_death(what: str) -> None:
-    size = 2 if what in ("broadcast_bytes", "from_rank_zero") else 3  # a broadcast asks for no answer
-    ends = try_ranks(outlive, size, size - 1, what)
-    assert ends[-1].error == "died without a word"
-    for end in ends[:-1]:
-        assert end.error is not None
-        assert "WorkerLost: noticed: lost another process in a " in end.error
+WORDS = {
+    "sum_": "sum",
+    "large sum": "sum",
+    "max_": "maximum",
+    "gather": "gather",
+    "exchange": "exchange",
+    "swap": "swap",
+    "barrier": "sum",
+    "broadcast_bytes": "broadcast",
+    "from_rank_zero": "(gather|broadcast)",
+}
+ONE_WAY = ("broadcast_bytes", "from_rank_zero")  # who listens to rank 0 alone does not miss another
+
+
+@pytest.mark.parametrize(
+    ("what", "size", "victim"),
+    [(what, 3, victim) for what in WORDS if what not in ONE_WAY for victim in range(3)]
+    + [(what, 2, victim) for what in ONE_WAY for victim in range(2)],
+)
+def test_the_others_notice_a_death_and_say_whose(what: str, size: int, victim: int) -> None:
+    ends = try_ranks(outlive, size, victim, what, server().Barrier(size - 1))
+    assert ends[victim].error == "died without a word"
+    said = (
+        rf"WorkerLost: noticed: lost rank {victim} \(pid (?P<pid>\d+) on \S+\): "
+        rf"(it closed the connection|connection reset by peer|broken pipe), in a {WORDS[what]}, (?P=pid)$"
+    )
+    for rank, end in enumerate(ends):
+        if rank != victim:
+            assert end.error is not None
+            assert re.search(said, end.error.strip()), end.error
 
 
 def stumble(world: World) -> None:
