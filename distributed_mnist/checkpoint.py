@@ -21,6 +21,7 @@ from .digest import digest
 from .distrust import require_bounded, sound
 from .errors import CheckpointError, reason
 from .muon import Muon
+from .optimizers import Adam, Optimizer
 
 FORMAT = 1
 
@@ -169,7 +170,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], name: str) -> None:
+def load_optimizer(optimizer: Optimizer, saved: dict[str, Any], name: str) -> None:
     """Put an optimizer's saved state into one of the same kind; rates and the like stay the recipe's."""
     current = optimizer.state_dict()
     try:
@@ -189,11 +190,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], name
         raise CheckpointError(f"{name}: its optimizer state does not fit: {error}") from error
 
 
-def _needed(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> set[str]:
+def _needed(optimizer: Optimizer, group: dict[str, Any]) -> set[str]:
     """What a step takes for granted in the state of this group's parameters."""
     if isinstance(optimizer, Muon):
         return {"momentum_buffer"} if group["matrices"] else _NEEDED
-    return _NEEDED if isinstance(optimizer, torch.optim.Adam) else set()  # AdamW is one too
+    return _NEEDED if isinstance(optimizer, Adam) else set()
 
 
 def _like(parameter: torch.Tensor, key: str, value: Any) -> Any:

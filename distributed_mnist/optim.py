@@ -3,43 +3,25 @@
 import math
 from collections.abc import Callable
 
-import torch
 from torch import nn
 
 from .config import Recipe
 from .muon import Muon
+from .optimizers import SGD, Adam, Optimizer
 
 
-def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """torch's own optimizer for this recipe, in its fused form where the device has one."""
+def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
+    """The recipe's optimizer for this model."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters) or None
+    lr, betas, decay = recipe.lr, (recipe.beta1, recipe.beta2), recipe.weight_decay
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters,
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            nesterov=recipe.momentum > 0,
-            fused=fused,
-        )
+        return SGD(parameters, lr=lr, momentum=recipe.momentum, weight_decay=decay)
     if recipe.optimizer == "muon":
+        ratio = recipe.adam_lr / lr
         return Muon(
-            parameters,
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            adam_ratio=recipe.adam_lr / recipe.lr,
-            betas=(recipe.beta1, recipe.beta2),
-            weight_decay=recipe.weight_decay,
+            parameters, lr=lr, momentum=recipe.momentum, adam_ratio=ratio, betas=betas, weight_decay=decay
         )
-    adam = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
-    return adam(
-        parameters,
-        lr=recipe.lr,
-        betas=(recipe.beta1, recipe.beta2),
-        weight_decay=recipe.weight_decay,
-        fused=fused,
-    )
+    return Adam(parameters, lr=lr, betas=betas, weight_decay=decay, decoupled=recipe.optimizer == "adamw")
 
 
 def make_schedule(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
@@ -78,7 +60,7 @@ def make_schedule(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float
     ]
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
     """Use this rate for the next step."""
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distributed_mnist.checkpoint import load_optimizer
 from distributed_mnist.config import Recipe
@@ -17,7 +17,7 @@ from distributed_mnist.optim import make_optimizer, set_learning_rate
 RECIPE = Recipe(optimizer="muon", lr=0.1, momentum=0.9, adam_lr=0.01, beta1=0.8, beta2=0.9)
 
 
-def network() -> nn.Module:
+def network() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 8), nn.Linear(8, 3))
 
@@ -28,7 +28,7 @@ def give_gradients(model: nn.Module, seed: int) -> None:
         p.grad = torch.randn(p.shape, generator=noise)
 
 
-def weights(model: nn.Module) -> list[torch.Tensor]:
+def weights(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
@@ -52,23 +52,106 @@ def test_a_zero_matrix_stays_zero() -> None:
     assert torch.equal(orthogonalised(torch.zeros(3, 5)), torch.zeros(3, 5))
 
 
-def test_the_first_step_is_the_papers() -> None:
-    """Keller Jordan's update: the orthogonalised gradient, times the rate and a factor of its shape."""
+def reference(
+    weight: Tensor, gradients: list[Tensor], *, lr: float, momentum: float, rounds: int = 3
+) -> Tensor:
+    """Keller Jordan's update written down in float64, after each of which the weight has its norm again."""
+    w = weight.double().flatten(1)
+    rows, columns = w.shape
+    norm, mean = w.norm(), torch.zeros_like(w)
+    for gradient in gradients:
+        g = gradient.double().flatten(1)
+        mean = momentum * mean + (1 - momentum) * g
+        ahead = momentum * mean + (1 - momentum) * g
+        x = ahead / ahead.norm()
+        for _ in range(rounds):
+            a = x @ x.T
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        w = w - lr * max(1, rows / columns) ** 0.5 * x
+        w = w * (norm / w.norm())
+    return w.reshape(weight.shape)
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_a_step_is_the_papers(steps: int) -> None:
+    """The look ahead made orthogonal, times rate and a factor of the shape; Adam's for the last layer."""
     model = network()
     optimizer = make_optimizer(RECIPE, model)
     assert isinstance(optimizer, Muon)
     before = weights(model)
-    give_gradients(model, 3)
+    gradients: list[list[Tensor]] = []
+    for seed in range(steps):
+        give_gradients(model, seed)
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        optimizer.step()
+    for i in (0, 2):
+        expected = reference(before[i], [each[i] for each in gradients], lr=0.1, momentum=0.9)
+        assert not torch.allclose(before[i].double(), expected, atol=1e-2)
+        torch.testing.assert_close(weights(model)[i].double(), expected, rtol=1e-5, atol=1e-6)
+    if steps == 1:
+        moved = weights(model)[4] - before[4]
+        torch.testing.assert_close(moved, -0.01 * gradients[0][4].sign(), rtol=0, atol=1e-6)
+
+
+def test_hidden_weights_keep_their_size_and_others_do_not() -> None:
+    model = network()
+    optimizer = make_optimizer(RECIPE, model)
+    before = weights(model)
+    for seed in range(50):
+        give_gradients(model, seed)
+        optimizer.step()
+    for i, (new, old) in enumerate(zip(weights(model), before, strict=True)):
+        kept = float(new.norm() / old.norm())
+        assert (abs(kept - 1) < 1e-5) == (i in (0, 2))
+        assert float((new - old).norm()) > 0.2 * float(old.norm())  # they did turn
+
+
+def test_a_weight_of_zeros_may_leave_zero() -> None:
+    """By a whole step: there is no size to keep. From then on there is."""
+    model = network()
+    hidden: Any = model[3]
+    nn.init.zeros_(hidden.weight)
+    optimizer = make_optimizer(RECIPE, model)
+    give_gradients(model, 1)
+    gradient = hidden.weight.grad.clone()
     optimizer.step()
-    convolution, _, hidden, _, last, _ = (
-        p.detach() - old for p, old in zip(model.parameters(), before, strict=True)
+    expected = -0.1 * orthogonalised(gradient) * math.sqrt(max(1, 8 / 16))
+    torch.testing.assert_close(hidden.weight.detach(), expected)
+    norm = hidden.weight.norm()
+    optimizer.step()
+    torch.testing.assert_close(hidden.weight.norm(), norm)
+
+
+@pytest.mark.parametrize("rows", [4, 16, 40])
+def test_a_tall_matrix_steps_as_far_as_its_shape_says(rows: int) -> None:
+    """From zero, the spectral norm of a step is about the rate times the root of rows over columns."""
+    matrix, last = nn.Parameter(torch.zeros(rows, 10)), nn.Parameter(torch.zeros(2, 2))
+    optimizer = Muon(
+        [matrix, last], lr=0.1, momentum=0.9, adam_ratio=0.1, betas=(0.8, 0.9), weight_decay=0.0
     )
-    gradients: list[Any] = [p.grad for p in model.parameters()]
-    for moved, gradient in ((convolution, gradients[0]), (hidden, gradients[2])):
-        rows, columns = gradient.flatten(1).shape
-        expected = orthogonalised(gradient.flatten(1)) * -0.1 * math.sqrt(max(1, rows / columns))
-        assert torch.allclose(moved.flatten(1), expected, atol=1e-5)
-    assert torch.allclose(last, -0.01 * gradients[4].sign(), atol=1e-5)  # Adam's first step
+    matrix.grad = torch.randn(rows, 10, generator=torch.Generator().manual_seed(1))
+    optimizer.step()
+    length = float(torch.linalg.matrix_norm(matrix.detach(), 2)) / math.sqrt(max(1, rows / 10))
+    assert 0.08 < length < 0.13
+
+
+def test_how_weights_lie_in_memory_changes_nothing() -> None:
+    """Convolutions train with their channels last."""
+    torch.manual_seed(0)
+    one = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 2), nn.Flatten(), nn.Linear(4, 3))
+    other = copy.deepcopy(one).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    assert not other[0].weight.is_contiguous()
+    for model in (one, other):
+        optimizer = make_optimizer(RECIPE, model)
+        for seed in range(3):
+            give_gradients(model, seed)
+            for p in model.parameters():
+                assert p.grad is not None
+                p.grad = torch.empty_like(p).copy_(p.grad)
+            optimizer.step()
+    assert not other[0].weight.is_contiguous()
+    for a, b in zip(weights(one), weights(other), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_biases_and_the_last_layer_move_as_adam_moves_them() -> None:
@@ -96,7 +179,8 @@ def test_one_rate_moves_both() -> None:
     assert all(map(torch.equal, weights(model), before))
 
 
-def test_weight_decay_is_decoupled() -> None:
+def test_weight_decay_is_decoupled_and_for_the_rest() -> None:
+    """A weight whose size is kept has nothing to decay."""
     model = network()
     optimizer = make_optimizer(RECIPE.replace(weight_decay=0.5), model)
     before = weights(model)
@@ -104,7 +188,10 @@ def test_weight_decay_is_decoupled() -> None:
         p.grad = torch.zeros_like(p)
     optimizer.step()
     for i, (new, old) in enumerate(zip(weights(model), before, strict=True)):
-        assert torch.allclose(new, old * (1 - 0.5 * (0.1 if i in (0, 2) else 0.01)))
+        if i in (0, 2):
+            assert torch.equal(new, old)
+        else:
+            torch.testing.assert_close(new, old * (1 - 0.5 * 0.01))
 
 
 def test_a_model_of_one_layer_is_adams() -> None:

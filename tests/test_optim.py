@@ -1,5 +1,6 @@
 """Optimizers have the recipe's numbers; schedules give what one works out by hand."""
 
+import copy
 import math
 from itertools import pairwise
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from distributed_mnist.checkpoint import load_optimizer
 from distributed_mnist.config import Recipe
 from distributed_mnist.optim import make_optimizer, make_schedule, set_learning_rate
 
@@ -92,37 +94,71 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
 
 
-@pytest.mark.parametrize(
-    ("recipe", "kind", "expected"),
-    [
-        (
-            Recipe(optimizer="adam", lr=0.02, beta1=0.7, beta2=0.8, weight_decay=0.3),
-            torch.optim.Adam,
-            {"lr": 0.02, "betas": (0.7, 0.8), "weight_decay": 0.3, "eps": 1e-8, "amsgrad": False},
+ADAM: dict[str, Any] = {"lr": 0.02, "betas": (0.7, 0.8), "weight_decay": 0.3}
+TORCHS: list[tuple[Recipe, Any]] = [
+    (
+        Recipe(optimizer="adam", lr=0.02, beta1=0.7, beta2=0.8, weight_decay=0.3),
+        lambda parameters: torch.optim.Adam(parameters, **ADAM),
+    ),
+    (
+        Recipe(optimizer="adamw", lr=0.02, beta1=0.7, beta2=0.8, weight_decay=0.3),
+        lambda parameters: torch.optim.AdamW(parameters, **ADAM),
+    ),
+    (
+        Recipe(optimizer="sgd", lr=0.02, momentum=0.6, weight_decay=0.3),
+        lambda parameters: torch.optim.SGD(
+            parameters, lr=0.02, momentum=0.6, weight_decay=0.3, nesterov=True
         ),
-        (
-            Recipe(optimizer="adamw", lr=0.02, beta1=0.7, beta2=0.8, weight_decay=0.3),
-            torch.optim.AdamW,
-            {"lr": 0.02, "betas": (0.7, 0.8), "weight_decay": 0.3, "eps": 1e-8, "amsgrad": False},
-        ),
-        (
-            Recipe(optimizer="sgd", lr=0.02, momentum=0.6, weight_decay=0.3),
-            torch.optim.SGD,
-            {"lr": 0.02, "momentum": 0.6, "weight_decay": 0.3, "nesterov": True, "dampening": 0},
-        ),
-        (
-            Recipe(optimizer="sgd", lr=0.02, momentum=0.0),
-            torch.optim.SGD,
-            {"lr": 0.02, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False},
-        ),
-    ],
-)
-def test_optimizers_have_the_recipes_numbers(recipe: Recipe, kind: type, expected: dict[str, Any]) -> None:
-    optimizer = make_optimizer(recipe, network())
-    assert type(optimizer) is kind
-    (group,) = optimizer.param_groups
-    assert {name: group[name] for name in expected} == expected
+    ),
+    (
+        Recipe(optimizer="sgd", lr=0.02, momentum=0.0),
+        lambda parameters: torch.optim.SGD(parameters, lr=0.02),
+    ),
+]
+
+
+@pytest.mark.parametrize(("recipe", "torchs"), TORCHS)
+def test_optimizers_do_as_torchs_with_the_recipes_numbers(recipe: Recipe, torchs: Any) -> None:
+    """Step by step, and what they keep has torch's names: checkpoints hold it."""
+    model, twin = network(), network()
+    mine, its = make_optimizer(recipe, model), torchs(twin.parameters())
+    for seed in range(5):
+        noise = torch.Generator().manual_seed(seed)
+        for p, other in zip(model.parameters(), twin.parameters(), strict=True):
+            p.grad = torch.randn(p.shape, generator=noise)
+            other.grad = p.grad.clone()
+        mine.step()
+        its.step()
+        for p, other in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, other, rtol=1e-5, atol=1e-7)
+    (group,), (expected,) = mine.param_groups, its.param_groups
     assert len(group["params"]) == 4
+    assert {name: group[name] for name in ("lr", "weight_decay")} == {
+        name: expected[name] for name in ("lr", "weight_decay")
+    }
+    for p, other in zip(model.parameters(), twin.parameters(), strict=True):
+        kept = {name: value for name, value in its.state[other].items() if value is not None}
+        assert mine.state[p].keys() == kept.keys()
+        for name, value in kept.items():
+            torch.testing.assert_close(mine.state[p][name], value, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("recipe", "torchs"), TORCHS)
+def test_a_state_of_torchs_can_be_taken_over(recipe: Recipe, torchs: Any) -> None:
+    """As from a checkpoint that an earlier version wrote; the next step is the same."""
+    model, twin = network(), network()
+    mine, its = make_optimizer(recipe, model), torchs(twin.parameters())
+    for p in twin.parameters():
+        p.grad = torch.ones_like(p)
+    its.step()
+    model.load_state_dict(twin.state_dict())
+    load_optimizer(mine, copy.deepcopy(its.state_dict()), "here")
+    for p, other in zip(model.parameters(), twin.parameters(), strict=True):
+        p.grad, other.grad = torch.full_like(p, 0.5), torch.full_like(p, 0.5)
+    mine.step()
+    its.step()
+    for p, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, other, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(("name", "decays_apart"), [("adam", False), ("adamw", True)])

@@ -29,6 +29,7 @@ from torch import nn
 
 from distributed_mnist.checkpoint import decode, encode, load_optimizer, load_weights
 from distributed_mnist.errors import CheckpointError
+from distributed_mnist.optimizers import Adam
 from distributed_mnist.store import RunStore
 
 CHECKPOINT, OUTPUT, TRAINING = 4, 6, 7
@@ -350,17 +351,21 @@ ODD_STATE: dict[str, Callable[[dict[str, Any]], object]] = {
 }
 
 
+def adam(model: nn.Module) -> Adam:
+    return Adam(model.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0)
+
+
 @pytest.mark.parametrize("odd", ODD_STATE)
 def test_odd_optimizer_state_is_refused_before_the_first_step(odd: str) -> None:
     model = nn.Linear(3, 2)
-    optimizer = torch.optim.Adam(model.parameters())
+    optimizer = adam(model)
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     saved = optimizer.state_dict()
     saved["state"][1] = dict(saved["state"][1])
     ODD_STATE[odd](saved["state"][1])
     with pytest.raises(CheckpointError, match=r"^file: its optimizer state does not fit: "):
-        load_optimizer(torch.optim.Adam(model.parameters()), saved, "file")
+        load_optimizer(adam(model), saved, "file")
 
 
 # ---- Malice ----------------------------------------------------------------------------------------------
