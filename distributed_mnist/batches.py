@@ -44,8 +44,13 @@ class Split:
 
 
 def normalise(images: Tensor, mean: float, std: float) -> Tensor:
-    """uint8 `(m, 28, 28)` to float32 `(m, 1, 28, 28)`: the pixel as a fraction, less mean, over std."""
-    return images.unsqueeze(1).float().div_(255).sub_(mean).div_(std)
+    """Pixels `(m, 28, 28)` of 0 to 255 to float32 `(m, 1, 28, 28)`: as a fraction, less mean, over std."""
+    return images.unsqueeze(1).float().mul(1 / (255 * std)).sub_(mean / std)
+
+
+def shard_sizes(count: int, shards: int) -> list[int]:
+    """How many of `count` samples each shard holds."""
+    return [(i + 1) * count // shards - i * count // shards for i in range(shards)]
 
 
 class Batches:
@@ -76,6 +81,10 @@ class Batches:
         count, cuts = self.size(step), self._recipe.shards
         return shards.start * count // cuts, shards.stop * count // cuts
 
+    def shard_sizes(self, step: int) -> list[int]:
+        """The number of samples in each shard of global batch `step`."""
+        return shard_sizes(self.size(step), self._recipe.shards)
+
     def take(self, step: int, shards: range) -> Batch:
         """The samples of these contiguous shards, in fresh tensors.
 
@@ -90,11 +99,10 @@ class Batches:
         chosen = self._order_on_device[rows]
         images = self._split.images.index_select(0, chosen)
         labels = self._split.labels.index_select(0, chosen).long()
-        if self._transforms is None:
-            images = normalise(images, self._mean, self._std)
-        else:
-            distorted = apply_transforms(images.unsqueeze(1).float(), self._transforms[start:stop].clone())
-            images = distorted.div_(255).sub_(self._mean).div_(self._std)
+        if self._transforms is not None:
+            transforms = self._transforms[start:stop].clone()
+            images = apply_transforms(images.unsqueeze(1).float(), transforms).squeeze(1)
+        images = normalise(images, self._mean, self._std)
         return Batch(images, labels, self._order[rows], start)
 
     def _prepare(self, epoch: int, step: int) -> None:

@@ -69,5 +69,7 @@ def evaluate(
 
 def forward(model: nn.Module, images: Tensor, precision: Precision) -> Tensor:
     """float32 logits `(n, classes)` of normalised images, computed in the given precision."""
-    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+    if precision == "fp32":
+        return model(images).float()
+    with torch.autocast(images.device.type, dtype=torch.bfloat16):
         return model(images).float()

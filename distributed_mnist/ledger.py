@@ -6,7 +6,6 @@ and the same for every number of processes. A sample that two ranks trained on, 
 digest.
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,16 +31,17 @@ class Page:
 
     def first_bad_step(self) -> int | None:
         """The first step whose loss is not finite."""
-        return next((self.first_step + i for i, x in enumerate(self.losses) if not math.isfinite(x)), None)
+        bad = np.flatnonzero(~np.isfinite(self.losses))
+        return self.first_step + int(bad[0]) if len(bad) else None
 
 
 class Ledger:
-    """Room for `capacity` steps of a global batch of `batch_size` samples in `shards` shards."""
+    """Room for `capacity` steps of a global batch of `batch_size` samples."""
 
-    def __init__(self, capacity: int, batch_size: int, shards: int, device: torch.device) -> None:
+    def __init__(self, capacity: int, batch_size: int, device: torch.device) -> None:
         self._ids = np.zeros((capacity, batch_size), dtype=np.int64)  # id + 1; 0 is "not mine"
-        self._losses = torch.zeros((capacity, shards), device=device)
-        self._correct = torch.zeros((), dtype=torch.int64, device=device)
+        self._losses = torch.zeros((capacity, batch_size), device=device)
+        self._hits = torch.zeros((capacity, batch_size), dtype=torch.bool, device=device)
         self._sizes: list[int] = []
         self._first_step = 0
 
@@ -54,12 +54,12 @@ class Ledger:
             self._first_step = step
         self._sizes.append(size)
 
-    def record(self, batch: Batch, shard: int, loss_sum: Tensor, logits: Tensor) -> None:
-        """Some shards of the open step: their first one, the sum of their losses, their logits."""
-        row = len(self._sizes) - 1
-        self._ids[row, batch.start : batch.start + len(batch.ids)] += batch.ids + 1
-        self._losses[row, shard] = loss_sum
-        self._correct += (logits.argmax(1) == batch.labels).sum()
+    def record(self, batch: Batch, losses: Tensor, logits: Tensor) -> None:
+        """Some samples of the open step: their losses `(m,)` and logits `(m, classes)`."""
+        row, places = len(self._sizes) - 1, slice(batch.start, batch.start + len(batch.ids))
+        self._ids[row, places] += batch.ids + 1
+        self._losses[row, places] = losses
+        torch.eq(logits.argmax(1), batch.labels, out=self._hits[row, places])
 
     def close(self, world: World, samples_sha256: str) -> tuple[Page, str]:
         """Add all ranks' ledgers up, clear this one; the page and the digest of the ids so far."""
@@ -70,18 +70,14 @@ class Ledger:
             ids = self._ids[:steps]
         for size, row in zip(sizes, ids, strict=True):
             samples_sha256 = chain(samples_sha256, row[:size] - 1)
-        sums = world.sum_(self._losses[:steps].clone()).tolist()
-        totals = [_exact_sum(row) for row in sums]
-        losses = [total / size for total, size in zip(totals, sizes, strict=True)]
-        correct = int(world.sum_(self._correct.clone()))
-        page = Page(self._first_step, losses, _exact_sum(totals), correct, sum(sizes))
+        losses = world.sum_(self._losses[:steps].clone()).cpu().numpy().astype(np.float64)
+        with np.errstate(invalid="ignore"):  # infinities of both signs: not finite either way
+            totals = losses.sum(1)  # places beyond a short batch hold zero
+            loss_sum = float(totals.sum())
+        correct = int(world.sum_(self._hits[:steps].sum()))
+        page = Page(self._first_step, (totals / sizes).tolist(), loss_sum, correct, sum(sizes))
         self._ids[:steps] = 0
         self._losses.zero_()
-        self._correct.zero_()
+        self._hits.zero_()
         self._sizes = []
         return page, samples_sha256
-
-
-def _exact_sum(values: list[float]) -> float:
-    """The sum rounded once; NaN where `math.fsum` refuses (infinities of both signs)."""
-    return math.fsum(values) if all(map(math.isfinite, values)) else math.nan

@@ -6,10 +6,36 @@ time per step.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from .world import World
+
+
+class Laps:
+    """What the parts of steps take on this rank. On a device that works by itself, what asking for them
+    takes."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def lap(self, part: str, world: World) -> Iterator[None]:
+        """Time this part, without what is exchange in it, and without laps inside of it."""
+        began, spoken, inner = time.perf_counter(), world.seconds_speaking, sum(self._seconds.values())
+        yield
+        exchanged = world.seconds_speaking - spoken
+        inner = sum(self._seconds.values()) - inner
+        took = time.perf_counter() - began - exchanged - inner
+        self._seconds[part] = self._seconds.get(part, 0.0) + took
+
+    def close(self, steps: int) -> dict[str, float]:
+        """Seconds a step for each part since the last call."""
+        mean = {part: seconds / max(steps, 1) for part, seconds in self._seconds.items()}
+        self._seconds = {}
+        return mean
 
 
 class Pace:
@@ -20,13 +46,17 @@ class Pace:
     def __init__(self, world: World, step: int, most_steps: int) -> None:
         self._world, self._most_steps = world, most_steps
         self._last, self._next = step, step + 1
-        self._started = 0.0
+        self._started, self._spoken = 0.0, 0.0
         self.seconds = 0.0
         """Length of the stretch that the latest sync point ended."""
+        self.steps = 0
+        """Steps in it."""
+        self.exchange_seconds = 0.0
+        """Time in it that was spent in collectives, by the rank that waited least for others."""
 
     def start(self) -> None:
         """The clock starts: steps begin, or begin again after an evaluation."""
-        self._started = time.perf_counter()
+        self._started, self._spoken = time.perf_counter(), self._world.seconds_speaking
 
     def due(self, step: int) -> bool:
         """Whether the ranks meet after this many steps."""
@@ -35,13 +65,34 @@ class Pace:
     def sync(self, step: int, *, stop: bool, save: bool) -> tuple[bool, bool]:
         """Meet the other ranks after `step` steps: was any asked to stop; does any find it time to save?"""
         if self._world.device.type != "cpu":
-            with self._world.speaking("step"):
+            with self._world.speaking("step", only=False):  # the exchange in it cannot be told apart
                 torch.accelerator.synchronize()
-        self.seconds = time.perf_counter() - self._started
-        per_step = self.seconds / max(step - self._last, 1)
-        mine = torch.tensor([float(stop), float(save), per_step], device=self._world.device)
-        stopping, saving, slowest = self._world.max_(mine).tolist()
+        self.seconds, self.steps = time.perf_counter() - self._started, step - self._last
+        spoken = self._world.seconds_speaking - self._spoken
+        per_step = self.seconds / max(self.steps, 1)
+        mine = torch.tensor([float(stop), float(save), per_step, -spoken], device=self._world.device)
+        stopping, saving, slowest, least = self._world.max_(mine).tolist()
+        self.exchange_seconds = -least
         # At most four times the last stretch: a first step is slow for reasons that do not last.
-        stretch = min(int(self.SECONDS / max(slowest, 1e-9)), 4 * (step - self._last), self._most_steps)
+        stretch = min(int(self.SECONDS / max(slowest, 1e-9)), 4 * self.steps, self._most_steps)
         self._last, self._next = step, step + max(stretch, 1)
         return stopping > 0, saving > 0
+
+
+def advice(size: int, step_seconds: float, exchange_seconds: float) -> str | None:
+    """A line for who would be served better by fewer processes; None where that is not certain.
+
+    Of a step at `size` processes, `exchange_seconds` went into the exchange. At half as many the rest would
+    take twice as long at most; if that alone is no more than a step takes now, they would not be slower.
+    """
+    rest = step_seconds - exchange_seconds
+    fewer = size
+    while fewer > 1 and rest * size / (fewer // 2) <= step_seconds:
+        fewer //= 2
+    if fewer == size:
+        return None
+    share = exchange_seconds / step_seconds
+    return (
+        f"{share:.0%} of a step ({1e3 * exchange_seconds:.2g} of {1e3 * step_seconds:.2g} ms) is exchange: "
+        f"{fewer} process{'es' if fewer > 1 else ''} would not be slower"
+    )

@@ -1,20 +1,26 @@
-"""What a run is made of, each part from the recipe and the world: threads, data, model, gradient sums."""
+"""What a run is made of, each part from the recipe and the world: threads, model, gradient sums."""
+
+from functools import partial
 
 import torch
-from rich.console import Console
 
-from . import datasets
+from .batches import shard_sizes
 from .checkpoint import FORMAT, Content, versions
+from .company import same_bits, understood
 from .config import Recipe, Run
-from .errors import DataError, UsageError
+from .errors import UsageError
+from .evaluate import forward
 from .gradients import DdpGradients, Gradients, TreeGradients
-from .locate import NotFoundError
-from .models import Traits, build, inspect, place
+from .models import IMAGE_SHAPE, Traits, build, inspect, place
 from .placement import usable_cores
-from .progress import DataProgress
-from .share import Data, share
+from .shardwise import Layers
+from .share import Data
 from .train import State
+from .tree import owned_shards
 from .world import World
+
+TOGETHER = 512
+"""Images that go through the model in one pass at most: more would leave the caches and gain nothing."""
 
 
 def use_threads(world: World, recipe: Recipe) -> int:
@@ -38,28 +44,6 @@ def oversubscription(world: World, threads: int) -> list[str]:
     return [f"{world.local_size} processes share {cores} cores: same answer, slower than --nproc {cores}"]
 
 
-def load_data(world: World, options: Run, console: Console) -> Data:
-    """The run's data set on every rank."""
-
-    def load() -> datasets.Dataset:
-        with DataProgress(console) as progress:
-            return datasets.load(
-                options.dataset,
-                options.data,
-                seed=options.data_seed,
-                train_size=options.train_size,
-                test_size=options.test_size,
-                progress=progress,
-            )
-
-    try:
-        return share(world, load)
-    except NotFoundError as error:
-        raise DataError(
-            f"{error}; give --data DIR, or train on drawn digits: --dataset generated"
-        ) from None
-
-
 def make_model(recipe: Recipe, classes: int, world: World) -> tuple[torch.nn.Module, Traits]:
     """The model on this rank's device, found fit for exact training."""
     model = place(build(recipe.model, classes, recipe.seed), world.device)
@@ -81,7 +65,7 @@ def make_gradients(
             f"{-(-recipe.batch_size // options.micro_batch)} or more"
         )
     if recipe.sync == "tree":
-        return TreeGradients(model, world, recipe.shards)
+        return make_tree(recipe, world, model, traits)
     return DdpGradients(
         model,
         world,
@@ -90,6 +74,20 @@ def make_gradients(
         one_by_one=traits.draws_random_numbers,
         micro_batch=options.micro_batch,
     )
+
+
+def make_tree(recipe: Recipe, world: World, model: torch.nn.Module, traits: Traits) -> TreeGradients:
+    """Shards one by one, or several in one pass where this machine has been seen to give the same bits."""
+    if traits.draws_random_numbers or not understood(model, IMAGE_SHAPE):  # each shard has a key of its own
+        return TreeGradients(model, world, recipe.shards)
+    owned = owned_shards(world.rank, world.size, recipe.shards)
+    sizes = shard_sizes(recipe.batch_size, recipe.shards)[owned.start : owned.stop]
+    at_once = max(1, TOGETHER // max(sizes[0], 1))
+    runs = sorted({tuple(sizes[i : i + at_once]) for i in range(0, len(sizes), at_once)})
+    runs = [run for run in runs if len(run) > 1 and min(run) > 0]
+    forward_pass = partial(forward, precision=recipe.precision)
+    together = [run for run in runs if same_bits(model, forward_pass, IMAGE_SHAPE, run)]
+    return TreeGradients(model, world, recipe.shards, Layers(model), together)
 
 
 def pack(state: State, recipe: Recipe, data: Data, options: Run, steps_per_epoch: int) -> Content:

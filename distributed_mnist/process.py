@@ -38,6 +38,7 @@ def run_in_group(
         signals = StopSignals(placement)
         if placement.parent:  # torchrun's agent, killed, would leave us behind
             end_with(placement.parent)
+        environment.keep_memory()
         if exact:
             environment.order_additions()
         chosen = torch.device("cpu") if device == "cpu" else choose_device(placement)

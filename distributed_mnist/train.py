@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batches import Batches, Split
@@ -18,14 +17,17 @@ from .evaluate import Evaluation, evaluate, forward
 from .gradients import Gradients
 from .keys import torch_seed
 from .ledger import Ledger
+from .loss import cross_entropy
 from .observe import Sink
 from .optim import make_schedule, set_learning_rate
-from .pace import Pace
+from .optimizers import Optimizer
+from .pace import Laps, Pace, advice
 from .store import Store
 from .world import World
 
 _DISK_SECONDS = 300.0  # a slow disk is not a hang
 _READER_SECONDS = 3600.0  # nor is a terminal that somebody holds with Ctrl-S
+_ENOUGH_STEPS = 20  # to tell what a step takes
 NO_TOTALS: dict[str, float] = {"loss": 0.0, "correct": 0, "images": 0}
 
 
@@ -34,7 +36,7 @@ class State:
     """Everything that a step changes; the same on every rank."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     step: int = 0
     """Steps done."""
     best_accuracy: float = -1.0
@@ -105,16 +107,16 @@ def train(state: State, job: Job) -> Evaluation:
     lr_at = make_schedule(recipe, job.batches.steps_per_epoch)
     largest = job.batches.size(0)
     room = max(1, min(256, 2**20 // largest))  # steps a ledger holds: about 8 MiB of sample ids
-    ledger = Ledger(room, largest, recipe.shards, world.device)
-    pace = Pace(world, state.step, room)
-    result = None
+    ledger = Ledger(room, largest, world.device)
+    pace, laps = Pace(world, state.step, room), Laps()
+    result, advised = None, world.size == 1
     state.model.train()
     world.vitals.enter("training")
     pace.start()
     for step in range(state.step, total):
         world.vitals.at(step + 1)
         set_learning_rate(state.optimizer, lr_at(step))
-        train_step(state, job, ledger, step)
+        train_step(state, job, ledger, laps, step)
         state.step = step + 1
         last = state.step == total
         evaluating = state.step % job.eval_every == 0 or last
@@ -123,7 +125,11 @@ def train(state: State, job: Job) -> Evaluation:
             continue
         stopping, due = pace.sync(state.step, stop=job.stop_requested(), save=job.store.due())
         stopping = stopping and not last
-        close_page(state, job, ledger, pace.seconds, lr_at(step))
+        close_page(state, job, ledger, pace, laps, lr_at(step))
+        if not advised and pace.steps >= _ENOUGH_STEPS:
+            advised = True
+            if text := advice(world.size, pace.seconds / pace.steps, pace.exchange_seconds / pace.steps):
+                report(job, "notice", text=text)
         best = False
         if evaluating:
             world.vitals.enter("evaluating")
@@ -141,26 +147,26 @@ def train(state: State, job: Job) -> Evaluation:
     return result or evaluate(state.model, job.test, world, **job.evaluation)
 
 
-def train_step(state: State, job: Job, ledger: Ledger, step: int) -> None:
+def train_step(state: State, job: Job, ledger: Ledger, laps: Laps, step: int) -> None:
     """One step on one global batch. Nothing here waits for the device."""
-    size = job.batches.size(step)
+    recipe, world, size = job.recipe, job.world, job.batches.size(step)
     ledger.open(step, size)
 
-    def loss_of(module: nn.Module, shards: range) -> Tensor | None:
-        first, end = job.batches.span(step, shards)
-        if first == end:
-            return None
-        batch = job.batches.take(step, shards)
+    def pass_of(module: nn.Module, shards: range) -> tuple[Tensor, Tensor]:
+        with laps.lap("data", world):
+            batch = job.batches.take(step, shards)
         if job.reseed:
-            torch.manual_seed(torch_seed("noise", job.recipe.seed, step, shards.start))
-        logits = forward(module, batch.images, job.recipe.precision)
-        smoothing = job.recipe.label_smoothing
-        loss = F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=smoothing)
-        ledger.record(batch, shards.start, loss.detach(), logits.detach())
-        return loss / size
+            torch.manual_seed(torch_seed("noise", recipe.seed, step, shards.start))
+        with laps.lap("forward", world):
+            logits = forward(module, batch.images, recipe.precision)
+            losses, gradient = cross_entropy(logits, batch.labels, recipe.label_smoothing)
+        ledger.record(batch, losses, logits)
+        return logits, gradient.div_(size)
 
-    job.gradients.compute(loss_of)
-    state.optimizer.step()
+    with laps.lap("backward", world):
+        job.gradients.compute(pass_of, job.batches.shard_sizes(step))
+    with laps.lap("optimizer", world):
+        state.optimizer.step()
 
 
 def require_same_weights(state: State, world: World) -> None:
@@ -197,10 +203,10 @@ def note_saved(state: State, job: Job, *, wait: bool) -> None:
             report(job, "checkpoint", step=saved.step, path=saved.path, seconds=saved.seconds)
 
 
-def close_page(state: State, job: Job, ledger: Ledger, seconds: float, lr: float) -> None:
+def close_page(state: State, job: Job, ledger: Ledger, pace: Pace, laps: Laps, lr: float) -> None:
     """At a sync point: complete the record of the steps since the last one, and look at the losses."""
     page, state.samples_sha256 = ledger.close(job.world, state.samples_sha256)
-    state.train_seconds += seconds
+    state.train_seconds += pace.seconds
     if (bad := page.first_bad_step()) is not None:
         raise TrainingError(
             f"the loss is not finite at step {bad + 1}: a smaller --lr may help; last good checkpoint: "
@@ -222,7 +228,12 @@ def close_page(state: State, job: Job, ledger: Ledger, seconds: float, lr: float
         epoch=state.step / job.batches.steps_per_epoch,
         loss=page.loss_sum / page.images,
         lr=lr,
-        images_per_second=page.images / seconds,
+        images_per_second=page.images / pace.seconds,
+        seconds={
+            "step": pace.seconds / max(pace.steps, 1),
+            "exchange": pace.exchange_seconds / max(pace.steps, 1),
+            **laps.close(pace.steps),
+        },
         first_step=page.first_step + 1,
         losses=page.losses,
     )

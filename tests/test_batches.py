@@ -103,7 +103,7 @@ def test_a_batch_holds_the_samples_it_names() -> None:
     assert part.images.shape == (len(part.ids), 1, 28, 28)
     assert (part.images.dtype, part.labels.dtype) == (torch.float32, torch.int64)
     for image, label, i in zip(part.images, part.labels, part.ids, strict=True):
-        assert torch.equal(image[0], pixels.images[int(i)].float() / 255)
+        assert torch.equal(image, normalise(pixels.images[[int(i)]], 0.0, 1.0)[0])
         assert int(label) == i % 10
 
 
