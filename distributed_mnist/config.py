@@ -67,7 +67,7 @@ class Run:
     """auto takes a GPU or other accelerator if there is one, cpu never does."""
     micro_batch: int | None = None
     """With --sync ddp, the most images that go through the model at once, to save memory; by default all
-    of a process's share. (tree goes shard by shard: use more --shards.)"""
+    of a process's share. (tree takes one shard, or several of 512 images in all.)"""
 
     def __post_init__(self) -> None:
         """Raises `UsageError` for impossible values."""
@@ -113,8 +113,8 @@ class Recipe:
     """Everything that decides the weights, besides the data."""
 
     model: str = "cnn"
-    """linear, mlp, cnn, or your own as package.module:factory: factory(classes) is called and returns a
-    torch module. It is found from the current directory, or among installed packages."""
+    """linear, mlp, cnn, cnn-small, cnn-large, or your own as package.module:factory: factory(classes) is
+    called and returns a torch module. It is found from the current directory, or in installed packages."""
     epochs: int = 3
     """How many times to go through the training images."""
     steps: int = 0

@@ -24,7 +24,7 @@ _AGENT = re.compile(r"torchrun|torch\.distributed|torch/distributed")
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Roughly, on one core, forward and backward; and the work in a step below which a second process costs more
 # than it saves. Only used to choose a default: see docs/performance.md.
-_MICROSECONDS_PER_IMAGE = {"linear": 3, "mlp": 10, "cnn": 120}
+MICROSECONDS_PER_IMAGE = {"linear": 3, "mlp": 10, "cnn-small": 20, "cnn": 120, "cnn-large": 300}
 _WORTH_A_PROCESS = 1_500
 
 
@@ -226,8 +226,8 @@ def default_nproc(recipe: Recipe, options: Run) -> int:
     accelerators = 0 if options.device == "cpu" else _count_accelerators()
     if accelerators:
         return min(accelerators, recipe.shards)
-    step_microseconds = recipe.batch_size * _MICROSECONDS_PER_IMAGE.get(
-        recipe.model, _MICROSECONDS_PER_IMAGE["cnn"]
+    step_microseconds = recipe.batch_size * MICROSECONDS_PER_IMAGE.get(
+        recipe.model, MICROSECONDS_PER_IMAGE["cnn"]
     )
     return max(1, min(usable_cores(), recipe.shards, step_microseconds // _WORTH_A_PROCESS))
 

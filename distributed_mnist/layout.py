@@ -16,6 +16,16 @@ def new_folder(title: str) -> Path:
     return next(RUNS / name for name in names if not (RUNS / name).exists())
 
 
+def go_on(out: Path, ensemble: int = 1) -> str:
+    """The flags with which a person goes on with the run, or the ensemble of so many, in `out`."""
+    return f"--resume auto --out {out}" + (f" --ensemble {ensemble}" if ensemble > 1 else "")
+
+
+def member_folder(out: Path, seed: int) -> Path:
+    """Where, in the folder of an ensemble, the network of this seed is trained."""
+    return out / f"seed-{seed}"
+
+
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step lies in a folder of checkpoints."""
     return folder / f"step_{step:08d}.pt"

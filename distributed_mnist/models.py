@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UsageError
 from .keys import torch_seed
+from .patches import PatchConv
 
 IMAGE_SHAPE = (1, 28, 28)
 
@@ -26,11 +28,19 @@ class Linear(nn.Module):
 
     def __init__(self, classes: int) -> None:
         super().__init__()
-        self.fc = nn.Linear(28 * 28, classes)
+        self.fc = Narrow(28 * 28, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `(n, classes)` of images `(n, 1, 28, 28)`."""
         return self.fc(images.flatten(1))
+
+
+class Narrow(nn.Linear):
+    """A linear layer of few outputs: written as weight times samples it takes half the time on CPU."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`(n, in)` to `(n, out)`."""
+        return torch.addmm(self.bias.unsqueeze(1), self.weight, input.t()).t().contiguous()
 
 
 def mlp(classes: int) -> nn.Module:
@@ -61,26 +71,96 @@ def cnn(classes: int) -> nn.Module:
     )
 
 
-def cnn_small(classes: int) -> nn.Module:
-    """Three convolutions, strides for pooling: 33,658 parameters for ten classes, a third of `cnn`'s work.
+class CnnSmall(nn.Module):
+    """Three convolutions on the middle 23 by 23 pixels: 26,762 parameters for ten classes.
 
-    Orthogonal convolutions keep the first signals and gradients at one size (Saxe and others, 2014); a
-    last layer of zeros begins from even odds.
+    Large strides and few channels at first, so that little is computed where there are many places; written
+    as products of matrices (`patches`). Orthogonal weights keep the first signals and gradients at one size
+    (Saxe and others, 2014); a last layer of zeros begins from even odds. In evaluation it gives the mean
+    logits of five crops (`_five_crops`).
     """
-    last = nn.Linear(64 * 4 * 4, classes)
-    nn.init.zeros_(last.weight)
-    convolutions = [nn.Conv2d(1, 16, 4, stride=2), nn.Conv2d(16, 32, 3, stride=2), nn.Conv2d(32, 64, 3)]
-    for layer in convolutions:
-        nn.init.orthogonal_(layer.weight, math.sqrt(2))
-    first, second, third = convolutions
-    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third, nn.ReLU(), nn.Flatten(), last)
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            PatchConv(1, 16, 5, stride=2),
+            nn.ReLU(),
+            PatchConv(16, 32, 2, stride=2),
+            nn.ReLU(),
+            PatchConv(32, 64, 3),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(64 * 3 * 3, classes),
+        )
+        _initialise(self.layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `(n, classes)` of images `(n, 1, 28, 28)`."""
+        pixels = images.squeeze(1).unsqueeze(3)
+        if self.training:
+            return self.layers(pixels[:, 2:25, 2:25])
+        return _five_crops(self.layers, pixels[:, 1:26, 1:26], (1, 2))
+
+
+class CnnLarge(nn.Module):
+    """Five convolutions, the first with a large stride: 298,538 parameters for ten classes.
+
+    Initialised and evaluated as `CnnSmall` is; at the border of an image the crops see its edge once more.
+    """
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 32, 6, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3),
+            nn.MaxPool2d(2),
+            nn.ReLU(),
+            nn.Conv2d(64, 128, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(128, 128, 3, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(128 * 4 * 4, classes),
+        )
+        _initialise(self.layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `(n, classes)` of images `(n, 1, 28, 28)`."""
+        if self.training:
+            return self.layers(images)
+        return _five_crops(self.layers, F.pad(images, (1, 1, 1, 1), mode="replicate"), (2, 3))
+
+
+def _initialise(layers: nn.Sequential) -> None:
+    """Orthogonal weights, scaled for the ReLUs behind them; zeros in the last layer and in all biases."""
+    for layer in layers.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.orthogonal_(layer.weight, math.sqrt(2))
+            nn.init.zeros_(layer.get_parameter("bias"))
+    nn.init.zeros_(layers[-1].get_parameter("weight"))
+
+
+def _five_crops(layers: nn.Module, images: Tensor, sides: tuple[int, int]) -> Tensor:
+    """Mean logits of the middle of the images and of four crops one pixel off it, to each side.
+
+    After Krizhevsky and others, "ImageNet classification with deep convolutional neural networks", 2012.
+    `images` are two pixels larger than what `layers` takes, in the dimensions `sides`.
+    """
+    height, width = (images.shape[side] - 2 for side in sides)
+    corners = [(1, 1), (0, 1), (2, 1), (1, 0), (1, 2)]
+    crops = (images.narrow(sides[0], y, height).narrow(sides[1], x, width) for y, x in corners)
+    return torch.stack([layers(crop) for crop in crops]).mean(0)
 
 
 MODELS: dict[str, Callable[[int], nn.Module]] = {
     "linear": Linear,
     "mlp": mlp,
     "cnn": cnn,
-    "cnn-small": cnn_small,
+    "cnn-small": CnnSmall,
+    "cnn-large": CnnLarge,
 }
 
 

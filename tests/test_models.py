@@ -299,5 +299,6 @@ def test_what_can_be_wrong_with_ones_own(own: Callable[[str], str]) -> None:
 @pytest.mark.parametrize("name", ["resnet", "", "CNN"])
 def test_no_such_model(name: str) -> None:
     assert build_problem(name) == (
-        f"there is no model {name!r}; there are linear, mlp, cnn, cnn-small, or package.module:factory"
+        f"there is no model {name!r}; "
+        "there are linear, mlp, cnn, cnn-small, cnn-large, or package.module:factory"
     )

@@ -108,7 +108,7 @@ def test_the_originals_own_file_is_read(best_acc: float) -> None:
     mine = build("linear", 10, seed=5)
     load_weights(mine, content["model"], "model_best.pth.tar")
     images = torch.randn(8, 1, 28, 28)
-    assert torch.equal(mine(images), model(images))
+    torch.testing.assert_close(mine(images), model(images))  # its product is written the other way round
 
 
 @pytest.mark.parametrize("step_is_number", [False, True])
@@ -150,7 +150,7 @@ def test_our_file_is_read_by_the_original() -> None:
     model.load_state_dict(checkpoint["state_dict"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     images = torch.randn(8, 1, 28, 28)
-    assert torch.equal(mine(images), model(images))
+    torch.testing.assert_close(mine(images), model(images))  # its product is written the other way round
     trained(mine, its, range(14, 18))
     trained(model, optimizer, range(14, 18))
     for key, value in model.module.state_dict().items():

@@ -1,0 +1,109 @@
+"""Several networks of one recipe, from seeds that count up, and their vote."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor, nn
+
+from .checkpoint import decode, load_weights, read_bytes
+from .config import Recipe
+from .datasets import Dataset
+from .digest import digest
+from .evaluate import evaluate
+from .layout import checkpoints_in, member_folder
+from .lock import write_json
+from .models import build, place
+from .observe import Terminal
+from .share import share
+from .world import World
+
+
+class Vote(nn.Module):
+    """The logarithm of the mean of several models' probabilities, `(n, classes)`.
+
+    Its highest is what they vote for, and its cross-entropy the loss of that. (Means of probabilities: see
+    Lakshminarayanan and others, "Simple and scalable predictive uncertainty estimation using deep
+    ensembles", 2017.)
+    """
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """See the class."""
+        each = [F.log_softmax(member(images).float(), dim=1) for member in self.members]
+        return torch.stack(each).logsumexp(0) - math.log(len(each))
+
+
+def run(
+    world: World, recipe: Recipe, out: Path, members: int, *, console: Console, read: Callable[[], Dataset]
+) -> dict[str, Any]:
+    """Let the trained networks in `out` vote, and return what `--json` prints.
+
+    Rank 0 reads them, each as it was at its end, and `read()`, the data; all ranks score a part of the
+    test images.
+    """
+    torch.set_num_threads(1)  # as in training
+    data = share(world, read)
+    recipes = [recipe.replace(seed=recipe.seed + i) for i in range(members)]
+    raws, results = world.from_rank_zero(lambda: _read(out, recipes))
+
+    def restore() -> Vote:
+        networks = []
+        for one, (path, raw) in zip(recipes, raws, strict=True):
+            network = build(one.model, len(data.class_names), one.seed)
+            load_weights(network, decode(raw, path)["model"], path)
+            networks.append(place(network, world.device))
+        return Vote(networks)
+
+    vote = world.together(restore)
+    score = evaluate(
+        vote,
+        data.test,
+        world,
+        classes=len(data.class_names),
+        mean=data.mean,
+        std=data.std,
+        precision=recipe.precision,
+    )
+    told = ("test_accuracy", "test_loss", "weights_sha256", "train_seconds", "out")
+    result = {
+        "dataset": data.name,
+        "model": recipe.model,
+        "world_size": world.size,
+        "test_accuracy": score.accuracy,
+        "test_loss": score.loss,
+        "test_images": score.images,
+        "mean_accuracy_alone": fmean(one["test_accuracy"] for one in results),
+        "members": [
+            {"seed": one.seed, **{name: found[name] for name in told}}
+            for one, found in zip(recipes, results, strict=True)
+        ],
+        "weights_sha256": digest([one["weights_sha256"] for one in results]),
+        "data_sha256": data.sha256,
+        "confusion": score.confusion,
+        "out": str(out),
+    }
+    world.from_rank_zero(lambda: write_json(out / "result.json", result))
+    if world.rank == 0:
+        Terminal(console).log("vote", result=result)
+    return result
+
+
+def _read(out: Path, recipes: Sequence[Recipe]) -> tuple[list[tuple[str, bytes]], list[dict[str, Any]]]:
+    """Each network's last checkpoint, with its path, and its result."""
+    raws, results = [], []
+    for recipe in recipes:
+        folder = member_folder(out, recipe.seed)
+        path = checkpoints_in(folder / "checkpoints")[-1]
+        raws.append((str(path), read_bytes(path)))
+        results.append(json.loads((folder / "result.json").read_text()))
+    return raws, results
