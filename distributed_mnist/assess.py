@@ -13,6 +13,7 @@ from .config import Recipe
 from .digest import digest
 from .errors import CheckpointError
 from .evaluate import evaluate
+from .layout import checkpoints_in
 from .models import MODELS, build, place
 from .progress import DataProgress
 from .share import share
@@ -83,8 +84,16 @@ def run(
 def _read(path: Path) -> tuple[Path, bytes]:
     for best in (path / "checkpoints" / "best.pt", path / "best.pt", path / "model_best.pth.tar"):
         if best.is_file():
-            path = best
-            break
+            return best, read_bytes(best)
+    if seeds := sorted(path.glob("seed-*")):
+        raise CheckpointError(
+            f"{path} is an ensemble: name one of its networks, such as {seeds[0]} (the vote is in "
+            f"{path / 'result.json'})"
+        )
+    if steps := checkpoints_in(path / "checkpoints"):
+        raise CheckpointError(
+            f"{path} was not scored before it stopped: name a checkpoint, such as {steps[-1]}"
+        )
     return path, read_bytes(path)
 
 

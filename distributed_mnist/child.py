@@ -17,7 +17,8 @@ from .placement import Placement
 
 Target = str
 """`module:function`, so that this process need not import what only the others need. The function is called
-as `function(placement, listener, argument)` and returns the process's exit code."""
+as `function(placement, listener, argument)`, or with a fourth argument for what the launcher hands to rank
+0, and returns the process's exit code."""
 
 _ORPHAN_SECONDS = 10.0  # to stop at a common step and save, once the launcher is gone
 
@@ -29,6 +30,7 @@ def work(
     output: Connection | None,
     alive: Connection,
     argument: Any,
+    handed: Any = None,
 ) -> None:
     """A worker's life. `alive` is the end of a pipe whose other end the launcher holds."""
     threading.Thread(target=_end_with_launcher, args=(alive,), daemon=True).start()
@@ -36,7 +38,8 @@ def work(
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    code = resolve(target)(placement, listener, argument)
+    more = () if handed is None else (handed,)
+    code = resolve(target)(placement, listener, argument, *more)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a process that failed must not wait in a finaliser for a peer that is gone

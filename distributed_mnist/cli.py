@@ -1,18 +1,20 @@
 """The `dmnist` command: from flags to what each command does. Heavy imports wait until one is needed."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import DataError, UsageError, tell
-from .flags import Check, Evaluate, Fetch, Generate, Train, Verify, parse
+from .errors import DataError, LaunchError, UsageError, tell
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from .flags import Bench, Check, Evaluate, Fetch, Generate, Train, Verify
     from .placement import Placement
 
 
@@ -23,38 +25,84 @@ def main(arguments: list[str] | None = None) -> None:
         if arguments == ["--version"]:
             sys.stdout.write(f"dmnist {_version('distributed-mnist')}, torch {_version('torch')}\n")
             sys.exit(0)
+        if arguments[:1] == ["train"] and not {"-h", "--help"} & set(arguments):
+            _begin_to_import_torch()
+        from .flags import parse  # and tyro, which takes a while
+
         command = parse(arguments)
-        code = _COMMANDS[type(command)](command)
+        code = _COMMANDS[type(command).__name__](command)
     except (Exception, KeyboardInterrupt) as error:
         code = tell(error, debug="--debug" in arguments)
     sys.exit(code)
 
 
-def _train(command: Train) -> int:
-    from . import launch, layout, spawn
+def _begin_to_import_torch() -> None:
+    """In the server that workers are forked from, while this process imports and parses for itself."""
+    from . import launch, spawn
+
+    with contextlib.suppress(LaunchError):  # told later, by whoever needs the answer
+        if launch.detect() is None:
+            spawn.warm_up()
+
+
+def _train(command: "Train") -> int:
+    from . import launch, layout, spawn, supply
 
     placement = launch.detect()
     nproc = command.run.nproc
     if placement is not None:
         _refuse_another_size(placement, nproc)
+        if command.ensemble > 1:
+            raise UsageError(
+                f"--ensemble starts processes by itself: run it alone, not under {placement.launcher}"
+            )
         return spawn.start(placement, None, "distributed_mnist.workers:train", command)
     nproc = nproc or launch.default_nproc(command.settings, command.run)
     command.settings.check_size(nproc)
     # One folder through all restarts, so chosen here.
-    out = command.run.out or layout.new_folder(command.recipe)
-    command = dataclasses.replace(command, run=dataclasses.replace(command.run, out=out))
-    go_on = f"--resume auto --out {out}"
-    restarts = spawn.Restarts(command.run.max_restarts, lambda: layout.newest_step(out), go_on)
-    return spawn.spawn(nproc, "distributed_mnist.workers:train", command, restarts)
+    whole = command.run.out or layout.new_folder(command.recipe)
+    command = dataclasses.replace(command, run=dataclasses.replace(command.run, out=whole))
+    with supply.Supply(partial(supply.read, command.run, command.json)) as data:
+        works = []
+        for out, one in _members(command, whole):
+            reached = partial(layout.newest_step, out)
+            restarts = spawn.Restarts(
+                command.run.max_restarts, reached, layout.go_on(whole, command.ensemble)
+            )
+            works.append(spawn.Work("distributed_mnist.workers:train", one, restarts, data.hand))
+        if command.ensemble > 1:
+            works.append(spawn.Work("distributed_mnist.workers:vote", command, hand=data.hand))
+        return spawn.spawn(nproc, works)
 
 
-def _evaluate(command: Evaluate) -> int:
+def _members(command: "Train", out: Path) -> list[tuple[Path, "Train"]]:
+    """The folder and the command of each network of an ensemble, or of the one there is."""
+    from .layout import member_folder
+
+    if command.ensemble == 1:
+        return [(out, command)]
+    seeds = range(command.settings.seed, command.settings.seed + command.ensemble)
+    return [
+        (
+            member_folder(out, seed),
+            dataclasses.replace(
+                command,
+                settings=command.settings.replace(seed=seed),
+                run=dataclasses.replace(command.run, out=member_folder(out, seed)),
+                recipe=f"{command.recipe} ({i} of {command.ensemble})",
+            ),
+        )
+        for i, seed in enumerate(seeds, start=1)
+    ]
+
+
+def _evaluate(command: "Evaluate") -> int:
     from . import launch, spawn
 
     return spawn.start(launch.detect(), command.nproc, "distributed_mnist.workers:evaluate", command)
 
 
-def _verify(command: Verify) -> int:
+def _verify(command: "Verify") -> int:
     from . import launch, spawn
 
     placement = launch.detect()
@@ -78,7 +126,17 @@ def _verify(command: Verify) -> int:
     )
 
 
-def _fetch(command: Fetch) -> int:
+def _bench(command: "Bench") -> int:
+    from . import bench, launch
+
+    placement = launch.detect()
+    if placement is not None:
+        raise UsageError(f"bench starts processes by itself: run it alone, not under {placement.launcher}")
+    chosen = {f.name: getattr(command, f.name) for f in dataclasses.fields(bench.Plan)}
+    return bench.run(bench.Plan(**chosen), as_json=command.json)
+
+
+def _fetch(command: "Fetch") -> int:
     from . import datasets
     from .observe import make_console, print_json
     from .progress import DataProgress
@@ -95,7 +153,7 @@ def _fetch(command: Fetch) -> int:
     return 0
 
 
-def _check(command: Check) -> int:
+def _check(command: "Check") -> int:
     from . import datasets
     from .observe import make_console, print_json
 
@@ -125,7 +183,7 @@ def _check(command: Check) -> int:
     return 0
 
 
-def _generate(command: Generate) -> int:
+def _generate(command: "Generate") -> int:
     from . import datasets
     from .observe import make_console, print_json
     from .progress import DataProgress
@@ -175,13 +233,14 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-_COMMANDS: dict[type, Callable[[Any], int]] = {
-    Train: _train,
-    Evaluate: _evaluate,
-    Verify: _verify,
-    Fetch: _fetch,
-    Check: _check,
-    Generate: _generate,
+_COMMANDS: dict[str, Callable[[Any], int]] = {
+    "Train": _train,
+    "Evaluate": _evaluate,
+    "Verify": _verify,
+    "Bench": _bench,
+    "Fetch": _fetch,
+    "Check": _check,
+    "Generate": _generate,
 }
 
 

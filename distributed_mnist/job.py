@@ -1,14 +1,17 @@
 """One rank's life in a `dmnist train`: connect, get the data, make or resume the state, train, report."""
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from . import layout
 from .batches import Batches
 from .config import Recipe, Run, checkpoint_interval, steps_between
+from .datasets import Dataset
 from .digest import digest
 from .errors import DmnistError, Interrupted, OutputError, WorkerLost
 from .evaluate import Evaluation
@@ -17,8 +20,8 @@ from .lock import RunLock, write_json
 from .models import Traits, find_factory
 from .observe import JsonLines, Many, Notices, NullSink, Sink, Terminal
 from .optim import make_optimizer
-from .prepare import load_data, make_gradients, make_model, oversubscription, pack, use_threads
-from .share import Data
+from .prepare import make_gradients, make_model, oversubscription, pack, use_threads
+from .share import Data, share
 from .signals import StopSignals
 from .store import NullStore, Store
 from .train import Job, State, require_same_weights, train
@@ -33,14 +36,20 @@ def run(
     title: str,
     console: Console,
     signals: StopSignals,
+    read: Callable[[], Dataset],
+    go_on: str | None = None,
 ) -> dict[str, Any]:
-    """Train, and return what `--json` prints. `title` is the recipe's name, for people."""
+    """Train, and return what `--json` prints.
+
+    `title` is the recipe's name, for people; `read` gives the data set, and is called on rank 0 alone.
+    `go_on` are the flags with which a person goes on, where they are not just this run's.
+    """
     began = time.perf_counter()
     recipe.check_size(world.size)
-    find_factory(recipe.model)  # what is cheap to refuse is refused before the data is fetched
+    find_factory(recipe.model)  # what is cheap to refuse is refused before waiting for the data
     named = read_named(world, options)
     threads = use_threads(world, recipe)
-    data = load_data(world, options, console)
+    data = share(world, read)
     model, traits = world.together(lambda: make_model(recipe, len(data.class_names), world))
     batches = Batches(data.train, recipe, data.mean, data.std)
     state = State(model, make_optimizer(recipe, model))
@@ -97,7 +106,7 @@ def run(
         notices.append(f"resumed from {resumed} at step {state.step} of {total}")
     for text in notices:
         sink.log("notice", text=text)
-    go_on = f"--resume auto --out {folder.path}"
+    go_on = go_on or layout.go_on(folder.path)
     signals.arm(go_on)
     try:
         result = train_and_sum_up(state, job, data, folder.path, began)

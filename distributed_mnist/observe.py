@@ -195,24 +195,34 @@ class Terminal:
             self._shown["test"] = f"{test_accuracy:.2%}"
             self._bar.update(self._task, **self._shown)
         self._line(
-            f"epoch {epoch:.4g}",
+            f"epoch {round(epoch, 1):g}",
             f"train loss {train_loss:.4f}, accuracy {train_accuracy:.2%}; "
             f"test loss {test_loss:.4f}, accuracy {test_accuracy:.2%}",
         )
 
     def _on_end(self, *, result: dict[str, Any], **_: Any) -> None:
         self.close()
-        accuracy = Text.assemble(
-            (f"{result['test_accuracy']:.2%}", "bold green"),
-            f" of {_count(result['test_images'], 'image')}",
-        )
         rows: dict[str, Text | str] = {
-            "test accuracy": accuracy,
+            "test accuracy": _accuracy(result),
             "test loss": f"{result['test_loss']:.6f}",
             "training": _effort(result),
             "weights sha256": result["weights_sha256"],
             "samples sha256": result["samples_sha256"],
             "data sha256": result["data_sha256"],
+            "in": result["out"],
+        }
+        self._console.print()
+        for name, value in rows.items():
+            self._line(name, value, column=16)
+
+    def _on_vote(self, *, result: dict[str, Any], **_: Any) -> None:
+        alone = [member["test_accuracy"] for member in result["members"]]
+        between = f"(from {min(alone):.2%} to {max(alone):.2%})"
+        rows: dict[str, Text | str] = {
+            f"vote of {len(alone)}": _accuracy(result),
+            "each alone": f"{result['mean_accuracy_alone']:.2%} {between}",
+            "test loss": f"{result['test_loss']:.6f}",
+            "weights sha256": result["weights_sha256"],
             "in": result["out"],
         }
         self._console.print()
@@ -233,6 +243,11 @@ class Terminal:
             line.rstrip()
             lines.append((Text(" " * column) if lines else label) + line)
         self._console.print(Text("\n").join(lines), soft_wrap=self._bar is None)
+
+
+def _accuracy(result: dict[str, Any]) -> Text:
+    right = (f"{result['test_accuracy']:.2%}", "bold green")
+    return Text.assemble(right, f" of {_count(result['test_images'], 'image')}")
 
 
 def _effort(result: dict[str, Any]) -> str:

@@ -16,20 +16,20 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
 
 from .child import Target, print_with_rank, resolve, work
-from .errors import Interrupted, WorkerLost, tidy_terminal
+from .endings import Ending, explained
+from .errors import Interrupted, tidy_terminal
 from .placement import Placement
 from .signals import OBEY_SECONDS, SIGNALS
 
-_UNKNOWN = 255  # what multiprocessing gives for a process whose end nobody can tell any more
 _GLANCE_SECONDS = 0.5  # between two looks at deadlines; an end is seen at once
 GRACE_SECONDS = 2.0  # how long the others may take to end by themselves once one has failed
 
@@ -46,42 +46,74 @@ class Restarts:
     """The flags with which a person goes on."""
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a group of processes is for."""
+
+    target: Target
+    argument: Any
+    restarts: Restarts | None = None
+    """With them, the group is started again when a process dies."""
+    hand: Callable[[], Any] | None = None
+    """What it returns goes to each attempt's rank 0."""
+
+
 def start(placement: Placement | None, nproc: int | None, target: Target, argument: Any) -> int:
     """Run `target` here, if a launcher placed this process or one is enough, else in `nproc` processes."""
     if placement is not None:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # kept, until it is there to obey them
     if placement is not None or nproc in (None, 1):
         return resolve(target)(placement or Placement(), None, argument)
-    return spawn(nproc, target, argument)
+    return spawn(nproc, [Work(target, argument)])
 
 
-def spawn(nproc: int, target: Target, argument: Any, restarts: Restarts | None = None) -> int:
-    """Run `target` in `nproc` processes and return the group's exit code.
+def warm_up() -> None:
+    """Start the server that workers are forked from; it imports torch while this process does other
+    things."""
+    context = _context()
+    if context.get_start_method() != "forkserver":
+        return
+    resource_tracker.ensure_running()  # it would unblock the signals when started later
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def spawn(nproc: int, works: Sequence[Work]) -> int:
+    """Do these works one after the other, each by a group of `nproc` processes, and return the exit code:
+    that of the first which failed.
 
     SIGTERM, SIGINT and SIGUSR1 are passed on. If a process dies, the others get some time to notice, and
-    are then ended; with `restarts` all are started again.
+    are then ended.
     """
     stop = _Stop()
     # Signals are kept for later rather than lost: by us whenever there are no workers to pass them on to,
     # by those until they can obey, and by the server they are forked from for good, because a scheduler
     # signals a whole process group and the server must outlive the workers to tell how they ended.
-    resource_tracker.ensure_running()  # would unblock them when started later
+    warm_up()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     handlers = {number: signal.signal(number, stop.pass_on) for number in SIGNALS}
     try:
-        return _until_done(lambda starter: _Group(nproc, target, argument, starter, stop), stop, restarts)
+        for i, work in enumerate(works):
+            if i and stop.asked():  # too late for the one before, which was done
+                restarts = works[i - 1].restarts
+                _say("stopped before all was done" + (f"; go on with {restarts.go_on}" if restarts else ""))
+                return Interrupted.exit_code
+            if (code := _until_done(nproc, work, stop)) != 0:
+                return code
+        return 0
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def _until_done(make_group: Callable[[str], "_Group"], stop: "_Stop", restarts: Restarts | None) -> int:
+def _until_done(nproc: int, work: Work, stop: "_Stop") -> int:
     """One group after the other, until one has done it or there is no sense in another."""
-    starter = secrets.token_hex(8)
+    starter, restarts = secrets.token_hex(8), work.restarts
     in_a_row, furthest = 0, restarts.reached() if restarts else 0
     while True:
-        ending = make_group(starter).run()
+        ending = _Group(nproc, work, starter, stop).run()
         if ending.lost is None:
             return ending.code
         tidy_terminal(sys.stdout, cursor=True)
@@ -109,7 +141,8 @@ class _Stop:
     """Whether this process was asked to stop, and the workers to whom that is passed on."""
 
     def __init__(self) -> None:
-        self.workers: list[BaseProcess] = []
+        self._workers: list[BaseProcess] = []
+        self._passed: int | None = None
         self.at_once = False
         """By a second Ctrl-C."""
         self._interrupted = False
@@ -123,35 +156,35 @@ class _Stop:
             self.at_once, self.deadline = True, time.monotonic() + _GLANCE_SECONDS
         self._interrupted |= number == signal.SIGINT
         # A terminal sends Ctrl-C to the workers too, and a second one means something else to them.
-        passed = signal.SIGTERM if number == signal.SIGINT else number
-        for worker in self.workers:
+        self._passed = signal.SIGTERM if number == signal.SIGINT else number
+        self._tell()
+
+    def take(self, workers: list[BaseProcess]) -> None:
+        """Pass on to these from now on, and what has come already: blocking a signal keeps it for later in
+        this thread only, and libraries have threads of their own."""
+        self._workers = workers
+        if self._passed is not None:
+            self._tell()
+
+    def _tell(self) -> None:
+        for worker in self._workers:
             if worker.is_alive() and worker.pid:
-                os.kill(worker.pid, passed)
+                os.kill(worker.pid, self._passed or signal.SIGTERM)
 
     def asked(self) -> bool:
         """Also by a signal that has come while they are blocked."""
         return self.deadline is not None or not signal.sigpending().isdisjoint(SIGNALS)
 
 
-@dataclass(frozen=True)
-class _Ending:
-    """How a group ended."""
-
-    code: int
-    lost: str | None = None
-    """What happened, if it lost a process."""
-
-
 class _Group:
     """One attempt: `nproc` processes from their start to their ends."""
 
-    def __init__(self, nproc: int, target: Target, argument: Any, starter: str, stop: _Stop) -> None:
-        self._nproc, self._target, self._argument, self._starter = nproc, target, argument, starter
-        self._stop = stop
+    def __init__(self, nproc: int, work: Work, starter: str, stop: _Stop) -> None:
+        self._nproc, self._work, self._starter, self._stop = nproc, work, starter, stop
         self._workers: list[BaseProcess] = []
         self._printers: list[threading.Thread] = []
 
-    def run(self) -> _Ending:
+    def run(self) -> Ending:
         """Start the processes and wait for their ends. Signals are blocked before and after."""
         context = _context()
         alive_read, alive_write = context.Pipe(duplex=False)
@@ -160,7 +193,7 @@ class _Group:
                 self._start(context, rank, listener, alive_read)
         for printer in self._printers:
             printer.start()
-        self._stop.workers = self._workers
+        self._stop.take(self._workers)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         ending = self._look_after()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -186,14 +219,15 @@ class _Group:
                 threading.Thread(target=print_with_rank, args=(reader, rank), daemon=True)
             )
         own = listener if rank == 0 else None
-        arguments = (self._target, placement, own, output, alive, self._argument)
-        worker = context.Process(target=work, args=arguments)
+        handed = self._work.hand() if self._work.hand is not None and rank == 0 else None
+        arguments = (self._work.target, placement, own, output, alive, self._work.argument, handed)
+        worker = context.Process(target=work, args=arguments, name=f"rank {rank}")
         worker.start()
         if output is not None:
             output.close()
         self._workers.append(worker)
 
-    def _look_after(self) -> _Ending:
+    def _look_after(self) -> Ending:
         """Wait for all workers: 0, or the code of the failure that the others followed from."""
         failed: list[tuple[int, BaseProcess]] = []  # in the order of their ends
         deadline = math.inf
@@ -215,32 +249,12 @@ class _Group:
         if overdue and self._stop.at_once:
             tidy_terminal(sys.stdout, cursor=True)
             _say("stopped at once; nothing saved since the last checkpoint")
-            return _Ending(130)
+            return Ending(130)
         if overdue and not failed:
             tidy_terminal(sys.stdout, cursor=True)
             _say(f"rank {', '.join(map(str, sorted(overdue)))} did not obey, and was ended")
-            return _Ending(Interrupted.exit_code)
-        return _explained(failed) if failed else _Ending(0)
-
-
-def _explained(failed: list[tuple[int, BaseProcess]]) -> _Ending:
-    """The cause among a group's failures: a process ended by a signal, or an error of its own."""
-    for rank, worker in failed:
-        if worker.exitcode is not None and worker.exitcode < 0:
-            name = _signal_name(-worker.exitcode)
-            hint = " (out of memory, or by hand)" if name == "SIGKILL" else ""
-            return _Ending(
-                WorkerLost.exit_code, f"rank {rank} (pid {worker.pid}) was ended by {name}{hint}"
-            )
-    codes = [worker.exitcode or 0 for _, worker in failed]
-    if _UNKNOWN in codes:
-        return _Ending(WorkerLost.exit_code, "the server that the processes are forked from was ended")
-    own = [code for code in codes if code not in (WorkerLost.exit_code, Interrupted.exit_code)]
-    if own:
-        return _Ending(own[0])
-    if Interrupted.exit_code in codes:
-        return _Ending(Interrupted.exit_code)
-    return _Ending(WorkerLost.exit_code, "the group fell apart")
+            return Ending(Interrupted.exit_code)
+        return explained(failed) if failed else Ending(0)
 
 
 def _context() -> Any:
@@ -250,13 +264,6 @@ def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["distributed_mnist.preload"])
     return context
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return f"signal {number}"
 
 
 def _say(text: str) -> None:

@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from shutil import rmtree
 
 from rich.console import Console
 
-from . import job
+from . import job, supply
 from .board import Board, Row
 from .compare import Answer, Difference, compare, read_answer
 from .config import Recipe
@@ -129,11 +130,13 @@ def together(
 
 
 def _train(world: World, asked: Recipe, out: Path, signals: StopSignals) -> None:
+    chosen = options(out=out, checkpoint_every="1 epoch")
     job.run(
         world,
         asked,
-        options(out=out, checkpoint_every="1 epoch"),
+        chosen,
         title="verify",
         console=Console(quiet=True),
         signals=signals,
+        read=partial(supply.read, chosen, as_json=True),
     )

@@ -4,19 +4,26 @@ Named by the launcher as `module:function`, so that the process that starts othe
 """
 
 import socket
+from collections.abc import Callable
+from functools import partial
 
-from . import assess, job, witness
+from . import assess, ensemble, job, supply, witness
 from .board import Board
+from .datasets import Dataset
 from .flags import Evaluate, Train, Verify
+from .layout import go_on
 from .observe import make_console, print_json
 from .placement import Placement
 from .process import run_in_group
 from .signals import StopSignals
+from .supply import Handed
 from .world import World
 
 
-def train(placement: Placement, listener: socket.socket | None, command: Train) -> int:
-    """One rank of `dmnist train`; its exit code."""
+def train(
+    placement: Placement, listener: socket.socket | None, command: Train, handed: Handed | None = None
+) -> int:
+    """One rank of `dmnist train`; its exit code. `handed` is the data, where our launcher reads it."""
 
     def body(world: World, signals: StopSignals) -> None:
         result = job.run(
@@ -26,8 +33,12 @@ def train(placement: Placement, listener: socket.socket | None, command: Train) 
             title=command.recipe,
             console=make_console(stderr=command.json),
             signals=signals,
+            read=_reader(command, handed),
+            go_on=go_on(command.run.out.parent, command.ensemble)
+            if command.ensemble > 1 and command.run.out
+            else None,
         )
-        if command.json and world.rank == 0:
+        if command.json and world.rank == 0 and command.ensemble == 1:
             print_json(result)
 
     exact = command.settings.sync == "tree"
@@ -40,6 +51,38 @@ def train(placement: Placement, listener: socket.socket | None, command: Train) 
         hang_after=command.run.hang_after,
         debug=command.debug,
     )
+
+
+def vote(
+    placement: Placement, listener: socket.socket | None, command: Train, handed: Handed | None = None
+) -> int:
+    """One rank of what follows the training of an ensemble; its exit code."""
+
+    def body(world: World, signals: StopSignals) -> None:
+        assert command.run.out is not None  # the launcher has chosen it
+        result = ensemble.run(
+            world,
+            command.settings,
+            command.run.out,
+            command.ensemble,
+            console=make_console(stderr=command.json),
+            read=_reader(command, handed),
+        )
+        if command.json and world.rank == 0:
+            print_json(result)
+
+    return run_in_group(
+        placement,
+        listener,
+        body,
+        device=command.run.device,
+        hang_after=command.run.hang_after,
+        debug=command.debug,
+    )
+
+
+def _reader(command: Train, handed: Handed | None) -> Callable[[], Dataset]:
+    return handed.take if handed else partial(supply.read, command.run, command.json)
 
 
 def evaluate(placement: Placement, listener: socket.socket | None, command: Evaluate) -> int:

@@ -88,7 +88,7 @@ class Outcome:
 
 
 def run_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:
-    """`function(world, *arguments)` in `size` processes of a gloo group on CPU; their results, by rank.
+    """`function(world, *arguments)` in `size` processes of a group on CPU; their results, by rank.
 
     `function` is importable; arguments and results are plain values or NumPy arrays. Raises
     `AssertionError` with the traceback of every rank that failed.
@@ -166,8 +166,7 @@ def server() -> Any:
     The program's own launcher forks its workers from the same server when it runs in this process.
     """
     context = multiprocessing.get_context("forkserver")
-    # torch imports its compiler with the first optimizer; here it is there before any.
-    context.set_forkserver_preload(["distributed_mnist.preload", "torch._dynamo", "pytest", "ranks"])
+    context.set_forkserver_preload(["distributed_mnist.preload", "pytest", "ranks"])
     forkserver.ensure_running()
     return context
 

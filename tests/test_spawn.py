@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from ranks import server
 
 from distributed_mnist import spawn
 from distributed_mnist.placement import Placement
-from distributed_mnist.spawn import Restarts
+from distributed_mnist.spawn import Restarts, Work
 
 NAME = r"rank {} \(pid \d+\) was ended by {}"
 MEMORY = r" \(out of memory, or by hand\)"
@@ -45,12 +46,15 @@ def act(placement: Placement, listener: socket.socket | None, plan: dict[str, An
         print("one line\nand another, not ended", end="", flush=True)
         print(" é\udcff", file=sys.stderr, flush=True)
         return 0
-    if does == "deaf":
+    if does in ("deaf", "nearly done"):
         for number in spawn.SIGNALS:
             signal.signal(number, signal.SIG_IGN)
     if does == "obey":
         signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
     (folder / f"waits.{placement.rank}.{group}").touch()
+    if does == "nearly done":
+        time.sleep(0.5)
+        return 0
     deadline = time.monotonic() + LONG  # what waits is ended by the launcher, or else by itself
     while time.monotonic() < deadline:
         time.sleep(0.01)
@@ -71,7 +75,7 @@ class Launched:
 
     def run(self, restarts: Restarts | None = None) -> int:
         plan = {"folder": str(self.folder), "groups": self._groups}
-        code = spawn.spawn(len(self._groups[0]), "test_spawn:act", plan, restarts)
+        code = spawn.spawn(len(self._groups[0]), [Work("test_spawn:act", plan, restarts)])
         for about in self.processes():
             assert not Path(f"/proc/{about['pid']}").exists(), about
         return code
@@ -316,3 +320,46 @@ def test_the_handlers_of_before_are_back(heard: list[int], tmp_path: Path) -> No
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) & {*spawn.SIGNALS} == set()
     os.kill(os.getpid(), signal.SIGTERM)
     assert heard == [signal.SIGTERM]
+
+
+# ---- Several works, and asked to stop when nobody is there to be told ------------------------------------
+
+
+def test_who_comes_after_a_signal_is_told_of_it() -> None:
+    stop = spawn._Stop()
+    worker = server().Process(target=time.sleep, args=(LONG,))
+    worker.start()
+    stop.pass_on(signal.SIGUSR1, None)
+    assert stop.asked()
+    stop.take([worker])
+    worker.join(LONG)
+    assert worker.exitcode == -signal.SIGUSR1
+
+
+def test_one_work_after_the_other(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in "abc"]
+    for folder in folders:
+        folder.mkdir()
+    plans = [{"folder": str(f), "groups": [[code]]} for f, code in zip(folders, (0, 3, 0), strict=True)]
+    assert spawn.spawn(1, [Work("test_spawn:act", plan) for plan in plans]) == 3
+    assert [len(list(folder.iterdir())) for folder in folders] == [1, 1, 0]
+
+
+def test_a_stop_too_late_for_one_work_stops_before_the_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plans = [{"folder": str(tmp_path), "groups": [[does]]} for does in ("nearly done", 0)]
+    works = [Work("test_spawn:act", plan, no_progress(1)) for plan in plans]
+
+    def ask() -> None:
+        deadline = time.monotonic() + LONG
+        while not (tmp_path / "waits.0.0").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert spawn.spawn(1, works) == 75
+    asking.join()
+    assert len(list(tmp_path.glob("0.*"))) == 1
+    told(capsys, "stopped before all was done" + GONE_ON)
