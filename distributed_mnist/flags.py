@@ -25,6 +25,7 @@ _OTHER_METAVARS = {
     "mirror": "URL [URL ...]",
     "recipe": "NAME|FILE.toml",
     "resume": "PATH|auto",
+    "sections": "[SECTION ...]",
 }
 
 
@@ -45,11 +46,17 @@ class Train(_Every):
     settings: Annotated[tyro.conf.OmitArgPrefixes[Recipe], tyro.conf.arg(name="recipe")]
     run: tyro.conf.OmitArgPrefixes[Run] = field(default_factory=Run)
     recipe: str = "default"
-    """Where the settings below come from: default, classic, or your own TOML file. Flags override it."""
+    """Where the settings below come from: default, classic (the original script's), fast, accurate, or your
+    own TOML file. Flags override it."""
+    ensemble: int = 1
+    """Train so many networks one after the other, seeds counting up from --seed, and let them vote."""
 
     def __post_init__(self) -> None:
-        """Raises `UsageError` for an unknown data set."""
+        """Raises `UsageError` for an unknown data set, and for an impossible ensemble."""
         require_name(self.run.dataset)
+        require(self.ensemble >= 1, "ensemble", "at least 1", self)
+        if self.ensemble > 1 and self.run.resume not in (None, "auto"):
+            raise UsageError("--ensemble goes on with --resume auto: one checkpoint is of one network")
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,45 @@ class Verify(_Every):
                 raise UsageError(f"{flag(name)} only goes with --chaos")
 
 
+SECTIONS = ("startup", "data", "scaling", "exchange", "time-to-99")
+"""What `dmnist bench` measures, in this order."""
+
+
+@dataclass(frozen=True)
+class Bench(_Every):
+    """Measure this machine: start-up, data, throughput and scaling against a plain loop, exchanges, time to
+    99 %. Takes some minutes; nothing else should run meanwhile."""
+
+    sections: tyro.conf.Positional[tuple[str, ...]] = ()
+    """What to measure: startup, data, scaling, exchange, time-to-99; by default all."""
+    recipe: str = "default"
+    """Recipe of startup and scaling."""
+    nproc: int | None = None
+    """Measure at 1, 2, ... N processes; by default one per core, at most 4."""
+    runs: int = 3
+    """How often each thing is measured."""
+    seeds: int = 5
+    """How many runs of time-to-99."""
+    seconds: float = 2.0
+    """About how long each run of scaling trains."""
+    dataset: str = "auto"
+    """Data set; auto takes mnist if it can be had, else drawn digits."""
+    data: Path = Path("data")
+    """Folder with the data; what is missing is downloaded into it."""
+    out: Path | None = None
+    """Folder for bench.json, and bench.svg, a plot."""
+
+    def __post_init__(self) -> None:
+        """Raises `UsageError` for impossible values."""
+        if unknown := [name for name in self.sections if name not in SECTIONS]:
+            raise UsageError(f"bench measures {', '.join(SECTIONS)}, and no {unknown[0]!r}")
+        for name in ("runs", "seeds"):
+            require(getattr(self, name) >= 1, name, "at least 1", self)
+        require(self.nproc is None or self.nproc >= 1, "nproc", "at least 1", self)
+        require(0 < self.seconds <= 3600, "seconds", "above zero, and an hour at most", self)
+        require_name(self.dataset)
+
+
 @dataclass(frozen=True)
 class Fetch(_Every):
     """Download a data set, verified, into a folder."""
@@ -155,7 +201,13 @@ class Generate(_Every):
 
 
 _DATA = {"fetch": Fetch, "check": Check, "generate": Generate}
-_GRAMMAR: dict[str, Any] = {"train": Train, "evaluate": Evaluate, "verify": Verify, "data": _DATA}
+_GRAMMAR: dict[str, Any] = {
+    "train": Train,
+    "evaluate": Evaluate,
+    "verify": Verify,
+    "bench": Bench,
+    "data": _DATA,
+}
 
 
 def parse(arguments: list[str]) -> Any:
@@ -173,6 +225,7 @@ def parse(arguments: list[str]) -> Any:
         Annotated[Train, tyro.conf.subcommand("train", default=train)],
         Annotated[Evaluate, tyro.conf.subcommand("evaluate")],
         Annotated[Verify, tyro.conf.subcommand("verify")],
+        Annotated[Bench, tyro.conf.subcommand("bench")],
         Annotated[data, tyro.conf.subcommand("data", description="Fetch, check or draw data sets.")],
     ]
     shown = io.StringIO()
