@@ -18,7 +18,7 @@ from ranks import DMNIST, LAUNCH, TORCHRUN, Finished, dmnist, dmnist_ranks, free
 from distributed_mnist import keys
 
 PROMISED = ("weights_sha256", "samples_sha256", "data_sha256", "test_loss", "test_accuracy", "steps")
-SIZES = (2, 3, 4)
+SIZES = (2, 3, 4, 8)
 
 # No batch size divides 1,100. The last batch of 1,100 in batches of 183 has 2 samples for 8 shards.
 CASES = {
@@ -27,6 +27,7 @@ CASES = {
     "cnn, augmented": "--epochs 1 --batch-size 300 --shift 2 --rotate 15 --scale 0.1 --seed 5",
     "dropout": "--recipe classic --model networks:dropout --epochs 2 --batch-size 97 --optimizer sgd",
     "fast": "--recipe fast --steps 7 --batch-size 130",
+    "accurate": "--recipe accurate --steps 4 --batch-size 130",
     "bf16": "--recipe classic --model mlp --epochs 1 --batch-size 130 --precision bf16",
 }
 
