@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from ranks import dmnist
 
+from distributed_mnist import bench_sections, flags
 from distributed_mnist.bench_runs import Sample
 
 SMALL = ("--dataset", "generated", "--nproc", 2, "--runs", 2, "--seeds", 2, "--seconds", 0.05)
@@ -92,6 +93,10 @@ def test_time_to_99(tmp_path: Path, digits: Path) -> None:
         rows[name]["mean"] for name in ("training, s", "first step to last weight, s", "whole command, s")
     )
     assert training <= stretch < whole
+
+
+def test_what_can_be_asked_for_is_what_there_is() -> None:
+    assert tuple(bench_sections.SECTIONS) == flags.SECTIONS
 
 
 def test_one_section_on_a_terminal_or_not() -> None:
