@@ -72,7 +72,7 @@ def test_scaling(tmp_path: Path, digits: Path) -> None:
             continue
         parts = row["parts"]
         assert parts.keys() >= {"data", "forward", "backward", "exchange", "optimizer", "step"}
-        assert sum(seconds for name, seconds in parts.items() if name != "step") <= parts["step"] * 1.01
+        assert sum(seconds for name, seconds in parts.items() if name != "step") <= parts["step"] * 1.1
         assert (parts["exchange"] > 0) == (nproc > 1)
 
 
