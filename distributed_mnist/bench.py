@@ -17,8 +17,8 @@ from rich.console import Console
 from .aside import written_aside
 from .bench_sections import SECTIONS, Bench, Plan
 from .config import load_recipe
+from .console import make_console, print_json
 from .errors import OutputError, reason
-from .observe import make_console, print_json
 from .placement import usable_cores
 
 

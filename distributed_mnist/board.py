@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from .console import make_console, print_json
 from .errors import VerificationError
-from .observe import make_console, print_json
 
 _WIDE = 36
 

@@ -67,6 +67,8 @@ MNIST_NAMES = (
     "t10k-labels-idx1-ubyte",
 )
 DIGITS = tuple(string.digits)
+MNIST_CONSTANTS = (0.1307, 0.3081)
+"""Mean and deviation of MNIST's training pixels, as the field rounds them."""
 
 
 def _by_md5(names: tuple[str, ...], *md5s: str) -> Files:
@@ -127,7 +129,7 @@ ENTRIES: dict[str, Entry] = {
                 "http://yann.lecun.com/exdb/mnist/",  # has answered 403 or 503 for years: last
             ),
             class_names=DIGITS,
-            constants=(0.1307, 0.3081),
+            constants=MNIST_CONSTANTS,
         ),
         Entry(
             name="fashion-mnist",

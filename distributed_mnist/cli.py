@@ -2,19 +2,19 @@
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.metadata
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import DataError, LaunchError, UsageError, tell
+from .errors import LaunchError, UsageError, tell
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from .flags import Bench, Check, Evaluate, Fetch, Generate, Train, Verify
+    from .flags import Bench, Train, Verify
+    from .flags_use import Evaluate
     from .placement import Placement
 
 
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(0)
         if arguments[:1] == ["train"] and not {"-h", "--help"} & set(arguments):
             _begin_to_import_torch()
-        from .flags import parse  # and tyro, which takes a while
+        from .grammar import parse  # and tyro, which takes a while
 
         command = parse(arguments)
         code = _COMMANDS[type(command).__name__](command)
@@ -136,94 +136,18 @@ def _bench(command: "Bench") -> int:
     return bench.run(bench.Plan(**chosen), as_json=command.json)
 
 
-def _fetch(command: "Fetch") -> int:
-    from . import datasets
-    from .observe import make_console, print_json
-    from .progress import DataProgress
+def _later(module: str, function: str) -> Callable[[Any], int]:
+    """A function of one of our modules, which is imported when it is called."""
 
-    console = make_console(stderr=command.json)
-    with DataProgress(console) as progress:
-        paths = datasets.fetch(
-            command.dataset, command.data, mirrors=command.mirror or None, progress=progress
-        )
-    if command.json:
-        print_json({"dataset": command.dataset, "paths": [str(path) for path in paths]})
-    else:
-        _print_lines(console, [str(path) for path in paths])
-    return 0
+    def command(flags: Any) -> int:
+        return getattr(importlib.import_module(f".{module}", __package__), function)(flags)
 
-
-def _check(command: "Check") -> int:
-    from . import datasets
-    from .observe import make_console, print_json
-
-    console = make_console(stderr=command.json)
-    with console.status(f"reading {command.dataset} in {command.data}"):
-        findings = datasets.check(command.dataset, command.data)
-    if command.json:
-        plain = [{**dataclasses.asdict(finding), "path": str(finding.path)} for finding in findings]
-        print_json({"dataset": command.dataset, "files": plain})
-    else:
-        paths = [str(finding.path) for finding in findings]
-        rows = ["-" if finding.rows is None else f"{finding.rows:,}" for finding in findings]
-        wide, high = max(map(len, paths)), max(map(len, rows))
-        lines = [
-            (
-                f"{path:<{wide}}  {count:>{high}} rows  ",
-                finding.verdict,
-                "green" if finding.ok else "bold red",
-            )
-            for path, count, finding in zip(paths, rows, findings, strict=True)
-        ]
-        _print_lines(console, lines)
-    bad = [finding for finding in findings if not finding.ok]
-    if bad:
-        of = f"{len(bad)} of {len(findings)} files of {command.dataset} cannot be used"
-        raise DataError(f"{of}: {', '.join(str(finding.path) for finding in bad)}")
-    return 0
-
-
-def _generate(command: "Generate") -> int:
-    from . import datasets
-    from .observe import make_console, print_json
-    from .progress import DataProgress
-
-    console = make_console(stderr=command.json)
-    with DataProgress(console) as progress:
-        drawn = datasets.load(
-            "generated",
-            Path(),
-            seed=command.data_seed,
-            train_size=command.train_size,
-            test_size=command.test_size,
-            progress=progress,
-        )
-        paths = [str(path) for path in datasets.write(drawn, command.out, progress)]
-    if command.json:
-        from .digest import digest  # imports torch, a second or two
-
-        sizes = {"train_size": command.train_size, "test_size": command.test_size}
-        sha256 = digest(list(drawn.arrays().values()))  # as a run on these files tells it
-        plain = {"dataset": "generated", **sizes, "data_seed": command.data_seed, "data_sha256": sha256}
-        print_json({**plain, "paths": paths})
-    else:
-        told = f"{command.train_size:,} + {command.test_size:,} images drawn with seed {command.data_seed}"
-        _print_lines(console, [*paths, f"{told}: use them with --dataset idx --data {command.out}"])
-    return 0
+    return command
 
 
 def _refuse_another_size(placement: "Placement", nproc: int | None) -> None:
     if nproc not in (None, placement.local_size):
         raise UsageError(f"--nproc {nproc}, but {placement.launcher} started this process: leave it away")
-
-
-def _print_lines(console: "Console", lines: Sequence[str | tuple[str, str, str]]) -> None:
-    """Whole lines, as they are: text, or text and a verdict with its style."""
-    from rich.text import Text
-
-    for line in lines:
-        plain, verdict, style = (line, "", "") if isinstance(line, str) else line
-        console.print(Text.assemble(plain, (verdict, style)), soft_wrap=True)
 
 
 def _version(package: str) -> str:
@@ -238,9 +162,9 @@ _COMMANDS: dict[str, Callable[[Any], int]] = {
     "Evaluate": _evaluate,
     "Verify": _verify,
     "Bench": _bench,
-    "Fetch": _fetch,
-    "Check": _check,
-    "Generate": _generate,
+    "Fetch": _later("data_commands", "fetch"),
+    "Check": _later("data_commands", "check"),
+    "Generate": _later("data_commands", "generate"),
 }
 
 

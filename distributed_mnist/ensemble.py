@@ -20,8 +20,8 @@ from .evaluate import evaluate
 from .layout import checkpoints_in, member_folder
 from .lock import write_json
 from .models import build, place
-from .observe import Terminal
 from .share import share
+from .terminal import Terminal
 from .world import World
 
 

@@ -5,7 +5,7 @@ the same number whoever computes it, and the chunks' losses are added in one ord
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,10 @@ class Evaluation:
     images: int
     confusion: list[list[int]]
     """Row: true class; column: predicted class."""
+    predicted: Tensor = field(compare=False)
+    """`(n,)` int64 on the CPU: the class of the highest logit, by index of the image."""
+    confidence: Tensor = field(compare=False)
+    """`(n,)` float32 on the CPU: the probability that the model gives to that class."""
 
     @property
     def accuracy(self) -> float:
@@ -49,7 +53,8 @@ def evaluate(
     """Run the model in evaluation mode over a split that every rank holds; all get the same answer."""
     chunks = -(-len(split) // CHUNK)
     losses = torch.zeros(chunks, device=world.device)
-    confusion = torch.zeros(classes, classes, dtype=torch.int64, device=world.device)
+    predicted = torch.zeros(len(split), dtype=torch.int64, device=world.device)
+    confidence = torch.zeros(len(split), device=world.device)
     was_training = model.training
     model.eval()
     for chunk in range(world.rank * chunks // world.size, (world.rank + 1) * chunks // world.size):
@@ -58,13 +63,21 @@ def evaluate(
         images, labels = split.images[rows].clone(), split.labels[rows].long()
         logits = forward(model, normalise(images, mean, std), precision)
         losses[chunk] = F.cross_entropy(logits, labels, reduction="sum")
-        # Zeros and ones: the product counts exactly, and unlike a histogram in one order on every device.
-        truth, guess = (F.one_hot(index, classes).float() for index in (labels, logits.argmax(1)))
-        confusion += (truth.T @ guess).long()
+        confidence[rows], predicted[rows] = logits.softmax(1).max(1)
     model.train(was_training)
+    # In each place at most one rank has something other than zero: the sums are exact.
     total = math.fsum(world.sum_(losses).tolist())
-    world.sum_(confusion)
-    return Evaluation(total / len(split), int(confusion.trace()), int(confusion.sum()), confusion.tolist())
+    predicted, confidence = world.sum_(predicted).cpu(), world.sum_(confidence).cpu()
+    labels = split.labels.long().cpu()
+    confusion = torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
+    return Evaluation(
+        loss=total / len(split),
+        correct=int(confusion.trace()),
+        images=int(confusion.sum()),
+        confusion=confusion.tolist(),
+        predicted=predicted,
+        confidence=confidence,
+    )
 
 
 def forward(model: nn.Module, images: Tensor, precision: Precision) -> Tensor:

@@ -18,12 +18,13 @@ from .evaluate import Evaluation
 from .folder import Folder, described, open_folder, open_store, read_named, refuse_mismatch, resume
 from .lock import RunLock, write_json
 from .models import Traits, find_factory
-from .observe import JsonLines, Many, Notices, NullSink, Sink, Terminal
+from .observe import JsonLines, Many, MistakesFile, Notices, NullSink, Sink
 from .optim import make_optimizer
 from .prepare import make_gradients, make_model, oversubscription, pack, use_threads
 from .share import Data, share
 from .signals import StopSignals
 from .store import NullStore, Store
+from .terminal import Terminal
 from .train import Job, State, require_same_weights, train
 from .world import World
 
@@ -184,9 +185,9 @@ def make_sink(world: World, folder: Path, store: Store, console: Console) -> Sin
     if world.rank != 0:
         return NullSink() if isinstance(store, NullStore) else Notices(str(world.peers[world.rank]))
     terminal = Terminal(console)
-    return Many(
-        JsonLines(folder / "metrics.jsonl", lambda text: terminal.log("notice", text=text)), terminal
-    )
+    complain = partial(terminal.log, "notice")
+    lines = JsonLines(folder / "metrics.jsonl", lambda text: complain(text=text))
+    return Many(lines, MistakesFile(folder / "mistakes.json", lambda text: complain(text=text)), terminal)
 
 
 def describe(

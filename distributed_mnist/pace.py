@@ -53,6 +53,10 @@ class Pace:
         """Steps in it."""
         self.exchange_seconds = 0.0
         """Time in it that was spent in collectives, by the rank that waited least for others."""
+        self.busy: list[float] = []
+        """Seconds a step in it, by rank, that a rank computed; on a GPU with the exchange in it."""
+        self.speaking: list[float] = []
+        """Seconds a step in it, by rank, that a rank spent in collectives, waiting for slower ones too."""
 
     def start(self) -> None:
         """The clock starts: steps begin, or begin again after an evaluation."""
@@ -70,13 +74,15 @@ class Pace:
         self.seconds, self.steps = time.perf_counter() - self._started, step - self._last
         spoken = self._world.seconds_speaking - self._spoken
         per_step = self.seconds / max(self.steps, 1)
-        mine = torch.tensor([float(stop), float(save), per_step, -spoken], device=self._world.device)
-        stopping, saving, slowest, least = self._world.max_(mine).tolist()
-        self.exchange_seconds = -least
+        mine = torch.tensor([float(stop), float(save), per_step, spoken], device=self._world.device)
+        stops, saves, steps, spoke = self._world.gather(mine).T.tolist()
+        slowest, self.exchange_seconds = max(steps), min(spoke)
+        self.speaking = [each / max(self.steps, 1) for each in spoke]
+        self.busy = [step - each for step, each in zip(steps, self.speaking, strict=True)]
         # At most four times the last stretch: a first step is slow for reasons that do not last.
         stretch = min(int(self.SECONDS / max(slowest, 1e-9)), 4 * self.steps, self._most_steps)
         self._last, self._next = step, step + max(stretch, 1)
-        return stopping > 0, saving > 0
+        return max(stops) > 0, max(saves) > 0
 
 
 def advice(size: int, step_seconds: float, exchange_seconds: float) -> str | None:

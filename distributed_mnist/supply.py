@@ -19,10 +19,10 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 
 from .config import Run
+from .console import make_console
 from .datasets import Dataset, load
 from .errors import DataError, WorkerLost, described, tidy_terminal
 from .locate import NotFoundError
-from .observe import make_console
 from .progress import DataProgress
 
 _CLOSING_SECONDS = 1.0  # between two pieces of a download

@@ -18,6 +18,7 @@ from .gradients import Gradients
 from .keys import torch_seed
 from .ledger import Ledger
 from .loss import cross_entropy
+from .mistakes import mistakes
 from .observe import Sink
 from .optim import make_schedule, set_learning_rate
 from .optimizers import Optimizer
@@ -234,6 +235,7 @@ def close_page(state: State, job: Job, ledger: Ledger, pace: Pace, laps: Laps, l
             "exchange": pace.exchange_seconds / max(pace.steps, 1),
             **laps.close(pace.steps),
         },
+        ranks={"busy": pace.busy, "exchange": pace.speaking},
         first_step=page.first_step + 1,
         losses=page.losses,
     )
@@ -262,6 +264,8 @@ def log_evaluation(state: State, job: Job, result: Evaluation) -> bool:
         test_loss=result.loss,
         test_accuracy=result.accuracy,
         test_images=result.images,
+        confusion=result.confusion,
         best=best,
     )
+    report(job, "mistakes", step=state.step, mistakes=mistakes(result, job.test))
     return best

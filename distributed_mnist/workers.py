@@ -9,10 +9,11 @@ from functools import partial
 
 from . import assess, ensemble, job, supply, witness
 from .board import Board
+from .console import make_console, print_json
 from .datasets import Dataset
-from .flags import Evaluate, Train, Verify
+from .flags import Train, Verify
+from .flags_use import Evaluate
 from .layout import go_on
-from .observe import make_console, print_json
 from .placement import Placement
 from .process import run_in_group
 from .signals import StopSignals

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from distributed_mnist.flags import parse
+from distributed_mnist.grammar import parse
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "cli_frozen.txt"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ranks import REPOSITORY, dmnist
 
-from distributed_mnist.flags import parse
+from distributed_mnist.grammar import parse
 
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 README = DOCUMENTS[0].read_text()

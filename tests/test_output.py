@@ -17,7 +17,7 @@ from ranks import DMNIST, PATIENCE, Finished, dmnist, environment, events, run, 
 from rich.console import Console
 
 from distributed_mnist.checkpoint import decode
-from distributed_mnist.observe import Terminal
+from distributed_mnist.terminal import Terminal
 
 EPOCHS, BATCH, STEPS_PER_EPOCH = 3, 64, 18
 RECIPE = ("--recipe", "classic", "--epochs", EPOCHS, "--batch-size", BATCH)

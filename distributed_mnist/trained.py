@@ -1,0 +1,92 @@
+"""What was trained, ready to use: a checkpoint, or a run's folder, as a network with what belongs to it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batches import normalise
+from .catalog import DIGITS, MNIST_CONSTANTS
+from .checkpoint import Content, decode, load_weights, read_bytes
+from .config import Recipe
+from .errors import CheckpointError
+from .evaluate import forward
+from .layout import checkpoints_in
+from .models import MODELS, build, place
+
+_ORIGINALS: dict[str, Any] = {
+    "name": "mnist",
+    "class_names": DIGITS,
+    "mean": MNIST_CONSTANTS[0],
+    "std": MNIST_CONSTANTS[1],
+}
+"""The data set of the original script's checkpoints, which do not tell."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network in evaluation mode, on its device."""
+
+    network: nn.Module
+    """Takes normalised images `(n, 1, 28, 28)`, gives logits `(n, classes)`."""
+    recipe: Recipe
+    class_names: tuple[str, ...]
+    mean: float
+    """Of the pixels (0 to 1) of the images it was trained on, and below their deviation."""
+    std: float
+    dataset: str
+    """Name of the data set it was trained on."""
+    content: Content
+    """The checkpoint."""
+    path: str
+    """Where the checkpoint was read."""
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """float32 `(n, classes)` of images `(n, 28, 28)` uint8, white on black as MNIST's are."""
+        device = next(self.network.parameters()).device
+        normal = normalise(images.to(device, copy=True), self.mean, self.std)
+        return forward(self.network, normal, self.recipe.precision)
+
+
+def find(path: Path) -> tuple[str, bytes]:
+    """The checkpoint at `path`, or the best of the run's folder there: where it is and its bytes.
+
+    Raises `CheckpointError` if there is none.
+    """
+    for best in (path / "checkpoints" / "best.pt", path / "best.pt", path / "model_best.pth.tar"):
+        if best.is_file():
+            return str(best), read_bytes(best)
+    if seeds := sorted(path.glob("seed-*")):
+        raise CheckpointError(
+            f"{path} is an ensemble: name one of its networks, such as {seeds[0]} (the vote is in "
+            f"{path / 'result.json'})"
+        )
+    if steps := checkpoints_in(path / "checkpoints"):
+        raise CheckpointError(
+            f"{path} was not scored before it stopped: name a checkpoint, such as {steps[-1]}"
+        )
+    return str(path), read_bytes(path)
+
+
+def restore(path: str, raw: bytes, *, model: str | None, device: torch.device) -> Trained:
+    """The network in the bytes of a checkpoint that was read at `path`.
+
+    A checkpoint of a user's own model names code, which is only run if `model` names the same: a stranger's
+    file must not choose what is imported. Raises `CheckpointError` if it does not, or for a damaged file.
+    """
+    content = decode(raw, path)
+    recipe = Recipe.from_dict(content["recipe"], path) if content["recipe"] else Recipe(model="linear")
+    if recipe.model not in MODELS and recipe.model != model:
+        raise CheckpointError(
+            f"{path} is of the model {recipe.model}, which is code outside this program: "
+            f"if you trust it, add --model {recipe.model}"
+        )
+    told = content["dataset"] or _ORIGINALS
+    names = tuple(told["class_names"])
+    network = build(recipe.model, len(names), recipe.seed)
+    load_weights(network, content["model"], path)
+    network = place(network, device).eval()
+    return Trained(network, recipe, names, told["mean"], told["std"], told["name"], content, path)
