@@ -21,7 +21,7 @@ ORDER: Sequence[str] = """
     launch child endings spawn
     augment batches patches models optimizers muon optim
     loss shardwise company costs tree topology gradients ledger evaluate mistakes pace
-    original distrust checkpoint store lock console observe terminal progress supply share
+    original distrust checkpoint store lock console observe record terminal progress supply share
     train
     process folder prepare job trained assess ensemble
     compare board known trial ordeal faults chaos witness verify
