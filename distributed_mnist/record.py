@@ -1,7 +1,7 @@
 """What a run's folder tells of it, at any time: while it runs, after it ended, after it was killed.
 
-`metrics.jsonl` is appended to and never rewritten, so what was trained again after a crash stands there twice:
-the later counts.
+`metrics.jsonl` is appended to and never rewritten: what was trained again after a crash stands there twice,
+and the later counts.
 """
 
 import json
