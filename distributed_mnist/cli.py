@@ -160,6 +160,7 @@ def _version(package: str) -> str:
 _COMMANDS: dict[str, Callable[[Any], int]] = {
     "Train": _train,
     "Evaluate": _evaluate,
+    "Report": _later("report", "command"),
     "Verify": _verify,
     "Bench": _bench,
     "Fetch": _later("data_commands", "fetch"),

@@ -8,6 +8,7 @@ import tyro
 
 from .catalog import require_name
 from .config import require
+from .errors import UsageError
 from .flags import Every
 
 
@@ -33,3 +34,18 @@ class Evaluate(Every):
         require(self.nproc is None or self.nproc >= 1, "nproc", "at least 1", self)
         if self.dataset is not None:
             require_name(self.dataset)
+
+
+@dataclass(frozen=True)
+class Report(Every):
+    """Make one page of a run, or of several side by side, from their files; of a running one too."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of runs."""
+    out: Path | None = None
+    """File to write; by default report.html in the run's folder, or here for several runs."""
+
+    def __post_init__(self) -> None:
+        """Raises `UsageError` without a run."""
+        if not self.runs:
+            raise UsageError("report needs a run's folder (dmnist report --help lists the flags)")

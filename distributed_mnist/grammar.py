@@ -15,7 +15,7 @@ from .config import load_recipe
 from .errors import UsageError
 from .flags import Bench, Train, Verify
 from .flags_data import Check, Fetch, Generate
-from .flags_use import Evaluate
+from .flags_use import Evaluate, Report
 
 _SUMMARY = "Distributed training of digit classifiers. dmnist --version tells its and torch's version."
 _METAVARS = {int: "N", float: "X", Path: "DIR", str: "NAME"}
@@ -26,12 +26,14 @@ _OTHER_METAVARS = {
     "mirror": "URL [URL ...]",
     "recipe": "NAME|FILE.toml",
     "resume": "PATH|auto",
+    "runs": "RUN [RUN ...]",
     "sections": "[SECTION ...]",
 }
 
 GRAMMAR: dict[str, Any] = {
     "train": Train,
     "evaluate": Evaluate,
+    "report": Report,
     "verify": Verify,
     "bench": Bench,
     "data": {"fetch": Fetch, "check": Check, "generate": Generate},

@@ -11,6 +11,8 @@ from pathlib import Path
 from .checkpoint import write
 from .errors import OutputError, reason
 
+_GLANCE = 0.1  # seconds: `is_live` of another process holds a lock for an instant
+
 
 class RunLock:
     """Held by the one process that writes into a run's folder, for as long as it lives.
@@ -28,7 +30,7 @@ class RunLock:
         except OSError as error:
             raise OutputError(f"--out {folder}: {reason(error)}") from None
         try:
-            self._take(time.monotonic() + patience)
+            self._take(time.monotonic() + max(patience, _GLANCE))
         except OSError as error:
             self._file.seek(0)
             owner = self._file.read().strip() or "unknown"
@@ -63,6 +65,18 @@ class RunLock:
         if self._is_new:
             shutil.rmtree(self._folder, ignore_errors=True)
         self.release()
+
+
+def is_live(folder: Path) -> bool:
+    """Whether a process holds the lock of the run in `folder`: it trains, or is about to."""
+    try:
+        with (folder / ".lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such file, or a file system without locks
+        return False
+    return False
 
 
 def write_json(path: Path, value: object) -> None:

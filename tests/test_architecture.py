@@ -26,7 +26,9 @@ ORDER: Sequence[str] = """
     process folder prepare job trained assess ensemble
     compare board known trial ordeal faults chaos witness verify
     baseline bench_runs bench_exchange bench_plot bench_sections bench
-    complaints flags flags_use flags_data grammar data_commands workers
+    complaints flags flags_use flags_data grammar
+    charts report_data report
+    data_commands workers
     classic classic_job
     preload cli __main__ __init__
 """.split()  # noqa: SIM905 - one line a layer

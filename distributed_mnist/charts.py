@@ -1,0 +1,131 @@
+"""Line charts as SVG text, in colours that the page's style sheet decides, so that dark pages work."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+WIDTH, HEIGHT = 560, 240
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 30
+_MOST_POINTS = 600
+"""Points drawn of one line; a screen shows no more, and a page of a long run stays small."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    color: int = 0
+    """Which of the page's colours."""
+    faint: bool = False
+    """Drawn behind the others and not named: raw values behind smoothed ones."""
+    dots: bool = False
+
+
+def line_chart(
+    lines: Sequence[Line], *, x: str, y: Callable[[float], str], log: bool = False, title: str = ""
+) -> Markup:
+    """An SVG of these lines over the same axes; empty text where there is nothing to draw.
+
+    `x` names the horizontal axis, `y` formats a value of the vertical one, `log` makes that logarithmic.
+    """
+    kept = [_usable(line, log) for line in lines]
+    kept = [line for line in kept if line.points]
+    if not kept:
+        return Markup()
+    xs = [point[0] for line in kept for point in line.points]
+    ys = [point[1] for line in kept for point in line.points]
+    left, right = min(xs), max(*xs, min(xs) + 1e-9)
+    scale = math.log10 if log else float
+    ticks = (_decades if log else _ticks)(min(ys), max(ys))
+    low, high = scale(min(ticks[0], *ys)), scale(max(ticks[-1], *ys))
+    high = max(high, low + 1e-12)
+
+    def place(point: tuple[float, float]) -> str:
+        across = _LEFT + (point[0] - left) / (right - left) * (WIDTH - _LEFT - _RIGHT)
+        down = HEIGHT - _BOTTOM - (scale(point[1]) - low) / (high - low) * (HEIGHT - _TOP - _BOTTOM)
+        return f"{across:.1f},{down:.1f}"
+
+    # The script of the page reads values off the picture with these.
+    frame = {"left": left, "right": right, "low": low, "high": high, "log": "1" if log else "", "x": x}
+    frame |= {"width": WIDTH, "height": HEIGHT}
+    frame |= {"before": _LEFT, "after": _RIGHT, "above": _TOP, "below": _BOTTOM}
+    data = " ".join(f'data-{name}="{escape(value)}"' for name, value in frame.items())
+    parts = [
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" class="chart" role="img" aria-label="{escape(title)}" {data}>'
+    ]
+    for tick in ticks:
+        down = place((left, tick)).partition(",")[2]
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{down}" y2="{down}"/>')
+        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{down}" dy=".32em">{escape(y(tick))}</text>')
+    for tick in _ticks(left, right, 6):
+        if not left <= tick <= right:
+            continue
+        across = place((tick, ticks[0])).partition(",")[0]
+        parts.append(f'<text class="tick low" x="{across}" y="{HEIGHT - 14}">{_plain(tick)}</text>')
+    parts.append(
+        f'<text class="axis" x="{WIDTH - _RIGHT}" y="{HEIGHT - 2}" text-anchor="end">{escape(x)}</text>'
+    )
+    for line in sorted(kept, key=lambda line: not line.faint):
+        path = " ".join(map(place, line.points))
+        style = f"c{line.color % 8}{' faint' if line.faint else ''}"
+        if len(line.points) > 1:
+            parts.append(f'<polyline class="line {style}" points="{path}"/>')
+        if line.dots or len(line.points) == 1:
+            for point in line.points:
+                across, _, down = place(point).partition(",")
+                told = f"{line.name}, {x} {_plain(point[0])}: {y(point[1])}"
+                parts.append(
+                    f'<circle class="dot {style}" cx="{across}" cy="{down}" r="3.5">'
+                    f"<title>{escape(told)}</title></circle>"
+                )
+    parts.append("</svg>")
+    return Markup("".join(parts))
+
+
+def smoothed(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
+    """A running mean over `window` points, at its middle."""
+    if window < 2 or len(points) < window:
+        return list(points)
+    found, total = [], math.fsum(value for _, value in points[: window - 1])
+    for i in range(window - 1, len(points)):
+        total += points[i][1]
+        found.append((points[i - window // 2][0], total / window))
+        total -= points[i - window + 1][1]
+    return found
+
+
+def _usable(line: Line, log: bool) -> Line:
+    """Without what cannot be drawn, and with a mean in place of each group of too many points."""
+    points = [p for p in line.points if math.isfinite(p[1]) and (p[1] > 0 or not log)]
+    each = -(-len(points) // _MOST_POINTS)
+    if each > 1:
+        groups = [points[i : i + each] for i in range(0, len(points), each)]
+        points = [(group[-1][0], math.fsum(value for _, value in group) / len(group)) for group in groups]
+    return Line(line.name, points, line.color, line.faint, line.dots)
+
+
+def _ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round values that span from `low` to `high`."""
+    span = (high - low) or abs(high) or 1.0
+    step = 10 ** math.floor(math.log10(span / about))
+    step *= next(factor for factor in (1, 2, 5, 10) if span / (factor * step) <= about)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten from below `low` to above `high`; fewer where that is many."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    factors = (1, 2, 5) if last - first <= 2 else (1,)
+    every = [factor * 10.0**power for power in range(first, last + 1) for factor in factors]
+    below = max([tick for tick in every if tick <= low], default=every[0])
+    above = min([tick for tick in every if tick >= high], default=every[-1])
+    return [tick for tick in every if below <= tick <= above]
+
+
+def _plain(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 10 or value == int(value) else f"{value:.3g}"
