@@ -160,6 +160,7 @@ def _version(package: str) -> str:
 _COMMANDS: dict[str, Callable[[Any], int]] = {
     "Train": _train,
     "Evaluate": _evaluate,
+    "Predict": _later("predict", "command"),
     "Report": _later("report", "command"),
     "Verify": _verify,
     "Bench": _bench,

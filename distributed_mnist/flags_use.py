@@ -37,6 +37,32 @@ class Evaluate(Every):
 
 
 @dataclass(frozen=True)
+class Predict(Every):
+    """Say what is drawn in pictures: of any size, dark on light or light on dark, photos too."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A checkpoint, ours or the original script's, or a run's folder, whose best is taken."""
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Image files of one digit each, folders of them, or an IDX file of images, raw or .gz."""
+    top: int = 1
+    """How many classes to name for each, the likeliest first."""
+    ink: Literal["auto", "dark", "light"] = "auto"
+    """Whether the digit is darker or lighter than its ground; auto looks at the border."""
+    show: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Show what the network is given: the digit cut out, scaled and centred as MNIST's are."""
+    model: str | None = None
+    """For a checkpoint of your own model: the package.module:factory it was trained with."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto takes a GPU or other accelerator if there is one, cpu never does."""
+
+    def __post_init__(self) -> None:
+        """Raises `UsageError` for impossible values."""
+        if not self.images:
+            raise UsageError("predict needs pictures (dmnist predict --help lists the flags)")
+        require(self.top >= 1, "top", "at least 1", self)
+
+
+@dataclass(frozen=True)
 class Report(Every):
     """Make one page of a run, or of several side by side, from their files; of a running one too."""
 

@@ -15,7 +15,7 @@ from .config import load_recipe
 from .errors import UsageError
 from .flags import Bench, Train, Verify
 from .flags_data import Check, Fetch, Generate
-from .flags_use import Evaluate, Report
+from .flags_use import Evaluate, Predict, Report
 
 _SUMMARY = "Distributed training of digit classifiers. dmnist --version tells its and torch's version."
 _METAVARS = {int: "N", float: "X", Path: "DIR", str: "NAME"}
@@ -23,6 +23,7 @@ _OTHER_METAVARS = {
     "checkpoint": "CHECKPOINT",
     "checkpoint_every": "EVERY",
     "eval_every": "EVERY",
+    "images": "IMAGE [IMAGE ...]",
     "mirror": "URL [URL ...]",
     "recipe": "NAME|FILE.toml",
     "resume": "PATH|auto",
@@ -33,6 +34,7 @@ _OTHER_METAVARS = {
 GRAMMAR: dict[str, Any] = {
     "train": Train,
     "evaluate": Evaluate,
+    "predict": Predict,
     "report": Report,
     "verify": Verify,
     "bench": Bench,

@@ -27,7 +27,7 @@ ORDER: Sequence[str] = """
     compare board known trial ordeal faults chaos witness verify
     baseline bench_runs bench_exchange bench_plot bench_sections bench
     complaints flags flags_use flags_data grammar
-    charts report_data report
+    charts report_data report picture predict
     data_commands workers
     classic classic_job
     preload cli __main__ __init__
