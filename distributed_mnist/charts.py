@@ -28,7 +28,7 @@ class Line:
 def line_chart(
     lines: Sequence[Line], *, x: str, y: Callable[[float], str], log: bool = False, title: str = ""
 ) -> Markup:
-    """An SVG of these lines over the same axes; empty text where there is nothing to draw.
+    """An SVG of these lines over the same axes, across from 0; empty where there is nothing to draw.
 
     `x` names the horizontal axis, `y` formats a value of the vertical one, `log` makes that logarithmic.
     """
@@ -38,7 +38,7 @@ def line_chart(
         return Markup()
     xs = [point[0] for line in kept for point in line.points]
     ys = [point[1] for line in kept for point in line.points]
-    left, right = min(xs), max(*xs, min(xs) + 1e-9)
+    left, right = min(0.0, *xs), max(*xs, 1e-9)
     scale = math.log10 if log else float
     ticks = (_decades if log else _ticks)(min(ys), max(ys))
     low, high = scale(min(ticks[0], *ys)), scale(max(ticks[-1], *ys))

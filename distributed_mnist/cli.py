@@ -161,7 +161,7 @@ _COMMANDS: dict[str, Callable[[Any], int]] = {
     "Train": _train,
     "Evaluate": _evaluate,
     "Predict": _later("predict", "command"),
-    "Report": _later("report", "command"),
+    "Report": _later("report_command", "command"),
     "Verify": _verify,
     "Bench": _bench,
     "Fetch": _later("data_commands", "fetch"),

@@ -21,6 +21,7 @@ from .models import Traits, find_factory
 from .observe import JsonLines, Many, MistakesFile, Notices, NullSink, Sink
 from .optim import make_optimizer
 from .prepare import make_gradients, make_model, oversubscription, pack, use_threads
+from .record import read as read_record
 from .share import Data, share
 from .signals import StopSignals
 from .store import NullStore, Store
@@ -121,7 +122,7 @@ def run(
         store.finished(wait=True)  # what is being written is kept, however this ends
         sink.close()
     if folder.lock is not None:  # else it is another rank's to write
-        finish(folder.path, folder.lock, state, result)
+        finish(folder.path, folder.lock, state, result, partial(console.print, soft_wrap=True))
     return result
 
 
@@ -136,10 +137,18 @@ def remarks(world: World, recipe: Recipe, data: Data, threads: int, folder: Fold
     return lines
 
 
-def finish(path: Path, lock: RunLock, state: State, result: dict[str, Any]) -> None:
+def finish(
+    path: Path, lock: RunLock, state: State, result: dict[str, Any], say: Callable[[str], None]
+) -> None:
     """Write the result and let others in. Raises `OutputError` if the final weights are not on disk."""
+    from . import report  # noqa: PLC0415 - imports what only the end needs
+
     write_json(path / "result.json", result)
     lock.release()
+    try:
+        report.write([read_record(path)], path / "report.html")
+    except DmnistError as error:
+        say(f"no report: {error}")
     if state.unsaved:
         raise OutputError(f"trained, but {state.unsaved}")
 

@@ -7,7 +7,7 @@ has to be found here: white on black or black on white, on a plain ground or on 
 
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -173,7 +173,8 @@ def _otsu(values: NDArray[np.float64]) -> float:
 
 def _without_specks(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Without connected pieces that are tiny beside the largest, and without what keeps to the border."""
-    pieces, count = ndimage.label(mask, np.ones((3, 3)))
+    labelled: Any = ndimage.label(mask, np.ones((3, 3)))
+    pieces, count = labelled
     sizes = np.bincount(pieces.ravel(), minlength=count + 1)
     sizes[0] = 0
     inner = np.bincount(pieces[2:-2, 2:-2].ravel(), minlength=count + 1)

@@ -12,22 +12,8 @@ from PIL import Image
 
 from . import report_data
 from .aside import written_aside
-from .console import make_console, print_json
 from .errors import OutputError, reason
-from .flags_use import Report
-from .record import Record, read
-
-
-def command(flags: Report) -> int:
-    """`dmnist report`; its exit code. Raises `UsageError` for a folder that is no run's, `OutputError`."""
-    records = [read(folder) for folder in flags.runs]
-    out = flags.out or (flags.runs[0] / "report.html" if len(records) == 1 else Path("report.html"))
-    write(records, out)
-    if flags.json:
-        print_json({"runs": [str(folder) for folder in flags.runs], "out": str(out)})
-    else:
-        make_console().print(str(out), highlight=False, soft_wrap=True)
-    return 0
+from .record import Record
 
 
 def write(records: Sequence[Record], out: Path) -> None:

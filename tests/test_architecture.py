@@ -21,13 +21,14 @@ ORDER: Sequence[str] = """
     launch child endings spawn
     augment batches patches models optimizers muon optim
     loss shardwise company costs tree topology gradients ledger evaluate mistakes pace
-    original distrust checkpoint store lock console observe record terminal progress supply share
+    original distrust checkpoint store lock
+    console observe record terminal charts report_data report progress supply share
     train
     process folder prepare job trained assess ensemble
     compare board known trial ordeal faults chaos witness verify
     baseline bench_runs bench_exchange bench_plot bench_sections bench
     complaints flags flags_use flags_data grammar
-    charts report_data report picture predict
+    report_command picture predict
     data_commands workers
     classic classic_job
     preload cli __main__ __init__
