@@ -5,6 +5,7 @@ import json
 import re
 import signal
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import paced
 import pytest
 from agents import Whole
 from paced import Job, assert_same
-from ranks import DMNIST, REPOSITORY, TORCHRUN, Program, free_port
+from ranks import DMNIST, REPOSITORY, TORCHRUN, Program, free_port, run, train
 
 from distributed_mnist.grammar import parse
 
@@ -293,3 +294,18 @@ def test_hadolint_has_nothing_to_say() -> None:
         [hadolint, DEPLOY / "docker" / "Dockerfile"], capture_output=True, text=True, check=False
     )
     assert (ended.returncode, ended.stdout) == (0, "")
+
+
+# ---- Ray -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_workers_of_ray(digits: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray.train", reason="the extra `ray` is not installed", exc_type=ImportError)
+    words = ("--dataset", "idx", "--data", digits, "--device", "cpu", "--recipe", "classic", "--epochs", 1)
+    launcher = (sys.executable, DEPLOY / "ray" / "train.py", 2)
+    variables = {"HOME": str(tmp_path), "RAY_USAGE_STATS_ENABLED": "0"}
+    ended = run((*launcher, *words, "--out", tmp_path / "ray"), cwd=tmp_path, **variables)
+    assert ended.code == 0, ended
+    alone = train(*words, nproc=1, out=tmp_path / "alone")
+    assert_same(json.loads((tmp_path / "ray" / "result.json").read_text()), alone, world_size=2)
