@@ -41,7 +41,7 @@ def own(classes: int) -> nn.Module:
 
 def arrays(count: int = 64) -> dict[str, Any]:
     drawn = datasets.load("generated", Path(), train_size=count, test_size=count)
-    return dict(drawn.arrays())
+    return {str(role): array for role, array in drawn.arrays().items()}
 
 
 def test_importing_the_package_imports_no_torch() -> None:
@@ -134,7 +134,11 @@ def test_functions_of_modules_go_to_other_processes(digits: Path, tmp_path: Path
         for n in (1, 2)
     )
     assert one.weights_sha256 == two.weights_sha256
-    for unknown in (lambda classes: nn.Linear(784, classes), type("Here", (), {"__call__": own})()):
+    unknowns: tuple[Any, ...] = (
+        lambda classes: nn.Linear(784, classes),
+        type("Here", (), {"__call__": own})(),
+    )
+    for unknown in unknowns:
         with pytest.raises(UsageError, match="top level of a module"):
             train(**SHORT, model=unknown, dataset=digits, nproc=2)
 
