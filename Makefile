@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet
 
-.PHONY: setup train test lint format clean
+.PHONY: setup train test lint format build clean
 
 setup: $(VENV)/installed
 
@@ -26,6 +26,9 @@ lint: $(VENV)/installed-dev
 format: $(VENV)/installed-dev
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+build: $(VENV)/installed-dev
+	$(BIN)/python -m build
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

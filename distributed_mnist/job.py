@@ -1,7 +1,8 @@
 """One rank's life in a `dmnist train`: connect, get the data, make or resume the state, train, report."""
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from .optim import make_optimizer
 from .prepare import make_gradients, make_model, oversubscription, pack, use_threads
 from .record import read as read_record
 from .share import Data, share
-from .signals import StopSignals
+from .signals import Stopping
 from .store import NullStore, Store
 from .terminal import Terminal
 from .train import Job, State, require_same_weights, train
@@ -37,7 +38,7 @@ def run(
     *,
     title: str,
     console: Console,
-    signals: StopSignals,
+    signals: Stopping,
     read: Callable[[], Dataset],
     go_on: str | None = None,
 ) -> dict[str, Any]:
@@ -110,17 +111,18 @@ def run(
         sink.log("notice", text=text)
     go_on = go_on or layout.go_on(folder.path)
     signals.arm(go_on)
-    try:
-        result = train_and_sum_up(state, job, data, folder.path, began)
-        sink.log("end", result=result)
-    except Interrupted as error:
-        raise Interrupted(f"{error}; go on with {go_on}") from None
-    except WorkerLost as error:
-        by_itself = "torchrun may start it again; else " if world.launcher == "torchrun" else ""
-        raise WorkerLost(f"{error}; {by_itself}go on with {go_on}") from error
-    finally:
-        store.finished(wait=True)  # what is being written is kept, however this ends
-        sink.close()
+    with released_on_failure(folder.lock):
+        try:
+            result = train_and_sum_up(state, job, data, folder.path, began)
+            sink.log("end", result=result)
+        except Interrupted as error:
+            raise Interrupted(f"{error}; go on with {go_on}") from None
+        except WorkerLost as error:
+            by_itself = "torchrun may start it again; else " if world.launcher == "torchrun" else ""
+            raise WorkerLost(f"{error}; {by_itself}go on with {go_on}") from error
+        finally:
+            store.finished(wait=True)  # what is being written is kept, however this ends
+            sink.close()
     if folder.lock is not None:  # else it is another rank's to write
         finish(folder.path, folder.lock, state, result, partial(console.print, soft_wrap=True))
     return result
@@ -135,6 +137,17 @@ def remarks(world: World, recipe: Recipe, data: Data, threads: int, folder: Fold
         images = f"the {len(data.train):,} training images"
         lines.append(f"--batch-size {recipe.batch_size} is more than {images}")
     return lines
+
+
+@contextlib.contextmanager
+def released_on_failure(lock: RunLock | None) -> Iterator[None]:
+    """Let others into the run's folder if it fails: this process may live on."""
+    try:
+        yield
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
 
 
 def finish(

@@ -4,10 +4,11 @@ No layer may mix samples: batch statistics would make the answer depend on how a
 `inspect` finds out whether a model keeps to that, and whether it draws random numbers (dropout).
 """
 
+import contextlib
 import importlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,18 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
     The layout chooses kernels, and so the last bits: whatever runs a model places it with this.
     """
     return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+@contextlib.contextmanager
+def known_as(name: str, factory: Callable[[int], Any]) -> Iterator[None]:
+    """Within it, `name` is a model: for a function that cannot be imported."""
+    before = dict(MODELS)
+    MODELS[name] = factory
+    try:
+        yield
+    finally:
+        MODELS.clear()
+        MODELS.update(before)
 
 
 def find_factory(name: str) -> Callable[[int], Any]:

@@ -27,11 +27,12 @@ def run_in_group(
     exact: bool = True,
     hang_after: float = 60.0,
     debug: bool = False,
+    tell: Callable[..., int] = tell,
 ) -> int:
     """Join the group, call `body(world, signals)`, leave it; the exit code.
 
     `exact` asks the device's libraries for results that do not vary from call to call; `hang_after` is how
-    many seconds the group may stand still.
+    many seconds the group may stand still; `tell` is called with what went wrong, and gives the code.
     """
     code = 0
     try:

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from types import FrameType
+from typing import Protocol
 
 from .errors import Interrupted, tell
 from .placement import Placement
@@ -23,6 +24,13 @@ _WATCH_SECONDS = 1.0
 class StoppedEarly(BaseException):
     """A signal came before there was a state worth saving. No `except Exception` on the way may take it
     for a failure of its own."""
+
+
+class Stopping(Protocol):
+    """Who knows whether a run was asked to stop: see `StopSignals`."""
+
+    def arm(self, go_on: str = ...) -> None: ...  # noqa: D102
+    def requested(self) -> bool: ...  # noqa: D102
 
 
 class StopSignals:

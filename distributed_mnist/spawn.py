@@ -7,6 +7,7 @@ out with their rank in front. No port is chosen in advance: the launcher opens a
 hands it to rank 0.
 """
 
+import contextlib
 import math
 import multiprocessing
 import os
@@ -16,7 +17,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
@@ -32,6 +34,12 @@ from .signals import OBEY_SECONDS, SIGNALS
 
 _GLANCE_SECONDS = 0.5  # between two looks at deadlines; an end is seen at once
 GRACE_SECONDS = 2.0  # how long the others may take to end by themselves once one has failed
+
+
+def say(text: str) -> None:
+    """Tell a person what has happened to a group."""
+    sys.stderr.write(f"dmnist: {text}\n")
+    sys.stderr.flush()
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,8 @@ class Work:
     """With them, the group is started again when a process dies."""
     hand: Callable[[], Any] | None = None
     """What it returns goes to each attempt's rank 0."""
+    say: Callable[[str], None] = say
+    """Told what happens to the processes."""
 
 
 def start(placement: Placement | None, nproc: int | None, target: Target, argument: Any) -> int:
@@ -97,7 +107,9 @@ def spawn(nproc: int, works: Sequence[Work]) -> int:
         for i, work in enumerate(works):
             if i and stop.asked():  # too late for the one before, which was done
                 restarts = works[i - 1].restarts
-                _say("stopped before all was done" + (f"; go on with {restarts.go_on}" if restarts else ""))
+                work.say(
+                    "stopped before all was done" + (f"; go on with {restarts.go_on}" if restarts else "")
+                )
                 return Interrupted.exit_code
             if (code := _until_done(nproc, work, stop)) != 0:
                 return code
@@ -118,23 +130,23 @@ def _until_done(nproc: int, work: Work, stop: "_Stop") -> int:
             return ending.code
         tidy_terminal(sys.stdout, cursor=True)
         if restarts is None:
-            _say(ending.lost)
+            work.say(ending.lost)
             return ending.code
         reached = restarts.reached()
         by_hand = f"go on with {restarts.go_on}" if reached >= 0 else "there is no checkpoint yet"
         if stop.asked():
-            _say(f"{ending.lost} while it was to stop; {by_hand}")
+            work.say(f"{ending.lost} while it was to stop; {by_hand}")
             return Interrupted.exit_code
         in_a_row = 1 if reached > furthest else in_a_row + 1
         furthest = max(furthest, reached)
         if in_a_row > restarts.limit:
             limit = f"(--max-restarts {restarts.limit})"
             often = f"; failure {in_a_row} in a row without a checkpoint {limit}" if in_a_row > 1 else ""
-            _say(f"{ending.lost}{often}; {by_hand}")
+            work.say(f"{ending.lost}{often}; {by_hand}")
             return ending.code
         often = f" (restart {in_a_row} of {restarts.limit} without a new one)" if in_a_row > 1 else ""
         start = "the last checkpoint" if reached >= 0 else "the beginning"
-        _say(f"{ending.lost}; starting again from {start}{often}")
+        work.say(f"{ending.lost}; starting again from {start}{often}")
 
 
 class _Stop:
@@ -222,7 +234,8 @@ class _Group:
         handed = self._work.hand() if self._work.hand is not None and rank == 0 else None
         arguments = (self._work.target, placement, own, output, alive, self._work.argument, handed)
         worker = context.Process(target=work, args=arguments, name=f"rank {rank}")
-        worker.start()
+        with _main_hidden():
+            worker.start()
         if output is not None:
             output.close()
         self._workers.append(worker)
@@ -248,13 +261,25 @@ class _Group:
                     worker.kill()
         if overdue and self._stop.at_once:
             tidy_terminal(sys.stdout, cursor=True)
-            _say("stopped at once; nothing saved since the last checkpoint")
+            self._work.say("stopped at once; nothing saved since the last checkpoint")
             return Ending(130)
         if overdue and not failed:
             tidy_terminal(sys.stdout, cursor=True)
-            _say(f"rank {', '.join(map(str, sorted(overdue)))} did not obey, and was ended")
+            self._work.say(f"rank {', '.join(map(str, sorted(overdue)))} did not obey, and was ended")
             return Ending(Interrupted.exit_code)
         return explained(failed) if failed else Ending(0)
+
+
+@contextlib.contextmanager
+def _main_hidden() -> Iterator[None]:
+    """Workers need nothing of the program that starts them: without this, multiprocessing would run its
+    main file again in each, and a script that trains at its top level would train in all of them."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _context() -> Any:
@@ -264,8 +289,3 @@ def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["distributed_mnist.preload"])
     return context
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"dmnist: {text}\n")
-    sys.stderr.flush()

@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection, Pipe
 from typing import Any, BinaryIO, Self
 
 import numpy as np
+from rich.console import Console
 
 from .config import Run
 from .console import make_console
@@ -28,10 +29,16 @@ from .progress import DataProgress
 _CLOSING_SECONDS = 1.0  # between two pieces of a download
 
 
-def read(options: Run, as_json: bool, stopped: Callable[[], bool] = lambda: False) -> Dataset:
-    """A run's data set, with a bar for what takes long. Raises `DataError`, and `Interrupted` if
-    `stopped()` becomes true meanwhile."""
-    with DataProgress(make_console(stderr=as_json), stopped) as progress:
+def read(
+    options: Run,
+    as_json: bool,
+    stopped: Callable[[], bool] = lambda: False,
+    *,
+    console: Console | None = None,
+) -> Dataset:
+    """A run's data set, with a bar on the console for what takes long. Raises `DataError`, and
+    `Interrupted` if `stopped()` becomes true meanwhile."""
+    with DataProgress(console or make_console(stderr=as_json), stopped) as progress:
         try:
             return load(
                 options.dataset,

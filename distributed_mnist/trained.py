@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .batches import normalise
@@ -44,11 +46,19 @@ class Trained:
     """Where the checkpoint was read."""
 
     @torch.no_grad()
-    def logits(self, images: Tensor) -> Tensor:
+    def logits(self, images: Tensor | NDArray[np.uint8]) -> Tensor:
         """float32 `(n, classes)` of images `(n, 28, 28)` uint8, white on black as MNIST's are."""
         device = next(self.network.parameters()).device
-        normal = normalise(images.to(device, copy=True), self.mean, self.std)
+        normal = normalise(torch.as_tensor(images).to(device, copy=True), self.mean, self.std)
         return forward(self.network, normal, self.recipe.precision)
+
+    def probabilities(self, images: Tensor | NDArray[np.uint8]) -> Tensor:
+        """What the network gives each class, `(n, classes)`; for `images` see `logits`."""
+        return self.logits(images).softmax(1)
+
+    def predict(self, images: Tensor | NDArray[np.uint8]) -> Tensor:
+        """int64 `(n,)`: the class of the highest logit; its name is in `class_names`."""
+        return self.logits(images).argmax(1)
 
 
 def find(path: Path) -> tuple[str, bytes]:

@@ -1,5 +1,8 @@
 """Models of a user's own, named on the command line as `networks:FACTORY`."""
 
+import os
+import signal
+
 from torch import nn
 
 
@@ -18,3 +21,9 @@ def batch_norm(classes: int) -> nn.Module:
 def eleven_classes(classes: int) -> nn.Module:
     """Does not do as it is told."""
     return nn.Sequential(nn.Flatten(), nn.Linear(784, 11))
+
+
+def fatal(classes: int) -> nn.Module:
+    """Ends the process that makes it, as the kernel would."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError(classes)

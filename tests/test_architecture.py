@@ -16,7 +16,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 ORDER: Sequence[str] = """
     placement errors keys aside layout environment
     config digest
-    idx catalog locate decode download strokes generated datasets
+    idx catalog locate decode download strokes generated datasets arrays
     rendezvous roll_call meeting vitals watch mesh torch_group world devices signals
     launch child endings spawn
     augment batches patches models optimizers muon optim
@@ -31,7 +31,7 @@ ORDER: Sequence[str] = """
     report_command picture predict
     data_commands workers
     classic classic_job
-    preload cli __main__ __init__
+    library_group library preload cli __main__ __init__
 """.split()  # noqa: SIM905 - one line a layer
 
 

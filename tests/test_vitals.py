@@ -337,7 +337,7 @@ USERS = """
 import sys
 import torch
 from torch import nn
-from distributed_mnist import evaluate
+from distributed_mnist.evaluate import forward
 
 def alone():
     return sys._getframe()
@@ -349,12 +349,12 @@ class Model(nn.Module):
 
 def in_a_users_model():
     model = Model()
-    evaluate.forward(model, torch.zeros(1), "fp32")
+    forward(model, torch.zeros(1), "fp32")
     return model.frame
 
 def in_torch_then():
     model = Model()
-    evaluate.forward(model, torch.zeros(1), "fp32")
+    forward(model, torch.zeros(1), "fp32")
     return model.frame.f_back
 
 def nowhere():
