@@ -14,7 +14,7 @@ from .errors import LaunchError, UsageError, tell
 
 if TYPE_CHECKING:
     from .flags import Bench, Train, Verify
-    from .flags_use import Evaluate
+    from .flags_use import Doctor, Evaluate
     from .placement import Placement
 
 
@@ -126,6 +126,17 @@ def _verify(command: "Verify") -> int:
     )
 
 
+def _doctor(command: "Doctor") -> int:
+    from . import launch, spawn
+    from .placement import usable_cores
+
+    placement = launch.detect()
+    if placement is not None:
+        _refuse_another_size(placement, command.nproc)
+    nproc = command.nproc or min(max(usable_cores(), 2), 4)
+    return spawn.start(placement, nproc, "distributed_mnist.workers:doctor", command)
+
+
 def _bench(command: "Bench") -> int:
     from . import bench, launch
 
@@ -163,6 +174,7 @@ _COMMANDS: dict[str, Callable[[Any], int]] = {
     "Predict": _later("predict", "command"),
     "Report": _later("report_command", "command"),
     "Verify": _verify,
+    "Doctor": _doctor,
     "Bench": _bench,
     "Fetch": _later("data_commands", "fetch"),
     "Check": _later("data_commands", "check"),

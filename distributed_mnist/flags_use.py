@@ -75,3 +75,25 @@ class Report(Every):
         """Raises `UsageError` without a run."""
         if not self.runs:
             raise UsageError("report needs a run's folder (dmnist report --help lists the flags)")
+
+
+@dataclass(frozen=True)
+class Doctor(Every):
+    """Examine this machine, or under torchrun, srun or mpirun this job: versions, devices, names, exchanges
+    between the processes, disk, data. For what is not good it says what to do."""
+
+    nproc: int | None = None
+    """Processes to start here for what takes several; by default one per core, 2 to 4."""
+    out: Path = Path("runs")
+    """Where checkpoints would go."""
+    dataset: str = "mnist"
+    """Data set to look for; nothing is downloaded."""
+    data: Path = Path("data")
+    """Folder to look in."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto takes a GPU or other accelerator if there is one, cpu never does."""
+
+    def __post_init__(self) -> None:
+        """Raises `UsageError` for impossible values."""
+        require(self.nproc is None or self.nproc >= 1, "nproc", "at least 1", self)
+        require_name(self.dataset)

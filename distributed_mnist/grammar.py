@@ -15,7 +15,7 @@ from .config import load_recipe
 from .errors import UsageError
 from .flags import Bench, Train, Verify
 from .flags_data import Check, Fetch, Generate
-from .flags_use import Evaluate, Predict, Report
+from .flags_use import Doctor, Evaluate, Predict, Report
 
 _SUMMARY = "Distributed training of digit classifiers. dmnist --version tells its and torch's version."
 _METAVARS = {int: "N", float: "X", Path: "DIR", str: "NAME"}
@@ -37,6 +37,7 @@ GRAMMAR: dict[str, Any] = {
     "predict": Predict,
     "report": Report,
     "verify": Verify,
+    "doctor": Doctor,
     "bench": Bench,
     "data": {"fetch": Fetch, "check": Check, "generate": Generate},
 }

@@ -29,6 +29,7 @@ ORDER: Sequence[str] = """
     baseline bench_runs bench_exchange bench_plot bench_sections bench
     complaints flags flags_use flags_data grammar
     report_command picture predict
+    findings probe_host probe_world doctor
     data_commands workers
     classic classic_job
     library_group library preload cli __main__ __init__

@@ -1,0 +1,116 @@
+"""`dmnist doctor`: one screen about a machine, or a job, that a person can paste into a bug report."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from . import probe_host, probe_world
+from .errors import VerificationError
+from .findings import Finding, bad, good, merged, tried, worst
+from .flags_use import Doctor
+from .world import World
+
+_MARKS = {"good": ("✓", "green"), "doubtful": ("!", "yellow"), "bad": ("✗", "bold red")}
+_WIDE = 14
+
+
+def run(world: World, flags: Doctor, console: Console) -> dict[str, Any]:
+    """Examine every host and what the ranks do together; what `--json` prints. All ranks call it.
+
+    `conclude` says how it came out.
+    """
+    mine = probe_host.examine(world.peers, world.rank, world.local_size)
+    everyone = [world.broadcast_object(mine, src=rank) for rank in range(world.size)]
+    names = [f"rank {peer.rank} ({peer.host})" for peer in world.peers]
+    findings = merged(list(zip(names, everyone, strict=True)))
+    findings.append(_processes(world))
+    figures: list[dict[str, float]] = []
+    if world.size > 1:
+        findings.append(probe_world.collectives(world))
+        exchange, figures = probe_world.speed(world)
+        findings += [exchange, probe_world.clocks(world), _folders(world, flags.out)]
+    on_zero = world.from_rank_zero(
+        lambda: [
+            tried("checkpoints", lambda: probe_host.disk(flags.out), "choose another --out"),
+            tried("data", lambda: probe_host.data(flags.dataset, flags.data), "dmnist data check"),
+        ]
+    )
+    findings += on_zero
+    if world.rank == 0:
+        show(findings, console)
+    return {
+        "verdict": worst(findings),
+        "world_size": world.size,
+        "launcher": world.launcher,
+        "backend": world.backend,
+        "findings": [finding.to_dict() for finding in findings],
+        "messages": figures,
+    }
+
+
+def conclude(result: dict[str, Any]) -> None:
+    """Raise `VerificationError` if anything is bad."""
+    count = sum(finding["verdict"] == "bad" for finding in result["findings"])
+    if count:
+        raise VerificationError(
+            f"{count} line{'s' if count > 1 else ''} above marked ✗: training would fail"
+        )
+
+
+def show(findings: list[Finding], console: Console) -> None:
+    """A line each, with what to do below it."""
+    for finding in findings:
+        mark, style = _MARKS[finding.verdict]
+        label = Text.assemble((mark, style), " ", (f"{finding.name:<{_WIDE}}", "bold"))
+        _print(console, label, Text(finding.value))
+        if finding.advice:
+            _print(console, Text(" " * (_WIDE + 2)), Text(f"→ {finding.advice}", style))
+    console.print(
+        Text("\ndmnist verify trains at several sizes and compares the answers: the full test", "dim")
+    )
+
+
+def _print(console: Console, label: Text, value: Text) -> None:
+    """On a terminal wrapped at words, to the right of the label."""
+    room = max(console.width - _WIDE - 2, 30)
+    lines = value.wrap(console, room) if console.is_terminal else [value]
+    for i, line in enumerate(lines):
+        line.rstrip()
+        console.print((label if i == 0 else Text(" " * (_WIDE + 2))) + line, soft_wrap=True)
+
+
+def _processes(world: World) -> Finding:
+    hosts = len({peer.host for peer in world.peers})
+    if world.launcher == "spawned":
+        return good("launcher", f"none; {world.size} processes of our own for what follows")
+    if world.size == 1:
+        return good("launcher", "none")
+    where = f"{hosts} host{'s' if hosts > 1 else ''}"
+    return good("launcher", f"{world.launcher}: {world.size} processes on {where}, {world.backend}")
+
+
+def _folders(world: World, out: Path) -> Finding:
+    """Whether the hosts see one folder for checkpoints. Either is fine; both are worth knowing."""
+
+    def mark() -> str:
+        place = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+        handle, name = tempfile.mkstemp(prefix=".dmnist-doctor-", dir=place)
+        os.close(handle)
+        return name
+
+    try:
+        name = world.from_rank_zero(mark)
+    except Exception as error:  # told under checkpoints
+        return bad("shared folder", f"cannot be tried: {error}", "choose another --out")
+    seen = world.gather(torch.tensor([int(Path(name).exists())], device=world.device)).flatten().tolist()
+    world.from_rank_zero(lambda: Path(name).unlink(missing_ok=True))
+    without = {world.peers[rank].host for rank, sees in enumerate(seen) if not sees}
+    if without:
+        told = f"not seen by {', '.join(sorted(without))}: a copy of the checkpoints is kept on each"
+        return good("shared folder", told)
+    return good("shared folder", "all ranks see the same")

@@ -1,0 +1,72 @@
+"""What `dmnist doctor` finds: a line each, good, doubtful or bad, and what to do about it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Verdict = Literal["good", "doubtful", "bad"]
+_RANKED: Sequence[Verdict] = ("good", "doubtful", "bad")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line."""
+
+    name: str
+    verdict: Verdict
+    value: str
+    advice: str = ""
+    """What to do; empty where all is good."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def good(name: str, value: str) -> Finding:
+    """As it should be."""
+    return Finding(name, "good", value)
+
+
+def doubtful(name: str, value: str, advice: str) -> Finding:
+    """It works, but may not be what was meant."""
+    return Finding(name, "doubtful", value, advice)
+
+
+def bad(name: str, value: str, advice: str) -> Finding:
+    """It will fail."""
+    return Finding(name, "bad", value, advice)
+
+
+def tried(name: str, probe: Callable[[], Finding], advice: str) -> Finding:
+    """What a probe finds; one that fails by itself is bad news, not the end of the examination."""
+    try:
+        return probe()
+    except Exception as error:
+        return bad(name, f"{type(error).__name__}: {error}", advice)
+
+
+def worst(findings: Sequence[Finding]) -> Verdict:
+    """The worst verdict among them."""
+    found = [_RANKED.index(finding.verdict) for finding in findings]
+    return _RANKED[max(found, default=0)]
+
+
+def merged(by_rank: Sequence[tuple[str, Sequence[Finding]]]) -> list[Finding]:
+    """One list of several ranks': a value that all share stands once, others with who has them.
+
+    `by_rank` has each rank's name and its findings, of the same names in the same order.
+    """
+    lines: list[Finding] = []
+    for row in zip(*(findings for _, findings in by_rank), strict=True):
+        owners: dict[Finding, list[str]] = {}
+        for (who, _), finding in zip(by_rank, row, strict=True):
+            owners.setdefault(finding, []).append(who)
+        for finding, whose in owners.items():
+            told = f"{_some(whose)}: {finding.value}" if len(owners) > 1 else finding.value
+            lines.append(Finding(finding.name, finding.verdict, told, finding.advice))
+    return lines
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,158 @@
+"""What `dmnist doctor` has the ranks do together: every collective that the program uses, against the
+answer that each can work out by itself, and how fast; and how far their clocks are apart."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .costs import LOOPBACK
+from .findings import Finding, bad, doubtful, good
+from .topology import Finish
+from .tree import BinaryCounter, owned_shards
+from .world import World
+
+_LENGTH = 5_000
+_SIZES = (4, 64 * 1024, 4 * 2**20)
+"""Bytes of the messages that are timed."""
+_ADVICE = "dmnist verify tells whether training is right all the same; check network, driver and memory"
+
+
+def collectives(world: World) -> Finding:
+    """Whether each comes out right on every rank. All ranks call it."""
+    wrong = [name for name, check in _CHECKS.items() if not check(world)]
+    found: list[list[str]] = [world.broadcast_object(wrong, src=rank) for rank in range(world.size)]
+    told = [f"{', '.join(names)} on rank {rank}" for rank, names in enumerate(found) if names]
+    if told:
+        return bad("collectives", f"wrong: {'; '.join(told)}", _ADVICE)
+    return good("collectives", f"{len(_CHECKS)} right over {world.backend}: {', '.join(_CHECKS)}")
+
+
+def speed(world: World) -> tuple[Finding, list[dict[str, float]]]:
+    """What messages between rank 0 and the last rank take, both ways at once, and a sum of all."""
+    partner = {0: world.size - 1, world.size - 1: 0}.get(world.rank)
+    rows = []
+    for nbytes in _SIZES:
+        mine = torch.zeros(nbytes // 4, device=world.device)
+        its = torch.empty_like(mine)
+
+        def swap(mine: Tensor = mine, its: Tensor = its) -> None:
+            if partner is not None:
+                world.swap({partner: mine}, {partner: its})
+
+        rows.append({"bytes": nbytes, "seconds": _median(world, swap)})
+    latency, (large, taken) = rows[0]["seconds"], (rows[-1]["bytes"], rows[-1]["seconds"])
+    bandwidth = large / max(taken - latency, 1e-9)
+    total = _median(world, world.barrier)
+    value = (
+        f"{1e6 * latency:.0f} µs a message, {bandwidth / 1e9:.2g} GB/s; "
+        f"{1e6 * total:.0f} µs for all {world.size} to meet"
+    )
+    rows.append({"bytes": 0, "seconds": total})
+    if latency > 20 * LOOPBACK.latency:
+        return doubtful("exchange", value, "a slow network, or more processes than cores"), rows
+    return good("exchange", value), rows
+
+
+def clocks(world: World) -> Finding:
+    """How far the hosts' clocks are apart, as seen right after all have met."""
+    world.barrier()
+    # Whole microseconds in two parts: float32, where a device has no other floats, is too coarse.
+    seconds, micros = divmod(time.time_ns() // 1000, 1_000_000)
+    told = world.gather(torch.tensor([seconds, micros], device=world.device)).tolist()
+    times = [whole + part / 1e6 for whole, part in told]
+    apart = max(times) - min(times)
+    if apart > 1:
+        return doubtful(
+            "clocks", f"{apart:.1f} s apart", "synchronise them (NTP): logs are hard to read else"
+        )
+    return good("clocks", f"within {1e3 * max(apart, 0.001):.0f} ms")
+
+
+def _median(world: World, call: Callable[[], None], times: int = 15) -> float:
+    """Median seconds of a call that all ranks make, by rank 0's clock."""
+    call()
+    taken = []
+    for _ in range(times):
+        world.barrier()
+        began = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - began)
+    return sorted(taken)[times // 2]
+
+
+def _values(world: World, rank: int) -> Tensor:
+    """Whole numbers that differ by rank and by place, so that a wrong rank or order shows."""
+    return torch.arange(_LENGTH, device=world.device) * (rank + 2) + rank * rank
+
+
+def _all(world: World) -> Tensor:
+    return torch.stack([_values(world, rank) for rank in range(world.size)])
+
+
+def _sum(world: World) -> bool:
+    return torch.equal(world.sum_(_values(world, world.rank)), _all(world).sum(0))
+
+
+def _maximum(world: World) -> bool:
+    turned = _values(world, world.rank) * (-1) ** world.rank
+    signs = torch.tensor([(-1) ** rank for rank in range(world.size)], device=world.device)
+    return torch.equal(world.max_(turned), (_all(world) * signs[:, None]).amax(0))
+
+
+def _gather(world: World) -> bool:
+    return torch.equal(world.gather(_values(world, world.rank)), _all(world))
+
+
+def _exchange(world: World) -> bool:
+    ranks = torch.arange(world.size, device=world.device)
+    sent = (1000 * world.rank + ranks)[:, None].repeat(1, 100)
+    expected = (1000 * ranks + world.rank)[:, None].repeat(1, 100)
+    return torch.equal(world.exchange(sent), expected)
+
+
+def _swap(world: World) -> bool:
+    after, before = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+    received = torch.empty_like(_values(world, 0))
+    world.swap({after: _values(world, world.rank)}, {before: received})
+    return torch.equal(received, _values(world, before))
+
+
+def _broadcast(world: World) -> bool:
+    last = world.size - 1
+    return torch.equal(world.broadcast_(_values(world, world.rank), last), _values(world, last))
+
+
+def _objects(world: World) -> bool:
+    told = world.broadcast_object({"rank": world.rank, "bytes": b"\0" * 1000}, src=world.size - 1)
+    return told == {"rank": world.size - 1, "bytes": b"\0" * 1000}
+
+
+def _tree(world: World) -> bool:
+    """The sum of gradients: on whole numbers any order gives the same, so the answer is known."""
+    finish = Finish(world, world.size, _LENGTH)
+    counter = BinaryCounter()
+    counter.push(
+        0, owned_shards(world.rank, world.size, world.size).start, _values(world, world.rank).float()
+    )
+    return torch.equal(finish.total(counter), _all(world).sum(0).float())
+
+
+def _ddp(world: World) -> bool:
+    """What DistributedDataParallel needs: torch's own process group."""
+    group = world.join_process_group()
+    return torch.equal(group.sum_(_values(world, world.rank)), _all(world).sum(0))
+
+
+_CHECKS: dict[str, Callable[[World], bool]] = {
+    "sum": _sum,
+    "maximum": _maximum,
+    "gather": _gather,
+    "exchange": _exchange,
+    "swap": _swap,
+    "broadcast": _broadcast,
+    "objects": _objects,
+    "tree": _tree,
+    "ddp": _ddp,
+}

@@ -1,0 +1,162 @@
+"""`dmnist doctor`: one screen, what is wrong found and named, and a collective that lies caught."""
+
+import json
+import shutil
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import dmnist, run, run_ranks
+
+from distributed_mnist import probe_host, probe_world
+from distributed_mnist.findings import Finding, bad, doubtful, good, merged, tried, worst
+from distributed_mnist.placement import ALONE
+from distributed_mnist.roll_call import Peer
+from distributed_mnist.world import World
+
+NAMES = ["versions", "processor", "memory", "devices", "open files", "host name", "launcher"]
+TOGETHER = ["collectives", "exchange", "clocks", "shared folder"]
+HERE = ["checkpoints", "data"]
+
+
+def told(*arguments: object, code: int = 0) -> dict[str, Any]:
+    ended = dmnist("doctor", *arguments, "--device", "cpu", "--json")
+    assert ended.code == code, ended
+    return json.loads(ended.stdout)
+
+
+def by_name(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {finding["name"]: finding for finding in result["findings"]}
+
+
+@pytest.mark.parametrize("nproc", [1, 3])
+def test_alone(nproc: int, digits: Path, tmp_path: Path) -> None:
+    result = told("--nproc", nproc, "--dataset", "generated", "--out", tmp_path)
+    names = list(by_name(result))
+    assert names == [*NAMES, *(TOGETHER if nproc > 1 else []), *HERE]
+    assert result["verdict"] in ("good", "doubtful")
+    assert result["world_size"] == nproc
+    for finding in result["findings"]:
+        assert (finding["advice"] == "") == (finding["verdict"] == "good")
+    if nproc > 1:
+        assert "9 right over sockets" in by_name(result)["collectives"]["value"]
+        assert all(row["seconds"] > 0 for row in result["messages"])
+
+
+def test_under_torchrun(tmp_path: Path) -> None:
+    torchrun = Path(sys.executable).with_name("torchrun")
+    command = Path(sys.executable).with_name("dmnist")
+    arguments = ["doctor", "--device", "cpu", "--dataset", "generated", "--out", tmp_path]
+    ended = run([torchrun, "--standalone", "--nproc-per-node", "3", command, *arguments])
+    assert ended.code == 0, ended
+    assert ended.stdout.count("collectives") == 1  # one screen for all
+    assert "torchrun: 3 processes on 1 host, sockets" in ended.stdout
+
+
+def test_what_is_wrong_is_named_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = told("--nproc", "1", "--data", tmp_path / "none", "--out", tmp_path / "later" / "runs")
+    data = by_name(result)["data"]
+    assert data["verdict"] == "doubtful"
+    assert "dmnist data fetch mnist" in data["advice"]
+    assert by_name(result)["checkpoints"]["value"].startswith(str(tmp_path))  # the nearest there is
+
+
+def test_damaged_data_are_bad(tmp_path: Path) -> None:
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (tmp_path / f"{name}-ubyte").write_bytes(b"\0\0\10\1\0\0\0\5abc")
+    ended = dmnist("doctor", "--nproc", "1", "--device", "cpu", "--data", tmp_path)
+    assert ended.code == 9
+    assert "✗ data" in ended.stdout
+    assert "1 line above marked ✗" in ended.stderr
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(probe_host.os, "fsync", full)
+    found = probe_host.disk(tmp_path)
+    assert found.verdict == "bad"
+    assert found.value == f"{tmp_path}: no space left on device"
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30, 1000))
+    assert probe_host.disk(tmp_path).verdict == "doubtful"
+
+
+def test_names_of_several_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses = {"here": "127.0.1.1", "there": "10.0.0.2"}
+
+    def lookup(name: str, _: None) -> list[Any]:
+        if name not in addresses:
+            raise OSError(name)
+        return [(0, 0, 0, "", (addresses[name], 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    here, there, lost = (Peer(rank, host, 1) for rank, host in enumerate(("here", "there", "lost")))
+    assert probe_host._name([here, there], 0).verdict == "doubtful"  # the classic trap
+    assert "127.0.1.1" in probe_host._name([here, there], 0).value
+    assert probe_host._name([here, there], 1).verdict == "good"
+    assert probe_host._name([here, lost], 1).value == "lost cannot be resolved"
+    assert probe_host._name([here], 0).verdict == "good"
+
+
+def lying(world: World, name: str) -> Finding:
+    """One collective gives something else on rank 1."""
+    honest = getattr(world, name)
+
+    def lie(*arguments: Any, **options: Any) -> Any:
+        answer = honest(*arguments, **options)
+        if (
+            world.rank == 1
+            and isinstance(answer, torch.Tensor)
+            and answer.dtype == torch.int64
+            and answer.numel() >= 300
+        ):
+            answer.view(-1)[-1] += 1
+        return answer
+
+    setattr(world, name, lie)
+    return probe_world.collectives(world)
+
+
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [("sum_", "sum"), ("max_", "maximum"), ("exchange", "exchange"), ("broadcast_", "broadcast")],
+)
+def test_a_collective_that_lies_is_caught(name: str, check: str) -> None:
+    found = run_ranks(lying, 3, name)
+    assert found[0] == found[1] == found[2]
+    assert found[0].verdict == "bad"
+    assert found[0].value == f"wrong: {check} on rank 1"
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_all_collectives_are_right(size: int) -> None:
+    for found in run_ranks(probe_world.collectives, size):
+        assert found.verdict == "good", found
+
+
+def test_alone_in_a_world_there_is_nothing_to_wait_for() -> None:
+    world = World(ALONE, torch.device("cpu"), "none")
+    assert probe_world.clocks(world).verdict == "good"
+
+
+def test_lines_of_several_ranks() -> None:
+    same, other = good("memory", "much"), doubtful("memory", "little", "buy some")
+    assert merged([("a", [same]), ("b", [same])]) == [same]
+    assert [line.value for line in merged([("a", [same]), ("b", [other]), ("c", [same])])] == [
+        "a, c: much",
+        "b: little",
+    ]
+    assert worst([]) == "good"
+    assert worst([same, other, bad("x", "", ""), same]) == "bad"
+
+    def broken() -> Finding:
+        raise KeyError("no")
+
+    assert tried("it", broken, "mend it") == bad("it", "KeyError: 'no'", "mend it")
