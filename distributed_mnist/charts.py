@@ -73,7 +73,8 @@ def line_chart(
         path = " ".join(map(place, line.points))
         style = f"c{line.color % 8}{' faint' if line.faint else ''}"
         if len(line.points) > 1:
-            parts.append(f'<polyline class="line {style}" points="{path}"/>')
+            named = f'class="line {style}" data-name="{escape(line.name)}"'
+            parts.append(f'<polyline {named} points="{path}"/>')
         if line.dots or len(line.points) == 1:
             for point in line.points:
                 across, _, down = place(point).partition(",")

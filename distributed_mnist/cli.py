@@ -171,6 +171,7 @@ def _version(package: str) -> str:
 _COMMANDS: dict[str, Callable[[Any], int]] = {
     "Train": _train,
     "Evaluate": _evaluate,
+    "Watch": _later("follow", "command"),
     "Predict": _later("predict", "command"),
     "Report": _later("report_command", "command"),
     "Verify": _verify,

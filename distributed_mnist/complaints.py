@@ -13,6 +13,7 @@ _NEEDED = {
     "evaluate": "a CHECKPOINT or a run's folder",
     "predict": "a CHECKPOINT or a run's folder, and pictures",
     "report": "a run's folder",
+    "watch": "a run's folder",
     "data generate": "a folder to write to",
 }
 _FLAG = re.compile(r"--?[a-zA-Z]")  # and not a negative number

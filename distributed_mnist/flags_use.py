@@ -78,6 +78,15 @@ class Report(Every):
 
 
 @dataclass(frozen=True)
+class Watch(Every):
+    """Follow a run that somebody else started, by its files: progress, its ranks, and who holds them up. It
+    ends with the run; Ctrl-C ends only the watching."""
+
+    run: tyro.conf.Positional[Path]
+    """The run's folder. With --json how it stands now, and no more."""
+
+
+@dataclass(frozen=True)
 class Doctor(Every):
     """Examine this machine, or under torchrun, srun or mpirun this job: versions, devices, names, exchanges
     between the processes, disk, data. For what is not good it says what to do."""

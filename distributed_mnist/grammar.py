@@ -15,7 +15,7 @@ from .config import load_recipe
 from .errors import UsageError
 from .flags import Bench, Train, Verify
 from .flags_data import Check, Fetch, Generate
-from .flags_use import Doctor, Evaluate, Predict, Report
+from .flags_use import Doctor, Evaluate, Predict, Report, Watch
 
 _SUMMARY = "Distributed training of digit classifiers. dmnist --version tells its and torch's version."
 _METAVARS = {int: "N", float: "X", Path: "DIR", str: "NAME"}
@@ -27,6 +27,7 @@ _OTHER_METAVARS = {
     "mirror": "URL [URL ...]",
     "recipe": "NAME|FILE.toml",
     "resume": "PATH|auto",
+    "run": "RUN",
     "runs": "RUN [RUN ...]",
     "sections": "[SECTION ...]",
 }
@@ -36,6 +37,7 @@ GRAMMAR: dict[str, Any] = {
     "evaluate": Evaluate,
     "predict": Predict,
     "report": Report,
+    "watch": Watch,
     "verify": Verify,
     "doctor": Doctor,
     "bench": Bench,

@@ -48,7 +48,7 @@ def read(folder: Path) -> Record:
         if seeds := sorted(folder.glob("seed-*")):
             told = f"an ensemble: name one of its networks, such as {seeds[0]}"
         raise UsageError(f"{folder} is {told}") from None
-    events = [event for line in lines if (event := _event(line)) is not None]
+    events = [event for line in lines if (event := event_of(line)) is not None]
     return Record(
         path=folder,
         config=_json(folder / "config.json") or {},
@@ -60,7 +60,7 @@ def read(folder: Path) -> Record:
     )
 
 
-def _event(line: bytes) -> Event | None:
+def event_of(line: bytes) -> Event | None:
     """A line as an event; None for one that a full disk or a crash has spoiled."""
     try:
         event = json.loads(line)

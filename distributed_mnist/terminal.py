@@ -1,24 +1,32 @@
 """The terminal's sink: a live bar, lines, and at the end what it came to."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from .waiting import EVEN, Waiting
+
 _ECHO = 3  # columns: `^C`, and the cursor
+_LINES = 10  # of a screen, for all but the ranks
 
 
 class Terminal:
-    """What a person sees: a live bar on a terminal, plain lines elsewhere, one table at the end."""
+    """What a person sees: a live bar on a terminal, plain lines elsewhere, one table at the end.
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bar: Progress | None = None
+    Below the bar stands which rank is the slowest; with `ranks` a table of them all.
+    """
+
+    def __init__(self, console: Console, *, ranks: bool = False) -> None:
+        self._console, self._all_ranks = console, ranks
+        self._bar: _Bar | None = None
+        self._waiting = Waiting()
         self._task = TaskID(0)
         self._shown: dict[str, Any] = {}
+        self._ranks: Sequence[Any] = ()
         self._epochs = 0
 
     def log(self, event: str, **fields: Any) -> None:
@@ -34,12 +42,23 @@ class Terminal:
             self._bar = None
 
     def _on_start(
-        self, *, lines: dict[str, str], epochs: int, steps: int, step: int, again: bool, **_: Any
+        self,
+        *,
+        lines: dict[str, str],
+        epochs: int,
+        steps: int,
+        step: int,
+        again: bool,
+        ranks: Sequence[Any] = (),
+        **_: Any,
     ) -> None:
         for name, text in {} if again else lines.items():  # already there to read, further up
             self._line(name, text)
         self._epochs = epochs
+        self._ranks = ranks
+        self._waiting.begin(ranks)
         if self._console.is_terminal:
+            self.close()  # of the group before this one
             columns = _columns(self._console.width - _ECHO, epochs, steps)
             self._bar = _Bar(*columns, console=self._console)
             self._shown = {"epoch": f"1/{epochs}", "loss": "–", "test": "–", "speed": "–"}  # noqa: RUF001
@@ -50,9 +69,12 @@ class Terminal:
         self._line("note", text, style="yellow")
 
     def _on_steps(
-        self, *, step: int, epoch: float, loss: float, images_per_second: float, **_: Any
+        self, *, step: int, epoch: float, loss: float, images_per_second: float, ranks: Any = None, **_: Any
     ) -> None:
+        if ranks:
+            self._waiting.add(ranks)
         if self._bar is not None:
+            self._bar.below = self._below()
             running = min(int(epoch) + 1, self._epochs)
             self._shown |= {"epoch": f"{running}/{self._epochs}", "loss": f"{loss:.4f}"}
             self._shown |= {"speed": f"{images_per_second:,.0f} images/s"}
@@ -106,6 +128,12 @@ class Terminal:
         for name, value in rows.items():
             self._line(name, value, column=16)
 
+    def _below(self) -> RenderableType | None:
+        line = self._waiting.line()
+        if self._all_ranks and line:
+            return rank_table(self._ranks, self._waiting, most=max(self._console.height - _LINES, 3))
+        return Text(line, "dim", no_wrap=True) if line else None
+
     def _line(self, name: str, text: Text | str, style: str = "", column: int = 9) -> None:
         """A label and what it labels: on a terminal wrapped at words to the right of `column`."""
         label = Text(f"{name:<{column - 1}} ", "bold")
@@ -149,13 +177,44 @@ class _Bar(Progress):
 
     def __init__(self, *columns: ProgressColumn, console: Console) -> None:
         self._width = console.width - _ECHO
+        self.below: RenderableType | None = None
         super().__init__(*columns, console=console, expand=True, transient=True)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """See rich."""
+        yield from super().get_renderables()
+        if self.below is not None:
+            yield self.below
 
     def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
         """See rich."""
         table = super().make_tasks_table(tasks)
         table.width = self._width
         return table
+
+
+def rank_table(ranks: Sequence[Mapping[str, Any]], waiting: Waiting, most: int) -> Table:
+    """A line a rank, the slowest first, at most so many; busy and waiting in ms a step."""
+    table = Table(
+        box=None, pad_edge=False, header_style="dim", caption=waiting.line(), caption_justify="left"
+    )
+    for name in ("rank", "host", "pid", "busy ms", "exchange ms"):
+        table.add_column(name, justify="left" if name == "host" else "right")
+    table.add_column("")
+    longest = max(waiting.busy[i] + each for i, each in enumerate(waiting.exchange)) or 1.0
+    order = sorted(range(len(waiting.exchange)), key=waiting.exchange.__getitem__)
+    for rank in order[:most]:
+        busy, spoken = waiting.busy[rank], waiting.exchange[rank]
+        who = ranks[rank] if rank < len(ranks) else {"host": "?", "pid": "?"}
+        bar = Text("█" * round(20 * busy / longest), "green") + Text(
+            "░" * round(20 * spoken / longest), "yellow"
+        )
+        style = "bold" if rank == waiting.slowest and waiting.share >= EVEN else ""
+        cells = [str(rank), str(who["host"]), str(who["pid"]), f"{1e3 * busy:.2f}", f"{1e3 * spoken:.2f}"]
+        table.add_row(*cells, bar, style=style)
+    if len(order) > most:
+        table.add_row("…", f"and {len(order) - most} that are faster")
+    return table
 
 
 def _columns(width: int, epochs: int, steps: int) -> list[ProgressColumn]:

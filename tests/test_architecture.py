@@ -22,13 +22,13 @@ ORDER: Sequence[str] = """
     augment batches patches models optimizers muon optim
     loss shardwise company costs tree topology gradients ledger evaluate mistakes pace
     original distrust checkpoint store lock
-    console observe record terminal charts report_data report progress supply share
+    console observe record waiting terminal charts report_data report progress supply share
     train
     process folder prepare job trained assess ensemble
     compare board known trial ordeal faults chaos witness verify
     baseline bench_runs bench_exchange bench_plot bench_sections bench
     complaints flags flags_use flags_data grammar
-    report_command picture predict
+    report_command follow picture predict
     findings probe_host probe_world doctor
     data_commands workers
     classic classic_job

@@ -1,0 +1,102 @@
+"""`dmnist watch`: what a run shows where it was started, seen from elsewhere, by its files alone."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from .console import make_console, print_json
+from .errors import UsageError, WorkerLost
+from .flags_use import Watch
+from .lock import is_live
+from .record import Event, event_of, read
+from .terminal import Terminal
+from .waiting import Waiting
+
+_LOOK_SECONDS = 0.25
+_GRACE_SECONDS = 10.0
+"""That a run may be silent with nobody holding its lock: it is being started again."""
+
+
+class Tail:
+    """The events that are appended to a run's `metrics.jsonl`, each told once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "metrics.jsonl"
+        self._read = 0  # bytes, up to the last whole line
+
+    def new(self) -> list[Event]:
+        """What came since the last call. Raises `UsageError` if there is no such file."""
+        try:
+            with self._path.open("rb") as file:
+                if self._path.stat().st_size < self._read:  # another run was put in its place
+                    self._read = 0
+                file.seek(self._read)
+                whole = file.read().rpartition(b"\n")[0]
+        except OSError:
+            read(self._path.parent)  # says what is wrong
+            raise UsageError(f"{self._path} cannot be read") from None
+        self._read += len(whole) + bool(whole)
+        return [event for line in whole.splitlines() if (event := event_of(line)) is not None]
+
+
+def command(flags: Watch) -> int:
+    """The exit code. Raises `UsageError` where there is no run, `WorkerLost` for one that nobody trains."""
+    if flags.json:
+        print_json(state(flags.run))
+        return 0
+    terminal = Terminal(make_console(), ranks=True)
+    try:
+        return _follow(flags.run, terminal)
+    except KeyboardInterrupt:
+        return 0  # the usual way to end it; the run goes on
+    finally:
+        terminal.close()
+
+
+def _follow(folder: Path, terminal: Terminal) -> int:
+    tail, silent, step = Tail(folder), time.monotonic(), 0
+    while True:
+        events = tail.new()
+        for event in events:
+            fields = {key: value for key, value in event.items() if key not in ("event", "time")}
+            terminal.log(event["event"], **fields)
+            step = event.get("step", step)
+        if events and events[-1]["event"] == "end":
+            return 0
+        if events:
+            silent = time.monotonic()
+        elif time.monotonic() - silent > _GRACE_SECONDS and not is_live(folder):
+            raise WorkerLost(
+                f"nobody trains {folder} any more, last heard of at step {step}: go on with dmnist train "
+                f"--resume auto --out {folder}"
+            )
+        time.sleep(_LOOK_SECONDS)
+
+
+def state(folder: Path) -> dict[str, Any]:
+    """How a run stands now, in plain values."""
+    record = read(folder)
+    waiting = Waiting()
+    for event in record.events:
+        if event["event"] == "start":
+            waiting.begin(event["ranks"])
+        elif event["event"] == "steps":
+            waiting.add(event["ranks"])
+    last = record.steps[-1] if record.steps else {}
+    ended = bool(record.events) and record.events[-1]["event"] == "end"
+    scored = record.evaluations[-1] if record.evaluations else {}
+    return {
+        "run": str(folder),
+        "state": "finished" if ended else "running" if is_live(folder) else "stopped",
+        "step": last.get("step", 0),
+        "steps": record.starts[-1]["steps"] if record.starts else None,
+        "epoch": last.get("epoch", 0.0),
+        "loss": last.get("loss"),
+        "test_accuracy": scored.get("test_accuracy"),
+        "images_per_second": last.get("images_per_second"),
+        "starts": len(record.starts),
+        "seconds_since_news": time.time() - record.events[-1]["time"] if record.events else None,
+        "ranks": {"busy": waiting.busy, "exchange": waiting.exchange},
+        "slowest_rank": waiting.slowest if len(waiting.exchange) > 1 else None,
+        "waiting_share": waiting.share if len(waiting.exchange) > 1 else 0.0,
+    }
