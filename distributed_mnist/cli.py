@@ -162,6 +162,7 @@ _COMMANDS: dict[str, Callable[[Any], int]] = {
     "Evaluate": _evaluate,
     "Verify": _verify,
     "Bench": _bench,
+    "Export": _later("export", "export"),
     "Fetch": _later("data_commands", "fetch"),
     "Check": _later("data_commands", "check"),
     "Generate": _later("data_commands", "generate"),

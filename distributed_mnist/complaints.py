@@ -9,7 +9,11 @@ import tyro
 
 from .config import flag
 
-_NEEDED = {"evaluate": "a CHECKPOINT or a run's folder", "data generate": "a folder to write to"}
+_NEEDED = {
+    "evaluate": "a CHECKPOINT or a run's folder",
+    "export": "a CHECKPOINT or a run's folder",
+    "data generate": "a folder to write to",
+}
 _FLAG = re.compile(r"--?[a-zA-Z]")  # and not a negative number
 
 

@@ -24,9 +24,10 @@ ORDER: Sequence[str] = """
     original distrust checkpoint store lock console observe record terminal progress supply share
     train
     process folder prepare job trained assess ensemble
+    exported export_onnx export_torch export_weights export_check
     compare board known trial ordeal faults chaos witness verify
     baseline bench_runs bench_exchange bench_plot bench_sections bench
-    complaints flags flags_use flags_data grammar data_commands workers
+    complaints flags flags_use flags_data grammar data_commands export workers
     classic classic_job
     preload cli __main__ __init__
 """.split()  # noqa: SIM905 - one line a layer
