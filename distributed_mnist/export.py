@@ -13,8 +13,8 @@ from torch import Tensor
 from . import export_onnx, export_torch, export_weights
 from .aside import written_aside
 from .console import make_console, print_json
-from .errors import OutputError, UsageError, reason
-from .export_check import compare, require_same, test_images
+from .errors import OutputError, UsageError, VerificationError, reason
+from .export_check import Difference, compare, require_same, test_images
 from .exported import INPUT, MARK, About, Exported, about
 from .flags_use import Export
 from .trained import Trained, find, restore
@@ -118,9 +118,7 @@ def _write(path: Path, name: str, trained: Trained, exported: Exported, told: Ab
     try:
         with written_aside(path) as part:
             part.write_bytes(data)
-            run, got = form.decode(part.read_bytes(), trained)
-            require_same(got, told, str(path))
-            difference = compare(run, exported, str(path))
+            difference = _read_back(part.read_bytes(), form, trained, exported, told, str(path))
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {reason(error)}") from None
     return {
@@ -131,6 +129,18 @@ def _write(path: Path, name: str, trained: Trained, exported: Exported, told: Ab
         "allowed_difference": difference.allowed,
         "compared_images": difference.images,
     }
+
+
+def _read_back(
+    data: bytes, form: _Format, trained: Trained, exported: Exported, told: About, name: str
+) -> Difference:
+    """Raises `VerificationError` unless the file is what was to be written."""
+    try:
+        run, got = form.decode(data, trained)
+    except Exception as error:  # each library has its own types for a bad file
+        raise VerificationError(f"{name} was not kept: it cannot be read back: {_why(error)}") from error
+    require_same(got, told, name)
+    return compare(run, exported, name)
 
 
 def _why(error: Exception) -> str:

@@ -1,8 +1,8 @@
 """Exports as torch's own graph, `.pt2`: needs torch and nothing of ours."""
 
 import io
-import json
 import warnings
+import zipfile
 from collections.abc import Callable
 
 import torch
@@ -11,8 +11,7 @@ from torch import Tensor
 from .exported import About, Exported, graph
 from .trained import Trained
 
-METADATA = "metadata.json"
-"""The extra file inside of a `.pt2` that holds the metadata, one JSON object."""
+_EXTRA = "archive/extra/"  # where in a `.pt2`, which is a zip archive, `extra_files` lie: one a key here
 
 
 def encode(exported: Exported, about: About) -> bytes:
@@ -22,12 +21,13 @@ def encode(exported: Exported, about: About) -> bytes:
     with warnings.catch_warnings():
         # Said of weights with channels last, which are whole all the same.
         warnings.filterwarnings("ignore", "No complete tensor found", UserWarning)
-        torch.export.save(program, buffer, extra_files={METADATA: json.dumps(about)})
+        torch.export.save(program, buffer, extra_files=dict(about))
     return buffer.getvalue()
 
 
 def decode(data: bytes, trained: Trained) -> tuple[Callable[[Tensor], Tensor], About]:
     """What the file computes, and its metadata. Raises what `torch.export.load` raises for a bad file."""
-    extra = {METADATA: ""}
-    run = torch.export.load(io.BytesIO(data), extra_files=extra).module()
-    return run, json.loads(extra[METADATA])
+    names = zipfile.ZipFile(io.BytesIO(data)).namelist()
+    about = {name.removeprefix(_EXTRA): "" for name in names if name.startswith(_EXTRA)}
+    run = torch.export.load(io.BytesIO(data), extra_files=about).module()  # fills in the values
+    return run, about
