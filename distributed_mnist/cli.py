@@ -177,6 +177,7 @@ _COMMANDS: dict[str, Callable[[Any], int]] = {
     "Verify": _verify,
     "Doctor": _doctor,
     "Bench": _bench,
+    "Export": _later("export", "export"),
     "Fetch": _later("data_commands", "fetch"),
     "Check": _later("data_commands", "check"),
     "Generate": _later("data_commands", "generate"),

@@ -14,6 +14,7 @@ _NEEDED = {
     "predict": "a CHECKPOINT or a run's folder, and pictures",
     "report": "a run's folder",
     "watch": "a run's folder",
+    "export": "a CHECKPOINT or a run's folder",
     "data generate": "a folder to write to",
 }
 _FLAG = re.compile(r"--?[a-zA-Z]")  # and not a negative number

@@ -15,7 +15,7 @@ from .config import load_recipe
 from .errors import UsageError
 from .flags import Bench, Train, Verify
 from .flags_data import Check, Fetch, Generate
-from .flags_use import Doctor, Evaluate, Predict, Report, Watch
+from .flags_use import Doctor, Evaluate, Export, Predict, Report, Watch
 
 _SUMMARY = "Distributed training of digit classifiers. dmnist --version tells its and torch's version."
 _METAVARS = {int: "N", float: "X", Path: "DIR", str: "NAME"}
@@ -38,6 +38,7 @@ GRAMMAR: dict[str, Any] = {
     "predict": Predict,
     "report": Report,
     "watch": Watch,
+    "export": Export,
     "verify": Verify,
     "doctor": Doctor,
     "bench": Bench,
@@ -120,6 +121,8 @@ def _shown(spec: StructFieldSpec) -> StructFieldSpec:
         return spec  # a group of flags
     kind = next((kind for kind in _METAVARS if kind in found), None)
     metavar = _OTHER_METAVARS.get(spec.name, _METAVARS[kind]) if kind else None
+    stated = (getattr(note, "metavar", None) for note in getattr(spec.type, "__metadata__", ()))
+    metavar = next(filter(None, stated), metavar)  # beside the flag, where its name means another thing
     told = spec.helptext() if callable(spec.helptext) else spec.helptext
     hint = lambda default: "" if default in ("None", "False", "") else f"(default: {default})"  # noqa: E731
     shown: Any = Annotated[spec.type, tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)]

@@ -28,7 +28,7 @@ class PatchConv(nn.Module):
         if torch.is_autocast_enabled(device):  # before each value is copied into several patches
             x = x.to(torch.get_autocast_dtype(device))
         rows, columns = ((side - self.kernel) // self.stride + 1 for side in x.shape[1:3])
-        return self.product(patches(x, self.kernel, self.stride)).view(len(x), rows, columns, -1)
+        return self.product(patches(x, self.kernel, self.stride)).view(x.shape[0], rows, columns, -1)
 
 
 def patches(x: Tensor, kernel: int, stride: int) -> Tensor:

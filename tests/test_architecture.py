@@ -25,10 +25,11 @@ ORDER: Sequence[str] = """
     console observe record waiting terminal charts report_data report progress supply share
     train
     process folder prepare job trained assess ensemble
+    exported export_onnx export_torch export_weights export_check
     compare board known trial ordeal faults chaos witness verify
     baseline bench_runs bench_exchange bench_plot bench_sections bench
     complaints flags flags_use flags_data grammar
-    report_command follow picture predict
+    report_command follow export picture predict
     findings probe_host probe_world doctor
     data_commands workers
     classic classic_job

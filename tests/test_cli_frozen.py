@@ -17,7 +17,17 @@ from distributed_mnist.grammar import parse
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "cli_frozen.txt"
-COMMANDS = ["", "train", "evaluate", "verify", "data", "data fetch", "data check", "data generate"]
+COMMANDS = [
+    "",
+    "train",
+    "evaluate",
+    "export",
+    "verify",
+    "data",
+    "data fetch",
+    "data check",
+    "data generate",
+]
 # What DESIGN promises to scripts, whatever the golden file says.
 PROMISED = (
     "--recipe --dataset --data --model --epochs --batch-size --lr --seed --nproc --sync --shards "

@@ -1,0 +1,168 @@
+"""`dmnist export`: a checkpoint as a file that others run, read back and compared."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from . import export_onnx, export_torch, export_weights
+from .aside import written_aside
+from .console import make_console, print_json
+from .errors import OutputError, UsageError, VerificationError, reason
+from .export_check import Difference, compare, require_same, test_images
+from .exported import INPUT, MARK, About, Exported, about
+from .flags_use import Export
+from .trained import Trained, find, restore
+
+
+@dataclass(frozen=True)
+class _Format:
+    suffix: str
+    needs: tuple[str, ...]
+    """Packages that are not among our own needs; the extra of ours with them has the format's name."""
+    encode: Callable[[Exported, About], bytes]
+    decode: Callable[[bytes, Trained], tuple[Callable[[Tensor], Tensor], About]]
+
+
+_FORMATS = {
+    "onnx": _Format(".onnx", ("onnx", "onnxscript", "onnxruntime"), export_onnx.encode, export_onnx.decode),
+    "safetensors": _Format(".safetensors", ("safetensors",), export_weights.encode, export_weights.decode),
+    "torch": _Format(".pt2", (), export_torch.encode, export_torch.decode),
+}
+
+
+def export(command: Export) -> int:
+    """Write the files; the exit code. Raises `DmnistError`s."""
+    for name in command.format:
+        _require_packages(name)
+    where, raw = find(command.checkpoint)
+    trained = restore(where, raw, model=command.model, device=torch.device("cpu"))
+    exported = Exported(trained.network, trained.mean, trained.std)
+    told = about(trained)
+    console = make_console(stderr=command.json)
+    files = []
+    for name in command.format:
+        path = command.out or _default_path(command.checkpoint, _FORMATS[name].suffix)
+        _require_ours(path)
+        with console.status(f"exporting to {path}"):
+            files.append(_write(path, name, trained, exported, told))
+        _show(console, files[-1])
+    autocast = _autocast_difference(trained, exported)
+    if autocast is not None:
+        console.print(
+            f"computes in fp32; trained with {trained.recipe.precision} autocast, whose logits differ by "
+            f"up to {autocast:.1e}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(f"takes {INPUT}", highlight=False, soft_wrap=True)
+    if command.json:
+        print_json(
+            {
+                "checkpoint": where,
+                "weights_sha256": told["weights_sha256"],
+                "input": INPUT,
+                "autocast_difference": autocast,
+                "files": files,
+                "metadata": told,
+            }
+        )
+    return 0
+
+
+def _require_packages(name: str) -> None:
+    missing = [package for package in _FORMATS[name].needs if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UsageError(
+            f"--format {name} needs {', '.join(missing)}: pip install 'distributed-mnist[{name}]'; "
+            f"--format torch needs nothing more"
+        )
+
+
+def _default_path(checkpoint: Path, suffix: str) -> Path:
+    """In the run's folder: `model` for its best checkpoint, for one that was named the name of that."""
+    if checkpoint.is_dir():
+        return checkpoint / f"model{suffix}"
+    folder = checkpoint.parent
+    run = folder.parent if folder.name == "checkpoints" else folder
+    return run / (checkpoint.name.split(".")[0] + suffix)
+
+
+def _require_ours(path: Path) -> None:
+    """Raises `OutputError` if something lies at `path` that is not an earlier export."""
+    try:
+        ours = MARK.encode() in path.read_bytes()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {reason(error)}") from None
+    if not ours:
+        raise OutputError(f"{path} is there and no export of ours: name another with --out, or remove it")
+
+
+def _write(path: Path, name: str, trained: Trained, exported: Exported, told: About) -> dict[str, Any]:
+    """One file, which gets its name when it has been read back and compared; what `--json` tells of it."""
+    form = _FORMATS[name]
+    try:
+        data = form.encode(exported, told)
+    except Exception as error:  # a graph of code that may be anybody's: torch raises many types
+        raise UsageError(
+            f"the model {trained.recipe.model} cannot be exported to {name}: {_why(error)} "
+            f"(--debug shows where)"
+        ) from error
+    try:
+        with written_aside(path) as part:
+            part.write_bytes(data)
+            difference = _read_back(part.read_bytes(), form, trained, exported, told, str(path))
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {reason(error)}") from None
+    return {
+        "path": str(path),
+        "format": name,
+        "bytes": len(data),
+        "max_difference": difference.greatest,
+        "allowed_difference": difference.allowed,
+        "compared_images": difference.images,
+    }
+
+
+def _read_back(
+    data: bytes, form: _Format, trained: Trained, exported: Exported, told: About, name: str
+) -> Difference:
+    """Raises `VerificationError` unless the file is what was to be written."""
+    try:
+        run, got = form.decode(data, trained)
+    except Exception as error:  # each library has its own types for a bad file
+        raise VerificationError(f"{name} was not kept: it cannot be read back: {_why(error)}") from error
+    require_same(got, told, name)
+    return compare(run, exported, name)
+
+
+def _why(error: Exception) -> str:
+    """The first sentence of what torch says, which goes on for a page."""
+    text = " ".join(str(error).split())
+    if "specialized it to be a constant" in text:
+        return "it fixes the number of images; where it has len(x), x.shape[0] may do"
+    return text.partition(". ")[0][:200] or type(error).__name__
+
+
+@torch.no_grad()
+def _autocast_difference(trained: Trained, exported: Exported) -> float | None:
+    """How far the logits are from those of `dmnist evaluate`; None if that computes in fp32 too."""
+    if trained.recipe.precision == "fp32":
+        return None
+    return max((trained.logits(images) - exported(images)).abs().max().item() for images in test_images())
+
+
+def _show(console: Console, file: dict[str, Any]) -> None:
+    console.print(
+        f"[bold]{file['path']}[/]: {file['format']}, {file['bytes']:,} bytes, "
+        f"logits within {file['max_difference']:.1e} of torch's on {file['compared_images']} drawn digits",
+        highlight=False,
+        soft_wrap=True,
+    )
