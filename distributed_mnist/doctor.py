@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from . import probe_host, probe_world
 from .errors import VerificationError
 from .findings import Finding, bad, good, merged, tried, worst
 from .flags_use import Doctor
+from .roll_call import Peer
 from .world import World
 
 _MARKS = {"good": ("✓", "green"), "doubtful": ("!", "yellow"), "bad": ("✗", "bold red")}
 _WIDE = 14
+_OF_THE_HOST = ("processor", "memory")  # their figures change from moment to moment
 
 
 def run(world: World, flags: Doctor, console: Console) -> dict[str, Any]:
@@ -24,10 +27,13 @@ def run(world: World, flags: Doctor, console: Console) -> dict[str, Any]:
 
     `conclude` says how it came out.
     """
-    mine = probe_host.examine(world.peers, world.rank, world.local_size)
+    bound = [world.broadcast_object(probe_host.affinity(), src=rank) for rank in range(world.size)]
+    here = world.peers[world.rank].host
+    own = [cores for peer, cores in zip(world.peers, bound, strict=True) if peer.host == here]
+    mine = probe_host.examine(world.peers, world.rank, world.local_size, len(set().union(*own)))
     everyone = [world.broadcast_object(mine, src=rank) for rank in range(world.size)]
     names = [f"rank {peer.rank} ({peer.host})" for peer in world.peers]
-    findings = merged(list(zip(names, everyone, strict=True)))
+    findings = merged(list(zip(names, _once_a_host(world.peers, everyone), strict=True)))
     findings.append(_processes(world))
     figures: list[dict[str, float]] = []
     if world.size > 1:
@@ -84,6 +90,20 @@ def _print(console: Console, label: Text, value: Text) -> None:
         console.print((label if i == 0 else Text(" " * (_WIDE + 2))) + line, soft_wrap=True)
 
 
+def _once_a_host(peers: Sequence[Peer], everyone: Sequence[Sequence[Finding]]) -> list[list[Finding]]:
+    """Findings by rank, where ranks of one host that looked a moment apart say the same."""
+    first: dict[str, Sequence[Finding]] = {}
+    for peer, findings in zip(peers, everyone, strict=True):
+        first.setdefault(peer.host, findings)
+    return [
+        [
+            theirs if own.name in _OF_THE_HOST else own
+            for own, theirs in zip(findings, first[peer.host], strict=True)
+        ]
+        for peer, findings in zip(peers, everyone, strict=True)
+    ]
+
+
 def _processes(world: World) -> Finding:
     hosts = len({peer.host for peer in world.peers})
     if world.launcher == "spawned":
@@ -98,8 +118,7 @@ def _folders(world: World, out: Path) -> Finding:
     """Whether the hosts see one folder for checkpoints. Either is fine; both are worth knowing."""
 
     def mark() -> str:
-        place = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
-        handle, name = tempfile.mkstemp(prefix=".dmnist-doctor-", dir=place)
+        handle, name = tempfile.mkstemp(prefix=".dmnist-doctor-", dir=probe_host.nearest_folder(out))
         os.close(handle)
         return name
 

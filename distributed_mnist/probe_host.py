@@ -1,5 +1,6 @@
 """What `dmnist doctor` looks at on each host: versions, processor, memory, devices, names, disk, data."""
 
+import errno
 import fcntl
 import os
 import platform
@@ -26,11 +27,19 @@ _CHECKPOINT_BYTES = 8 * 2**20
 _LEAST_FREE = 2**30
 
 
-def examine(peers: list[Peer], rank: int, local_size: int) -> list[Finding]:
-    """What is to be said of the host of this rank, which has `local_size` of the ranks."""
+def affinity() -> set[int]:
+    """The cores that this process is bound to; every one where the system cannot say."""
+    if hasattr(os, "sched_getaffinity"):
+        return set(os.sched_getaffinity(0))
+    return set(range(os.cpu_count() or 1))
+
+
+def examine(peers: list[Peer], rank: int, local_size: int, together: int) -> list[Finding]:
+    """What is to be said of the host of this rank, which has `local_size` of the ranks, bound to so many
+    cores together."""
     return [
         tried("versions", _versions, "install the program again"),
-        tried("processor", lambda: _processor(local_size), "say what processor this is"),
+        tried("processor", lambda: _processor(local_size, together), "say what processor this is"),
         tried("memory", _memory, "look at the host's memory"),
         tried("devices", _devices, "check the driver and torch's build"),
         tried("open files", _open_files, "ulimit -n 4096"),
@@ -38,10 +47,19 @@ def examine(peers: list[Peer], rank: int, local_size: int) -> list[Finding]:
     ]
 
 
+def nearest_folder(out: Path) -> Path:
+    """Where `out` is, or where it would be made. Raises OSError if a file is in the way."""
+    place = next(one for one in (out.absolute(), *out.absolute().parents) if one.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "a file, not a folder", str(place))
+    return place
+
+
 def disk(out: Path) -> Finding:
     """Whether checkpoints can be written under `out`, how fast, and whether a lock holds there."""
-    place = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    place = out
     try:
+        place = nearest_folder(out)
         with tempfile.TemporaryDirectory(prefix=".dmnist-doctor-", dir=place) as folder:
             began = time.perf_counter()
             with (Path(folder) / "part").open("wb") as file:
@@ -95,8 +113,10 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _processor(local_size: int) -> Finding:
-    cores, load = usable_cores(), psutil.getloadavg()[0]
+def _processor(local_size: int, together: int) -> Finding:
+    own, load = usable_cores(), psutil.getloadavg()[0]
+    # A launcher may bind each rank to a core of its own; a container's quota is for all of them.
+    cores = own if own < len(affinity()) else together
     value = (
         f"{_model_name()}, {torch.backends.cpu.get_cpu_capability()}; {cores} usable cores of "
         f"{psutil.cpu_count()}, load {load:.1f}"
@@ -119,10 +139,23 @@ def _model_name() -> str:
 
 def _memory() -> Finding:
     memory = psutil.virtual_memory()
-    value = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB available"
-    if memory.available < 2**30:
+    available, limit = memory.available, ""
+    if (allowed := _memory_limit()) is not None and allowed[0] < memory.total:
+        available = min(available, allowed[0] - allowed[1])
+        limit = f" (the container's limit is {allowed[0] / 2**30:.1f})"
+    value = f"{available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB available{limit}"
+    if available < 2**30:
         return doubtful("memory", value, "a process needs about half a GiB: end what else runs here")
     return good("memory", value)
+
+
+def _memory_limit(group: Path = Path("/sys/fs/cgroup")) -> tuple[int, int] | None:
+    """Bytes that a container may take, and those that it has; None where nothing limits it."""
+    try:
+        words = [(group / name).read_text() for name in ("memory.max", "memory.current")]
+        return int(words[0]), int(words[1])
+    except (OSError, ValueError):  # not Linux, an older cgroup, or "max"
+        return None
 
 
 def _devices() -> Finding:

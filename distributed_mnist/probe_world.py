@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .costs import LOOPBACK
+from .errors import WorkerLost, described
 from .findings import Finding, bad, doubtful, good
 from .topology import Finish
 from .tree import BinaryCounter, owned_shards
@@ -21,12 +22,25 @@ _ADVICE = "dmnist verify tells whether training is right all the same; check net
 
 def collectives(world: World) -> Finding:
     """Whether each comes out right on every rank. All ranks call it."""
-    wrong = [name for name, check in _CHECKS.items() if not check(world)]
-    found: list[list[str]] = [world.broadcast_object(wrong, src=rank) for rank in range(world.size)]
-    told = [f"{', '.join(names)} on rank {rank}" for rank, names in enumerate(found) if names]
+    wrong = [told for name, check in _CHECKS.items() if (told := _complaint(world, name, check))]
+    whose: dict[str, list[str]] = {}
+    for rank in range(world.size):
+        if names := ", ".join(world.broadcast_object(wrong, src=rank)):
+            whose.setdefault(names, []).append(str(rank))
+    told = [f"{names} on rank {', '.join(ranks)}" for names, ranks in whose.items()]
     if told:
         return bad("collectives", f"wrong: {'; '.join(told)}", _ADVICE)
     return good("collectives", f"{len(_CHECKS)} right over {world.backend}: {', '.join(_CHECKS)}")
+
+
+def _complaint(world: World, name: str, check: Callable[[World], bool]) -> str:
+    """What is wrong with a collective on this rank; empty if nothing is."""
+    try:
+        return "" if check(world) else name
+    except WorkerLost:
+        raise  # there is no group any more that could be examined
+    except Exception as error:  # torch's group that cannot be joined, say: the others' lines still stand
+        return f"{name} ({described(error)[1]})"
 
 
 def speed(world: World) -> tuple[Finding, list[dict[str, float]]]:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from ranks import dmnist, run, run_ranks
 
-from distributed_mnist import probe_host, probe_world
+from distributed_mnist import doctor, probe_host, probe_world
+from distributed_mnist.errors import LaunchError
 from distributed_mnist.findings import Finding, bad, doubtful, good, merged, tried, worst
 from distributed_mnist.placement import ALONE
 from distributed_mnist.roll_call import Peer
@@ -86,6 +87,63 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.undo()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30, 1000))
     assert probe_host.disk(tmp_path).verdict == "doubtful"
+
+
+def test_a_file_in_the_way_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    for out in (tmp_path / "runs", tmp_path / "runs" / "mine"):
+        found = probe_host.disk(out)
+        assert found.verdict == "bad"
+        assert found.value == f"{out}: a file, not a folder"
+
+
+def test_the_limit_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert probe_host._memory_limit(tmp_path) is None
+    (tmp_path / "memory.current").write_text(f"{2**30}\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert probe_host._memory_limit(tmp_path) is None
+    (tmp_path / "memory.max").write_text(f"{3 * 2**29}\n")
+    assert probe_host._memory_limit(tmp_path) == (3 * 2**29, 2**30)
+    monkeypatch.setattr(probe_host, "_memory_limit", lambda: (3 * 2**29, 2**30))
+    found = probe_host._memory()
+    assert found.verdict == "doubtful"
+    assert found.value.startswith("0.5 of ")
+    assert found.value.endswith("(the container's limit is 1.5)")
+
+
+def test_ranks_bound_to_a_core_each_do_not_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(probe_host, "affinity", lambda: {5})
+    monkeypatch.setattr(probe_host, "usable_cores", lambda: 1)
+    assert probe_host._processor(2, 2).verdict == "good"
+    assert probe_host._processor(2, 1).verdict == "doubtful"
+    monkeypatch.setattr(probe_host, "affinity", lambda: {4, 5, 6})  # and a quota of one core for all
+    assert probe_host._processor(2, 3).verdict == "doubtful"
+
+
+def test_ranks_of_one_host_that_look_a_moment_apart_have_one_line() -> None:
+    peers = [Peer(rank, host, 1) for rank, host in enumerate(("a", "a", "b"))]
+    everyone = [[good("memory", f"{rank} GiB"), good("versions", str(rank))] for rank in range(3)]
+    found = doctor._once_a_host(peers, everyone)
+    assert [[line.value for line in lines] for lines in found] == [
+        ["0 GiB", "0"],
+        ["0 GiB", "1"],
+        ["2 GiB", "2"],
+    ]
+
+
+def without_torchs_group(world: World) -> Finding:
+    def refuse() -> None:
+        raise LaunchError("cannot join the group: no route to host")
+
+    world.join_process_group = refuse  # type: ignore[method-assign, assignment]
+    return probe_world.collectives(world)
+
+
+def test_a_group_that_cannot_be_joined_is_a_line() -> None:
+    for found in run_ranks(without_torchs_group, 2):
+        assert found.verdict == "bad"
+        assert found.value == "wrong: ddp (cannot join the group: no route to host) on rank 0, 1"
 
 
 def test_names_of_several_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
