@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet
 
-.PHONY: setup train test lint format build clean
+.PHONY: setup train test test-gpu lint format build clean
 
 setup: $(VENV)/installed
 
@@ -17,6 +17,10 @@ train: setup
 
 test: $(VENV)/installed-dev
 	$(BIN)/pytest
+
+# On a machine with a GPU or another accelerator: what only it can show. (`make test` runs these too.)
+test-gpu: $(VENV)/installed-dev
+	$(BIN)/pytest -m gpu
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check

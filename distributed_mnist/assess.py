@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 from . import datasets
+from .confusion import per_class, table
 from .digest import digest
 from .errors import CheckpointError
 from .evaluate import evaluate
@@ -58,6 +59,8 @@ def run(
             highlight=False,
             soft_wrap=True,
         )
+        console.print()
+        console.print(table(result.confusion, trained.class_names))
     return {
         "dataset": data.name,
         "model": trained.recipe.model,
@@ -70,6 +73,9 @@ def run(
         "data_sha256": data.sha256,
         "images_per_second": result.images / seconds,
         "confusion": result.confusion,
+        "class_names": list(trained.class_names),
+        "per_class": per_class(result.confusion, trained.class_names),
+        "checkpoint": where,
         "out": where,
     }
 

@@ -4,7 +4,9 @@ What a stranger must know to use it, or to trust it, goes into the file as text,
 """
 
 import importlib.metadata
+import io
 import json
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +91,7 @@ def graph(exported: Exported) -> torch.export.ExportedProgram:
     """
     any_number = {"images": {0: torch.export.Dim("n", min=1)}}
     example = torch.zeros(2, 28, 28, dtype=torch.uint8)  # of one image torch would make a constant
-    with torch.no_grad():
+    with torch.no_grad(), redirect_stderr(io.StringIO()):  # torch draws the graph that it gave up
         program = torch.export.export(exported, (example,), dynamic_shapes=any_number)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine, which are nobody's business

@@ -1,5 +1,6 @@
 """`dmnist watch`: what a run shows where it was started, seen from elsewhere, by its files alone."""
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,15 @@ class Tail:
     def __init__(self, folder: Path) -> None:
         self._path = folder / "metrics.jsonl"
         self._read = 0  # bytes, up to the last whole line
+        self._file = 0  # its number in the file system
 
     def new(self) -> list[Event]:
         """What came since the last call. Raises `UsageError` if there is no such file."""
         try:
             with self._path.open("rb") as file:
-                if self._path.stat().st_size < self._read:  # another run was put in its place
-                    self._read = 0
+                found = os.fstat(file.fileno())
+                if found.st_ino != self._file or found.st_size < self._read:  # another run in its place
+                    self._file, self._read = found.st_ino, 0
                 file.seek(self._read)
                 whole = file.read().rpartition(b"\n")[0]
         except OSError:
@@ -79,8 +82,8 @@ def state(folder: Path) -> dict[str, Any]:
     waiting = Waiting()
     for event in record.events:
         if event["event"] == "start":
-            waiting.begin(event["ranks"])
-        elif event["event"] == "steps":
+            waiting.begin(event.get("ranks", ()))
+        elif event["event"] == "steps" and "ranks" in event:  # older runs do not tell
             waiting.add(event["ranks"])
     last = record.steps[-1] if record.steps else {}
     ended = bool(record.events) and record.events[-1]["event"] == "end"

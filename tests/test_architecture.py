@@ -24,7 +24,7 @@ ORDER: Sequence[str] = """
     original distrust checkpoint store lock
     console observe record waiting terminal charts report_data report progress supply share
     train
-    process folder prepare job trained assess ensemble
+    process folder prepare job trained confusion assess ensemble
     exported export_onnx export_torch export_weights export_check
     compare board known trial ordeal faults chaos witness verify
     baseline bench_runs bench_exchange bench_plot bench_sections bench

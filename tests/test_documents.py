@@ -89,7 +89,10 @@ def complete(words: list[str]) -> list[str]:
     words = ["2" if before in NUMBERS and word == "N" else word for before, word in pairs]
     if words[0].startswith("-"):  # `dmnist ... --debug`
         return ["train", *words]
-    return [*words, "HERE"] if words in (["evaluate"], ["data", "generate"]) else words
+    alone = (["evaluate"], ["export"], ["report"], ["watch"], ["data", "generate"])
+    return (
+        [*words, "HERE"] if words in alone else [*words, "HERE", "a.png"] if words == ["predict"] else words
+    )
 
 
 def test_the_original_commands_have_their_flags() -> None:
@@ -136,3 +139,13 @@ def test_the_readmes_own_recipe_model_and_data(
     assert ran == ["train", "train", "evaluate", "data", "train"]
     for run in ("mine", "small", "my_data"):
         assert (tmp_path / "runs" / run / "checkpoints" / "best.pt").is_file()
+
+
+def test_the_reference_is_current() -> None:
+    """After a change of commands or flags: `python docs/make_reference.py`."""
+    folder = REPOSITORY / "docs"
+    spec = importlib.util.spec_from_file_location("make_reference", folder / "make_reference.py")
+    assert spec is not None and spec.loader is not None
+    maker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(maker)
+    assert maker.page() == (folder / "reference.md").read_text()
