@@ -199,7 +199,7 @@ def refuse_mismatch(content: Content, name: str, recipe: Recipe, data: Data) -> 
         shown = ", ".join(f"{flag(key)} {old} there, {new} here" for key, (old, new) in differences.items())
         hint = "; the rate of this recipe looks ahead to the last epoch" if "epochs" in differences else ""
         raise CheckpointError(
-            f"{name} is of another recipe: {shown}{hint}; go on with the flags it has, or choose another --out"
+            f"{name} is of another recipe: {shown}{hint}; go on with its flags, or choose another --out"
         )
     if content["step"] > recipe.total_steps(content["steps_per_epoch"]):
         limit = f", --steps {recipe.steps}" if recipe.steps else ""
