@@ -149,3 +149,19 @@ def test_the_reference_is_current() -> None:
     maker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(maker)
     assert maker.page() == (folder / "reference.md").read_text()
+
+
+def test_the_tutorials_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each snippet in order; what its comments promise is what it prints."""
+    snippets = [
+        text for language, text in blocks((REPOSITORY / "docs" / "tutorial.md").read_text()) if language
+    ]
+    assert len(snippets) == 5
+    for snippet in snippets:
+        exec(snippet, {})
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1] == "True"
+    assert printed[3] == "[[0, 1], [2, 3, 4], [5, 6, 7]]"
+    assert printed[4:7] == ["2.2", "2.5", "False"]
+    assert printed[7] == "1 [[(3, 0)]]"
+    assert printed[8] == "2 [[(2, 0)], [(2, 1)]]"
