@@ -4,6 +4,7 @@ Here those of the commands that train; `flags_use` and `flags_data` have the res
 """
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -36,8 +37,13 @@ class Train(Every):
     ensemble: int = 1
     """Train so many networks one after the other, seeds counting up from --seed, and let them vote."""
 
+    tensorboard: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Write events for TensorBoard too, into the run's folder."""
+
     def __post_init__(self) -> None:
-        """Raises `UsageError` for an unknown data set, and for an impossible ensemble."""
+        """Raises `UsageError` for an unknown data set, and for what cannot be done."""
+        if self.tensorboard and find_spec("tensorboard") is None:
+            raise UsageError("--tensorboard needs it: pip install 'distributed-mnist[tensorboard]'")
         require_name(self.run.dataset)
         require(self.ensemble >= 1, "ensemble", "at least 1", self)
         if self.ensemble > 1 and self.run.resume not in (None, "auto"):

@@ -14,7 +14,7 @@ from .batches import Batches
 from .config import Recipe, Run, checkpoint_interval, steps_between
 from .datasets import Dataset
 from .digest import digest
-from .errors import DmnistError, Interrupted, OutputError, WorkerLost
+from .errors import DmnistError, Interrupted, OutputError, WorkerLost, reason
 from .evaluate import Evaluation
 from .folder import Folder, described, open_folder, open_store, read_named, refuse_mismatch, resume
 from .lock import RunLock, write_json
@@ -41,6 +41,7 @@ def run(
     signals: Stopping,
     read: Callable[[], Dataset],
     go_on: str | None = None,
+    tensorboard: bool = False,
 ) -> dict[str, Any]:
     """Train, and return what `--json` prints.
 
@@ -67,7 +68,8 @@ def run(
             world, options, folder, store, named, state, refuse=refuse, complain=notices.append
         )
         require_same_weights(state, world)
-        sink = make_sink(world, folder.path, store, console)
+        board = partial(make_tensorboard, folder.path, recipe, data, state.step)
+        sink = make_sink(world, folder.path, store, console, board if tensorboard else None)
         config = described(recipe, options, data)
         world.from_rank_zero(lambda: write_json(folder.path / "config.json", config))
     except DmnistError:
@@ -105,8 +107,7 @@ def run(
         again=folder.again,
         ranks=[{"rank": peer.rank, "host": peer.host, "pid": peer.pid} for peer in world.peers],
     )
-    if resumed:
-        notices.append(f"resumed from {resumed} at step {state.step} of {total}")
+    notices += [f"resumed from {resumed} at step {state.step} of {total}"] if resumed else []
     for text in notices:
         sink.log("notice", text=text)
     go_on = go_on or layout.go_on(folder.path)
@@ -202,14 +203,37 @@ def outcome(state: State, recipe: Recipe, data: Data, evaluation: Evaluation) ->
     }
 
 
-def make_sink(world: World, folder: Path, store: Store, console: Console) -> Sink:
-    """Rank 0 tells the terminal and `metrics.jsonl`; the others nothing, or what goes wrong with a copy."""
+def make_sink(
+    world: World,
+    folder: Path,
+    store: Store,
+    console: Console,
+    board: Callable[[Callable[[str], None]], Sink] | None = None,
+) -> Sink:
+    """Rank 0 tells the terminal, the run's files, and what `board` makes; the others nothing, or what goes
+    wrong with a copy."""
     if world.rank != 0:
         return NullSink() if isinstance(store, NullStore) else Notices(str(world.peers[world.rank]))
     terminal = Terminal(console)
-    complain = partial(terminal.log, "notice")
-    lines = JsonLines(folder / "metrics.jsonl", lambda text: complain(text=text))
-    return Many(lines, MistakesFile(folder / "mistakes.json", lambda text: complain(text=text)), terminal)
+
+    def complain(text: str) -> None:
+        terminal.log("notice", text=text)
+
+    lines = JsonLines(folder / "metrics.jsonl", complain)
+    sinks: list[Sink] = [lines, MistakesFile(folder / "mistakes.json", complain), terminal]
+    return Many(*sinks, *([board(complain)] if board else []))
+
+
+def make_tensorboard(
+    folder: Path, recipe: Recipe, data: Data, step: int, complain: Callable[[str], None]
+) -> Sink:
+    """A sink for TensorBoard. Raises `OutputError`."""
+    from .tensorboard_sink import TensorBoard  # noqa: PLC0415 - an extra
+
+    try:
+        return TensorBoard(folder / "tensorboard", recipe, data.class_names, step, complain)
+    except OSError as error:
+        raise OutputError(f"{folder}: {reason(error)}") from None
 
 
 def describe(

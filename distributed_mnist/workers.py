@@ -38,6 +38,7 @@ def train(
             console=make_console(stderr=command.json),
             signals=signals,
             read=_reader(command, handed),
+            tensorboard=command.tensorboard,
             go_on=go_on(command.run.out.parent, command.ensemble)
             if command.ensemble > 1 and command.run.out
             else None,

@@ -22,7 +22,8 @@ ORDER: Sequence[str] = """
     augment batches patches models optimizers muon optim
     loss shardwise company costs tree topology gradients ledger evaluate mistakes pace
     original distrust checkpoint store lock
-    console observe record waiting terminal charts report_data report progress supply share
+    console observe record waiting terminal charts report_data report tensorboard_sink
+    progress supply share
     train
     process folder prepare job trained confusion assess ensemble
     exported export_onnx export_torch export_weights export_check

@@ -131,8 +131,8 @@ def test_bad_flags_of_train(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], ["train, evaluate, verify, bench or data", "--help"]),
-        (["trian"], ["there is no command 'trian'; there are train, evaluate, verify, bench, data"]),
+        ([], ["train, evaluate, predict, report, watch, export, verify, doctor, bench or data", "--help"]),
+        (["trian"], ["there is no command 'trian'; there are train, evaluate, predict"]),
         (["--nproc", "2", "train"], ["--nproc comes after a command"]),
         (["evaluate"], ["evaluate needs a CHECKPOINT", "folder"]),
         (["evaluate", "a.pt", "b.pt"], ["'b.pt'"]),
