@@ -131,7 +131,7 @@ def _is_light_on_dark(values: NDArray[np.float64], around: float) -> bool:
 
 def _brightest(values: NDArray[np.float64]) -> float:
     """The highest value but for so few that they may be noise."""
-    few = max(8, values.size // 2000)
+    few = min(values.size, max(8, values.size // 2000))
     return float(np.partition(values.ravel(), -few)[-few])
 
 

@@ -1,5 +1,6 @@
 """`dmnist predict`: what is drawn in pictures, and how sure a network is of it."""
 
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ _BATCH = 256
 _UNSURE = 0.8
 """Below this confidence a person should look."""
 _WIDE = 60
+_IDX_TYPES = {bytes([code]) for code in range(0x08, 0x0F)}  # of the third byte
 _SHADES = " ▀▄█"
 
 
@@ -107,10 +109,15 @@ def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     known = set(Image.registered_extensions())
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in known and file.is_file())
+    found = [file for file in path.rglob("*") if file.suffix.lower() in known and file.is_file()]
     if not found:
         raise DataError(f"{path} has no pictures in it")
-    return found
+    return sorted(found, key=_by_number)
+
+
+def _by_number(path: Path) -> list[tuple[str, int]]:
+    """Sorts 2.png before 10.png."""
+    return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", str(path))]
 
 
 def _items(files: Iterable[Path], ink: picture.Ink) -> Iterator[Item | str]:
@@ -136,7 +143,8 @@ def _is_idx(path: Path) -> bool:
     """Whether a file is IDX or gzip by its first bytes; no picture begins like either."""
     try:
         with path.open("rb") as file:
-            return file.read(2) in (b"\0\0", b"\x1f\x8b")
+            begin = file.read(3)
+        return begin[:2] == b"\x1f\x8b" or (begin[:2] == b"\0\0" and begin[2:] in _IDX_TYPES)
     except OSError:
         return False  # told by whoever reads it as a picture
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 from ranks import dmnist, train
 
-from distributed_mnist import datasets, idx, picture
+from distributed_mnist import datasets, idx, picture, predict
 from distributed_mnist.errors import DataError
 from distributed_mnist.predict import as_text
 
@@ -93,6 +93,24 @@ def test_what_cannot_be_used(tmp_path: Path) -> None:
     for blank in (np.zeros((28, 28)), np.full((90, 60), 255), np.full((28, 28), 130)):
         with pytest.raises(ValueError, match="nothing is drawn"):
             picture.normalised(blank.astype(np.uint8))
+
+
+def test_tiny_pictures_and_what_begins_like_an_idx_file(tmp_path: Path) -> None:
+    tiny = np.array([[255, 255], [0, 255]], np.uint8)
+    with pytest.raises(ValueError, match="nothing is drawn in it"):
+        picture.normalised(tiny)
+    Image.fromarray(DIGITS[0]).resize((32, 32)).save(tmp_path / "icon.ico")
+    assert (tmp_path / "icon.ico").read_bytes()[:2] == b"\0\0"
+    assert not predict._is_idx(tmp_path / "icon.ico")
+    idx.write(tmp_path / "idx", DIGITS)
+    assert predict._is_idx(tmp_path / "idx")
+
+
+def test_folders_in_the_order_of_numbers(tmp_path: Path) -> None:
+    for name in ("10.png", "9.png", "a2.png", "a10.png", "notes.txt"):
+        (tmp_path / name).write_text("")
+    names = [path.name for path in predict._files(tmp_path)]
+    assert names == ["9.png", "10.png", "a2.png", "a10.png"]
 
 
 def test_as_text() -> None:
