@@ -47,7 +47,9 @@ def _shown(record: Record) -> dict[str, Any]:
     last = record.evaluations[-1] if record.evaluations else None
     result = record.result if report_data.state_of(record) == "finished" else None
     parts = report_data.parts_of_a_step(record)
-    mistakes = record.mistakes or {"step": 0, "mistakes": []}
+    mistakes = record.mistakes or {}
+    if last is None or mistakes.get("step") != last["step"]:  # of steps that were taken again, or none yet
+        mistakes = {"mistakes": []}
     names = record.config.get("dataset", {}).get("class_names", [])
     return {
         "name": report_data.name_of(record),
