@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .datasets import Dataset
     from .errors import DmnistError
     from .evaluate import Evaluation
-    from .library import Result, evaluate, load, train
+    from .in_python import Result, evaluate, load, train
     from .trained import Trained
 
 __all__ = [
@@ -40,10 +40,10 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """What the library offers, imported when it is asked for: importing the package stays instant."""
+    """What there is for Python, imported when it is asked for: importing the package stays instant."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_MODULES.get(name, 'library')}", __name__), name)
+    return getattr(importlib.import_module(f".{_MODULES.get(name, 'in_python')}", __name__), name)
 
 
 class _Package(ModuleType):

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from . import datasets
 from .confusion import per_class, table
+from .datasets import Dataset, load
 from .digest import digest
 from .errors import CheckpointError
-from .evaluate import evaluate
+from .evaluate import Evaluation, evaluate
 from .progress import DataProgress
-from .share import share
+from .share import Data, share
 from .trained import Trained, find, restore
 from .world import World
 
@@ -30,27 +30,9 @@ def run(
     torch.set_num_threads(1)  # as in training with `tree`: the loss comes out the same to the bit
     where, raw = world.from_rank_zero(lambda: find(path))
     trained = world.together(lambda: restore(where, raw, model=model, device=world.device))
-    told = trained.content["dataset"] or {}
-
-    def load() -> datasets.Dataset:
-        drawn = {key: told[key] for key in ("seed", "train_size", "test_size") if key in told}
-        with DataProgress(console) as progress:
-            return datasets.load(dataset or trained.dataset, folder, progress=progress, **drawn)
-
-    data = share(world, load)
-    classes = len(trained.class_names)
-    if len(data.class_names) > classes:
-        raise CheckpointError(f"{where} knows {classes} classes, {data.name} has {len(data.class_names)}")
+    data = share(world, lambda: read(trained, dataset, folder, console))
     began = time.perf_counter()
-    result = evaluate(
-        trained.network,
-        data.test,
-        world,
-        classes=classes,
-        mean=trained.mean,
-        std=trained.std,
-        precision=trained.recipe.precision,
-    )
+    result = score(trained, data, world)
     seconds = time.perf_counter() - began
     if world.rank == 0:
         console.print(
@@ -78,6 +60,31 @@ def run(
         "checkpoint": where,
         "out": where,
     }
+
+
+def read(trained: Trained, dataset: str | None, folder: Path, console: Console) -> Dataset:
+    """The data set of that name, or the one it was trained on, drawn digits as they were drawn then."""
+    told = trained.content["dataset"] or {}
+    drawn = {key: told[key] for key in ("seed", "train_size", "test_size") if key in told}
+    with DataProgress(console) as progress:
+        return load(dataset or trained.dataset, folder, progress=progress, **drawn)
+
+
+def score(trained: Trained, data: Data, world: World) -> Evaluation:
+    """On the data's test images. Raises `CheckpointError` for data with classes that it does not know."""
+    classes = len(trained.class_names)
+    if len(data.class_names) > classes:
+        told = f"knows {classes} classes, {data.name} has {len(data.class_names)}"
+        raise CheckpointError(f"{trained.path} {told}")
+    return evaluate(
+        trained.network,
+        data.test,
+        world,
+        classes=classes,
+        mean=trained.mean,
+        std=trained.std,
+        precision=trained.recipe.precision,
+    )
 
 
 def _training(trained: Trained) -> dict[str, Any]:

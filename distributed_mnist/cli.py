@@ -47,6 +47,7 @@ def _begin_to_import_torch() -> None:
 
 def _train(command: "Train") -> int:
     from . import launch, layout, spawn, supply
+    from .console import make_console
 
     placement = launch.detect()
     nproc = command.run.nproc
@@ -62,7 +63,7 @@ def _train(command: "Train") -> int:
     # One folder through all restarts, so chosen here.
     whole = command.run.out or layout.new_folder(command.recipe)
     command = dataclasses.replace(command, run=dataclasses.replace(command.run, out=whole))
-    with supply.Supply(partial(supply.read, command.run, command.json)) as data:
+    with supply.Supply(partial(supply.read, command.run, make_console(stderr=command.json))) as data:
         works = []
         for out, one in _members(command, whole):
             reached = partial(layout.newest_step, out)
@@ -134,7 +135,7 @@ def _doctor(command: "Doctor") -> int:
     if placement is not None:
         _refuse_another_size(placement, command.nproc)
     nproc = command.nproc or min(max(usable_cores(), 2), 4)
-    return spawn.start(placement, nproc, "distributed_mnist.workers:doctor", command)
+    return spawn.start(placement, nproc, "distributed_mnist.doctor:work", command)
 
 
 def _bench(command: "Bench") -> int:

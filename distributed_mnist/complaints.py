@@ -12,7 +12,6 @@ from .config import flag
 _NEEDED = {
     "evaluate": "a CHECKPOINT or a run's folder",
     "predict": "a CHECKPOINT or a run's folder, and pictures",
-    "report": "a run's folder",
     "watch": "a run's folder",
     "export": "a CHECKPOINT or a run's folder",
     "data generate": "a folder to write to",

@@ -1,6 +1,7 @@
 """`dmnist doctor`: one screen about a machine, or a job, that a person can paste into a bug report."""
 
 import os
+import socket
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,15 +12,32 @@ from rich.console import Console
 from rich.text import Text
 
 from . import probe_host, probe_world
+from .console import make_console, print_json
 from .errors import VerificationError
 from .findings import Finding, bad, good, merged, tried, worst
 from .flags_use import Doctor
+from .placement import Placement
+from .process import run_in_group
 from .roll_call import Peer
+from .signals import StopSignals
 from .world import World
 
 _MARKS = {"good": ("✓", "green"), "doubtful": ("!", "yellow"), "bad": ("✗", "bold red")}
 _WIDE = 14
 _OF_THE_HOST = ("processor", "memory")  # their figures change from moment to moment
+
+
+def work(placement: Placement, listener: socket.socket | None, command: Doctor) -> int:
+    """One rank of `dmnist doctor`; its exit code."""
+
+    def body(world: World, signals: StopSignals) -> None:
+        torch.set_num_threads(1)  # as in training
+        result = run(world, command, make_console(stderr=command.json))
+        if command.json and world.rank == 0:
+            print_json(result)
+        conclude(result)
+
+    return run_in_group(placement, listener, body, device=command.device, debug=command.debug)
 
 
 def run(world: World, flags: Doctor, console: Console) -> dict[str, Any]:

@@ -1,16 +1,12 @@
 """Exports as ONNX: one file, weights inside, for onnxruntime in any language and for browsers."""
 
-import io
-import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .exported import About, Exported, graph
+from .exported import About, Exported, graph, quiet
 from .trained import Trained
 
 OPSET = 18
@@ -22,7 +18,7 @@ def encode(exported: Exported, about: About) -> bytes:
     """The file's bytes, the same for the same network. Raises what torch raises."""
     import onnx  # noqa: PLC0415 - an extra, not always there
 
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             graph(exported),
             dynamo=True,
@@ -69,18 +65,3 @@ def _strip(model: Any) -> None:
     for part in (*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.initializer):
         del part.metadata_props[:]
         part.doc_string = ""
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on itself; what is wrong with a model it raises."""
-    log = logging.getLogger("torch.onnx")  # that torchvision, which we do not use, is not installed
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            # torch's own copying of its own classes.
-            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
-            yield
-    finally:
-        log.setLevel(level)

@@ -6,7 +6,10 @@ What a stranger must know to use it, or to trust it, goes into the file as text,
 import importlib.metadata
 import io
 import json
-from contextlib import redirect_stderr
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +94,23 @@ def graph(exported: Exported) -> torch.export.ExportedProgram:
     """
     any_number = {"images": {0: torch.export.Dim("n", min=1)}}
     example = torch.zeros(2, 28, 28, dtype=torch.uint8)  # of one image torch would make a constant
-    with torch.no_grad(), redirect_stderr(io.StringIO()):  # torch draws the graph that it gave up
+    with torch.no_grad(), quiet():
         program = torch.export.export(exported, (example,), dynamic_shapes=any_number)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine, which are nobody's business
     return program
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what torch's exporters print and log of themselves; what is wrong with a model they raise."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # such as that torchvision, which we do not use, is absent
+    try:
+        # They print the graph that failed, a page.
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            # torch's own copying of its own classes.
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
+            yield
+    finally:
+        logging.disable(before)

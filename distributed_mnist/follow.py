@@ -86,11 +86,10 @@ def state(folder: Path) -> dict[str, Any]:
         elif event["event"] == "steps" and "ranks" in event:  # older runs do not tell
             waiting.add(event["ranks"])
     last = record.steps[-1] if record.steps else {}
-    ended = bool(record.events) and record.events[-1]["event"] == "end"
     scored = record.evaluations[-1] if record.evaluations else {}
     return {
         "run": str(folder),
-        "state": "finished" if ended else "running" if is_live(folder) else "stopped",
+        "state": record.state,
         "step": last.get("step", 0),
         "steps": record.starts[-1]["steps"] if record.starts else None,
         "epoch": last.get("epoch", 0.0),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError, reason
+from .lock import is_live
 
 Event = dict[str, Any]
 """A line of `metrics.jsonl`: `event`, `time` (seconds since 1970), and fields of its own."""
@@ -32,6 +33,13 @@ class Record:
     """`result.json`; None for a run that has not ended."""
     mistakes: dict[str, Any] | None
     """`mistakes.json`: the `step` of the latest evaluation and its `mistakes`."""
+
+    @property
+    def state(self) -> str:
+        """finished, running, or stopped: it can be gone on with."""
+        if self.events and self.events[-1]["event"] == "end":
+            return "finished"
+        return "running" if is_live(self.path) else "stopped"
 
     @property
     def starts(self) -> list[Event]:

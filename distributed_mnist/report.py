@@ -45,7 +45,7 @@ def render(records: Sequence[Record]) -> str:
 def _shown(record: Record) -> dict[str, Any]:
     """A run as the template takes it."""
     last = record.evaluations[-1] if record.evaluations else None
-    result = record.result if report_data.state_of(record) == "finished" else None
+    result = record.result if record.state == "finished" else None
     parts = report_data.parts_of_a_step(record)
     mistakes = record.mistakes or {}
     if last is None or mistakes.get("step") != last["step"]:  # of steps that were taken again, or none yet
@@ -53,7 +53,7 @@ def _shown(record: Record) -> dict[str, Any]:
     names = record.config.get("dataset", {}).get("class_names", [])
     return {
         "name": report_data.name_of(record),
-        "state": report_data.state_of(record),
+        "state": record.state,
         "step": record.steps[-1]["step"] if record.steps else 0,
         "total": record.starts[-1]["steps"] if record.starts else 0,
         "evaluation": last,
@@ -62,7 +62,7 @@ def _shown(record: Record) -> dict[str, Any]:
         "charts": report_data.charts([record]),
         "parts": parts,
         "whole_step": sum(value for _, value in parts) or 1.0,
-        "classes": report_data.per_class(record),
+        "classes": report_data.classes(record),
         "wrong": last["test_images"] - sum(row[i] for i, row in enumerate(last["confusion"]))
         if last
         else 0,

@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from .charts import Line, line_chart, smoothed
-from .lock import is_live
+from .confusion import per_class
 from .record import Record
 
 _PARTS = ("data", "forward", "backward", "optimizer", "exchange")
@@ -36,14 +36,6 @@ class Happening:
 def name_of(record: Record) -> str:
     """What a run is called: its folder's name."""
     return record.path.resolve().name
-
-
-def state_of(record: Record) -> str:
-    """finished, running, or stopped (it can be gone on with)."""
-    last = record.events[-1]["event"] if record.events else ""
-    if last == "end":
-        return "finished"
-    return "running" if is_live(record.path) else "stopped"
 
 
 def charts(records: Sequence[Record]) -> list[Chart]:
@@ -104,22 +96,14 @@ def parts_of_a_step(record: Record) -> list[tuple[str, float]]:
     return found
 
 
-def per_class(record: Record) -> list[dict[str, Any]]:
-    """For each class its name, images, hits and accuracy, and the row of the confusion matrix."""
+def classes(record: Record) -> list[dict[str, Any]]:
+    """For each class what `confusion.per_class` tells, and its `row` of the confusion matrix."""
     if not record.evaluations or "confusion" not in record.evaluations[-1]:
         return []
     confusion = record.evaluations[-1]["confusion"]
-    names = record.config.get("dataset", {}).get("class_names", map(str, range(len(confusion))))
-    return [
-        {
-            "name": name,
-            "images": sum(row),
-            "correct": row[i],
-            "accuracy": row[i] / sum(row) if sum(row) else None,
-            "row": row,
-        }
-        for i, (name, row) in enumerate(zip(names, confusion, strict=True))
-    ]
+    names = record.config.get("dataset", {}).get("class_names", [str(i) for i in range(len(confusion))])
+    told = per_class(confusion, names)
+    return [{**one, "row": row} for one, row in zip(told, confusion, strict=True)]
 
 
 def time_line(record: Record) -> list[Happening]:
@@ -154,7 +138,7 @@ def time_line(record: Record) -> list[Happening]:
             found.append(Happening(seconds, "end", f"ended after step {event['result']['steps']}"))
     if saved:
         found.append(Happening(record.events[-1]["time"] - began, "checkpoint", _saved(saved)))
-    if state_of(record) == "stopped":
+    if record.state == "stopped":
         text = f"stopped after step {step}; go on with --resume auto --out {record.path}"
         found.append(Happening(record.events[-1]["time"] - began, "fault", text))
     return found

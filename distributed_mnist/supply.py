@@ -20,7 +20,6 @@ import numpy as np
 from rich.console import Console
 
 from .config import Run
-from .console import make_console
 from .datasets import Dataset, load
 from .errors import DataError, WorkerLost, described, tidy_terminal
 from .locate import NotFoundError
@@ -29,16 +28,10 @@ from .progress import DataProgress
 _CLOSING_SECONDS = 1.0  # between two pieces of a download
 
 
-def read(
-    options: Run,
-    as_json: bool,
-    stopped: Callable[[], bool] = lambda: False,
-    *,
-    console: Console | None = None,
-) -> Dataset:
+def read(options: Run, console: Console, stopped: Callable[[], bool] = lambda: False) -> Dataset:
     """A run's data set, with a bar on the console for what takes long. Raises `DataError`, and
     `Interrupted` if `stopped()` becomes true meanwhile."""
-    with DataProgress(console or make_console(stderr=as_json), stopped) as progress:
+    with DataProgress(console, stopped) as progress:
         try:
             return load(
                 options.dataset,

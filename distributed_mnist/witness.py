@@ -138,5 +138,5 @@ def _train(world: World, asked: Recipe, out: Path, signals: StopSignals) -> None
         title="verify",
         console=Console(quiet=True),
         signals=signals,
-        read=partial(supply.read, chosen, as_json=True),
+        read=partial(supply.read, chosen, Console(quiet=True)),
     )

@@ -7,15 +7,12 @@ import socket
 from collections.abc import Callable
 from functools import partial
 
-import torch
-
 from . import assess, ensemble, job, supply, witness
-from . import doctor as examination
 from .board import Board
 from .console import make_console, print_json
 from .datasets import Dataset
 from .flags import Train, Verify
-from .flags_use import Doctor, Evaluate
+from .flags_use import Evaluate
 from .layout import go_on
 from .placement import Placement
 from .process import run_in_group
@@ -87,7 +84,7 @@ def vote(
 
 
 def _reader(command: Train, handed: Handed | None) -> Callable[[], Dataset]:
-    return handed.take if handed else partial(supply.read, command.run, command.json)
+    return handed.take if handed else partial(supply.read, command.run, make_console(stderr=command.json))
 
 
 def evaluate(placement: Placement, listener: socket.socket | None, command: Evaluate) -> int:
@@ -114,18 +111,5 @@ def verify(placement: Placement, listener: socket.socket | None, command: Verify
 
     def body(world: World, signals: StopSignals) -> None:
         witness.run(world, Board.make(as_json=command.json, shown=world.rank == 0), signals)
-
-    return run_in_group(placement, listener, body, device=command.device, debug=command.debug)
-
-
-def doctor(placement: Placement, listener: socket.socket | None, command: Doctor) -> int:
-    """One rank of `dmnist doctor`; its exit code."""
-
-    def body(world: World, signals: StopSignals) -> None:
-        torch.set_num_threads(1)  # as in training
-        result = examination.run(world, command, make_console(stderr=command.json))
-        if command.json and world.rank == 0:
-            print_json(result)
-        examination.conclude(result)
 
     return run_in_group(placement, listener, body, device=command.device, debug=command.debug)

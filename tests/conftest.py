@@ -3,7 +3,9 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import paced
 import pytest
 from ranks import environment
 
@@ -28,3 +30,9 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     drawn = datasets.load("generated", Path(), train_size=TRAIN_SIZE, test_size=TEST_SIZE)
     datasets.write(drawn, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def expected(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process comes to in a `paced` run that nothing happens to."""
+    return paced.undisturbed(digits, tmp_path_factory.mktemp("undisturbed"))

@@ -22,10 +22,10 @@ ORDER: Sequence[str] = """
     augment batches patches models optimizers muon optim
     loss shardwise company costs tree topology gradients ledger evaluate mistakes pace
     original distrust checkpoint store lock
-    console observe record waiting terminal charts report_data report tensorboard_sink
+    console observe record waiting terminal confusion charts report_data report tensorboard_sink
     progress supply share
     train
-    process folder prepare job trained confusion assess ensemble
+    process folder prepare job trained assess ensemble
     exported export_onnx export_torch export_weights export_check
     compare board known trial ordeal faults chaos witness verify
     baseline bench_runs bench_exchange bench_plot bench_sections bench
@@ -34,7 +34,7 @@ ORDER: Sequence[str] = """
     findings probe_host probe_world doctor
     data_commands workers
     classic classic_job
-    library_group library preload cli __main__ __init__
+    in_processes in_python preload cli __main__ __init__
 """.split()  # noqa: SIM905 - one line a layer
 
 

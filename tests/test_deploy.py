@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import paced
 import pytest
 from agents import Whole
 from paced import Job, assert_same
@@ -127,12 +126,6 @@ def test_what_pods_run_is_a_command_that_goes_on(path: Path) -> None:
 
 
 # ---- Pods as processes -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def expected(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What one process comes to that nothing happens to."""
-    return paced.undisturbed(digits, tmp_path_factory.mktemp("undisturbed"))
 
 
 @pytest.fixture

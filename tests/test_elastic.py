@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import paced
 import psutil
 import pytest
 from agents import ELASTIC, Whole, torchrun
@@ -17,12 +16,6 @@ from ranks import DMNIST, TORCHRUN, events, free_port
 pytestmark = pytest.mark.slow
 
 KILLS = 10
-
-
-@pytest.fixture(scope="module")
-def expected(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What one process comes to that nothing happens to."""
-    return paced.undisturbed(digits, tmp_path_factory.mktemp("undisturbed"))
 
 
 @pytest.fixture

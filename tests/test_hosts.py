@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import paced
 import pytest
 from agents import ELASTIC, Whole, torchrun
 from hosts import Host, Network, new_port
@@ -14,12 +13,6 @@ from paced import Job, assert_same
 from ranks import DMNIST, Finished, Program
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def expected(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What one process comes to that nothing happens to."""
-    return paced.undisturbed(digits, tmp_path_factory.mktemp("undisturbed"))
 
 
 @pytest.fixture

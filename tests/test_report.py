@@ -11,7 +11,7 @@ from ranks import dmnist, train
 from distributed_mnist import report
 from distributed_mnist.charts import Line, line_chart, smoothed
 from distributed_mnist.record import read
-from distributed_mnist.report_data import state_of, time_line
+from distributed_mnist.report_data import time_line
 
 
 class Page(HTMLParser):
@@ -85,7 +85,7 @@ def test_what_happened_is_told(runs: list[Path], tmp_path: Path) -> None:
     text = "".join(json.dumps(event) + "\n" for event in [*half, *again, *notice])
     (tmp_path / "metrics.jsonl").write_text(text)
     record = read(tmp_path)
-    assert state_of(record) == "stopped"
+    assert record.state == "stopped"
     kinds = [event.kind for event in time_line(record)]
     assert kinds[0] == "start"
     assert kinds.count("fault") == 2  # started again, stopped

@@ -123,7 +123,7 @@ def test_nothing_stays_open() -> None:
 def test_read_says_what_to_do_where_there_is_none(tmp_path: Path) -> None:
     options = dataclasses.replace(Run(), dataset="idx", data=tmp_path / "nothing")
     with pytest.raises(DataError):
-        read(options, as_json=True)
+        read(options, Console(quiet=True))
 
 
 def test_what_nobody_wants_any_more_is_given_up_and_tidied_away(tmp_path: Path) -> None:

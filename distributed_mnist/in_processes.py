@@ -1,4 +1,4 @@
-"""`library.train` in several processes: what our launcher tells them, and what comes back."""
+"""`in_python.train` in several processes: what our launcher tells them, and what comes back."""
 
 import dataclasses
 import importlib

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import environment, job, launch, layout, supply, trained
+from . import assess, environment, job, launch, layout, supply, trained
 from .catalog import NAMES, require_name
 from .config import Recipe, Run, load_recipe
 from .datasets import Dataset
@@ -24,7 +24,7 @@ from .devices import choose_device
 from .errors import CheckpointError, UsageError
 from .evaluate import Evaluation
 from .evaluate import evaluate as score
-from .library_group import console_for, in_processes
+from .in_processes import console_for, in_processes
 from .models import known_as
 from .placement import ALONE, Placement
 from .share import share
@@ -104,7 +104,7 @@ def train(
     console = console_for(verbose)
 
     def read(stopped: Callable[[], bool] = lambda: False) -> Dataset:
-        return given or supply.read(run, False, stopped, console=console)
+        return given or supply.read(run, console, stopped)
 
     placement = launch.detect()
     if placement is not None and nproc not in (None, placement.local_size):
@@ -159,28 +159,18 @@ def evaluate(
     elif isinstance(what, Result):
         what = what.load()
     network = what.network if isinstance(what, Trained) else what
-    told = what.content["dataset"] or {} if isinstance(what, Trained) else {}
     given, name, folder = _dataset(dataset or (what.dataset if isinstance(what, Trained) else ""), data)
-    drawn = {key: told[key] for key in ("data_seed", "train_size", "test_size") if key in told}
-    drawn |= {"data_seed": told["seed"]} if "seed" in told else {}
-    options = Run(dataset=name, data=folder, **(drawn if name == "generated" else {}))
-    device = next(network.parameters()).device
-    world = World(ALONE, device, "none")
+    console = console_for(False)
+    world = World(ALONE, next(network.parameters()).device, "none")
     with _settings_kept():
         torch.set_num_threads(1)  # as in training with `tree`: the loss comes out the same to the bit
-        read = share(world, lambda: given or supply.read(options, False, console=console_for(False)))
-        classes = len(what.class_names) if isinstance(what, Trained) else len(read.class_names)
-        if len(read.class_names) > classes:
-            raise CheckpointError(f"it knows {classes} classes, {read.name} has {len(read.class_names)}")
-        return score(
-            network,
-            read.test,
-            world,
-            classes=classes,
-            mean=what.mean if isinstance(what, Trained) else read.mean,
-            std=what.std if isinstance(what, Trained) else read.std,
-            precision=what.recipe.precision if isinstance(what, Trained) else "fp32",
-        )
+        if isinstance(what, Trained):
+            trained = what
+            held = share(world, lambda: given or assess.read(trained, name, folder, console))
+            return assess.score(trained, held, world)
+        held = share(world, lambda: given or supply.read(Run(dataset=name, data=folder), console))
+        classes, scale = len(held.class_names), {"mean": held.mean, "std": held.std}
+        return score(network, held.test, world, classes=classes, precision="fp32", **scale)
 
 
 class _Undisturbed:
