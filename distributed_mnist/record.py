@@ -34,6 +34,11 @@ class Record:
     mistakes: dict[str, Any] | None
     """`mistakes.json`: the `step` of the latest evaluation and its `mistakes`."""
 
+    def class_name(self, label: int) -> str:
+        """What a class is called; its number where `config.json` does not tell."""
+        names = self.config.get("dataset", {}).get("class_names", [])
+        return names[label] if label < len(names) else str(label)
+
     @property
     def state(self) -> str:
         """finished, running, or stopped: it can be gone on with."""

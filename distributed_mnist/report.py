@@ -50,7 +50,6 @@ def _shown(record: Record) -> dict[str, Any]:
     mistakes = record.mistakes or {}
     if last is None or mistakes.get("step") != last["step"]:  # of steps that were taken again, or none yet
         mistakes = {"mistakes": []}
-    names = record.config.get("dataset", {}).get("class_names", [])
     return {
         "name": report_data.name_of(record),
         "state": record.state,
@@ -63,14 +62,12 @@ def _shown(record: Record) -> dict[str, Any]:
         "parts": parts,
         "whole_step": sum(value for _, value in parts) or 1.0,
         "classes": report_data.classes(record),
-        "wrong": last["test_images"] - sum(row[i] for i, row in enumerate(last["confusion"]))
-        if last
-        else 0,
+        "wrong": round(last["test_images"] * (1 - last["test_accuracy"])) if last else 0,
         "mistakes": [
             {
                 "picture": picture(base64.b64decode(each["image"])),
-                "label": names[each["label"]],
-                "predicted": names[each["predicted"]],
+                "label": record.class_name(each["label"]),
+                "predicted": record.class_name(each["predicted"]),
                 "confidence": each["confidence"],
                 "index": each["index"],
             }

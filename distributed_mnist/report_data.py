@@ -101,8 +101,7 @@ def classes(record: Record) -> list[dict[str, Any]]:
     if not record.evaluations or "confusion" not in record.evaluations[-1]:
         return []
     confusion = record.evaluations[-1]["confusion"]
-    names = record.config.get("dataset", {}).get("class_names", [str(i) for i in range(len(confusion))])
-    told = per_class(confusion, names)
+    told = per_class(confusion, [record.class_name(i) for i in range(len(confusion))])
     return [{**one, "row": row} for one, row in zip(told, confusion, strict=True)]
 
 
