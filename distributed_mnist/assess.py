@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
+from . import layout
+from .catalog import NAMES
 from .confusion import per_class, table
 from .datasets import Dataset, load
 from .digest import digest
-from .errors import CheckpointError
+from .errors import CheckpointError, DataError
 from .evaluate import Evaluation, evaluate
 from .progress import DataProgress
 from .share import Data, share
@@ -19,7 +22,13 @@ from .world import World
 
 
 def run(
-    world: World, path: Path, *, model: str | None, dataset: str | None, folder: Path, console: Console
+    world: World,
+    path: Path,
+    *,
+    model: str | None,
+    dataset: str | None,
+    folder: Path | None,
+    console: Console,
 ) -> dict[str, Any]:
     """Score the checkpoint at `path` and return what `--json` prints.
 
@@ -32,15 +41,16 @@ def run(
     trained = world.together(lambda: restore(where, raw, model=model, device=world.device))
     data = share(world, lambda: read(trained, dataset, folder, console))
     began = time.perf_counter()
-    result = score(trained, data, world)
+    result = score(trained, data, world, its_own=dataset is None and folder is None)
     seconds = time.perf_counter() - began
     if world.rank == 0:
-        console.print(
-            f"[bold]{where}[/]: test accuracy [bold green]{result.accuracy:.2%}[/], loss {result.loss:.6f} "
-            f"on {result.images:,} images of {data.name}",
-            highlight=False,
-            soft_wrap=True,
+        line = Text.assemble(
+            (where, "bold"),
+            ": test accuracy ",
+            (f"{result.accuracy:.2%}", "bold green"),
+            f", loss {result.loss:.6f} on {result.images:,} images of {data.name}",
         )
+        console.print(line, soft_wrap=True)
         console.print()
         console.print(table(result.confusion, trained.class_names))
     return {
@@ -62,17 +72,36 @@ def run(
     }
 
 
-def read(trained: Trained, dataset: str | None, folder: Path, console: Console) -> Dataset:
-    """The data set of that name, or the one it was trained on, drawn digits as they were drawn then."""
+def read(trained: Trained, dataset: str | None, folder: Path | None, console: Console) -> Dataset:
+    """The data set of that name in that folder, or what it was trained on: digits are drawn as then."""
     told = trained.content["dataset"] or {}
+    if dataset is None and trained.dataset not in NAMES:
+        raise DataError(
+            f"{trained.path} was trained on {trained.dataset!r}, data given in Python: name a data set"
+        )
     drawn = {key: told[key] for key in ("seed", "train_size", "test_size") if key in told}
     with DataProgress(console) as progress:
-        return load(dataset or trained.dataset, folder, progress=progress, **drawn)
+        place = folder or _folder_of(trained, dataset) or Path("data")
+        return load(dataset or trained.dataset, place, progress=progress, **drawn)
 
 
-def score(trained: Trained, data: Data, world: World) -> Evaluation:
-    """On the data's test images. Raises `CheckpointError` for data with classes that it does not know."""
+def _folder_of(trained: Trained, dataset: str | None) -> Path | None:
+    """Where the data were that it was trained on, if they are asked for and it is still there."""
+    told = layout.config_in(Path(trained.path).parent.parent) if dataset is None else None
+    place = Path(str(told["run"].get("data", ""))) if told else None
+    return place if place is not None and place.is_dir() else None
+
+
+def score(trained: Trained, data: Data, world: World, *, its_own: bool) -> Evaluation:
+    """On the data's test images. Raises `CheckpointError` for data with classes that it does not know, and
+    `DataError` where they should be `its_own`, those it was trained on, and are not."""
     classes = len(trained.class_names)
+    known = (trained.content["dataset"] or {}).get("sha256")
+    if its_own and known not in (None, data.sha256):
+        raise DataError(
+            f"{trained.path} was trained on other data than there are now (sha256 {known[:12]}, not "
+            f"{data.sha256[:12]}): say which to score on"
+        )
     if len(data.class_names) > classes:
         told = f"knows {classes} classes, {data.name} has {len(data.class_names)}"
         raise CheckpointError(f"{trained.path} {told}")

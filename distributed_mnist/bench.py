@@ -32,7 +32,7 @@ def run(plan: Plan, *, as_json: bool) -> int:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="dmnist-bench-")))
         bench = Bench(plan, console, folder)
         bench.results["machine"] = machine()
-        console.print(", ".join(f"{v}" for v in bench.results["machine"].values()), highlight=False)
+        console.print(", ".join(f"{v}" for v in bench.results["machine"].values()))
         for name in plan.sections or SECTIONS:
             with console.status(f"measuring: {name}"):
                 bench.results[name] = SECTIONS[name](bench)
@@ -65,4 +65,4 @@ def keep(results: dict[str, Any], out: Path, console: Console) -> None:
             bench_plot.draw(results, path)
     except OSError as error:
         raise OutputError(f"--out {out}: {reason(error)}") from None
-    console.print(f"\nin {out}: bench.json, bench.svg", highlight=False)
+    console.print(f"\nin {out}: bench.json, bench.svg")

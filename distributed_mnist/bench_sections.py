@@ -75,7 +75,7 @@ class Bench:
         self.console.print()
         self.console.print(table)
         for note in notes:
-            self.console.print(note, style="dim", highlight=False)
+            self.console.print(note, style="dim")
 
 
 def startup(bench: Bench) -> dict[str, Any]:

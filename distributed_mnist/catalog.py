@@ -5,12 +5,13 @@ known by the SHA-256 of their content instead, because its mirrors compress them
 the names in it: what is done with it is in `locate`, `download` and `datasets`.
 """
 
-import difflib
 import string
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from .errors import UsageError
+from .nearest import unknown
 
 Role = Literal["train_images", "train_labels", "test_images", "test_labels"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -207,6 +208,6 @@ def require_name(name: str, *, files: bool = False) -> None:
     if files and name == "generated":
         raise UsageError("generated digits are drawn when they are needed: they have no files")
     if name not in NAMES:
-        near = difflib.get_close_matches(name, NAMES, 1)
-        meant = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(f"there is no data set {name!r}; {meant}there are {', '.join(NAMES)}")
+        if Path(name).is_dir():
+            raise UsageError(f"there is no data set {name!r}: for a folder of your own, idx --data {name}")
+        raise UsageError(unknown("data set", name, NAMES))

@@ -6,6 +6,7 @@ pass, and it is loaded with `weights_only=True`, so a stranger's file cannot run
 """
 
 import io
+import math
 import platform
 import re
 import warnings
@@ -115,6 +116,11 @@ def decode(data: bytes, name: str) -> Content:
     _require_types(loaded, _TYPES, name)
     _require_types(loaded["dataset"], _DATASET_TYPES, name)
     _require_types(loaded["totals"], _TOTALS_TYPES, name)
+    named = all(isinstance(label, str) for label in loaded["dataset"]["class_names"])
+    if not named or not 0 < loaded["dataset"]["std"] < math.inf:
+        raise CheckpointError(
+            f"{name} has impossible names of classes, or an impossible deviation of pixels"
+        )
     if loaded["step"] < 0 or not re.fullmatch("[0-9a-f]{64}", loaded["samples_sha256"]):
         raise CheckpointError(f"{name} has an impossible step or digest of samples")
     return loaded

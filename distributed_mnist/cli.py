@@ -3,14 +3,15 @@
 import contextlib
 import dataclasses
 import importlib
-import importlib.metadata
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import LaunchError, UsageError, tell
+from . import environment
+from .errors import LaunchError, UsageError, tell, tidy_terminal
+from .installed import version
 
 if TYPE_CHECKING:
     from .flags import Bench, Train, Verify
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
 def main(arguments: list[str] | None = None) -> None:
     """The `dmnist` command. Ends the process with a documented exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if "--debug" not in arguments:
+        environment.keep_torch_quiet()
     try:
         if arguments == ["--version"]:
-            sys.stdout.write(f"dmnist {_version('distributed-mnist')}, torch {_version('torch')}\n")
+            sys.stdout.write(f"dmnist {version('distributed-mnist')}, torch {version('torch')}\n")
             sys.exit(0)
         if arguments[:1] == ["train"] and not {"-h", "--help"} & set(arguments):
             _begin_to_import_torch()
@@ -31,7 +34,11 @@ def main(arguments: list[str] | None = None) -> None:
 
         command = parse(arguments)
         code = _COMMANDS[type(command).__name__](command)
-    except (Exception, KeyboardInterrupt) as error:
+    except KeyboardInterrupt:
+        tidy_terminal(sys.stderr, cursor=True)
+        sys.stderr.write("dmnist: stopped at once\n")
+        code = 130
+    except Exception as error:
         code = tell(error, debug="--debug" in arguments)
     sys.exit(code)
 
@@ -100,7 +107,10 @@ def _members(command: "Train", out: Path) -> list[tuple[Path, "Train"]]:
 def _evaluate(command: "Evaluate") -> int:
     from . import launch, spawn
 
-    return spawn.start(launch.detect(), command.nproc, "distributed_mnist.workers:evaluate", command)
+    placement = launch.detect()
+    if placement is not None:
+        _refuse_another_size(placement, command.nproc)
+    return spawn.start(placement, command.nproc, "distributed_mnist.workers:evaluate", command)
 
 
 def _verify(command: "Verify") -> int:
@@ -129,12 +139,11 @@ def _verify(command: "Verify") -> int:
 
 def _doctor(command: "Doctor") -> int:
     from . import launch, spawn
-    from .placement import usable_cores
 
     placement = launch.detect()
     if placement is not None:
         _refuse_another_size(placement, command.nproc)
-    nproc = command.nproc or min(max(usable_cores(), 2), 4)
+    nproc = command.nproc or launch.trial_nproc(command.device)
     return spawn.start(placement, nproc, "distributed_mnist.doctor:work", command)
 
 
@@ -160,13 +169,6 @@ def _later(module: str, function: str) -> Callable[[Any], int]:
 def _refuse_another_size(placement: "Placement", nproc: int | None) -> None:
     if nproc not in (None, placement.local_size):
         raise UsageError(f"--nproc {nproc}, but {placement.launcher} started this process: leave it away")
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 _COMMANDS: dict[str, Callable[[Any], int]] = {

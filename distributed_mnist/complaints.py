@@ -1,13 +1,13 @@
 """What is wrong with a command line, in one line: what tyro refused is looked at again here."""
 
 import dataclasses
-import difflib
 import re
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
 from .config import flag
+from .nearest import did_you_mean
 
 _NEEDED = {
     "evaluate": "a CHECKPOINT or a run's folder",
@@ -61,8 +61,7 @@ def _problem(command: str, grammar: type, words: list[str]) -> str | None:
         shown, attached, value = word.partition("=")
         name = shown.replace("_", "-")
         if name not in flags:
-            near = difflib.get_close_matches(name, flags, 1, cutoff=0.7)
-            return f"{command} has no flag {shown}" + (f"; did you mean {near[0]}?" if near else "")
+            return f"{command} has no flag {shown}{did_you_mean(name, flags, cutoff=0.7)}"
         if flags[name] is bool:
             continue
         if not attached:

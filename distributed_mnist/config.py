@@ -14,7 +14,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from .errors import UsageError
+from .errors import UsageError, reason
+from .nearest import did_you_mean, unknown
 
 Sync = Literal["tree", "ddp"]
 Precision = Literal["fp32", "bf16"]
@@ -24,6 +25,8 @@ Schedule = Literal["constant", "step", "cosine", "one-cycle"]
 
 Device = Literal["auto", "cpu"]
 
+DATA_OPTIONS = ("dataset", "data", "train_size", "test_size", "data_seed")
+"""The fields of `Run` that say what is trained on."""
 _RECIPES = resources.files("distributed_mnist") / "recipes"
 _EVERY = re.compile(r"(\d+)\s*(steps?|epochs?)?")
 _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(s|seconds?|min|minutes?)")
@@ -71,6 +74,9 @@ class Run:
 
     def __post_init__(self) -> None:
         """Raises `UsageError` for impossible values."""
+        for field in dataclasses.fields(self):
+            if not _fits(getattr(self, field.name), field.type):
+                require(False, field.name, _kind(field.type), self)
         for name in ("train_size", "test_size", "keep"):
             require(getattr(self, name) >= 1, name, "at least 1", self)
         for name in ("nproc", "micro_batch"):
@@ -201,7 +207,7 @@ class Recipe:
         known = {field.name: field for field in dataclasses.fields(cls)}
         for name, value in values.items():
             if name not in known:
-                raise UsageError(f"{where}: there is no recipe field {name!r}")
+                raise UsageError(f"{where}: there is no recipe field {name!r}{did_you_mean(name, known)}")
             _check_type(known[name], value, where)
         try:
             floats = {name for name, field in known.items() if field.type is float}
@@ -226,6 +232,21 @@ def require(good: bool, name: str, rule: str, owner: object) -> None:
     """Raise `UsageError`, naming the flag and its value, unless `good`."""
     if not good:
         raise UsageError(f"{flag(name)} must be {rule}, not {getattr(owner, name)}")
+
+
+def _fits(value: object, kind: Any) -> bool:
+    """Whether a value is of a field's type; from Python, anything may be given."""
+    if choices := getattr(kind, "__args__", ()):  # of a union, or a Literal
+        return any(
+            _fits(value, choice) if isinstance(choice, type) else value == choice for choice in choices
+        )
+    return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+
+
+def _kind(kind: Any) -> str:
+    choices = getattr(kind, "__args__", (kind,))
+    names = [getattr(choice, "__name__", str(choice)).replace("NoneType", "None") for choice in choices]
+    return f"of type {names[0]}" if len(names) == 1 else " or ".join(names)
 
 
 def _check_type(field: dataclasses.Field[Any], value: object, where: str) -> None:
@@ -257,10 +278,10 @@ def load_recipe(name: str) -> Recipe:
         return Recipe.from_dict(tomllib.loads(text), f"recipe {name}")
     path = Path(name)
     if path.suffix != ".toml":
-        raise UsageError(f"there is no recipe {name!r}; there are {', '.join(names)}, or give a .toml file")
+        raise UsageError(unknown("recipe", name, names, ", or give a .toml file"))
     try:
         return Recipe.from_dict(tomllib.loads(path.read_text()), str(path))
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
+        raise UsageError(f"{path}: {reason(error)}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not TOML: {error}") from None

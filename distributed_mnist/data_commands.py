@@ -31,7 +31,7 @@ def fetch(command: Fetch) -> int:
 def check(command: Check) -> int:
     """Tell what is there; the exit code. Raises `DataError` for files that cannot be used."""
     console = make_console(stderr=command.json)
-    with console.status(f"reading {command.dataset} in {command.data}"):
+    with console.status(Text(f"reading {command.dataset} in {command.data}")):
         findings = datasets.check(command.dataset, command.data)
     if command.json:
         plain = [{**dataclasses.asdict(finding), "path": str(finding.path)} for finding in findings]

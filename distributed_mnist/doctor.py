@@ -55,7 +55,7 @@ def run(world: World, flags: Doctor, console: Console) -> dict[str, Any]:
     findings.append(_processes(world))
     figures: list[dict[str, float]] = []
     if world.size > 1:
-        findings.append(probe_world.collectives(world))
+        findings += [probe_world.addresses(world), probe_world.collectives(world)]
         exchange, figures = probe_world.speed(world)
         findings += [exchange, probe_world.clocks(world), _folders(world, flags.out)]
     on_zero = world.from_rank_zero(
@@ -142,8 +142,8 @@ def _folders(world: World, out: Path) -> Finding:
 
     try:
         name = world.from_rank_zero(mark)
-    except Exception as error:  # told under checkpoints
-        return bad("shared folder", f"cannot be tried: {error}", "choose another --out")
+    except Exception:  # why is told under checkpoints
+        return bad("shared folder", "nothing can be written there", "choose another --out")
     seen = world.gather(torch.tensor([int(Path(name).exists())], device=world.device)).flatten().tolist()
     world.from_rank_zero(lambda: Path(name).unlink(missing_ok=True))
     without = {world.peers[rank].host for rank, sees in enumerate(seen) if not sees}

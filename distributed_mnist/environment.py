@@ -4,14 +4,29 @@ malloc's."""
 import contextlib
 import ctypes
 import os
+import re
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of <malloc.h>
 _MIB = 2**20
+_THEIRS = re.compile(r"(OMP|KMP|GOMP|MKL|ONEDNN|DNNL|ATEN|TORCH|NCCL|GLOO|CUDA|CUBLAS|HIP|ROCR|ZE)_\w+")
+
+
+def settings() -> dict[str, str]:
+    """The variables that change what torch and the libraries below it do: name to value, by name."""
+    return {name: os.environ[name] for name in sorted(os.environ) if _THEIRS.fullmatch(name)}
 
 
 def order_additions() -> None:
     """cuBLAS adds in a fixed order only if it is told how much workspace to use."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def keep_torch_quiet() -> None:
+    """A process that is lost is told in one line of ours: torch's C++ adds a page of frames as a warning.
+
+    Read when torch is imported.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def talk_over(interface: str) -> None:

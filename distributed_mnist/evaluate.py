@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .batches import Split, normalise
 from .config import Precision
+from .errors import UsageError
 from .world import World
 
 CHUNK = 250  # divides 10,000 into 40: fits a core's cache, and leaves each of 8 ranks 5
@@ -62,6 +63,9 @@ def evaluate(
         rows = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
         images, labels = split.images[rows].clone(), split.labels[rows].long()
         logits = forward(model, normalise(images, mean, std), precision)
+        if logits.shape != (len(images), classes):
+            got, wanted = tuple(logits.shape), (len(images), classes)
+            raise UsageError(f"the network gives {got} for {wanted[0]} images, not logits {wanted}")
         losses[chunk] = F.cross_entropy(logits, labels, reduction="sum")
         confidence[rows], predicted[rows] = logits.softmax(1).max(1)
     model.train(was_training)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 from torch import Tensor
 
 from . import export_onnx, export_torch, export_weights
@@ -49,7 +50,7 @@ def export(command: Export) -> int:
     for name in command.format:
         path = command.out or _default_path(command.checkpoint, _FORMATS[name].suffix)
         _require_ours(path)
-        with console.status(f"exporting to {path}"):
+        with console.status(Text(f"exporting to {path}")):
             files.append(_write(path, name, trained, exported, told))
         _show(console, files[-1])
     autocast = _autocast_difference(trained, exported)
@@ -57,10 +58,9 @@ def export(command: Export) -> int:
         console.print(
             f"computes in fp32; trained with {trained.recipe.precision} autocast, whose logits differ by "
             f"up to {autocast:.1e}",
-            highlight=False,
             soft_wrap=True,
         )
-    console.print(f"takes {INPUT}", highlight=False, soft_wrap=True)
+    console.print(f"takes {INPUT}", soft_wrap=True)
     if command.json:
         print_json(
             {
@@ -160,9 +160,9 @@ def _autocast_difference(trained: Trained, exported: Exported) -> float | None:
 
 
 def _show(console: Console, file: dict[str, Any]) -> None:
-    console.print(
-        f"[bold]{file['path']}[/]: {file['format']}, {file['bytes']:,} bytes, "
-        f"logits within {file['max_difference']:.1e} of torch's on {file['compared_images']} drawn digits",
-        highlight=False,
-        soft_wrap=True,
+    line = Text.assemble(
+        (file["path"], "bold"),
+        f": {file['format']}, {file['bytes']:,} bytes, logits within {file['max_difference']:.1e} of "
+        f"torch's on {file['compared_images']} drawn digits",
     )
+    console.print(line, soft_wrap=True)

@@ -3,7 +3,6 @@
 What a stranger must know to use it, or to trust it, goes into the file as text, see `about`.
 """
 
-import importlib.metadata
 import io
 import json
 import logging
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from .batches import normalise
 from .digest import digest
 from .errors import CheckpointError
+from .installed import version
 from .trained import Trained
 
 INPUT = "images: uint8 (n, 28, 28), white on black, 0 to 255 as in MNIST's files; n is 1 or more"
@@ -55,7 +55,7 @@ def about(trained: Trained) -> About:
     """
     sha256 = digest(dict(trained.network.state_dict()))
     told = {
-        "producer": f"{MARK} {importlib.metadata.version('distributed-mnist')}",
+        "producer": f"{MARK} {version('distributed-mnist')}",
         "input": INPUT,
         "output": OUTPUT,
         "class_names": json.dumps(trained.class_names),

@@ -1,5 +1,6 @@
 """What `dmnist doctor` finds: a line each, good, doubtful or bad, and what to do about it."""
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -38,12 +39,22 @@ def bad(name: str, value: str, advice: str) -> Finding:
     return Finding(name, "bad", value, advice)
 
 
-def tried(name: str, probe: Callable[[], Finding], advice: str) -> Finding:
-    """What a probe finds; one that fails by itself is bad news, not the end of the examination."""
-    try:
-        return probe()
-    except Exception as error:
-        return bad(name, f"{type(error).__name__}: {error}", advice)
+def tried(name: str, probe: Callable[[], Finding], advice: str, seconds: float = 20.0) -> Finding:
+    """What a probe finds; one that fails by itself, or does not come back (a file system whose server is
+    gone), is bad news, not the end of the examination."""
+    found = bad(name, f"no answer within {seconds:g} s", advice)
+
+    def look() -> None:
+        nonlocal found
+        try:
+            found = probe()
+        except Exception as error:
+            found = bad(name, f"{type(error).__name__}: {error}", advice)
+
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+    looking.join(seconds)
+    return found
 
 
 def worst(findings: Sequence[Finding]) -> Verdict:

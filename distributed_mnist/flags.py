@@ -93,7 +93,7 @@ class Bench(Every):
     """Recipe of startup and scaling."""
     nproc: int | None = None
     """Measure at 1, 2, ... N processes; by default one per core, at most 4."""
-    runs: int = 3
+    runs: Annotated[int, tyro.conf.arg(metavar="N")] = 3
     """How often each thing is measured."""
     seeds: int = 5
     """How many runs of time-to-99."""

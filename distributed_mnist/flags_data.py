@@ -18,8 +18,8 @@ class Fetch(Every):
     """Name of the data set."""
     data: Path = Path("data")
     """Folder to put it in, laid out as torchvision does."""
-    mirror: tuple[str, ...] = ()
-    """Addresses to download from instead of the published ones, each a folder with the files."""
+    mirror: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Address to download from instead of the published ones, a folder with the files; may be repeated."""
 
     def __post_init__(self) -> None:
         """Raises `UsageError` for a name that is no data set, or that has no files."""

@@ -24,8 +24,8 @@ class Evaluate(Every):
     """For a checkpoint of your own model: the package.module:factory it was trained with."""
     dataset: str | None = None
     """Data set to score on; by default the one it was trained on."""
-    data: Path = Path("data")
-    """Folder with the data; what is missing is downloaded into it."""
+    data: Path | None = None
+    """Folder with the data; by default the one it was trained from if that is here, else data."""
     nproc: int | None = None
     """Processes to start here; by default one."""
     device: Literal["auto", "cpu"] = "auto"

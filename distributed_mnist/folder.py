@@ -15,17 +15,16 @@ from typing import Any
 import torch
 
 from .checkpoint import Content, decode, read_bytes, versions
-from .config import Recipe, Run, flag
+from .config import DATA_OPTIONS, Recipe, Run, flag
 from .digest import digest
-from .errors import CheckpointError, OutputError
-from .layout import RUNS, checkpoints_in, new_folder
+from .errors import CheckpointError, OutputError, UsageError
+from .layout import RUNS, checkpoints_in, go_on, new_folder
 from .lock import RunLock, write_json
 from .share import Data
 from .store import NullStore, RunStore, Store
 from .train import State
 from .world import World
 
-_DATA_OPTIONS = ("dataset", "data", "train_size", "test_size", "data_seed")
 _PATIENCE = 30.0  # seconds for the processes of a group that was started again to be gone
 
 
@@ -46,7 +45,10 @@ class Folder:
 
 def open_folder(world: World, options: Run, recipe: Recipe, title: str) -> Folder:
     """The run's folder, the same on every rank; on rank 0 locked, and refused if it holds another run."""
-    what = digest([recipe.to_dict(), *(str(getattr(options, name)) for name in _DATA_OPTIONS)])
+    if others := world.differing(digest(recipe.to_dict())):
+        told = f"rank {others[0]} was given another recipe than rank 0"
+        raise UsageError(f"{told}: start all with the same flags, --recipe among them")
+    what = digest([recipe.to_dict(), *(str(getattr(options, name)) for name in DATA_OPTIONS)])
     known = _opened_before(world, options, what)
     locks: list[RunLock] = []
 
@@ -128,11 +130,19 @@ def open_store(world: World, options: Run, folder: Folder, every_seconds: float 
     return world.together(make)
 
 
+def _named(path: Path) -> bytes:
+    if path.is_dir():
+        raise CheckpointError(
+            f"{path} is a folder: --resume names a checkpoint; a run goes on with {go_on(path)}"
+        )
+    return read_bytes(path)
+
+
 def read_named(world: World, options: Run) -> bytes | None:
     """The checkpoint that `--resume` names, on every rank. Only rank 0's host needs to have it."""
     if options.resume in (None, "auto"):
         return None
-    raw = world.from_rank_zero(lambda: read_bytes(Path(options.resume or "")))
+    raw = world.from_rank_zero(lambda: _named(Path(options.resume or "")))
     decode(raw, str(options.resume))
     return raw
 

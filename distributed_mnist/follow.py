@@ -5,8 +5,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from . import layout
 from .console import make_console, print_json
-from .errors import UsageError, WorkerLost
+from .errors import Interrupted, UsageError, WorkerLost
 from .flags_use import Watch
 from .lock import is_live
 from .record import Event, event_of, read
@@ -16,6 +17,8 @@ from .waiting import Waiting
 _LOOK_SECONDS = 0.25
 _GRACE_SECONDS = 10.0
 """That a run may be silent with nobody holding its lock: it is being started again."""
+_PATIENCE = 60.0
+"""That one may take to begin."""
 
 
 class Tail:
@@ -43,17 +46,32 @@ class Tail:
 
 
 def command(flags: Watch) -> int:
-    """The exit code. Raises `UsageError` where there is no run, `WorkerLost` for one that nobody trains."""
+    """The exit code. Raises `UsageError` where there is no run, `WorkerLost` for one that nobody trains,
+    `Interrupted` for one that was asked to stop."""
     if flags.json:
         print_json(state(flags.run))
         return 0
     terminal = Terminal(make_console(), ranks=True)
     try:
+        _wait_for(flags.run, terminal)
         return _follow(flags.run, terminal)
     except KeyboardInterrupt:
         return 0  # the usual way to end it; the run goes on
     finally:
         terminal.close()
+
+
+def _wait_for(folder: Path, terminal: Terminal) -> None:
+    """Until a run has begun in the folder, or for so long that none will: `Tail` says so."""
+    told = False
+    if any(folder.glob("seed-*")):
+        read(folder)  # says that one of its networks must be named
+    deadline = time.monotonic() + _PATIENCE
+    while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        if not told:
+            terminal.log("notice", text=f"no run in {folder} yet: waiting for it to begin")
+        told = True
+        time.sleep(_LOOK_SECONDS)
 
 
 def _follow(folder: Path, terminal: Terminal) -> int:
@@ -66,14 +84,23 @@ def _follow(folder: Path, terminal: Terminal) -> int:
             step = event.get("step", step)
         if events and events[-1]["event"] == "end":
             return 0
+        go_on = f"go on with dmnist train {layout.go_on(folder)}"
+        if events and events[-1]["event"] == "stop":
+            raise Interrupted(f"it was asked to stop, and did after step {events[-1]['step']}: {go_on}")
         if events:
             silent = time.monotonic()
         elif time.monotonic() - silent > _GRACE_SECONDS and not is_live(folder):
             raise WorkerLost(
-                f"nobody trains {folder} any more, last heard of at step {step}: go on with dmnist train "
-                f"--resume auto --out {folder}"
+                f"nobody trains {folder} any more, {_last_heard(folder)} at step {step}: {go_on}"
             )
         time.sleep(_LOOK_SECONDS)
+
+
+def _last_heard(folder: Path) -> str:
+    events = read(folder).events
+    if not events:
+        return "never heard of"
+    return f"last heard of {time.time() - events[-1]['time']:,.0f} s ago"
 
 
 def state(folder: Path) -> dict[str, Any]:

@@ -129,7 +129,7 @@ class DdpGradients:
         if world.size > 1:
             world.join_process_group()
             device_ids = None if world.device.type == "cpu" else [world.device]
-            with world.speaking("first gradient sum"):
+            with world.speaking("a first gradient sum"):
                 self._module = DistributedDataParallel(
                     model, device_ids=device_ids, gradient_as_bucket_view=True
                 )
@@ -149,7 +149,7 @@ class DdpGradients:
             with nullcontext() if self._world.size == 1 else self._module.no_sync():  # type: ignore[operator]
                 self._pass(pass_of, shards, sizes).backward()
         last = self._pass(pass_of, self._passes[-1], sizes)
-        with self._world.speaking("gradient sum", only=False):
+        with self._world.speaking("a gradient sum", only=False):
             last.backward()
 
     def _pass(self, pass_of: PassOf, shards: range, sizes: Sequence[int]) -> Tensor:

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Union
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
+from . import layout
 from .complaints import complaint, kinds
-from .config import load_recipe
+from .config import DATA_OPTIONS, Recipe, Run, load_recipe
 from .errors import UsageError
 from .flags import Bench, Train, Verify
 from .flags_data import Check, Fetch, Generate
@@ -24,7 +25,7 @@ _OTHER_METAVARS = {
     "checkpoint_every": "EVERY",
     "eval_every": "EVERY",
     "images": "IMAGE [IMAGE ...]",
-    "mirror": "URL [URL ...]",
+    "mirror": "URL",
     "recipe": "NAME|FILE.toml",
     "resume": "PATH|auto",
     "run": "RUN",
@@ -55,8 +56,7 @@ def parse(arguments: list[str]) -> Any:
     """
     # torch.distributed.launch puts this before everything else; the environment says the same.
     arguments = [word for word in arguments if not re.fullmatch(r"--local[-_]rank=\d+", word)]
-    recipe = _named_recipe(arguments)
-    train = Train(settings=load_recipe(recipe), recipe=recipe)
+    train = _train_defaults(arguments)
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown), _metavars():
@@ -81,15 +81,36 @@ def _union(grammar: dict[str, Any], train: Train) -> Any:
     return Union[tuple(parts)]  # noqa: UP007 - `|` has no such form
 
 
-def _named_recipe(arguments: list[str]) -> str:
-    """The value of `train --recipe`, which decides the defaults of the flags beside it."""
-    named = "default"
+def _train_defaults(arguments: list[str]) -> Train:
+    """`train` as its flags find it: with the recipe that is named, or where a run is to go on and none is,
+    with that run's recipe and data."""
+    recipe = _value(arguments, "--recipe")
+    out = _value(arguments, "--out")
+    if recipe is None and out is not None and _value(arguments, "--resume") == "auto":
+        told = layout.config_in(Path(out))
+        if told is not None:
+            settings = {key: value for key, value in told["recipe"].items() if not _names_code(key, value)}
+            data = {name: told["run"][name] for name in DATA_OPTIONS if name in told["run"]}
+            run = Run(**{**data, "data": Path(data.get("data", "data"))})
+            return Train(settings=Recipe.from_dict(settings, out), run=run, recipe=f"of {out}")
+    recipe = recipe or "default"
+    return Train(settings=load_recipe(recipe), recipe=recipe)
+
+
+def _names_code(key: str, value: object) -> bool:
+    """A file must not choose what is imported: a model of the user's own is named by the user."""
+    return key == "model" and ":" in str(value)
+
+
+def _value(arguments: list[str], flag: str) -> str | None:
+    """What follows a flag of `train`, if it is there."""
+    found = None
     for i, argument in enumerate(arguments if arguments[:1] == ["train"] else []):
-        if argument == "--recipe" and i + 1 < len(arguments):
-            named = arguments[i + 1]
-        if argument.startswith("--recipe="):
-            named = argument.removeprefix("--recipe=")
-    return named
+        if argument == flag and i + 1 < len(arguments):
+            found = arguments[i + 1]
+        if argument.startswith(f"{flag}="):
+            found = argument.removeprefix(f"{flag}=")
+    return found
 
 
 def _metavars() -> ConstructorRegistry:

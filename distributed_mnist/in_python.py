@@ -6,7 +6,6 @@ needs are put back when it ends.
 
 import contextlib
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +25,7 @@ from .evaluate import Evaluation
 from .evaluate import evaluate as score
 from .in_processes import console_for, in_processes
 from .models import known_as
+from .nearest import did_you_mean
 from .placement import ALONE, Placement
 from .share import share
 from .trained import Trained
@@ -34,6 +34,7 @@ from .world import World
 Factory = Callable[[int], nn.Module]
 """Makes a model for so many classes."""
 _RUN_FIELDS = {each.name for each in dataclasses.fields(Run)}
+_INTERVALS = ("checkpoint_every", "eval_every")  # steps are numbers here
 _RECIPE_FIELDS = {each.name for each in dataclasses.fields(Recipe)}
 
 
@@ -93,13 +94,18 @@ def train(
     name, factory = _named(model)
     chosen, title = _recipe(recipe, settings, name)
     given, dataset_name, folder = _dataset(dataset, data)
+    carried_out: dict[str, Any] = {
+        key: str(value) if key in _INTERVALS and isinstance(value, int) else value
+        for key, value in settings.items()
+        if key in _RUN_FIELDS
+    }
     run = Run(
         dataset=dataset_name,
         data=folder,
         out=Path(out) if out is not None else None,
         resume=resume,
         nproc=nproc,
-        **{key: value for key, value in settings.items() if key in _RUN_FIELDS},
+        **carried_out,
     )
     console = console_for(verbose)
 
@@ -145,12 +151,12 @@ def evaluate(
     what: str | Path | Result | Trained | nn.Module,
     dataset: str | Path | Dataset | None = None,
     *,
-    data: str | Path = "data",
+    data: str | Path | None = None,
     model: str | Factory | None = None,
 ) -> Evaluation:
     """Score a run, a checkpoint or a network on a data set's test images, in this process.
 
-    For `dataset` and `data` see `train`; without it, the one it was trained on. A run's folder stands for
+    For `dataset` and `data` see `train`; without them, what it was trained on. A run's folder stands for
     its best checkpoint, a `Result` for the final weights. A bare torch module is given images
     normalised by the data set's mean and deviation, and needs `dataset`. Raises `DmnistError`s.
     """
@@ -159,7 +165,11 @@ def evaluate(
     elif isinstance(what, Result):
         what = what.load()
     network = what.network if isinstance(what, Trained) else what
-    given, name, folder = _dataset(dataset or (what.dataset if isinstance(what, Trained) else ""), data)
+    if dataset is None and not isinstance(what, Trained):
+        raise UsageError("a bare network does not know its data set: give dataset")
+    given, name, folder = None, None, None if data is None else Path(data)
+    if dataset is not None:
+        given, name, folder = _dataset(dataset, data or "data")
     console = console_for(False)
     world = World(ALONE, next(network.parameters()).device, "none")
     with _settings_kept():
@@ -167,8 +177,11 @@ def evaluate(
         if isinstance(what, Trained):
             trained = what
             held = share(world, lambda: given or assess.read(trained, name, folder, console))
-            return assess.score(trained, held, world)
-        held = share(world, lambda: given or supply.read(Run(dataset=name, data=folder), console))
+            return assess.score(trained, held, world, its_own=dataset is None and data is None)
+        held = share(
+            world,
+            lambda: given or supply.read(Run(dataset=name or "", data=folder or Path("data")), console),
+        )
         classes, scale = len(held.class_names), {"mean": held.mean, "std": held.std}
         return score(network, held.test, world, classes=classes, precision="fp32", **scale)
 
@@ -192,7 +205,11 @@ def _joined(placement: Placement, run: Run, exact: bool) -> Iterator[World]:
     device = torch.device("cpu") if run.device == "cpu" else choose_device(placement)
     with _settings_kept():
         world = World.connect(placement, device=device, hang_after=run.hang_after)
-        yield world
+        try:
+            yield world
+        except BaseException:
+            world.leave()
+            raise
         world.close()
 
 
@@ -230,10 +247,7 @@ def _recipe(recipe: str | Recipe, settings: dict[str, Any], model: str | None) -
     known = _RECIPE_FIELDS | _RUN_FIELDS
     for name in settings:
         if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), 1)
-            raise UsageError(
-                f"there is no setting {name!r}" + (f"; did you mean {near[0]}?" if near else "")
-            )
+            raise UsageError(f"there is no setting {name!r}{did_you_mean(name, sorted(known))}")
     base, title = (
         (recipe, "recipe") if isinstance(recipe, Recipe) else (load_recipe(str(recipe)), str(recipe))
     )

@@ -107,16 +107,16 @@ def run(
         again=folder.again,
         ranks=[{"rank": peer.rank, "host": peer.host, "pid": peer.pid} for peer in world.peers],
     )
-    notices += [f"resumed from {resumed} at step {state.step} of {total}"] if resumed else []
-    for text in notices:
+    gone_on = f"resumed from {resumed} at step {state.step} of {total}"
+    for text in [*notices, gone_on] if resumed else notices:
         sink.log("notice", text=text)
-    go_on = go_on or layout.go_on(folder.path)
-    signals.arm(go_on)
+    signals.arm(go_on := go_on or layout.go_on(folder.path))
     with released_on_failure(folder.lock):
         try:
             result = train_and_sum_up(state, job, data, folder.path, began)
             sink.log("end", result=result)
         except Interrupted as error:
+            sink.log("stop", step=state.step)
             raise Interrupted(f"{error}; go on with {go_on}") from None
         except WorkerLost as error:
             by_itself = "torchrun may start it again; else " if world.launcher == "torchrun" else ""
@@ -157,7 +157,10 @@ def finish(
     """Write the result and let others in. Raises `OutputError` if the final weights are not on disk."""
     from . import report  # noqa: PLC0415 - imports what only the end needs
 
-    write_json(path / "result.json", result)
+    try:
+        write_json(path / "result.json", result)
+    except OutputError as error:
+        raise OutputError(f"trained, but {error}; make room, then {layout.go_on(path)}") from None
     lock.release()
     try:
         report.write([read_record(path)], path / "report.html")

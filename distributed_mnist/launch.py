@@ -232,6 +232,12 @@ def default_nproc(recipe: Recipe, options: Run) -> int:
     return max(1, min(usable_cores(), recipe.shards, step_microseconds // _WORTH_A_PROCESS))
 
 
+def trial_nproc(device: str) -> int:
+    """Processes to try exchanges between: one per accelerator, or on CPU per core, 2 to 4 of them."""
+    accelerators = 0 if device == "cpu" else _count_accelerators()
+    return min(accelerators or max(usable_cores(), 2), 4)
+
+
 def _count_accelerators() -> int:
     """Devices that torch can use; asks torch, whose import takes a second, only where there may be one."""
     signs = ("/dev/nvidiactl", "/dev/kfd", "/dev/dri", "/dev/dxg")

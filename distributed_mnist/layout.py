@@ -1,12 +1,24 @@
 """What lies where in a run's folder. Known before torch is imported: the launcher looks here too."""
 
+import json
 import re
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 RUNS = Path("runs")
 """Where runs go that were given no folder."""
 _NAME = re.compile(r"step_(\d+)\.pt")
+
+
+def config_in(out: Path) -> dict[str, Any] | None:
+    """`config.json` of the run in `out`, of an ensemble that of its first network; None without one."""
+    members = sorted(out.glob("seed-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    try:
+        told = json.loads((members[0] if members else out).joinpath("config.json").read_text())
+        return {"recipe": dict(told["recipe"]), "run": dict(told["run"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def new_folder(title: str) -> Path:

@@ -22,6 +22,7 @@ from .roll_call import Peer
 
 _LARGE = 4096  # elements: below, the time of a message counts more than what is in it
 _GREETING = 36  # bytes: the digest of the group's word, and a rank
+_CONNECT_SECONDS = 30.0  # where nothing answers at all, a system waits minutes
 _GREETING_SECONDS = 5.0  # whoever connects says at once who it is
 
 
@@ -155,11 +156,13 @@ class Mesh:
         return self._links[rank]
 
     def _connect(self, peer: Peer) -> socket.socket:
+        place = peer.address or self._host, peer.port
         try:
-            link = socket.create_connection((peer.address or self._host, peer.port))
+            link = socket.create_connection(place, _CONNECT_SECONDS)
             link.sendall(self._word + self._rank.to_bytes(4, "little"))
         except OSError as error:
-            raise WorkerLost(f"lost {peer}: {reason(error)}") from error
+            where = f"at {place[0]} port {place[1]}"
+            raise WorkerLost(f"lost {peer}: {reason(error)} {where}") from error
         return _prepared(link)
 
     def _accept(self) -> None:

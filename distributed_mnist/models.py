@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .errors import UsageError
 from .keys import torch_seed
+from .nearest import unknown
 from .patches import PatchConv
 
 IMAGE_SHAPE = (1, 28, 28)
@@ -220,9 +221,7 @@ def find_factory(name: str) -> Callable[[int], Any]:
         return MODELS[name]
     module_name, _, attribute = name.partition(":")
     if not attribute:
-        raise UsageError(
-            f"there is no model {name!r}; there are {', '.join(MODELS)}, or package.module:factory"
-        )
+        raise UsageError(unknown("model", name, MODELS, ", or package.module:factory"))
     here = str(Path.cwd())
     if here not in sys.path:  # `dmnist` is an installed script: unlike `python -m`, it leaves this out
         sys.path.append(here)

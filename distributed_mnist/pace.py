@@ -69,7 +69,7 @@ class Pace:
     def sync(self, step: int, *, stop: bool, save: bool) -> tuple[bool, bool]:
         """Meet the other ranks after `step` steps: was any asked to stop; does any find it time to save?"""
         if self._world.device.type != "cpu":
-            with self._world.speaking("step", only=False):  # the exchange in it cannot be told apart
+            with self._world.speaking("a step", only=False):  # the exchange in it cannot be told apart
                 torch.accelerator.synchronize()
         self.seconds, self.steps = time.perf_counter() - self._started, step - self._last
         spoken = self._world.seconds_speaking - self._spoken

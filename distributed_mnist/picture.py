@@ -43,7 +43,7 @@ def read(path: Path) -> NDArray[np.uint8]:
         raise DataError(f"{path} is not an image of a known format") from None
     except OSError as error:
         raise DataError(f"{path}: {reason(error)}") from None
-    except (ValueError, SyntaxError) as error:  # what Pillow raises for some damaged files
+    except (ValueError, SyntaxError, RuntimeError) as error:  # what Pillow raises for some damaged files
         raise DataError(f"{path} is damaged: {error}") from None
 
 
@@ -84,7 +84,8 @@ def _grey(image: Image.Image) -> Image.Image:
     """8 bits of grey; on white where it is transparent."""
     if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):  # 16 bits and more: Pillow would cut them off
         values = np.asarray(image, dtype=np.float64)
-        top = 65535.0 if values.max(initial=0) > 255 else 255.0
+        highest = values.max(initial=0)
+        top = 65535.0 if highest > 255 else 1.0 if image.mode == "F" and highest <= 1 else 255.0
         return Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         clear = image.convert("RGBA")

@@ -29,7 +29,7 @@ _BATCH = 256
 _UNSURE = 0.8
 """Below this confidence a person should look."""
 _WIDE = 60
-_IDX_TYPES = {bytes([code]) for code in range(0x08, 0x0F)}  # of the third byte
+_IDX_TYPES = bytes([0x08, 0x09, 0x0B, 0x0C, 0x0D, 0x0E])  # the third byte
 _SHADES = " ▀▄█"
 
 
@@ -143,8 +143,9 @@ def _is_idx(path: Path) -> bool:
     """Whether a file is IDX or gzip by its first bytes; no picture begins like either."""
     try:
         with path.open("rb") as file:
-            begin = file.read(3)
-        return begin[:2] == b"\x1f\x8b" or (begin[:2] == b"\0\0" and begin[2:] in _IDX_TYPES)
+            begin = file.read(4)
+        numbers = len(begin) == 4 and begin[:2] == b"\0\0" and begin[2] in _IDX_TYPES and begin[3] > 0
+        return begin[:2] == b"\x1f\x8b" or numbers
     except OSError:
         return False  # told by whoever reads it as a picture
 

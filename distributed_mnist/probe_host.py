@@ -4,20 +4,22 @@ import errno
 import fcntl
 import os
 import platform
+import re
 import resource
 import shutil
 import socket
 import tempfile
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
-from . import datasets
+from . import datasets, environment
 from .errors import DataError
 from .findings import Finding, bad, doubtful, good, tried
+from .installed import version
 from .placement import usable_cores
 from .roll_call import Peer
 
@@ -25,6 +27,7 @@ _OLDEST_TORCH = (2, 9)
 _CHECKPOINT_BYTES = 8 * 2**20
 """About what a checkpoint of the larger models takes."""
 _LEAST_FREE = 2**30
+_LEAST_SHARED = 2**28
 
 
 def affinity() -> set[int]:
@@ -39,7 +42,13 @@ def examine(peers: list[Peer], rank: int, local_size: int, together: int) -> lis
     cores together."""
     return [
         tried("versions", _versions, "install the program again"),
-        tried("processor", lambda: _processor(local_size, together), "say what processor this is"),
+        tried(
+            "processor",
+            lambda: _processor(local_size, together),
+            "report this line: the rest stands without it",
+        ),
+        tried("threads", lambda: _threads(local_size), "report this line: the rest stands without it"),
+        tried("settings", _settings, "report this line: the rest stands without it"),
         tried("memory", _memory, "look at the host's memory"),
         tried("devices", _devices, "check the driver and torch's build"),
         tried("open files", _open_files, "ulimit -n 4096"),
@@ -97,20 +106,14 @@ def data(dataset: str, folder: Path) -> Finding:
 
 def _versions() -> Finding:
     names = ("distributed-mnist", "torch", "numpy")
-    told = [f"{'dmnist' if name == names[0] else name} {_version(name)}" for name in names]
+    told = [f"{'dmnist' if name == names[0] else name} {version(name)}" for name in names]
     system = f"Python {platform.python_version()}, {platform.system()} {platform.release()}"
-    value = ", ".join([*told, system, platform.machine()])
+    library = " ".join(platform.libc_ver())  # empty where there is no glibc
+    value = ", ".join([*told, system, *([library] if library.strip() else []), platform.machine()])
     major, minor = map(int, torch.__version__.split(".")[:2])
     if (major, minor) < _OLDEST_TORCH:
         return bad("versions", value, "torch 2.9 or later is needed")
     return good("versions", value)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _processor(local_size: int, together: int) -> Finding:
@@ -129,6 +132,19 @@ def _processor(local_size: int, together: int) -> Finding:
     return good("processor", value)
 
 
+def _threads(local_size: int) -> Finding:
+    """Of the arithmetic in a process: training sets them itself, whatever a launcher's variable says."""
+    divided = max(1, usable_cores() // local_size)
+    return good(
+        "threads", f"1 a process with --sync tree, {divided} with ddp; OMP_NUM_THREADS is not asked"
+    )
+
+
+def _settings() -> Finding:
+    told = [f"{name}={value}" for name, value in environment.settings().items()]
+    return good("settings", ", ".join(told) or "none for torch, OpenMP, MKL, NCCL or gloo")
+
+
 def _model_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -144,16 +160,30 @@ def _memory() -> Finding:
         available = min(available, allowed[0] - allowed[1])
         limit = f" (the container's limit is {allowed[0] / 2**30:.1f})"
     value = f"{available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB available{limit}"
+    if (shared := _shared_memory()) is not None:
+        value += f"; /dev/shm {shared / 2**30:.1f} GiB free"
+        if shared < _LEAST_SHARED and torch.accelerator.is_available():
+            return doubtful("memory", value, "NCCL passes data through /dev/shm: docker run --shm-size=1g")
     if available < 2**30:
         return doubtful("memory", value, "a process needs about half a GiB: end what else runs here")
     return good("memory", value)
 
 
+def _shared_memory(place: Path = Path("/dev/shm")) -> int | None:
+    """Free bytes of it; None where there is none."""
+    try:
+        return shutil.disk_usage(place).free
+    except OSError:
+        return None
+
+
 def _memory_limit(group: Path = Path("/sys/fs/cgroup")) -> tuple[int, int] | None:
-    """Bytes that a container may take, and those that it has; None where nothing limits it."""
+    """Bytes that a container may take, and those that it has without what is only cached of files; None
+    where nothing limits it."""
     try:
         words = [(group / name).read_text() for name in ("memory.max", "memory.current")]
-        return int(words[0]), int(words[1])
+        cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+        return int(words[0]), int(words[1]) - int(cached[1] if cached else 0)
     except (OSError, ValueError):  # not Linux, an older cgroup, or "max"
         return None
 
@@ -166,10 +196,21 @@ def _devices() -> Finding:
             return doubtful("devices", f"a GPU, but {build}", "install torch's build for it")
         return good("devices", f"CPU ({build})")
     module = torch.get_device_module(kind)
-    names = [module.get_device_name(i) for i in range(torch.accelerator.device_count())]
+    names = [_device_name(module, i) for i in range(torch.accelerator.device_count())]
     counted = [f"{names.count(name)} × {name}" for name in dict.fromkeys(names)]  # noqa: RUF001
     build = torch.version.cuda or torch.version.hip or ""
     return good("devices", f"{kind.type}: {', '.join(counted)} {build}".rstrip())
+
+
+def _device_name(module: Any, index: int) -> str:
+    """With its memory, where torch tells that; of Apple's it does not even tell a name."""
+    name = "one without a name"
+    try:
+        name = str(module.get_device_name(index))
+        free, total = module.mem_get_info(index)
+    except (AttributeError, RuntimeError):
+        return name
+    return f"{name} ({free / 2**30:.0f} of {total / 2**30:.0f} GiB free)"
 
 
 def _open_files() -> Finding:

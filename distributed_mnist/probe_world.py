@@ -15,7 +15,7 @@ from .tree import BinaryCounter, owned_shards
 from .world import World
 
 _LENGTH = 5_000
-_SIZES = (4, 64 * 1024, 4 * 2**20)
+_SIZES = (4, 2**12, 2**16, 2**20, 2**24)
 """Bytes of the messages that are timed."""
 _ADVICE = "dmnist verify tells whether training is right all the same; check network, driver and memory"
 
@@ -56,17 +56,35 @@ def speed(world: World) -> tuple[Finding, list[dict[str, float]]]:
                 world.swap({partner: mine}, {partner: its})
 
         rows.append({"bytes": nbytes, "seconds": _median(world, swap)})
-    latency, (large, taken) = rows[0]["seconds"], (rows[-1]["bytes"], rows[-1]["seconds"])
-    bandwidth = large / max(taken - latency, 1e-9)
+    latency = rows[0]["seconds"]
     total = _median(world, world.barrier)
+    speeds = ", ".join(f"{row['bytes'] / row['seconds'] / 1e9:.2g}" for row in rows[2:])
+    sizes = ", ".join(_size(row["bytes"]) for row in rows[2:])
     value = (
-        f"{1e6 * latency:.0f} µs a message, {bandwidth / 1e9:.2g} GB/s; "
+        f"{1e6 * latency:.0f} µs a message; {speeds} GB/s with {sizes}; "
         f"{1e6 * total:.0f} µs for all {world.size} to meet"
     )
     rows.append({"bytes": 0, "seconds": total})
     if latency > 20 * LOOPBACK.latency:
         return doubtful("exchange", value, "a slow network, or more processes than cores"), rows
     return good("exchange", value), rows
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / 2**20:g} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:g} KiB"
+
+
+def addresses(world: World) -> Finding:
+    """Where the hosts let each other in: their names and addresses on the way to rank 0, of many the first.
+
+    That they reach each other shows in the collectives: in an exchange every rank connects to every other.
+    """
+    hosts: dict[str, str] = {}
+    for rank, peer in enumerate(world.peers):
+        hosts.setdefault(peer.host, f"{peer.host} {world.address(rank)}")
+    told = list(hosts.values())
+    more = f" and {len(told) - 4} more" if len(told) > 4 else ""
+    return good("addresses", ", ".join(told[:4]) + more)
 
 
 def clocks(world: World) -> Finding:
@@ -90,10 +108,18 @@ def _median(world: World, call: Callable[[], None], times: int = 15) -> float:
     taken = []
     for _ in range(times):
         world.barrier()
+        _finish(world)
         began = time.perf_counter()
         call()
+        _finish(world)
         taken.append(time.perf_counter() - began)
     return sorted(taken)[times // 2]
+
+
+def _finish(world: World) -> None:
+    """Wait for a device that works by itself."""
+    if world.device.type != "cpu":
+        torch.accelerator.synchronize(world.device)
 
 
 def _values(world: World, rank: int) -> Tensor:

@@ -44,7 +44,11 @@ class Record:
         """finished, running, or stopped: it can be gone on with."""
         if self.events and self.events[-1]["event"] == "end":
             return "finished"
-        return "running" if is_live(self.path) else "stopped"
+        if is_live(self.path):
+            return "running"
+        # A full disk ends the record before the run.
+        whole = self.result and self.starts and self.result.get("steps") == self.starts[-1].get("steps")
+        return "finished" if whole else "stopped"
 
     @property
     def starts(self) -> list[Event]:

@@ -13,6 +13,7 @@ from PIL import Image
 from . import report_data
 from .aside import written_aside
 from .errors import OutputError, reason
+from .history import time_line
 from .record import Record
 
 
@@ -75,7 +76,7 @@ def _shown(record: Record) -> dict[str, Any]:
         ],
         "recipe": record.config.get("recipe", {}),
         "facts": report_data.facts(record),
-        "time_line": report_data.time_line(record),
+        "time_line": time_line(record),
     }
 
 

@@ -16,5 +16,5 @@ def command(flags: Report) -> int:
     if flags.json:
         print_json({"runs": [str(folder) for folder in flags.runs], "out": str(out)})
     else:
-        make_console().print(str(out), highlight=False, soft_wrap=True)
+        make_console().print(str(out), soft_wrap=True)
     return 0

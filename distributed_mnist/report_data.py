@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from .charts import Line, line_chart, smoothed
 from .confusion import per_class
+from .history import hosts_of
 from .record import Record
 
 _PARTS = ("data", "forward", "backward", "optimizer", "exchange")
@@ -22,15 +23,6 @@ class Chart:
     title: str
     svg: Markup
     legend: list[tuple[int, str]]
-
-
-@dataclass(frozen=True)
-class Happening:
-    """Something of the time line: seconds since the run began, its kind, and what is told of it."""
-
-    seconds: float
-    kind: str
-    text: str
 
 
 def name_of(record: Record) -> str:
@@ -73,7 +65,7 @@ def charts(records: Sequence[Record]) -> list[Chart]:
             of("A rank's step: computing, ms", _ranks(records[0], "busy"), "{:.3g}".format),
             of("A rank's step: exchange and waiting, ms", _ranks(records[0], "exchange"), "{:.3g}".format),
         ]
-        if len(records[0].starts[-1]["ranks"] if records[0].starts else []) < 2:
+        if len(records[0].starts[-1].get("ranks", []) if records[0].starts else []) < 2:
             found.pop()
     return [
         Chart(chart.title, chart.svg, chart.legend if len(chart.legend) > 1 else [])
@@ -105,44 +97,6 @@ def classes(record: Record) -> list[dict[str, Any]]:
     return [{**one, "row": row} for one, row in zip(told, confusion, strict=True)]
 
 
-def time_line(record: Record) -> list[Happening]:
-    """Starts, restarts, notices, evaluations and the end; checkpoints as one line a stretch of them."""
-    if not record.events:
-        return []
-    began, found = record.events[0]["time"], list[Happening]()
-    step, saved = 0, list[int]()
-    for event in record.events:
-        kind, seconds = event["event"], event["time"] - began
-        step = event.get("step", step) if kind == "steps" else step
-        if kind == "checkpoint":
-            saved.append(event["step"])
-            continue
-        if kind in ("start", "end", "notice") and saved:
-            found.append(Happening(seconds, "checkpoint", _saved(saved)))
-            saved = []
-        if kind == "start":
-            size, at = event["world_size"], event["step"]
-            group = f"{size} process{'es' if size > 1 else ''} on {_hosts(event)}"
-            if event.get("again"):
-                text = f"started again after step {step}: {group}, from step {at}"
-            else:
-                text = f"started: {group}" + (f", from step {at}" if at else "")
-            found.append(Happening(seconds, "fault" if event.get("again") else "start", text))
-        elif kind == "notice":
-            found.append(Happening(seconds, "notice", event["text"]))
-        elif kind == "evaluation":
-            text = f"step {event['step']}: test accuracy {event['test_accuracy']:.2%}"
-            found.append(Happening(seconds, "evaluation", text + (", the best so far" * event["best"])))
-        elif kind == "end":
-            found.append(Happening(seconds, "end", f"ended after step {event['result']['steps']}"))
-    if saved:
-        found.append(Happening(record.events[-1]["time"] - began, "checkpoint", _saved(saved)))
-    if record.state == "stopped":
-        text = f"stopped after step {step}; go on with --resume auto --out {record.path}"
-        found.append(Happening(record.events[-1]["time"] - began, "fault", text))
-    return found
-
-
 def facts(record: Record) -> list[tuple[str, str]]:
     """What ran where, and when."""
     last = record.starts[-1] if record.starts else {}
@@ -153,7 +107,7 @@ def facts(record: Record) -> list[tuple[str, str]]:
         "recipe": lines.get("recipe", ""),
         "data": lines.get("data", ""),
         "processes": lines.get("world", ""),
-        "hosts": _hosts(last) if last else "",
+        "hosts": hosts_of(last) if last else "",
         "versions": ", ".join(f"{key} {value}" for key, value in versions.items()),
         "began": f"{began:%Y-%m-%d %H:%M:%S} UTC" if began else "",
         "folder": str(record.path),
@@ -214,14 +168,3 @@ def _ranks(record: Record, field: str) -> list[Line]:
 
 def _place(share: float, values: Sequence[float]) -> int:
     return round(share * (len(values) - 1))
-
-
-def _saved(steps: list[int]) -> str:
-    if len(steps) == 1:
-        return f"checkpoint at step {steps[0]}"
-    return f"{len(steps)} checkpoints, at steps {steps[0]} to {steps[-1]}"
-
-
-def _hosts(start: dict[str, Any]) -> str:
-    hosts = list(dict.fromkeys(rank["host"] for rank in start["ranks"]))
-    return ", ".join(hosts[:4]) + (f" and {len(hosts) - 4} more" if len(hosts) > 4 else "")

@@ -72,7 +72,7 @@ class StopSignals:
         if self._armed and number == signal.SIGINT and self._interrupts > 1:
             raise KeyboardInterrupt
         if not self._armed and first:
-            raise StoppedEarly(f"stopped by {self._received} before training began: nothing new to save")
+            raise StoppedEarly(f"stopped by {self._received} before there was anything to save")
 
     def _see_it_done(self, heard: socket.socket) -> None:
         while heard.recv(1)[0] not in SIGNALS:

@@ -1,5 +1,7 @@
 """The terminal's sink: a live bar, lines, and at the end what it came to."""
 
+import contextlib
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -8,6 +10,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Table
 from rich.text import Text
 
+from .console import fall_silent
+from .errors import reason
 from .waiting import EVEN, Waiting
 
 _ECHO = 3  # columns: `^C`, and the cursor
@@ -32,14 +36,31 @@ class Terminal:
     def log(self, event: str, **fields: Any) -> None:
         """See `Sink`."""
         handler = getattr(self, f"_on_{event}", None)
-        if handler is not None:
+        if handler is None or self._console.quiet:
+            return
+        try:
             handler(**fields)
+        except OSError as error:  # a log on a full disk, a terminal that is gone: no reason to stop
+            self._lose(error)
 
     def close(self) -> None:
         """See `Sink`."""
+        try:
+            self._stop_bar()
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        fall_silent(self._console)
+        self._stop_bar()
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"dmnist: nothing more is shown ({reason(error)}); the run goes on\n")
+            sys.stderr.flush()
+
+    def _stop_bar(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+            bar, self._bar = self._bar, None
+            bar.stop()
 
     def _on_start(
         self,
@@ -58,7 +79,7 @@ class Terminal:
         self._ranks = ranks
         self._waiting.begin(ranks)
         if self._console.is_terminal:
-            self.close()  # of the group before this one
+            self._stop_bar()  # of the group before this one
             columns = _columns(self._console.width - _ECHO, epochs, steps)
             self._bar = _Bar(*columns, console=self._console)
             self._shown = {"epoch": f"1/{epochs}", "loss": "–", "test": "–", "speed": "–"}  # noqa: RUF001
@@ -100,7 +121,7 @@ class Terminal:
         )
 
     def _on_end(self, *, result: dict[str, Any], **_: Any) -> None:
-        self.close()
+        self._stop_bar()
         rows: dict[str, Text | str] = {
             "test accuracy": _accuracy(result),
             "test loss": f"{result['test_loss']:.6f}",

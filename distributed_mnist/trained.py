@@ -13,7 +13,7 @@ from .batches import normalise
 from .catalog import DIGITS, MNIST_CONSTANTS
 from .checkpoint import Content, decode, load_weights, read_bytes
 from .config import Recipe
-from .errors import CheckpointError
+from .errors import CheckpointError, UsageError
 from .evaluate import forward
 from .layout import checkpoints_in
 from .models import MODELS, build, place
@@ -78,6 +78,8 @@ def find(path: Path) -> tuple[str, bytes]:
         raise CheckpointError(
             f"{path} was not scored before it stopped: name a checkpoint, such as {steps[-1]}"
         )
+    if path.is_dir():
+        raise CheckpointError(f"{path} has no checkpoint in it")
     return str(path), read_bytes(path)
 
 
@@ -88,7 +90,10 @@ def restore(path: str, raw: bytes, *, model: str | None, device: torch.device) -
     file must not choose what is imported. Raises `CheckpointError` if it does not, or for a damaged file.
     """
     content = decode(raw, path)
-    recipe = Recipe.from_dict(content["recipe"], path) if content["recipe"] else Recipe(model="linear")
+    try:
+        recipe = Recipe.from_dict(content["recipe"], path) if content["recipe"] else Recipe(model="linear")
+    except UsageError as error:
+        raise CheckpointError(f"{error}: another version of dmnist wrote it") from None
     if recipe.model not in MODELS and recipe.model != model:
         raise CheckpointError(
             f"{path} is of the model {recipe.model}, which is code outside this program: "

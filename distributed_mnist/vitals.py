@@ -141,7 +141,7 @@ def verdict(
     waited = mine.idle + now - heard[me].at
     if waited < limit or not (mine.waiting or (asynchronous and waited >= mine.patience)):
         return None
-    place = f"in a {mine.waiting or 'step'}, at step {mine.step}"
+    place = f"in {mine.waiting or 'a step'}, at step {mine.step}"
     for_it = f"; rank {me} waited {waited:.0f} s for it {place} (--hang-after {limit:g})"
     if now - contact > silence:
         host = peers[0]
@@ -183,7 +183,7 @@ def _doing(sign: Sign) -> str:
 def _stands(peer: Peer, sign: Sign) -> str:
     place = " ".join(
         [
-            f"in a {sign.waiting}" if sign.waiting else sign.phase,
+            f"in {sign.waiting}" if sign.waiting else sign.phase,
             *([f"({sign.where})"] if sign.where else []),
         ]
     )

@@ -119,7 +119,7 @@ class World:
         """torch's process group, which DistributedDataParallel needs; made once, by all ranks together."""
         if self._process_group is None:
             assert self._meeting is not None
-            with self.speaking("first meeting"):
+            with self.speaking("a first meeting"):
                 self._process_group = TorchGroup(self._placement, self._meeting, self._torchs, self.device)
         return self._process_group
 
@@ -127,10 +127,18 @@ class World:
         """Leave the group, all at once. Call it when nothing is under way."""
         if self.size > 1:
             self.barrier()  # a launcher may end those that are left when the first has gone
-            if self._watch is not None:
-                self._watch.stop()
-            for group in {self._through, self._process_group} - {None}:
-                group.close()
+            self.leave()
+
+    def leave(self) -> None:
+        """Leave it without waiting for the others, who may be gone, or be waiting for this rank."""
+        if self._watch is not None:
+            self._watch.stop()
+        for group in {self._through, self._process_group} - {None}:
+            group.close()
+
+    def address(self, rank: int) -> str:
+        """Of a rank's host, as the others connect to it."""
+        return self.peers[rank].address or self._placement.host
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add the ranks' tensors up, in place, on every rank.
@@ -139,14 +147,14 @@ class World:
         place, at most one rank's is not zero. That is how the program keeps its sums exact.
         """
         if self._through:
-            with self.speaking("sum"):
+            with self.speaking("a sum"):
                 self._through.sum_(tensor)
         return tensor
 
     def max_(self, tensor: Tensor) -> Tensor:
         """The largest of the ranks' values in each place, in place, on every rank."""
         if self._through:
-            with self.speaking("maximum"):
+            with self.speaking("a maximum"):
                 self._through.max_(tensor)
         return tensor
 
@@ -154,26 +162,26 @@ class World:
         """All ranks' tensors, stacked by rank: `(...)` to `(size, ...)` on every rank."""
         if not self._through:
             return tensor.unsqueeze(0)
-        with self.speaking("gather"):
+        with self.speaking("a gather"):
             return self._through.gather(tensor)
 
     def exchange(self, tensor: Tensor) -> Tensor:
         """Row `j` goes to rank `j`; row `i` of the answer came from rank `i`. `(size, ...)` both ways."""
         if not self._through:
             return tensor
-        with self.speaking("exchange"):
+        with self.speaking("an exchange"):
             return self._through.exchange(tensor)
 
     def swap(self, sent: Mapping[int, Tensor], received: Mapping[int, Tensor]) -> None:
         """Send contiguous tensors to some ranks and receive from some, all at once; by rank."""
         if self._through:
-            with self.speaking("swap"):
+            with self.speaking("a swap"):
                 self._through.swap(sent, received)
 
     def broadcast_(self, tensor: Tensor, src: int = 0) -> Tensor:
         """Rank `src`'s values, in place, on every rank."""
         if self._through:
-            with self.speaking("broadcast"):
+            with self.speaking("a broadcast"):
                 self._through.broadcast_(tensor, src)
         return tensor
 
@@ -231,13 +239,15 @@ class World:
 
     def barrier(self) -> None:
         """Return when every rank has come here."""
-        self.sum_(torch.zeros(1, device=self.device))
+        here = self.sum_(torch.zeros(1, device=self.device))
+        here.item()  # on a device that works by itself a sum returns before it is done
 
     @contextlib.contextmanager
     def speaking(self, what: str, *, only: bool = True) -> Iterator[None]:
         """Around whatever waits for other ranks: a backend's complaint of a lost one is `WorkerLost`.
 
-        `only` is false where that is not all that happens inside, so that its time is not all exchange.
+        `what` is in the middle of a sentence: "a sum". `only` is false where that is not all that
+        happens inside, so that its time is not all exchange.
         """
         self.vitals.wait(what)
         began = time.perf_counter()
@@ -246,11 +256,11 @@ class World:
         except WorkerLost as error:
             if not only:  # it was told where it happened
                 raise
-            raise WorkerLost(f"{error}, in a {what}") from error
+            raise WorkerLost(f"{error}, in {what}") from error
         except RuntimeError as error:
             if not speaks_of_a_lost_peer(error):
                 raise
-            raise WorkerLost(f"lost another process, in a {what} ({reason_of(error)})") from error
+            raise WorkerLost(f"lost another process, in {what} ({reason_of(error)})") from error
         finally:
             self.seconds_speaking += only * (time.perf_counter() - began)
             self.vitals.wait(None)

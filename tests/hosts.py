@@ -77,6 +77,10 @@ class Host:
         """The host's own network card goes down: it has no way to anybody, and knows it."""
         _do(f"ip -n {self._namespace} link set card down")
 
+    def forget(self, other: "Host") -> None:
+        """Lose the way to another host."""
+        _do(f"ip -n {self._namespace} route add unreachable {other.address}/32")
+
     def slow(self, discipline: str) -> None:
         """Queue what this host sends as `tc` would have it; skips the test where the kernel cannot."""
         if problem := _problem(f"tc -n {self._namespace} qdisc replace dev card root {discipline}"):

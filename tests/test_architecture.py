@@ -14,7 +14,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 # A module imports only from those before it. `docs/architecture.md` draws the same order.
 ORDER: Sequence[str] = """
-    placement errors keys aside layout environment
+    placement errors nearest installed keys aside layout environment
     config digest
     idx catalog locate decode download strokes generated datasets arrays
     rendezvous roll_call meeting vitals watch mesh torch_group world devices signals
@@ -22,7 +22,7 @@ ORDER: Sequence[str] = """
     augment batches patches models optimizers muon optim
     loss shardwise company costs tree topology gradients ledger evaluate mistakes pace
     original distrust checkpoint store lock
-    console observe record waiting terminal confusion charts report_data report tensorboard_sink
+    console observe record waiting terminal confusion charts history report_data report tensorboard_sink
     progress supply share
     train
     process folder prepare job trained assess ensemble

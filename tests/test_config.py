@@ -226,7 +226,7 @@ def test_distances(text: str, steps: int) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"epoch": 3}, "here: there is no recipe field 'epoch'"),
+        ({"epoch": 3}, "here: there is no recipe field 'epoch'; did you mean epochs?"),
         ({"epochs": "3"}, "here: epochs must be int, not '3'"),
         ({"epochs": 3.0}, "here: epochs must be int, not 3.0"),
         ({"epochs": True}, "here: epochs must be int, not True"),
@@ -301,13 +301,15 @@ def test_bad_recipe_files(tmp_path: Path, content: bytes, said: str) -> None:
 
 def test_no_such_recipe(tmp_path: Path) -> None:
     path = tmp_path / "none.toml"
-    with pytest.raises(UsageError, match=r"none\.toml: No such file or directory$"):
+    with pytest.raises(UsageError, match=r"none\.toml: no such file or directory$"):
         load_recipe(str(path))
-    with pytest.raises(UsageError, match=r"there is no recipe 'fastest'; there are .*classic.*default"):
+    with pytest.raises(
+        UsageError, match=r"there is no recipe 'fastest'; did you mean fast\? there are .*classic.*default"
+    ):
         load_recipe("fastest")
     folder = tmp_path / "folder.toml"
     folder.mkdir()
-    with pytest.raises(UsageError, match=r"folder\.toml: Is a directory$"):
+    with pytest.raises(UsageError, match=r"folder\.toml: is a directory$"):
         load_recipe(str(folder))
 
 

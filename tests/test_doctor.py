@@ -18,8 +18,9 @@ from distributed_mnist.placement import ALONE
 from distributed_mnist.roll_call import Peer
 from distributed_mnist.world import World
 
-NAMES = ["versions", "processor", "memory", "devices", "open files", "host name", "launcher"]
-TOGETHER = ["collectives", "exchange", "clocks", "shared folder"]
+NAMES = ["versions", "processor", "threads", "settings", "memory", "devices", "open files", "host name"]
+NAMES += ["launcher"]
+TOGETHER = ["addresses", "collectives", "exchange", "clocks", "shared folder"]
 HERE = ["checkpoints", "data"]
 
 
@@ -99,7 +100,8 @@ def test_a_file_in_the_way_of_the_folder(tmp_path: Path) -> None:
 
 def test_the_limit_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert probe_host._memory_limit(tmp_path) is None
-    (tmp_path / "memory.current").write_text(f"{2**30}\n")
+    (tmp_path / "memory.current").write_text(f"{2**30 + 5}\n")
+    (tmp_path / "memory.stat").write_text("file 9\ninactive_file 5\n")
     (tmp_path / "memory.max").write_text("max\n")
     assert probe_host._memory_limit(tmp_path) is None
     (tmp_path / "memory.max").write_text(f"{3 * 2**29}\n")
@@ -108,7 +110,7 @@ def test_the_limit_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     found = probe_host._memory()
     assert found.verdict == "doubtful"
     assert found.value.startswith("0.5 of ")
-    assert found.value.endswith("(the container's limit is 1.5)")
+    assert "(the container's limit is 1.5)" in found.value
 
 
 def test_ranks_bound_to_a_core_each_do_not_share_it(monkeypatch: pytest.MonkeyPatch) -> None:

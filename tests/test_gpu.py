@@ -76,7 +76,7 @@ def test_scored_the_same_on_both(digits: Path, tmp_path: Path) -> None:
 
 
 def test_the_doctor_names_it() -> None:
-    ended = dmnist("doctor", "--nproc", "1", "--dataset", "generated", "--json")
+    ended = dmnist("doctor", "--dataset", "generated", "--json")
     devices = next(one for one in json.loads(ended.stdout)["findings"] if one["name"] == "devices")
     assert devices["verdict"] == "good"
     assert not devices["value"].startswith("CPU")

@@ -444,4 +444,4 @@ def die_before_they_meet(world: World) -> str:
 
 def test_who_has_gone_before_they_met_is_named() -> None:
     _, said = run_ranks(die_before_they_meet, 2)
-    assert re.fullmatch(r"lost rank 0 \(pid (\d+) on \S+\): connection refused, \1", said)
+    assert re.fullmatch(r"lost rank 0 \(pid (\d+) on \S+\): connection refused at \S+ port \d+, \1", said)

@@ -10,8 +10,8 @@ from ranks import dmnist, train
 
 from distributed_mnist import report
 from distributed_mnist.charts import Line, line_chart, smoothed
+from distributed_mnist.history import time_line
 from distributed_mnist.record import read
-from distributed_mnist.report_data import time_line
 
 
 class Page(HTMLParser):

@@ -89,7 +89,7 @@ def test_before_there_is_anything_to_save(number: signal.Signals) -> None:
         process.signal(number)
         assert process.ends() == (
             75,
-            f"stopped by {number.name} before training began: nothing new to save",
+            f"stopped by {number.name} before there was anything to save",
             "",
         )
 
@@ -107,7 +107,7 @@ def test_a_signal_that_came_before_anybody_heard() -> None:
         os._exit(75)
     """
     with script(blocked) as process:
-        assert process.ends() == (75, "stopped by SIGTERM before training began: nothing new to save", "")
+        assert process.ends() == (75, "stopped by SIGTERM before there was anything to save", "")
 
 
 def test_no_failure_of_its_own_is_made_of_it() -> None:

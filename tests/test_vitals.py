@@ -17,7 +17,7 @@ from distributed_mnist.vitals import Heard, Sign, Vitals, verdict
 NOW, LIMIT = 1000.0, 60.0
 PEERS = [Peer(rank, f"node{rank // 2}", 100 + rank) for rank in range(4)]
 BUSY = Sign(9, "training", 41, None, 0.2, LIMIT, "", "12:00:00")
-WAITS = replace(BUSY, waiting="sum", idle=60.0)
+WAITS = replace(BUSY, waiting="a sum", idle=60.0)
 """As long as is allowed."""
 TOLD = "; rank 2 waited 60 s for it in a sum, at step 41 (--hang-after 60)"
 
@@ -196,7 +196,7 @@ def test_a_store_that_was_slow_once() -> None:
 
 
 def test_all_wait() -> None:
-    found = judged({1: replace(WAITS, waiting="gather"), 3: replace(WAITS, step=42)})
+    found = judged({1: replace(WAITS, waiting="a gather"), 3: replace(WAITS, step=42)})
     assert found == (
         "no rank goes on, though all are alive (rank 0 (pid 100 on node0) in a sum at step 41, "
         "rank 1 (pid 101 on node0) in a gather at step 41, rank 2 (pid 102 on node1) in a sum at step 41, "
@@ -267,10 +267,10 @@ def test_what_a_rank_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sign.where  # the line is looked for once it may matter
     mine.enter("training", patience=1.0)  # never less than what is always allowed
     mine.at(12)
-    mine.wait("exchange")
+    mine.wait("an exchange")
     clock.now += 2
     sign = mine.sign(3, main)
-    assert (sign.phase, sign.step, sign.waiting, sign.idle) == ("training", 12, "exchange", 2)
+    assert (sign.phase, sign.step, sign.waiting, sign.idle) == ("training", 12, "an exchange", 2)
     assert sign.patience == LIMIT
     mine.wait(None)
     assert mine.sign(4, main).waiting is None
@@ -280,7 +280,7 @@ def test_what_a_rank_tells(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_time_in_which_all_of_a_process_was_stopped_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     mine = Vitals(LIMIT)
-    mine.wait("sum")
+    mine.wait("a sum")
     clock.now += 103
     mine.slept(100)
     assert mine.sign(1, threading.get_ident()).idle == 3
@@ -304,7 +304,7 @@ def test_read_at_any_moment_a_rank_is_not_idle_for_what_it_did_before(
 
     watching = False
     mine = Watched(LIMIT)
-    mine.wait("sum" if change == "go on" else None)
+    mine.wait("a sum" if change == "go on" else None)
     mine.enter("saving a checkpoint", patience=300.0)
     clock.now += 200
     watching = True
@@ -313,7 +313,7 @@ def test_read_at_any_moment_a_rank_is_not_idle_for_what_it_did_before(
     elif change == "at":
         mine.at(3)
     else:
-        mine.wait(None if change == "go on" else "gather")
+        mine.wait(None if change == "go on" else "a gather")
     assert seen
     assert [sign.idle for sign in seen] == [0] * len(seen)
 

@@ -112,8 +112,8 @@ def test_it_tells_what_this_rank_does(group: Group) -> None:
 def test_nobody_is_named_while_all_go_on(group: Group) -> None:
     def live() -> None:
         group.says(1)
-        group.says(2, waiting="sum")
-        group.mine.wait("sum")
+        group.says(2, waiting="a sum")
+        group.mine.wait("a sum")
 
     began = time.monotonic()
     group.until(lambda: group.over.is_set() or time.monotonic() > began + 2 * LIMIT, live)
@@ -122,8 +122,8 @@ def test_nobody_is_named_while_all_go_on(group: Group) -> None:
 
 def test_a_rank_falls_silent(group: Group, capfd: pytest.CaptureFixture[str]) -> None:
     group.says(1)
-    group.mine.wait("sum")
-    group.until(group.over.is_set, lambda: group.says(2, waiting="sum"))
+    group.mine.wait("a sum")
+    group.until(group.over.is_set, lambda: group.says(2, waiting="a sum"))
     assert group.code == 8
     line = capfd.readouterr().err
     assert line.startswith(
@@ -134,8 +134,8 @@ def test_a_rank_falls_silent(group: Group, capfd: pytest.CaptureFixture[str]) ->
 
 def test_a_rank_never_gave_a_sign(group: Group, capfd: pytest.CaptureFixture[str]) -> None:
     """It stopped between being met and its first sign: the store must not be waited for, or blamed."""
-    group.mine.wait("first meeting")
-    group.until(group.over.is_set, lambda: group.says(2, waiting="first meeting"))
+    group.mine.wait("a first meeting")
+    group.until(group.over.is_set, lambda: group.says(2, waiting="a first meeting"))
     assert group.code == 8
     line = capfd.readouterr().err
     assert line.startswith(
@@ -149,7 +149,7 @@ def test_the_store_is_gone(how: str, group: Group, capfd: pytest.CaptureFixture[
     group.says(1)
     group.says(2)
     group.until(lambda: "life/0" in group.store.values)
-    group.mine.wait("gather")
+    group.mine.wait("a gather")
     if how == "stuck":
         group.store.answers.clear()
     else:
@@ -164,14 +164,14 @@ def test_the_store_is_gone(how: str, group: Group, capfd: pytest.CaptureFixture[
 @pytest.mark.parametrize("group", [2], indirect=True)
 def test_another_tells(group: Group, capfd: pytest.CaptureFixture[str]) -> None:
     """And this one ends without a word, a moment later."""
-    group.mine.wait("sum")
-    group.until(group.over.is_set, lambda: group.says(0, waiting="sum", idle=LIMIT))
+    group.mine.wait("a sum")
+    group.until(group.over.is_set, lambda: group.says(0, waiting="a sum", idle=LIMIT))
     assert group.code == 8
     assert capfd.readouterr().err == ""
 
 
 def test_nobody_is_ended_after_the_end(group: Group) -> None:
-    group.mine.wait("sum")
+    group.mine.wait("a sum")
     group.stop()
     assert group.code is None
 

@@ -179,15 +179,15 @@ def outlive(world: World, victim: int, what: str, noticed: Barrier) -> None:
 
 
 WORDS = {
-    "sum_": "sum",
-    "large sum": "sum",
-    "max_": "maximum",
-    "gather": "gather",
-    "exchange": "exchange",
-    "swap": "swap",
-    "barrier": "sum",
-    "broadcast_bytes": "broadcast",
-    "from_rank_zero": "(gather|broadcast)",
+    "sum_": "a sum",
+    "large sum": "a sum",
+    "max_": "a maximum",
+    "gather": "a gather",
+    "exchange": "an exchange",
+    "swap": "a swap",
+    "barrier": "a sum",
+    "broadcast_bytes": "a broadcast",
+    "from_rank_zero": "a (gather|broadcast)",
 }
 ONE_WAY = ("broadcast_bytes", "from_rank_zero")  # who listens to rank 0 alone does not miss another
 
@@ -202,7 +202,7 @@ def test_the_others_notice_a_death_and_say_whose(what: str, size: int, victim: i
     assert ends[victim].error == "died without a word"
     said = (
         rf"WorkerLost: noticed: lost rank {victim} \(pid (?P<pid>\d+) on \S+\): "
-        rf"(it closed the connection|connection reset by peer|broken pipe), in a {WORDS[what]}, (?P=pid)$"
+        rf"(it closed the connection|connection reset by peer|broken pipe), in {WORDS[what]}, (?P=pid)$"
     )
     for rank, end in enumerate(ends):
         if rank != victim:
