@@ -15,7 +15,14 @@ class _Plain(Console):
     """Shows text as it is: a folder may be called `[/red]`."""
 
     def __init__(self, *, stderr: bool) -> None:
-        super().__init__(stderr=stderr, markup=False, highlight=False)
+        stream = sys.stderr if stderr else sys.stdout
+        super().__init__(
+            stderr=stderr,
+            markup=False,
+            highlight=False,
+            # rich would also draw live bars into a file where FORCE_COLOR is set, as in notebooks and CI
+            force_terminal=None if stream.isatty() else False,
+        )
 
     def on_broken_pipe(self) -> None:
         """Nobody reads any more (`| head`): that is no reason to stop, as rich would."""
@@ -25,7 +32,7 @@ class _Plain(Console):
 def make_console(*, stderr: bool = False) -> Console:
     """Where people read: standard output, or standard error where that belongs to a JSON object."""
     console = _Plain(stderr=stderr)
-    if not console.is_terminal:
+    if not console.file.isatty():
         console.width = 1000  # whoever reads a file or a pipe wants whole lines
     return console
 

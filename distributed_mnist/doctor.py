@@ -55,7 +55,8 @@ def run(world: World, flags: Doctor, console: Console) -> dict[str, Any]:
     findings.append(_processes(world))
     figures: list[dict[str, float]] = []
     if world.size > 1:
-        findings += [probe_world.addresses(world), probe_world.collectives(world)]
+        findings += [probe_world.addresses(world)] if world.local_size < world.size else []
+        findings.append(probe_world.collectives(world))
         exchange, figures = probe_world.speed(world)
         findings += [exchange, probe_world.clocks(world), _folders(world, flags.out)]
     on_zero = world.from_rank_zero(

@@ -11,14 +11,18 @@ _MIB = 2**20
 _THEIRS = re.compile(r"(OMP|KMP|GOMP|MKL|ONEDNN|DNNL|ATEN|TORCH|NCCL|GLOO|CUDA|CUBLAS|HIP|ROCR|ZE)_\w+")
 
 
+_OURS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+
+
 def settings() -> dict[str, str]:
-    """The variables that change what torch and the libraries below it do: name to value, by name."""
-    return {name: os.environ[name] for name in sorted(os.environ) if _THEIRS.fullmatch(name)}
+    """The user's variables that change what torch and the libraries below it do: name to value, by name."""
+    names = sorted(name for name in os.environ if _THEIRS.fullmatch(name))
+    return {name: os.environ[name] for name in names if os.environ[name] != _OURS.get(name)}
 
 
 def order_additions() -> None:
     """cuBLAS adds in a fixed order only if it is told how much workspace to use."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    _set("CUBLAS_WORKSPACE_CONFIG")
 
 
 def keep_torch_quiet() -> None:
@@ -26,7 +30,11 @@ def keep_torch_quiet() -> None:
 
     Read when torch is imported.
     """
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    _set("TORCH_CPP_LOG_LEVEL")
+
+
+def _set(name: str) -> None:
+    os.environ.setdefault(name, _OURS[name])
 
 
 def talk_over(interface: str) -> None:

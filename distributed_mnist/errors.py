@@ -4,6 +4,7 @@ Every one of these is shown as a single line; anything else that escapes is a de
 defect. `docs/exit-codes.md` lists the codes for scripts.
 """
 
+import errno
 import sys
 import traceback
 from typing import TextIO
@@ -79,6 +80,10 @@ class Interrupted(DmnistError):
     exit_code = 75
 
 
+_OUTPUT_GONE = (errno.ENOSPC, errno.EIO, errno.EPIPE)
+"""Of a file without a name: standard output is on a full disk, its terminal or its reader is gone."""
+
+
 def reason(error: OSError) -> str:
     """What the system said, in the middle of a sentence: "no space left on device"."""
     return (error.strerror or str(error)).lower()
@@ -102,6 +107,8 @@ def tell(error: BaseException, placement: Placement = ALONE, *, debug: bool = Fa
         if placement.rank == 0:
             _print(placement, "stopped at once; nothing saved since the last checkpoint")
         return 130
+    if isinstance(error, OSError) and error.filename is None and error.errno in _OUTPUT_GONE:
+        error = OutputError(f"the output cannot be written: {reason(error)}")
     if not isinstance(error, DmnistError):
         what = f"a defect, please report it: {type(error).__name__}: {error} (--debug shows where)"
         _print(placement, what)

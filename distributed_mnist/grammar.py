@@ -82,19 +82,18 @@ def _union(grammar: dict[str, Any], train: Train) -> Any:
 
 
 def _train_defaults(arguments: list[str]) -> Train:
-    """`train` as its flags find it: with the recipe that is named, or where a run is to go on and none is,
-    with that run's recipe and data."""
-    recipe = _value(arguments, "--recipe")
-    out = _value(arguments, "--out")
-    if recipe is None and out is not None and _value(arguments, "--resume") == "auto":
-        told = layout.config_in(Path(out))
-        if told is not None:
+    """`train` as its flags find it: with the recipe that is named; where a run is to go on, with its data,
+    and if none is named with its recipe."""
+    named, out, run = _value(arguments, "--recipe"), _value(arguments, "--out"), Run()
+    told = layout.config_in(Path(out)) if out and _value(arguments, "--resume") == "auto" else None
+    if told is not None:
+        data = {name: told["run"][name] for name in DATA_OPTIONS if name in told["run"]}
+        run = Run(**{**data, "data": Path(data.get("data", "data"))})
+        if named is None:
             settings = {key: value for key, value in told["recipe"].items() if not _names_code(key, value)}
-            data = {name: told["run"][name] for name in DATA_OPTIONS if name in told["run"]}
-            run = Run(**{**data, "data": Path(data.get("data", "data"))})
-            return Train(settings=Recipe.from_dict(settings, out), run=run, recipe=f"of {out}")
-    recipe = recipe or "default"
-    return Train(settings=load_recipe(recipe), recipe=recipe)
+            return Train(settings=Recipe.from_dict(settings, str(out)), run=run, recipe=f"of {out}")
+    named = named or "default"
+    return Train(settings=load_recipe(named), run=run, recipe=named)
 
 
 def _names_code(key: str, value: object) -> bool:

@@ -229,6 +229,15 @@ def test_a_missing_part(key: str) -> None:
     assert refused(encode(partial)) == f"lacks {key}"
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("std", 0.0), ("std", float("nan")), ("class_names", [0, 1, 2, 3, 4, 5])]
+)
+def test_an_impossible_data_set(field: str, value: Any) -> None:
+    strange = content()
+    strange["dataset"] = {**strange["dataset"], field: value}
+    assert "impossible names of classes, or an impossible deviation" in refused(encode(strange))
+
+
 def test_reading(tmp_path: Path) -> None:
     path = tmp_path / "some.pt"
     with pytest.raises(CheckpointError, match=r"some\.pt: no such file or directory$"):

@@ -4,14 +4,15 @@ import json
 import shutil
 import socket
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import dmnist, run, run_ranks
+from ranks import PATIENCE, dmnist, run, run_ranks
 
-from distributed_mnist import doctor, probe_host, probe_world
+from distributed_mnist import doctor, environment, launch, probe_host, probe_world
 from distributed_mnist.errors import LaunchError
 from distributed_mnist.findings import Finding, bad, doubtful, good, merged, tried, worst
 from distributed_mnist.placement import ALONE
@@ -20,7 +21,7 @@ from distributed_mnist.world import World
 
 NAMES = ["versions", "processor", "threads", "settings", "memory", "devices", "open files", "host name"]
 NAMES += ["launcher"]
-TOGETHER = ["addresses", "collectives", "exchange", "clocks", "shared folder"]
+TOGETHER = ["collectives", "exchange", "clocks", "shared folder"]
 HERE = ["checkpoints", "data"]
 
 
@@ -220,3 +221,55 @@ def test_lines_of_several_ranks() -> None:
         raise KeyError("no")
 
     assert tried("it", broken, "mend it") == bad("it", "KeyError: 'no'", "mend it")
+
+
+def test_a_probe_that_does_not_come_back_is_a_line() -> None:
+    """A file system whose server is gone lets nobody out of a call."""
+    for_ever = threading.Event()
+
+    def stuck() -> Finding:
+        for_ever.wait(PATIENCE)
+        return same
+
+    same = good("it", "at last")
+    found = tried("it", stuck, "mend it", seconds=0.05)
+    assert found == bad("it", "no answer within 0.05 s", "mend it")
+    for_ever.set()
+
+
+def test_no_more_processes_than_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "usable_cores", lambda: 16)
+    for devices, wanted in ((0, 4), (1, 1), (2, 2), (8, 4)):
+        monkeypatch.setattr(launch, "_count_accelerators", lambda devices=devices: devices)
+        assert launch.trial_nproc("auto") == wanted
+        assert launch.trial_nproc("cpu") == 4
+
+
+def test_accelerators_that_tell_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Apple:
+        """As `torch.mps`: neither names nor memory."""
+
+    class Other(Apple):
+        def get_device_name(self, index: int) -> str:
+            return f"Card {index // 2}"
+
+        def mem_get_info(self, index: int) -> tuple[int, int]:
+            return 10 * 2**30, 80 * 2**30
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_device_module", lambda _: Apple())
+    assert probe_host._devices().value.startswith("cuda: 2 × one without a name")  # noqa: RUF001
+    monkeypatch.setattr(torch, "get_device_module", lambda _: Other())
+    assert "2 × Card 0 (10 of 80 GiB free)" in probe_host._devices().value  # noqa: RUF001
+
+
+def test_settings_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in environment.settings():
+        monkeypatch.delenv(name)
+    assert probe_host._settings().value == "none for torch, OpenMP, MKL, NCCL or gloo"
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("HOME_NCCL", "secret")
+    assert probe_host._settings().value == "NCCL_DEBUG=INFO, OMP_NUM_THREADS=7"

@@ -10,7 +10,8 @@ from ranks import dmnist, train
 from rich.console import Console
 
 from distributed_mnist import follow
-from distributed_mnist.errors import UsageError, WorkerLost
+from distributed_mnist.errors import Interrupted, UsageError, WorkerLost
+from distributed_mnist.flags_use import Watch
 from distributed_mnist.follow import Tail
 from distributed_mnist.terminal import Terminal, rank_table
 from distributed_mnist.waiting import Waiting
@@ -118,6 +119,35 @@ def test_a_run_that_goes_on_is_followed_to_its_end(run: Path, tmp_path: Path) ->
     assert "weights sha256" in console.export_text()
 
 
+def test_a_run_that_has_not_begun_is_waited_for(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = Console(width=100, record=True)
+
+    def begin() -> None:
+        (tmp_path / "later").symlink_to(run)
+
+    starter = threading.Timer(0.3, begin)
+    starter.start()
+    monkeypatch.setattr(follow, "make_console", lambda: console)
+    assert follow.command(Watch(tmp_path / "later")) == 0
+    starter.join()
+    told = console.export_text()
+    assert told.count(f"no run in {tmp_path / 'later'} yet") == 1
+    assert "weights sha256" in told
+    monkeypatch.setattr(follow, "_PATIENCE", 0.3)
+    with pytest.raises(UsageError, match="is no run"):
+        follow.command(Watch(tmp_path / "never"))
+
+
+def test_a_run_that_was_asked_to_stop_ends_at_once(run: Path, tmp_path: Path) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    stop = json.dumps({"event": "stop", "time": 1.0, "step": 7}) + "\n"
+    (tmp_path / "metrics.jsonl").write_text("".join(lines[:-1]) + stop)
+    with pytest.raises(Interrupted, match=r"after step 7: go on with dmnist train --resume auto --out"):
+        follow._follow(tmp_path, Terminal(Console(quiet=True)))
+
+
 def test_a_run_that_nobody_trains_any_more(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,5 +155,7 @@ def test_a_run_that_nobody_trains_any_more(
     (tmp_path / "metrics.jsonl").write_text("".join(lines[:-1]))
     assert json.loads(dmnist("watch", tmp_path, "--json").stdout)["state"] == "stopped"
     monkeypatch.setattr(follow, "_GRACE_SECONDS", 0.0)
-    with pytest.raises(WorkerLost, match=r"nobody trains .* --resume auto --out"):
+    with pytest.raises(
+        WorkerLost, match=r"nobody trains .* last heard of [\d,]+ s ago at step \d+: .* --resume auto --out"
+    ):
         follow._follow(tmp_path, Terminal(Console(quiet=True)))

@@ -114,6 +114,57 @@ def test_whatever_is_evaluated_scores_the_same(result: Result, digits: Path) -> 
     assert evaluate(result, data=digits).loss == result.loss  # the data set it was trained on, by its name
 
 
+def test_scored_on_what_it_was_trained_on_and_nothing_else_unasked(
+    result: Result, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_score = evaluate(result)  # from where its data were
+    assert own_score.images == 300
+    other = datasets.load("generated", Path(), train_size=50, test_size=40, seed=8)
+    datasets.write(other, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    assert evaluate(result, tmp_path / "data").images == 40
+    (result.out / "config.json").rename(result.out / "aside")
+    try:
+        with pytest.raises(DataError, match="trained on other data than there are now"):
+            evaluate(result)
+    finally:
+        (result.out / "aside").rename(result.out / "config.json")
+    with pytest.raises(UsageError, match="does not know its data set: give dataset"):
+        evaluate(result.model)
+    arrays_only = train(**SHORT, dataset=from_arrays(**arrays()), out=tmp_path / "own")
+    with pytest.raises(DataError, match="trained on 'own', data given in Python: name a data set"):
+        evaluate(arrays_only)
+
+
+def test_a_network_with_other_outputs(digits: Path) -> None:
+    for classes in (9, 11):
+        with pytest.raises(
+            UsageError, match=rf"gives \(250, {classes}\) for 250 images, not logits \(250, 10\)"
+        ):
+            evaluate(own(classes), digits)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"keep": "3"}, "--keep must be of type int, not 3"),
+        ({"device": torch.device("cpu")}, "--device must be auto or cpu, not cpu"),
+        ({"checkpoint_every": 2.5}, "--checkpoint-every must be of type str, not 2.5"),
+        ({"device": "cuda:9"}, "--device must be auto or cpu, not cuda:9"),
+        ({"hang_after": True}, "--hang-after must be of type float, not True"),
+    ],
+)
+def test_settings_of_other_types(settings: dict[str, Any], told: str, digits: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=told):
+        train("fast", dataset=digits, out=tmp_path / "run", **settings)
+
+
+def test_intervals_are_numbers_of_steps(digits: Path, tmp_path: Path) -> None:
+    run = train(**SHORT, dataset=digits, out=tmp_path / "run", checkpoint_every=1, eval_every=2)
+    scored = [event["step"] for event in ranks.events(run.out) if event["event"] == "evaluation"]
+    assert scored == [2, 3]
+
+
 def test_any_function_is_a_model(digits: Path, tmp_path: Path) -> None:
     width = 5
 

@@ -270,6 +270,40 @@ def terminal(width: int, *, step: int = 235, epochs: int = 2, again: bool = Fals
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue()).replace("\r", "\n")
 
 
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_full_disk_under_the_log_costs_the_log(nproc: int, digits: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["train", "--device", "cpu", "--nproc", nproc, "--dataset", "idx", "--data", digits, *RECIPE]
+    shell = ["sh", "-c", 'exec "$@" > /dev/full', "sh", *DMNIST, *words, "--out", out]
+    ended = run(shell)
+    assert ended.code == 0, ended
+    assert ended.stderr == "dmnist: nothing more is shown (no space left on device); the run goes on\n"
+    assert json.loads((out / "result.json").read_text())["steps"] == EPOCHS * STEPS_PER_EPOCH
+    if nproc == 1:
+        shell = ["sh", "-c", 'exec "$@" > /dev/full', "sh", *DMNIST, "evaluate", out, "--device", "cpu"]
+        ended = run(shell)
+        assert ended.code == 6
+        assert ended.stderr == "dmnist: the output cannot be written: no space left on device\n"
+
+
+def test_who_reads_no_further_stops_nothing(digits: Path, tmp_path: Path) -> None:
+    words = ["train", "--device", "cpu", "--dataset", "idx", "--data", digits, *RECIPE]
+    shell = ["bash", "-c", '"$@" | head -1; echo ${PIPESTATUS[0]}', "bash", *DMNIST, *words]
+    ended = run([*shell, "--out", tmp_path / "out"], cwd=tmp_path)
+    assert ended.stdout.splitlines()[0].startswith("recipe ")
+    assert ended.stdout.splitlines()[1] == "0", ended
+    assert (tmp_path / "out" / "result.json").is_file()
+
+
+def test_a_folder_may_have_any_name(finished: tuple[Path, Finished], tmp_path: Path) -> None:
+    odd = tmp_path / "[bold]a[" / "b]"
+    odd.parent.mkdir()
+    odd.symlink_to(finished[0])
+    assert dmnist("report", odd).stdout == f"{odd / 'report.html'}\n"
+    told = dmnist("evaluate", odd, "--device", "cpu").stdout
+    assert told.startswith(f"{odd / 'checkpoints' / 'best.pt'}: test accuracy ")
+
+
 def test_a_pipe_gets_whole_lines_and_nothing_after_their_end() -> None:
     lines = terminal(0).splitlines()
     assert lines[0].endswith("seed 0")

@@ -106,6 +106,25 @@ def test_tiny_pictures_and_what_begins_like_an_idx_file(tmp_path: Path) -> None:
     assert predict._is_idx(tmp_path / "idx")
 
 
+def test_files_that_are_like_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.new("L", (60, 60), 255)
+    image.paste(0, (25, 10, 35, 50))
+    image.save(tmp_path / "a.tga", compression="tga_rle")  # begins with two zeros, as IDX files do
+    assert (tmp_path / "a.tga").read_bytes()[:2] == b"\0\0"
+    values = np.asarray(image, np.float32) / 255
+    Image.fromarray(values).save(tmp_path / "b.tiff")  # from 0 to 1
+    for name in ("a.tga", "b.tiff"):
+        assert not predict._is_idx(tmp_path / name)
+        assert np.abs(picture.read(tmp_path / name).astype(int) - np.asarray(image)).max() <= 1
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("Failed to decode")
+
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises(DataError, match=r"b\.tiff is damaged: Failed to decode"):
+        picture.read(tmp_path / "b.tiff")
+
+
 def test_folders_in_the_order_of_numbers(tmp_path: Path) -> None:
     for name in ("10.png", "9.png", "a2.png", "a10.png", "notes.txt"):
         (tmp_path / name).write_text("")

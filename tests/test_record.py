@@ -114,6 +114,16 @@ def test_a_full_disk_costs_the_mistakes_and_not_the_run(digits: Path, tmp_path: 
     assert ended.stdout.count("mistakes.json: ") == 1  # once for two evaluations
 
 
+def test_a_record_that_a_full_disk_ended_before_the_run(digits: Path, tmp_path: Path) -> None:
+    words = ("--dataset", "idx", "--data", digits, "--recipe", "fast", "--steps", 3)
+    train(*words, nproc=1, out=tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-2]))
+    assert read(tmp_path).state == "finished"
+    (tmp_path / "result.json").unlink()
+    assert read(tmp_path).state == "stopped"
+
+
 def test_the_surest_mistakes_first() -> None:
     class Guess(nn.Module):
         """Reads guess and confidence off two pixels."""

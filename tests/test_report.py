@@ -1,5 +1,6 @@
 """The page of a run: complete, whole in itself, true to the files, and safe to open."""
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -94,6 +95,19 @@ def test_what_happened_is_told(runs: list[Path], tmp_path: Path) -> None:
     assert "<b>the disk" not in page
     assert dmnist("report", tmp_path).code == 0
     assert (tmp_path / "report.html").is_file()
+
+
+def test_many_evaluations_are_told_together(runs: list[Path], tmp_path: Path) -> None:
+    record = read(runs[0])
+    (one, *_) = record.evaluations
+    many = [{**one, "step": step, "test_accuracy": step / 100} for step in range(1, 31)]
+    start, end = record.events[0], record.events[-1]
+    told = [event.text for event in time_line(dataclasses.replace(record, events=[start, *many, end]))]
+    assert told[1:-1] == [
+        "30 evaluations, at steps 1 to 30: test accuracy 30.00% at the last, 30.00% at best"
+    ]
+    few = [event.kind for event in time_line(dataclasses.replace(record, events=[start, *many[:5], end]))]
+    assert few == ["start", *["evaluation"] * 5, "end"]
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:

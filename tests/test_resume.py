@@ -330,3 +330,37 @@ def test_a_schedule_that_looks_ahead_resumes_too(digits: Path, tmp_path: Path) -
     resumed = train(*flags, "--resume", start, nproc=3, out=tmp_path / "resumed")
     for name in ("weights_sha256", "samples_sha256", "test_loss", "steps"):
         assert resumed[name] == whole[name]
+
+
+def test_goes_on_with_the_recipe_and_the_data_of_the_run(digits: Path, tmp_path: Path) -> None:
+    """With no more words than the line that says how."""
+    words = ("--dataset", "idx", "--data", digits, "--recipe", "fast", "--shift", 1, "--batch-size", 100)
+    whole = train(*words, nproc=1, out=tmp_path / "whole")
+    start = train(*words, "--checkpoint-every", 4, nproc=1, out=tmp_path / "out")
+    assert start == {**whole, **{key: start[key] for key in start if "second" in key or key == "out"}}
+    for path in (tmp_path / "out" / "checkpoints").glob("*.pt"):
+        if path.name != "step_00000008.pt":
+            path.unlink()
+    (tmp_path / "out" / "result.json").unlink()
+    resumed = train("--resume", "auto", nproc=2, out=tmp_path / "out")
+    assert resumed["weights_sha256"] == whole["weights_sha256"]
+    assert events(tmp_path / "out")[-1]["result"]["steps_here"] == whole["steps"] - 8
+
+
+def test_another_recipe_is_still_refused(digits: Path, tmp_path: Path) -> None:
+    words = ("--dataset", "idx", "--data", digits, "--recipe", "fast", "--steps", 2)
+    train(*words, nproc=1, out=tmp_path)
+    ended = dmnist("train", "--resume", "auto", "--out", tmp_path, "--lr", 0.5, "--nproc", 1)
+    assert ended.code == 4
+    assert "--lr" in ended.stderr
+    ended = dmnist("train", "--resume", "auto", "--out", tmp_path, "--recipe", "default", "--nproc", 1)
+    assert ended.code == 4
+
+
+def test_a_model_of_ones_own_is_not_taken_from_the_run(digits: Path, tmp_path: Path) -> None:
+    """A file must not choose what is imported."""
+    words = ("--dataset", "idx", "--data", digits, "--model", "networks:dropout", "--steps", 2)
+    train(*words, nproc=1, out=tmp_path)
+    ended = dmnist("train", "--resume", "auto", "--out", tmp_path, "--nproc", 1)
+    assert ended.code == 4
+    assert "--model networks:dropout there, cnn here" in ended.stderr

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEST_SIZE, TRAIN_SIZE
-from ranks import DMNIST, LAUNCH, TORCHRUN, Finished, dmnist, dmnist_ranks, free_port, run, train
+from ranks import DMNIST, LAUNCH, TORCHRUN, Finished, Program, dmnist, dmnist_ranks, free_port, run, train
 
 from distributed_mnist import keys
 
@@ -245,3 +245,34 @@ def test_variables_set_by_hand_without_a_local_rank(result: Any, digits: Path, t
 
 def test_as_a_module(tmp_path: Path) -> None:
     assert "train" in run([sys.executable, "-m", "distributed_mnist", "--help"], cwd=tmp_path).stdout
+
+
+def test_ranks_with_other_recipes_are_told(digits: Path, tmp_path: Path) -> None:
+    port = str(free_port())
+    words = [
+        "train",
+        "--device",
+        "cpu",
+        *data_flags(digits),
+        "--steps",
+        "2",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    recipes = [["--recipe", "classic"], ["--recipe", "classic", "--lr", "0.5"]]
+    places: list[dict[str, Any]] = [
+        {
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": port,
+        }
+        for rank in range(2)
+    ]
+    programs = [Program([*DMNIST, *words, *recipes[rank]], **places[rank]) for rank in range(2)]
+    with programs[0], programs[1]:
+        ends = [program.finish() for program in programs]
+    assert [end.code for end in ends] == [2, 2]
+    told = "dmnist: rank 1 was given another recipe than rank 0: start all with the same flags"
+    assert ends[0].stderr.startswith(told), ends

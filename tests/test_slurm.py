@@ -125,6 +125,19 @@ def test_srun_on_two_nodes(slurm: Slurm, batches: object, short: Any, tmp_path: 
 
 
 @pytest.mark.slow
+def test_the_job_is_examined(slurm: Slurm, batches: object, tmp_path: Path) -> None:
+    words = (*DMNIST, "doctor", "--device", "cpu", "--dataset", "generated", "--json")
+    ended = slurm.call("srun", "-N2", "-n3", *words, cwd=tmp_path)
+    assert ended.code == 0, ended
+    told = json.loads(ended.stdout)
+    assert (told["launcher"], told["world_size"]) == ("srun", 3)
+    assert {one["name"]: one["verdict"] for one in told["findings"]}["collectives"] == "good"
+    ended = slurm.call("srun", "-N2", "-n3", *DMNIST, "verify", "--device", "cpu", "--json", cwd=tmp_path)
+    assert ended.code == 0, ended
+    assert json.loads(ended.stdout)["passed"]
+
+
+@pytest.mark.slow
 def test_a_step_is_asked_to_stop(slurm: Slurm, batches: object, short: Any, tmp_path: Path) -> None:
     """All its tasks get the signal and stop at one step; it goes on with fewer."""
     words, expected = short

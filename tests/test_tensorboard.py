@@ -1,11 +1,13 @@
 """What `--tensorboard` writes, read back with TensorBoard's own reader."""
 
+import contextlib
 import json
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import dmnist
+from ranks import DMNIST, Program, dmnist, free_port
 
 from distributed_mnist.errors import UsageError
 from distributed_mnist.grammar import parse
@@ -75,3 +77,38 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distributed_mnist.flags.find_spec", lambda _: None)
     with pytest.raises(UsageError, match=r"pip install 'distributed-mnist\[tensorboard\]'"):
         parse(["train", "--tensorboard"])
+
+
+def asked(address: str) -> Any:
+    with urllib.request.urlopen(address, timeout=5) as answer:
+        return json.load(answer)
+
+
+@pytest.mark.slow
+def test_tensorboard_shows_it(digits: Path, tmp_path: Path) -> None:
+    """The program itself, asked as its page asks it."""
+    data = ["--dataset", "idx", "--data", digits, "--device", "cpu", "--nproc", "1"]
+    words = ["train", "--recipe", "classic", *data, "--out", tmp_path / "runs" / "board", "--tensorboard"]
+    assert dmnist(*words, "--steps", "3").code == 0
+    port = free_port()
+    command = [
+        Path(DMNIST[0]).with_name("tensorboard"),
+        "--logdir",
+        "runs",
+        "--port",
+        port,
+        "--load_fast=false",
+    ]
+    root = f"http://127.0.0.1:{port}/data"
+
+    def runs() -> Any:
+        with contextlib.suppress(OSError):
+            return asked(f"{root}/runs")
+
+    with Program(command, cwd=tmp_path) as tensorboard:
+        assert "board/tensorboard" in tensorboard.wait_for(runs, "its first answer")
+        (tags,) = [
+            tags for run, tags in asked(f"{root}/plugin/scalars/tags").items() if run == "board/tensorboard"
+        ]
+        assert {"loss/train", "accuracy/test", "rate"} & set(tags) >= {"loss/train", "accuracy/test"}
+        assert "mistakes" in asked(f"{root}/plugin/images/tags")["board/tensorboard"]
