@@ -12,7 +12,6 @@ from . import layout
 from .catalog import NAMES
 from .confusion import per_class, table
 from .datasets import Dataset, load
-from .digest import digest
 from .errors import CheckpointError, DataError
 from .evaluate import Evaluation, evaluate
 from .progress import DataProgress
@@ -37,15 +36,15 @@ def run(
     names the same: a stranger's file must not choose what is imported.
     """
     torch.set_num_threads(1)  # as in training with `tree`: the loss comes out the same to the bit
-    where, raw = world.from_rank_zero(lambda: find(path))
-    trained = world.together(lambda: restore(where, raw, model=model, device=world.device))
+    found = world.from_rank_zero(lambda: find(path))
+    trained = world.together(lambda: restore(found, model=model, device=world.device))
     data = share(world, lambda: read(trained, dataset, folder, console))
     began = time.perf_counter()
     result = score(trained, data, world, its_own=dataset is None and folder is None)
     seconds = time.perf_counter() - began
     if world.rank == 0:
         line = Text.assemble(
-            (where, "bold"),
+            (trained.path, "bold"),
             ": test accuracy ",
             (f"{result.accuracy:.2%}", "bold green"),
             f", loss {result.loss:.6f} on {result.images:,} images of {data.name}",
@@ -61,14 +60,14 @@ def run(
         "test_accuracy": result.accuracy,
         "test_loss": result.loss,
         "test_images": result.images,
-        "weights_sha256": digest(dict(trained.network.state_dict())),
+        "weights_sha256": trained.weights_sha256,
         "data_sha256": data.sha256,
         "images_per_second": result.images / seconds,
         "confusion": result.confusion,
         "class_names": list(trained.class_names),
         "per_class": per_class(result.confusion, trained.class_names),
-        "checkpoint": where,
-        "out": where,
+        "checkpoint": trained.path,
+        "out": trained.path,
     }
 
 
@@ -87,7 +86,7 @@ def read(trained: Trained, dataset: str | None, folder: Path | None, console: Co
 
 def _folder_of(trained: Trained, dataset: str | None) -> Path | None:
     """Where the data were that it was trained on, if they are asked for and it is still there."""
-    told = layout.config_in(Path(trained.path).parent.parent) if dataset is None else None
+    told = layout.config_in(trained.folder) if dataset is None else None
     place = Path(str(told["run"].get("data", ""))) if told else None
     return place if place is not None and place.is_dir() else None
 

@@ -1,16 +1,13 @@
 """Several networks of one recipe, from seeds that count up, and their vote."""
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor, nn
 
 from .checkpoint import decode, load_weights, read_bytes
 from .config import Recipe
@@ -22,25 +19,8 @@ from .lock import write_json
 from .models import build, place
 from .share import share
 from .terminal import Terminal
+from .vote import Vote
 from .world import World
-
-
-class Vote(nn.Module):
-    """The logarithm of the mean of several models' probabilities, `(n, classes)`.
-
-    Its highest is what they vote for, and its cross-entropy the loss of that. (Means of probabilities: see
-    Lakshminarayanan and others, "Simple and scalable predictive uncertainty estimation using deep
-    ensembles", 2017.)
-    """
-
-    def __init__(self, members: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """See the class."""
-        each = [F.log_softmax(member(images).float(), dim=1) for member in self.members]
-        return torch.stack(each).logsumexp(0) - math.log(len(each))
 
 
 def run(

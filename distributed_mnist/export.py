@@ -19,6 +19,7 @@ from .export_check import Difference, compare, require_same, test_images
 from .exported import INPUT, MARK, About, Exported, about
 from .flags_use import Export
 from .trained import Trained, find, restore
+from .vote import Vote
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,11 @@ def export(command: Export) -> int:
     """Write the files; the exit code. Raises `DmnistError`s."""
     for name in command.format:
         _require_packages(name)
-    where, raw = find(command.checkpoint)
-    trained = restore(where, raw, model=command.model, device=torch.device("cpu"))
+    trained = restore(find(command.checkpoint), model=command.model, device=torch.device("cpu"))
+    if isinstance(trained.network, Vote) and "safetensors" in command.format:
+        raise UsageError(
+            "--format safetensors is of one network: name it, or export the vote as onnx or torch"
+        )
     exported = Exported(trained.network, trained.mean, trained.std)
     told = about(trained)
     console = make_console(stderr=command.json)
@@ -64,7 +68,7 @@ def export(command: Export) -> int:
     if command.json:
         print_json(
             {
-                "checkpoint": where,
+                "checkpoint": trained.path,
                 "weights_sha256": told["weights_sha256"],
                 "input": INPUT,
                 "autocast_difference": autocast,

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from .batches import normalise
-from .digest import digest
 from .errors import CheckpointError
 from .installed import version
 from .trained import Trained
@@ -53,7 +52,7 @@ def about(trained: Trained) -> About:
 
     Raises `CheckpointError` if that file cannot be read.
     """
-    sha256 = digest(dict(trained.network.state_dict()))
+    sha256 = trained.weights_sha256
     told = {
         "producer": f"{MARK} {version('distributed-mnist')}",
         "input": INPUT,
@@ -69,15 +68,15 @@ def about(trained: Trained) -> About:
     }
     if trained.content["recipe"]:  # the original script's checkpoints do not tell theirs
         told["recipe"] = json.dumps(trained.content["recipe"])
-    result = _result(Path(trained.path))
+    result = _result(trained.folder)
     if result.get("weights_sha256") == sha256 and "test_accuracy" in result:
         told["test_accuracy"] = repr(result["test_accuracy"])
     return told
 
 
-def _result(checkpoint: Path) -> dict[str, Any]:
-    """The `result.json` of the run that a checkpoint lies in; empty if there is none."""
-    path = checkpoint.parent.parent / "result.json"
+def _result(folder: Path) -> dict[str, Any]:
+    """The `result.json` of a run; empty if there is none."""
+    path = folder / "result.json"
     try:
         result = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -141,10 +141,10 @@ def load(
 
     A checkpoint of a model of your own needs `model`, as `train` was given it. Raises `CheckpointError`.
     """
-    where, raw = trained.find(Path(path))
+    found = trained.find(Path(path))
     name, factory = _named(model)
     with _factory_known(name, factory), torch.random.fork_rng():
-        return trained.restore(where, raw, model=name, device=torch.device(device))
+        return trained.restore(found, model=name, device=torch.device(device))
 
 
 def evaluate(

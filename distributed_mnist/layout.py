@@ -13,9 +13,8 @@ _NAME = re.compile(r"step_(\d+)\.pt")
 
 def config_in(out: Path) -> dict[str, Any] | None:
     """`config.json` of the run in `out`, of an ensemble that of its first network; None without one."""
-    members = sorted(out.glob("seed-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
     try:
-        told = json.loads((members[0] if members else out).joinpath("config.json").read_text())
+        told = json.loads([*members_in(out), out][0].joinpath("config.json").read_text())
         return {"recipe": dict(told["recipe"]), "run": dict(told["run"])}
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -36,6 +35,12 @@ def go_on(out: Path, ensemble: int = 1) -> str:
 def member_folder(out: Path, seed: int) -> Path:
     """Where, in the folder of an ensemble, the network of this seed is trained."""
     return out / f"seed-{seed}"
+
+
+def members_in(out: Path) -> list[Path]:
+    """The folders of an ensemble's networks, by seed."""
+    found = [folder for folder in out.glob("seed-*") if folder.name[5:].isdecimal()]
+    return sorted(found, key=lambda folder: int(folder.name[5:]))
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

@@ -18,7 +18,6 @@ from rich.text import Text
 from . import idx, picture
 from .console import make_console, print_json
 from .devices import choose_device
-from .digest import digest
 from .errors import DataError
 from .flags_use import Predict
 from .picture import SIDE
@@ -51,8 +50,7 @@ class Item:
 def command(flags: Predict) -> int:
     """The exit code. Raises `CheckpointError`, and at the end `DataError` for unusable pictures."""
     device = torch.device("cpu") if flags.device == "cpu" else choose_device(ALONE)
-    where, raw = find(flags.checkpoint)
-    trained = restore(where, raw, model=flags.model, device=device)
+    trained = restore(find(flags.checkpoint), model=flags.model, device=device)
     console = make_console(stderr=flags.json)
     files = [file for path in flags.images for file in _files(path)]
     wide = max((len(str(file)) for file in files), default=0)
@@ -75,8 +73,9 @@ def command(flags: Predict) -> int:
                 console.print(Text(as_text(one.pixels)), soft_wrap=True)
     if flags.json:
         model = {"model": trained.recipe.model, "checkpoint": trained.path, "dataset": trained.dataset}
-        sha256 = digest(dict(trained.network.state_dict()))
-        print_json({**model, "weights_sha256": sha256, "images": found, "unusable": unusable})
+        print_json(
+            {**model, "weights_sha256": trained.weights_sha256, "images": found, "unusable": unusable}
+        )
     if unusable:
         raise DataError(f"{unusable} of {len(files)} pictures could not be used")
     return 0

@@ -1,5 +1,6 @@
 """What was trained, ready to use: a checkpoint, or a run's folder, as a network with what belongs to it."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from .batches import normalise
 from .catalog import DIGITS, MNIST_CONSTANTS
 from .checkpoint import Content, decode, load_weights, read_bytes
 from .config import Recipe
+from .digest import digest
 from .errors import CheckpointError, UsageError
 from .evaluate import forward
-from .layout import checkpoints_in
+from .layout import checkpoints_in, members_in
 from .models import MODELS, build, place
+from .vote import Vote
 
 _ORIGINALS: dict[str, Any] = {
     "name": "mnist",
@@ -43,7 +46,22 @@ class Trained:
     content: Content
     """The checkpoint."""
     path: str
-    """Where the checkpoint was read."""
+    """Where the checkpoint was read; of networks that vote, the ensemble's folder."""
+
+    @property
+    def weights_sha256(self) -> str:
+        """As the run tells it: of networks that vote, of theirs."""
+        digests = [digest(dict(one.state_dict())) for one in self._networks]
+        return digest(digests) if isinstance(self.network, Vote) else digests[0]
+
+    @property
+    def folder(self) -> Path:
+        """Of the run that the checkpoint lies in."""
+        return Path(self.path) if isinstance(self.network, Vote) else Path(self.path).parent.parent
+
+    @property
+    def _networks(self) -> list[nn.Module]:
+        return list(self.network.members) if isinstance(self.network, Vote) else [self.network]
 
     @torch.no_grad()
     def logits(self, images: Tensor | NDArray[np.uint8]) -> Tensor:
@@ -61,34 +79,56 @@ class Trained:
         return self.logits(images).argmax(1)
 
 
-def find(path: Path) -> tuple[str, bytes]:
-    """The checkpoint at `path`, or the best of the run's folder there: where it is and its bytes.
+@dataclass(frozen=True)
+class Found:
+    """The files of a network, or of those that vote."""
+
+    path: str
+    """The checkpoint, or the ensemble's folder."""
+    files: list[tuple[str, bytes]]
+    """Each checkpoint's path and bytes."""
+
+
+def find(path: Path) -> Found:
+    """The checkpoint at `path`, or the best of the run's folder there, or the last ones of an ensemble's.
 
     Raises `CheckpointError` if there is none.
     """
     for best in (path / "checkpoints" / "best.pt", path / "best.pt", path / "model_best.pth.tar"):
         if best.is_file():
-            return str(best), read_bytes(best)
-    if seeds := sorted(path.glob("seed-*")):
-        raise CheckpointError(
-            f"{path} is an ensemble: name one of its networks, such as {seeds[0]} (the vote is in "
-            f"{path / 'result.json'})"
-        )
+            return Found(str(best), [(str(best), read_bytes(best))])
+    if members := members_in(path):
+        if not (path / "result.json").is_file():
+            raise CheckpointError(
+                f"{path} is an unfinished ensemble: name one of its networks, such as {members[0]}"
+            )
+        last = [checkpoints_in(member / "checkpoints")[-1:] for member in members]
+        if not all(last):
+            raise CheckpointError(f"{path} lacks checkpoints of some of its {len(members)} networks")
+        return Found(str(path), [(str(file), read_bytes(file)) for (file,) in last])
     if steps := checkpoints_in(path / "checkpoints"):
         raise CheckpointError(
             f"{path} was not scored before it stopped: name a checkpoint, such as {steps[-1]}"
         )
     if path.is_dir():
         raise CheckpointError(f"{path} has no checkpoint in it")
-    return str(path), read_bytes(path)
+    return Found(str(path), [(str(path), read_bytes(path))])
 
 
-def restore(path: str, raw: bytes, *, model: str | None, device: torch.device) -> Trained:
-    """The network in the bytes of a checkpoint that was read at `path`.
+def restore(found: Found, *, model: str | None, device: torch.device) -> Trained:
+    """The network in the files that were found, or the vote of several.
 
     A checkpoint of a user's own model names code, which is only run if `model` names the same: a stranger's
     file must not choose what is imported. Raises `CheckpointError` if it does not, or for a damaged file.
     """
+    networks = [_restore(path, raw, model, device) for path, raw in found.files]
+    if len(networks) == 1:
+        return networks[0]
+    vote = Vote([one.network for one in networks]).eval()
+    return dataclasses.replace(networks[0], network=vote, path=found.path)
+
+
+def _restore(path: str, raw: bytes, model: str | None, device: torch.device) -> Trained:
     content = decode(raw, path)
     try:
         recipe = Recipe.from_dict(content["recipe"], path) if content["recipe"] else Recipe(model="linear")

@@ -25,7 +25,7 @@ ORDER: Sequence[str] = """
     console observe record waiting terminal confusion charts history report_data report tensorboard_sink
     progress supply share
     train
-    process folder prepare job trained assess ensemble
+    process folder prepare job vote trained assess ensemble
     exported export_onnx export_torch export_weights export_check
     compare board known trial ordeal faults chaos witness verify
     baseline bench_runs bench_exchange bench_plot bench_sections bench

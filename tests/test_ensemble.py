@@ -10,7 +10,8 @@ import torch
 from ranks import DMNIST, Program, dmnist, events, last_step, train
 from torch import nn
 
-from distributed_mnist.ensemble import Vote
+from distributed_mnist import idx
+from distributed_mnist.vote import Vote
 
 FLAGS = ("--recipe", "fast", "--steps", 4, "--batch-size", 100, "--seed", 3)
 
@@ -129,13 +130,36 @@ def test_it_starts_its_own_processes(tmp_path: Path) -> None:
     assert "--ensemble starts processes by itself" in ended.stderr
 
 
-def test_evaluate_says_where_the_networks_are(tmp_path: Path, data: tuple[object, ...]) -> None:
+def test_the_vote_is_scored_predicts_and_is_exported(
+    digits: Path, tmp_path: Path, data: tuple[object, ...]
+) -> None:
+    out = tmp_path / "out"
+    result = train(*data, *FLAGS, "--ensemble", 2, nproc=1, out=out)
+    told = dmnist("evaluate", out, "--device", "cpu", "--json").json()
+    same = ("test_accuracy", "test_loss", "weights_sha256", "data_sha256", "confusion")
+    assert {name: told[name] for name in same} == {name: result[name] for name in same}
+    images = next(digits.glob("t10k-images*"))
+    seen = dmnist("predict", out, images, "--device", "cpu", "--json").json()
+    labels = idx.read(next(digits.glob("t10k-labels*")))
+    right = sum(one["label"] == label for one, label in zip(seen["images"], labels, strict=True))
+    assert right / len(labels) == result["test_accuracy"]
+    assert seen["weights_sha256"] == result["weights_sha256"]
+    assert (
+        dmnist("export", out, "--format", "torch", "--json").json()["files"][0]["path"]
+        == f"{out}/model.pt2"
+    )
+    refused = dmnist("export", out, "--format", "safetensors")
+    assert (refused.code, refused.stderr.count("is of one network")) == (2, 1)
+
+
+def test_an_unfinished_ensemble_has_no_vote(tmp_path: Path, data: tuple[object, ...]) -> None:
     out = tmp_path / "out"
     train(*data, *FLAGS, "--ensemble", 2, nproc=1, out=out)
-    ended = dmnist("evaluate", out, *data)
+    (out / "result.json").unlink()
+    ended = dmnist("evaluate", out)
     assert ended.code == 4, ended
-    assert f"name one of its networks, such as {out / 'seed-3'} (the vote is in" in ended.stderr
-    assert dmnist("evaluate", out / "seed-3", *data).code == 0
+    assert f"unfinished ensemble: name one of its networks, such as {out / 'seed-3'}" in ended.stderr
+    assert dmnist("evaluate", out / "seed-3").code == 0
 
 
 def test_evaluate_of_a_run_that_was_never_scored(tmp_path: Path, data: tuple[object, ...]) -> None:

@@ -68,7 +68,7 @@ def save(folder: Path, model: str, *, classes: int = 10, precision: str = "fp32"
     best = folder / "checkpoints" / "best.pt"
     best.parent.mkdir(parents=True)
     best.write_bytes(encode(content))
-    return restore(*find(folder), model=model, device=torch.device("cpu"))
+    return restore(find(folder), model=model, device=torch.device("cpu"))
 
 
 def onnx_logits(path: Path, images: np.ndarray) -> np.ndarray:
@@ -313,7 +313,7 @@ def test_the_documents_examples_run_without_us(digits: Path, tmp_path: Path) -> 
     words = ("--model", "cnn", "--dataset", "idx", "--data", digits, "--epochs", 3)
     train(*words, nproc=1, out=tmp_path)
     export.export(Export(tmp_path, format=FORMATS))
-    trained = restore(*find(tmp_path), model=None, device=torch.device("cpu"))
+    trained = restore(find(tmp_path), model=None, device=torch.device("cpu"))
     images = draw(40, "documents")[0]
     np.save(tmp_path / "images.npy", images)
     best = trained.logits(torch.from_numpy(images)).argmax(1)

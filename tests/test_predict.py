@@ -28,8 +28,10 @@ def enlarged(digit: NDArray[np.uint8], factor: int, left: int, top: int) -> NDAr
 
 
 def alike(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
-    """Correlation of two images' pixels."""
-    return float(np.corrcoef(one.ravel(), other.ravel())[0, 1])
+    """Correlation of two images' pixels, one moved by a pixel at most: a centre may round either way."""
+    moves = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
+    moved = [np.roll(one, move, (0, 1)).ravel() for move in moves]
+    return max(float(np.corrcoef(each, other.ravel())[0, 1]) for each in moved)
 
 
 @settings(deadline=None, max_examples=60)
@@ -44,7 +46,7 @@ def test_in_the_box_and_centred(which: int, factor: int, left: int, top: int, in
     centres: list[float] = [float(np.average(np.arange(28), weights=got.sum(axis))) for axis in (1, 0)]
     for centre, places in zip(centres, (rows, columns), strict=True):
         assert abs(centre - 14) <= 0.51 or places[0] == 0 or places[-1] == 27  # else no room to move
-    assert alike(got, picture.normalised(255 - DIGITS[which])) > 0.7
+    assert alike(got, picture.normalised(255 - DIGITS[which])) > 0.75
 
 
 def test_what_is_in_the_form_already_stays_as_it_is() -> None:
