@@ -51,7 +51,7 @@ def run(
         )
         console.print(line, soft_wrap=True)
         console.print()
-        console.print(table(result.confusion, trained.class_names))
+        console.print(table(result.confusion, trained.class_names, console.width))
     return {
         "dataset": data.name,
         "model": trained.recipe.model,

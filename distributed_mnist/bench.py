@@ -34,7 +34,10 @@ def run(plan: Plan, *, as_json: bool) -> int:
         bench.results["machine"] = machine()
         console.print(", ".join(f"{v}" for v in bench.results["machine"].values()))
         for name in plan.sections or SECTIONS:
-            with console.status(f"measuring: {name}"):
+            with console.status(f"measuring: {name}") as status:
+                bench.tell = lambda text, name=name, status=status: status.update(
+                    f"measuring: {name}, {text}"
+                )
                 bench.results[name] = SECTIONS[name](bench)
         if plan.out is not None:
             keep(bench.results, plan.out, console)

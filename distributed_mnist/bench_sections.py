@@ -49,6 +49,8 @@ class Bench:
     console: Console
     folder: Path
     results: dict[str, Any] = field(default_factory=dict)
+    tell: Callable[[str], None] = lambda text: None
+    """Shows how far a section is."""
     _runs: int = 0
 
     @property
@@ -82,7 +84,8 @@ def startup(bench: Bench) -> dict[str, Any]:
     """From the command to the first step, against an import of torch."""
     taken: dict[str, Sample] = {}
     plain, words = "python -c 'import torch'", ["--recipe", bench.plan.recipe, "--steps", "2"]
-    for _ in range(bench.plan.runs):
+    for i in range(bench.plan.runs):
+        bench.tell(f"round {i + 1} of {bench.plan.runs}")
         seconds = {plain: seconds_of([sys.executable, "-c", "import torch"])}
         seconds["dmnist --help"] = seconds_of([sys.executable, "-m", "distributed_mnist", "--help"])
         for n in bench.sizes[:2]:
@@ -132,8 +135,9 @@ def scaling(bench: Bench) -> dict[str, Any]:
     words = ["--recipe", plan.recipe, "--epochs", "1000"]
     speed: dict[tuple[str, int], Sample] = {}
     parts: dict[tuple[str, int], dict[str, float]] = {}
-    for _ in range(plan.runs):
+    for i in range(plan.runs):
         for n in bench.sizes:
+            bench.tell(f"round {i + 1} of {plan.runs}, with {n} process{'es' if n > 1 else ''}")
             steps = ["--steps", str(alone * min(n, usable_cores()))]
             for way in ("tree", "ddp"):
                 trained = bench.train(n, *words, *steps, "--sync", way, cores=n)
@@ -246,6 +250,7 @@ def time_to_99(bench: Bench) -> dict[str, Any]:
     accuracy, training, stretch, whole = Sample(), Sample(), Sample(), Sample()
     nproc, dataset = bench.plan.nproc or min(usable_cores(), 8), ""
     for seed in range(bench.plan.seeds):
+        bench.tell(f"run {seed + 1} of {bench.plan.seeds}")
         trained = bench.train(nproc, "--recipe", "fast", "--seed", str(seed))
         dataset = trained.result["dataset"]
         accuracy.add(100 * trained.result["test_accuracy"])

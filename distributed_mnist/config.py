@@ -234,6 +234,9 @@ def require(good: bool, name: str, rule: str, owner: object) -> None:
         raise UsageError(f"{flag(name)} must be {rule}, not {getattr(owner, name)}")
 
 
+_WORDS = {int: "a whole number", float: "a number", str: "text", Path: "a path", type(None): "None"}
+
+
 def _fits(value: object, kind: Any) -> bool:
     """Whether a value is of a field's type; from Python, anything may be given."""
     if choices := getattr(kind, "__args__", ()):  # of a union, or a Literal
@@ -245,8 +248,7 @@ def _fits(value: object, kind: Any) -> bool:
 
 def _kind(kind: Any) -> str:
     choices = getattr(kind, "__args__", (kind,))
-    names = [getattr(choice, "__name__", str(choice)).replace("NoneType", "None") for choice in choices]
-    return f"of type {names[0]}" if len(names) == 1 else " or ".join(names)
+    return " or ".join(_WORDS.get(choice, str(choice)) for choice in choices)
 
 
 def _check_type(field: dataclasses.Field[Any], value: object, where: str) -> None:
@@ -257,7 +259,7 @@ def _check_type(field: dataclasses.Field[Any], value: object, where: str) -> Non
     else:
         allowed = (int, float) if field.type is float else field.type
         if not isinstance(value, allowed) or isinstance(value, bool):  # type: ignore[arg-type]
-            raise UsageError(f"{where}: {field.name} must be {field.type.__name__}, not {value!r}")  # type: ignore[union-attr]
+            raise UsageError(f"{where}: {field.name} must be {_kind(field.type)}, not {value!r}")
 
 
 def flag(name: str) -> str:

@@ -7,8 +7,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-MOST_CLASSES = 12
-"""Of a table that fits into 80 columns."""
+_SHORT = 4
+"""Letters of a name that can stand over a column; longer ones are numbered."""
 _PAIRS = 10
 
 
@@ -36,13 +36,22 @@ def worst_pairs(confusion: Sequence[Sequence[int]]) -> list[tuple[int, int, int]
     return sorted(pairs, key=lambda pair: -pair[2])
 
 
-def table(confusion: Sequence[Sequence[int]], names: Sequence[str]) -> RenderableType:
-    """The matrix (rows are true) with each class's accuracy; of many classes the accuracy alone."""
-    whole = len(names) <= MOST_CLASSES
+def table(confusion: Sequence[Sequence[int]], names: Sequence[str], width: int) -> RenderableType:
+    """The matrix (rows are true) with each class's accuracy; where that is too wide the accuracy alone."""
+    numbered = any(len(name) > _SHORT for name in names)
+    heads = [str(i) for i in range(len(names))] if numbered else list(names)
+    rows = [f"{name} {i}" for i, name in enumerate(names)] if numbered else list(names)
+    columns = [
+        max(len(head), *(len(str(count)) for count in column)) + 1
+        for head, column in zip(heads, zip(*confusion, strict=True), strict=True)
+    ]
+    figures = len("images wrong 100.00% ")
+    whole = max(map(len, ["true", *rows])) + sum(columns) + figures < width
+    rows = rows if whole else list(names)
     shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     shown.add_column("true", justify="right", style="bold")
-    for name in names if whole else []:
-        shown.add_column(name[:4], justify="right")
+    for head in heads if whole else []:
+        shown.add_column(head, justify="right")
     for column in ("images", "wrong", "right"):
         shown.add_column(column, justify="right")
     many = max((count for _, _, count in worst_pairs(confusion)), default=0)
@@ -50,7 +59,7 @@ def table(confusion: Sequence[Sequence[int]], names: Sequence[str]) -> Renderabl
         cells = [_cell(count, i == j, many) for j, count in enumerate(row)] if whole else []
         right = "–" if one["accuracy"] is None else f"{one['accuracy']:.2%}"  # noqa: RUF001
         wrong = str(one["images"] - one["correct"])
-        shown.add_row(one["name"], *cells, f"{one['images']:,}", wrong, right)
+        shown.add_row(rows[i], *cells, f"{one['images']:,}", wrong, right)
     pairs = worst_pairs(confusion)[:_PAIRS]
     told = ", ".join(f"{names[i]} for {names[j]} {count}×" for i, j, count in pairs)  # noqa: RUF001
     return Group(

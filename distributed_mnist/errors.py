@@ -5,7 +5,9 @@ defect. `docs/exit-codes.md` lists the codes for scripts.
 """
 
 import errno
+import shutil
 import sys
+import textwrap
 import traceback
 from typing import TextIO
 
@@ -131,5 +133,16 @@ def _print(placement: Placement, text: str) -> None:
     tidy_terminal(sys.stderr)
     # Our own launcher puts the rank in front of whatever a rank prints; under others we do.
     rank = f"rank {placement.rank}: " if placement.rank and placement.launcher != "spawned" else ""
-    sys.stderr.write(f"dmnist: {rank}{' '.join(text.split())}\n")
+    write_line(f"{rank}{' '.join(text.split())}")
+
+
+def write_line(text: str) -> None:
+    """For people, on standard error: one line, which a terminal gets wrapped at words."""
+    line = f"dmnist: {text}"
+    if sys.stderr.isatty():  # which would break it within a word
+        wide = max(shutil.get_terminal_size().columns, 40)
+        line = textwrap.fill(
+            line, wide, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
+    sys.stderr.write(f"{line}\n")
     sys.stderr.flush()

@@ -18,6 +18,7 @@ from .errors import OutputError, UsageError, VerificationError, reason
 from .export_check import Difference, compare, require_same, test_images
 from .exported import INPUT, MARK, About, Exported, about
 from .flags_use import Export
+from .installed import install
 from .trained import Trained, find, restore
 from .vote import Vote
 
@@ -83,7 +84,7 @@ def _require_packages(name: str) -> None:
     missing = [package for package in _FORMATS[name].needs if importlib.util.find_spec(package) is None]
     if missing:
         raise UsageError(
-            f"--format {name} needs {', '.join(missing)}: pip install 'distributed-mnist[{name}]'; "
+            f"--format {name} needs {', '.join(missing)}: {install(name)}; "
             f"--format torch needs nothing more"
         )
 

@@ -13,6 +13,7 @@ import tyro
 from .catalog import require_name
 from .config import Recipe, Run, flag, require
 from .errors import UsageError
+from .installed import install
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class Train(Every):
     def __post_init__(self) -> None:
         """Raises `UsageError` for an unknown data set, and for what cannot be done."""
         if self.tensorboard and find_spec("tensorboard") is None:
-            raise UsageError("--tensorboard needs it: pip install 'distributed-mnist[tensorboard]'")
+            raise UsageError(f"--tensorboard needs it: {install('tensorboard')}")
         require_name(self.run.dataset)
         require(self.ensemble >= 1, "ensemble", "at least 1", self)
         if self.ensemble > 1 and self.run.resume not in (None, "auto"):

@@ -1,6 +1,7 @@
-"""Which version of a package is installed."""
+"""What is installed, and how to install what is not."""
 
 import importlib.metadata
+import sys
 
 
 def version(package: str) -> str:
@@ -9,3 +10,8 @@ def version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def install(extra: str) -> str:
+    """The command that installs one of our extras for this Python."""
+    return f"{sys.executable} -m pip install 'distributed-mnist[{extra}]'"

@@ -6,13 +6,12 @@ Events are plain fields under a name: `start`, `notice`, `steps`, `evaluation`, 
 
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from .errors import OutputError, reason
+from .errors import OutputError, reason, write_line
 from .lock import write_json
 
 
@@ -47,8 +46,7 @@ class Notices:
     def log(self, event: str, **fields: Any) -> None:
         """See `Sink`."""
         if event == "notice":
-            sys.stderr.write(f"dmnist: {self._who}: {fields['text']}\n")
-            sys.stderr.flush()
+            write_line(f"{self._who}: {fields['text']}")
 
     def close(self) -> None:
         """Nothing."""

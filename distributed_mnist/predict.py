@@ -1,7 +1,6 @@
 """`dmnist predict`: what is drawn in pictures, and how sure a network is of it."""
 
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -18,7 +17,7 @@ from rich.text import Text
 from . import idx, picture
 from .console import make_console, print_json
 from .devices import choose_device
-from .errors import DataError
+from .errors import DataError, write_line
 from .flags_use import Predict
 from .picture import SIDE
 from .placement import ALONE
@@ -61,7 +60,7 @@ def command(flags: Predict) -> int:
         answers = iter(classify(trained, good, flags.top) if good else [])
         for one in batch:
             if not isinstance(one, Item):
-                sys.stderr.write(f"dmnist: {one}\n")
+                write_line(one)
                 unusable += 1
                 continue
             told = next(answers)

@@ -28,7 +28,7 @@ from typing import Any
 
 from .child import Target, print_with_rank, resolve, work
 from .endings import Ending, explained
-from .errors import Interrupted, tidy_terminal
+from .errors import Interrupted, tidy_terminal, write_line
 from .placement import Placement
 from .signals import OBEY_SECONDS, SIGNALS
 
@@ -38,8 +38,7 @@ GRACE_SECONDS = 2.0  # how long the others may take to end by themselves once on
 
 def say(text: str) -> None:
     """Tell a person what has happened to a group."""
-    sys.stderr.write(f"dmnist: {text}\n")
-    sys.stderr.flush()
+    write_line(text)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """The terminal's sink: a live bar, lines, and at the end what it came to."""
 
 import contextlib
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .console import fall_silent
-from .errors import reason
+from .errors import reason, write_line
 from .waiting import EVEN, Waiting
 
 _ECHO = 3  # columns: `^C`, and the cursor
@@ -54,8 +53,7 @@ class Terminal:
         fall_silent(self._console)
         self._stop_bar()
         with contextlib.suppress(OSError):
-            sys.stderr.write(f"dmnist: nothing more is shown ({reason(error)}); the run goes on\n")
-            sys.stderr.flush()
+            write_line(f"nothing more is shown ({reason(error)}); the run goes on")
 
     def _stop_bar(self) -> None:
         if self._bar is not None:

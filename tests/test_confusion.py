@@ -14,7 +14,7 @@ THREE = [[5, 0, 1], [4, 2, 0], [0, 0, 0]]
 
 def shown(confusion: list[list[int]], names: list[str], width: int = 80) -> list[str]:
     console = Console(width=width, record=True)
-    console.print(table(confusion, names))
+    console.print(table(confusion, names, width))
     return [line.rstrip() for line in console.export_text().splitlines()]
 
 
@@ -40,6 +40,18 @@ def test_of_many_classes_the_accuracy_alone() -> None:
     lines = shown(confusion, names)
     assert lines[1].split() == ["class", "0", "1,000", "10", "99.00%"]
     assert max(map(len, lines)) <= 80
+
+
+def test_long_names_are_numbered_and_wide_screens_show_more() -> None:
+    lines = shown(THREE, ["T-shirt", "Shirt", "Shoe"])
+    assert lines[0].split() == ["true", "0", "1", "2", "images", "wrong", "right"]
+    assert lines[2].split()[:3] == ["Shirt", "1", "4"]
+    letters = [chr(ord("a") + i) for i in range(26)]
+    confusion = [[800 if i == j else 0 for j in range(26)] for i in range(26)]
+    for width, whole in ((150, True), (80, False)):
+        lines = shown(confusion, letters, width)
+        assert (len(lines[0].split()) == 30) == whole
+        assert max(map(len, lines)) <= width
 
 
 @pytest.mark.parametrize("nproc", [1, 3])

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from ranks import REPOSITORY
+from ranks import REPOSITORY, events, train
 
 from distributed_mnist.grammar import parse
 
@@ -109,6 +109,32 @@ def test_what_make_is_asked_for_it_makes() -> None:
     targets = re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
     shown = [line.split()[1] for line in lines_of_commands() if re.match(r"make \w", line)]
     assert {"train", "test"} <= set(shown) <= set(targets)
+
+
+def test_the_page_of_the_runs_folder_is_true(digits: Path, tmp_path: Path) -> None:
+    """Every file and every field of every event is told, and what is told is there."""
+    text = (REPOSITORY / "docs" / "run-folder.md").read_text()
+    words = ("--dataset", "idx", "--data", digits, "--recipe", "classic", "--batch-size", 500)
+    words += ("--checkpoint-every", 1)
+    train(*words, "--epochs", 1, nproc=2, out=tmp_path)
+    train(*words, "--epochs", 2, "--resume", "auto", nproc=2, out=tmp_path)  # with a notice of that
+    files = set(
+        re.findall(r"`([\w./]+)`", "".join(line.split("|")[1] for line in text.splitlines() if "|" in line))
+    )
+    for path in tmp_path.rglob("*"):
+        name = str(path.relative_to(tmp_path))
+        assert path.is_dir() or name in files or name.startswith("checkpoints/step_"), name
+    told = {
+        row.split("|")[1].strip(" `"): set(re.findall(r"`(\w+)`", row.split("|")[3]))
+        for row in text.partition("| event |")[2].splitlines()[2:]
+        if row.startswith("|")
+    }
+    seen = events(tmp_path)
+    assert {event["event"] for event in seen} == set(told) - {"stop"}
+    for event in seen:
+        missing = set(event) - {"event", "time"} - told[event["event"]]
+        assert not missing, (event["event"], missing)
+        assert set(told[event["event"]]) - set(event) <= {"rank", "host", "pid", "busy", "exchange"}, event
 
 
 def test_the_readme_names_the_files_of_a_data_set(digits: Path) -> None:

@@ -287,7 +287,9 @@ def test_only_an_earlier_export_is_written_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("form", "package"), [("onnx", "onnxscript"), ("safetensors", "safetensors")])
 def test_a_missing_extra(form: Any, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match=rf"needs {package}: pip install 'distributed-mnist\[{form}\]'"):
+    with pytest.raises(
+        UsageError, match=rf"needs {package}: \S+ -m pip install 'distributed-mnist\[{form}\]'"
+    ):
         export.export(Export(tmp_path, format=(form,)))
 
 

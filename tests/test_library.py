@@ -147,11 +147,11 @@ def test_a_network_with_other_outputs(digits: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"keep": "3"}, "--keep must be of type int, not 3"),
+        ({"keep": "3"}, "--keep must be a whole number, not 3"),
         ({"device": torch.device("cpu")}, "--device must be auto or cpu, not cpu"),
-        ({"checkpoint_every": 2.5}, "--checkpoint-every must be of type str, not 2.5"),
+        ({"checkpoint_every": 2.5}, "--checkpoint-every must be text, not 2.5"),
         ({"device": "cuda:9"}, "--device must be auto or cpu, not cuda:9"),
-        ({"hang_after": True}, "--hang-after must be of type float, not True"),
+        ({"hang_after": True}, "--hang-after must be a number, not True"),
     ],
 )
 def test_settings_of_other_types(settings: dict[str, Any], told: str, digits: Path, tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_errors_are_raised_here(
 def test_settings_that_cannot_be_used() -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"epoch": 2}, "did you mean epochs"),
-        ({"epochs": "2"}, "epochs must be int"),
+        ({"epochs": "2"}, "epochs must be a whole number"),
         ({"recipe": "quick"}, "no recipe"),
         ({"dataset": "mnits"}, "did you mean mnist"),
         ({"model": 3}, "model must be a name or a function"),

@@ -75,7 +75,7 @@ def test_a_sheet_of_mistakes(digits: Path, tmp_path: Path) -> None:
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distributed_mnist.flags.find_spec", lambda _: None)
-    with pytest.raises(UsageError, match=r"pip install 'distributed-mnist\[tensorboard\]'"):
+    with pytest.raises(UsageError, match=r"-m pip install 'distributed-mnist\[tensorboard\]'"):
         parse(["train", "--tensorboard"])
 
 
