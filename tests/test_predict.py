@@ -108,6 +108,19 @@ def test_tiny_pictures_and_what_begins_like_an_idx_file(tmp_path: Path) -> None:
     assert predict._is_idx(tmp_path / "idx")
 
 
+def test_several_digits_are_refused() -> None:
+    refused = 0
+    for one, other in zip(DIGITS[:20], DIGITS[20:], strict=True):
+        cut = [digit[:, digit.any(0)] for digit in (one, other)]
+        pair = np.pad(np.hstack([cut[0], np.zeros((28, 3), np.uint8), cut[1]]), 4)
+        try:
+            picture.normalised(255 - np.kron(pair, np.ones((4, 4), np.uint8)))
+        except ValueError as error:
+            assert "several digits are drawn in it" in str(error)
+            refused += 1
+    assert refused >= 18
+
+
 def test_files_that_are_like_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = Image.new("L", (60, 60), 255)
     image.paste(0, (25, 10, 35, 50))
