@@ -1,7 +1,7 @@
 """What was trained, ready to use: a checkpoint, or a run's folder, as a network with what belongs to it."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Trained:
     std: float
     dataset: str
     """Name of the data set it was trained on."""
-    content: Content
+    content: Content = field(repr=False)
     """The checkpoint."""
     path: str
     """Where the checkpoint was read; of networks that vote, the ensemble's folder."""

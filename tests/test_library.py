@@ -315,4 +315,4 @@ def test_the_documents_examples_run(digits: Path, tmp_path: Path, monkeypatch: p
     scope: dict[str, Any] = {"__name__": "examples"}
     for example in examples:
         exec(compile(example.replace('"mnist"', '"idx"'), "library.md", "exec"), scope)
-    assert scope["result"].accuracy >= 0
+    assert scope["result"].steps == 6  # of the last: 300 images in batches of 50
