@@ -76,7 +76,8 @@ def read(trained: Trained, dataset: str | None, folder: Path | None, console: Co
     told = trained.content["dataset"] or {}
     if dataset is None and trained.dataset not in NAMES:
         raise DataError(
-            f"{trained.path} was trained on {trained.dataset!r}, data given in Python: name a data set"
+            f"{trained.path} was trained on {trained.dataset!r}, data given in Python: name a data set, or "
+            "give those (dataset)"
         )
     drawn = {key: told[key] for key in ("seed", "train_size", "test_size") if key in told}
     with DataProgress(console) as progress:

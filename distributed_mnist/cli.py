@@ -143,8 +143,9 @@ def _doctor(command: "Doctor") -> int:
     placement = launch.detect()
     if placement is not None:
         _refuse_another_size(placement, command.nproc)
+        return spawn.start(placement, None, "distributed_mnist.doctor:work", command)
     nproc = command.nproc or launch.trial_nproc(command.device)
-    return spawn.start(placement, nproc, "distributed_mnist.doctor:work", command)
+    return spawn.start(None, nproc, "distributed_mnist.doctor:work", command)
 
 
 def _bench(command: "Bench") -> int:

@@ -76,7 +76,8 @@ class Run:
         """Raises `UsageError` for impossible values."""
         for field in dataclasses.fields(self):
             if not _fits(getattr(self, field.name), field.type):
-                require(False, field.name, _kind(field.type), self)
+                told = f"{_kind(field.type)}, not {getattr(self, field.name)!r}"
+                raise UsageError(f"{flag(field.name)} must be {told}")
         for name in ("train_size", "test_size", "keep"):
             require(getattr(self, name) >= 1, name, "at least 1", self)
         for name in ("nproc", "micro_batch"):

@@ -56,6 +56,7 @@ def print_json(value: dict[str, Any]) -> None:
 def _let_go(stream: TextIO) -> None:
     """What is left in its buffer must not fail once more when the process ends."""
     with contextlib.suppress(OSError, ValueError):  # some streams are no files
+        descriptor = stream.fileno()
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
+        os.dup2(nowhere, descriptor)
         os.close(nowhere)

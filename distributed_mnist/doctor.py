@@ -14,7 +14,7 @@ from rich.text import Text
 from . import probe_host, probe_world
 from .console import make_console, print_json
 from .errors import VerificationError
-from .findings import Finding, bad, good, merged, tried, worst
+from .findings import Finding, good, merged, tried, worst
 from .flags_use import Doctor
 from .placement import Placement
 from .process import run_in_group
@@ -54,18 +54,19 @@ def run(world: World, flags: Doctor, console: Console) -> dict[str, Any]:
     findings = merged(list(zip(names, _once_a_host(world.peers, everyone), strict=True)))
     findings.append(_processes(world))
     figures: list[dict[str, float]] = []
+    disk, data = world.from_rank_zero(
+        lambda: (
+            tried("checkpoints", lambda: probe_host.disk(flags.out), "choose another --out"),
+            tried("data", lambda: probe_host.data(flags.dataset, flags.data), "dmnist data check"),
+        )
+    )
     if world.size > 1:
         findings += [probe_world.addresses(world)] if world.local_size < world.size else []
         findings.append(probe_world.collectives(world))
         exchange, figures = probe_world.speed(world)
-        findings += [exchange, probe_world.clocks(world), _folders(world, flags.out)]
-    on_zero = world.from_rank_zero(
-        lambda: [
-            tried("checkpoints", lambda: probe_host.disk(flags.out), "choose another --out"),
-            tried("data", lambda: probe_host.data(flags.dataset, flags.data), "dmnist data check"),
-        ]
-    )
-    findings += on_zero
+        findings += [exchange, probe_world.clocks(world)]
+        findings += [_folders(world, flags.out)] if disk.verdict != "bad" else []
+    findings += [disk, data]
     if world.rank == 0:
         show(findings, console)
     return {
@@ -141,11 +142,9 @@ def _folders(world: World, out: Path) -> Finding:
         os.close(handle)
         return name
 
-    try:
-        name = world.from_rank_zero(mark)
-    except Exception:  # why is told under checkpoints
-        return bad("shared folder", "nothing can be written there", "choose another --out")
-    seen = world.gather(torch.tensor([int(Path(name).exists())], device=world.device)).flatten().tolist()
+    name = world.from_rank_zero(mark)
+    sees = tried("", lambda: good("", "yes" if Path(name).exists() else "no"), "").value == "yes"
+    seen = world.gather(torch.tensor([int(sees)], device=world.device)).flatten().tolist()
     world.from_rank_zero(lambda: Path(name).unlink(missing_ok=True))
     without = {world.peers[rank].host for rank, sees in enumerate(seen) if not sees}
     if without:

@@ -14,6 +14,7 @@ from .catalog import require_name
 from .config import Recipe, Run, flag, require
 from .errors import UsageError
 from .installed import install
+from .layout import members_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,9 @@ class Train(Every):
             raise UsageError(f"--tensorboard needs it: {install('tensorboard')}")
         require_name(self.run.dataset)
         require(self.ensemble >= 1, "ensemble", "at least 1", self)
+        out = self.run.out
+        if self.ensemble == 1 and self.run.resume == "auto" and out and (members := members_in(out)):
+            raise UsageError(f"{out} is an ensemble: add --ensemble {len(members)}")
         if self.ensemble > 1 and self.run.resume not in (None, "auto"):
             raise UsageError("--ensemble goes on with --resume auto: one checkpoint is of one network")
 

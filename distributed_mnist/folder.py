@@ -43,11 +43,18 @@ class Folder:
     """On rank 0."""
 
 
-def open_folder(world: World, options: Run, recipe: Recipe, title: str) -> Folder:
-    """The run's folder, the same on every rank; on rank 0 locked, and refused if it holds another run."""
+def require_one_recipe(world: World, recipe: Recipe) -> None:
+    """Raise `UsageError` if ranks were started with different flags, for they would wait for each other, and
+    for a recipe that has no work for so many."""
     if others := world.differing(digest(recipe.to_dict())):
         told = f"rank {others[0]} was given another recipe than rank 0"
-        raise UsageError(f"{told}: start all with the same flags, --recipe among them")
+        hint = "; where rank 0 alone sees the run that goes on, that means --recipe and the data too"
+        raise UsageError(f"{told}: start all with the same flags{hint}")
+    recipe.check_size(world.size)
+
+
+def open_folder(world: World, options: Run, recipe: Recipe, title: str) -> Folder:
+    """The run's folder, the same on every rank; on rank 0 locked, and refused if it holds another run."""
     what = digest([recipe.to_dict(), *(str(getattr(options, name)) for name in DATA_OPTIONS)])
     known = _opened_before(world, options, what)
     locks: list[RunLock] = []

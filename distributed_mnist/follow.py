@@ -64,10 +64,10 @@ def command(flags: Watch) -> int:
 def _wait_for(folder: Path, terminal: Terminal) -> None:
     """Until a run has begun in the folder, or for so long that none will: `Tail` says so."""
     told = False
-    if any(folder.glob("seed-*")):
-        read(folder)  # says that one of its networks must be named
     deadline = time.monotonic() + _PATIENCE
     while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        if folder.is_file() or layout.members_in(folder):
+            read(folder)  # says that it is no run's, or that one of an ensemble's must be named
         if not told:
             terminal.log("notice", text=f"no run in {folder} yet: waiting for it to begin")
         told = True
@@ -76,6 +76,7 @@ def _wait_for(folder: Path, terminal: Terminal) -> None:
 
 def _follow(folder: Path, terminal: Terminal) -> int:
     tail, silent, step = Tail(folder), time.monotonic(), 0
+    last: Event = {"event": ""}
     while True:
         events = tail.new()
         for event in events:
@@ -85,8 +86,9 @@ def _follow(folder: Path, terminal: Terminal) -> int:
         if events and events[-1]["event"] == "end":
             return 0
         go_on = f"go on with dmnist train {layout.go_on(folder)}"
-        if events and events[-1]["event"] == "stop":
-            raise Interrupted(f"it was asked to stop, and did after step {events[-1]['step']}: {go_on}")
+        last = events[-1] if events else last
+        if last["event"] == "stop" and not is_live(folder):
+            raise Interrupted(f"it was asked to stop, and did after step {last['step']}: {go_on}")
         if events:
             silent = time.monotonic()
         elif time.monotonic() - silent > _GRACE_SECONDS and not is_live(folder):

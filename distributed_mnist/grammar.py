@@ -87,8 +87,9 @@ def _train_defaults(arguments: list[str]) -> Train:
     named, out, run = _value(arguments, "--recipe"), _value(arguments, "--out"), Run()
     told = layout.config_in(Path(out)) if out and _value(arguments, "--resume") == "auto" else None
     if told is not None:
-        data = {name: told["run"][name] for name in DATA_OPTIONS if name in told["run"]}
-        run = Run(**{**data, "data": Path(data.get("data", "data"))})
+        if _value(arguments, "--dataset") in (None, told["run"].get("dataset")):
+            data = {name: told["run"][name] for name in DATA_OPTIONS if name in told["run"]}
+            run = Run(**{**data, "data": Path(data.get("data", "data"))})
         if named is None:
             settings = {key: value for key, value in told["recipe"].items() if not _names_code(key, value)}
             return Train(settings=Recipe.from_dict(settings, str(out)), run=run, recipe=f"of {out}")

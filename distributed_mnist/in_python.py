@@ -76,7 +76,7 @@ def train(
     data: str | Path = "data",
     out: str | Path | None = None,
     nproc: int | None = None,
-    resume: str | None = None,
+    resume: str | Path | None = None,
     verbose: bool = False,
     **settings: Any,
 ) -> Result:
@@ -103,7 +103,7 @@ def train(
         dataset=dataset_name,
         data=folder,
         out=Path(out) if out is not None else None,
-        resume=resume,
+        resume=None if resume is None else str(resume),
         nproc=nproc,
         **carried_out,
     )

@@ -16,7 +16,16 @@ from .datasets import Dataset
 from .digest import digest
 from .errors import DmnistError, Interrupted, OutputError, WorkerLost, reason
 from .evaluate import Evaluation
-from .folder import Folder, described, open_folder, open_store, read_named, refuse_mismatch, resume
+from .folder import (
+    Folder,
+    described,
+    open_folder,
+    open_store,
+    read_named,
+    refuse_mismatch,
+    require_one_recipe,
+    resume,
+)
 from .lock import RunLock, write_json
 from .models import Traits, find_factory
 from .observe import JsonLines, Many, MistakesFile, Notices, NullSink, Sink
@@ -49,7 +58,7 @@ def run(
     `go_on` are the flags with which a person goes on, where they are not just this run's.
     """
     began = time.perf_counter()
-    recipe.check_size(world.size)
+    require_one_recipe(world, recipe)
     find_factory(recipe.model)  # what is cheap to refuse is refused before waiting for the data
     named = read_named(world, options)
     threads = use_threads(world, recipe)
@@ -161,7 +170,8 @@ def finish(
         write_json(path / "result.json", result)
     except OutputError as error:
         raise OutputError(f"trained, but {error}; make room, then {layout.go_on(path)}") from None
-    lock.release()
+    finally:
+        lock.release()
     try:
         report.write([read_record(path)], path / "report.html")
     except DmnistError as error:

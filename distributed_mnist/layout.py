@@ -8,6 +8,7 @@ from typing import Any
 
 RUNS = Path("runs")
 """Where runs go that were given no folder."""
+_MEMBER = re.compile(r"seed-(\d+)")
 _NAME = re.compile(r"step_(\d+)\.pt")
 
 
@@ -29,6 +30,8 @@ def new_folder(title: str) -> Path:
 
 def go_on(out: Path, ensemble: int = 1) -> str:
     """The flags with which a person goes on with the run, or the ensemble of so many, in `out`."""
+    if ensemble == 1 and _MEMBER.fullmatch(out.name) and not (out.parent / "metrics.jsonl").exists():
+        return f"--resume auto --out {out.parent} --ensemble N"  # how many, that folder does not tell
     return f"--resume auto --out {out}" + (f" --ensemble {ensemble}" if ensemble > 1 else "")
 
 
@@ -39,8 +42,10 @@ def member_folder(out: Path, seed: int) -> Path:
 
 def members_in(out: Path) -> list[Path]:
     """The folders of an ensemble's networks, by seed."""
-    found = [folder for folder in out.glob("seed-*") if folder.name[5:].isdecimal()]
-    return sorted(found, key=lambda folder: int(folder.name[5:]))
+    found = [
+        (int(match[1]), path) for path in out.glob("seed-*") if (match := _MEMBER.fullmatch(path.name))
+    ]
+    return [path for _, path in sorted(found)]
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

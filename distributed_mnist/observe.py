@@ -1,7 +1,7 @@
 """What a run tells: events go to a sink, and a sink is a file, a terminal, several, or nothing.
 
 Events are plain fields under a name: `start`, `notice`, `steps`, `evaluation`, `mistakes`, `checkpoint`,
-`end`. Only rank 0 has a sink that does anything; the code that logs never asks.
+`stop`, `end`. Only rank 0 has a sink that does anything; the code that logs never asks.
 """
 
 import contextlib

@@ -207,10 +207,9 @@ def _device_name(module: Any, index: int) -> str:
     name = "one without a name"
     try:
         name = str(module.get_device_name(index))
-        free, total = module.mem_get_info(index)
+        return f"{name} ({module.get_device_properties(index).total_memory / 2**30:.0f} GiB)"
     except (AttributeError, RuntimeError):
         return name
-    return f"{name} ({free / 2**30:.0f} of {total / 2**30:.0f} GiB free)"
 
 
 def _open_files() -> Finding:

@@ -1,6 +1,8 @@
 """What was trained, ready to use: a checkpoint, or a run's folder, as a network with what belongs to it."""
 
 import dataclasses
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from .config import Recipe
 from .digest import digest
 from .errors import CheckpointError, UsageError
 from .evaluate import forward
-from .layout import checkpoints_in, members_in
+from .layout import checkpoint_path, checkpoints_in, member_folder, members_in
 from .models import MODELS, build, place
 from .vote import Vote
 
@@ -87,6 +89,8 @@ class Found:
     """The checkpoint, or the ensemble's folder."""
     files: list[tuple[str, bytes]]
     """Each checkpoint's path and bytes."""
+    weights: Sequence[str] = ()
+    """Of networks that vote, the digests of their weights when they did."""
 
 
 def find(path: Path) -> Found:
@@ -98,14 +102,7 @@ def find(path: Path) -> Found:
         if best.is_file():
             return Found(str(best), [(str(best), read_bytes(best))])
     if members := members_in(path):
-        if not (path / "result.json").is_file():
-            raise CheckpointError(
-                f"{path} is an unfinished ensemble: name one of its networks, such as {members[0]}"
-            )
-        last = [checkpoints_in(member / "checkpoints")[-1:] for member in members]
-        if not all(last):
-            raise CheckpointError(f"{path} lacks checkpoints of some of its {len(members)} networks")
-        return Found(str(path), [(str(file), read_bytes(file)) for (file,) in last])
+        return _voters(path, members[0])
     if steps := checkpoints_in(path / "checkpoints"):
         raise CheckpointError(
             f"{path} was not scored before it stopped: name a checkpoint, such as {steps[-1]}"
@@ -113,6 +110,23 @@ def find(path: Path) -> Found:
     if path.is_dir():
         raise CheckpointError(f"{path} has no checkpoint in it")
     return Found(str(path), [(str(path), read_bytes(path))])
+
+
+def _voters(path: Path, one: Path) -> Found:
+    """The networks of an ensemble that its `result.json` is the vote of, as they were then."""
+    try:
+        members = json.loads((path / "result.json").read_text())["members"]
+        folders = [member_folder(path, member["seed"]) for member in members]
+        steps = [json.loads((folder / "result.json").read_text())["steps"] for folder in folders]
+        weights = [member["weights_sha256"] for member in members]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(
+            f"{path} is an unfinished ensemble: name one of its networks, such as {one}"
+        ) from None
+    files = [
+        checkpoint_path(folder / "checkpoints", step) for folder, step in zip(folders, steps, strict=True)
+    ]
+    return Found(str(path), [(str(file), read_bytes(file)) for file in files], weights)
 
 
 def restore(found: Found, *, model: str | None, device: torch.device) -> Trained:
@@ -124,6 +138,11 @@ def restore(found: Found, *, model: str | None, device: torch.device) -> Trained
     networks = [_restore(path, raw, model, device) for path, raw in found.files]
     if len(networks) == 1:
         return networks[0]
+    for one, then in zip(networks, found.weights, strict=True):
+        if one.weights_sha256 != then:
+            raise CheckpointError(
+                f"{one.path} has other weights than when {found.path} voted: let it vote again"
+            )
     vote = Vote([one.network for one in networks]).eval()
     return dataclasses.replace(networks[0], network=vote, path=found.path)
 

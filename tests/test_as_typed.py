@@ -90,9 +90,9 @@ def workplace(folder: Path, text: str, digits: Path) -> None:
 def for_small_data(words: list[str], folder: Path) -> list[str]:
     """The words of a `dmnist` command, changed as said above."""
     words = ["2" if word == "N" else "data" if word == "DIR" else word for word in words]
-    if "auto" in words and words[words.index("auto") - 1] == "--dataset":
-        words[words.index("auto")] = "idx"
-    elif words[0] in OF_DATA and "--dataset" not in words:
+    if "--dataset" in words:
+        words[words.index("--dataset") + 1] = "idx"
+    elif words[0] in OF_DATA:
         words += ["--dataset", "idx"]
     if words[0] in (*OF_DATA, "predict"):
         words += ["--device", "cpu"]

@@ -11,6 +11,7 @@ from ranks import DMNIST, Program, dmnist, events, last_step, train
 from torch import nn
 
 from distributed_mnist import idx
+from distributed_mnist.layout import go_on
 from distributed_mnist.vote import Vote
 
 FLAGS = ("--recipe", "fast", "--steps", 4, "--batch-size", 100, "--seed", 3)
@@ -150,6 +151,31 @@ def test_the_vote_is_scored_predicts_and_is_exported(
     )
     refused = dmnist("export", out, "--format", "safetensors")
     assert (refused.code, refused.stderr.count("is of one network")) == (2, 1)
+
+
+def test_only_who_voted_votes(tmp_path: Path, data: tuple[object, ...]) -> None:
+    out = tmp_path / "out"
+    train(*data, *FLAGS, "--ensemble", 3, nproc=1, out=out)
+    two = train(*data, *FLAGS, "--ensemble", 2, "--resume", "auto", nproc=1, out=out)
+    told = dmnist("evaluate", out, "--device", "cpu", "--json").json()
+    assert told["weights_sha256"] == two["weights_sha256"]
+    assert told["test_loss"] == two["test_loss"]
+    other, one = (out / f"seed-{seed}" / "checkpoints" / "step_00000004.pt" for seed in (5, 3))
+    one.write_bytes(other.read_bytes())
+    ended = dmnist("evaluate", out)
+    assert ended.code == 4
+    assert f"has other weights than when {out} voted" in ended.stderr
+
+
+def test_one_network_is_not_trained_over_an_ensemble(tmp_path: Path, data: tuple[object, ...]) -> None:
+    out = tmp_path / "out"
+    whole = train(*data, *FLAGS, "--ensemble", 2, nproc=1, out=out)
+    ended = dmnist("train", "--resume", "auto", "--out", out)
+    assert (ended.code, ended.stderr) == (2, f"dmnist: {out} is an ensemble: add --ensemble 2\n")
+    again = train("--resume", "auto", "--ensemble", 2, nproc=1, out=out)
+    assert again["weights_sha256"] == whole["weights_sha256"]
+    assert go_on(out / "seed-3") == f"--resume auto --out {out} --ensemble N"
+    assert go_on(out) == f"--resume auto --out {out}"
 
 
 def test_an_unfinished_ensemble_has_no_vote(tmp_path: Path, data: tuple[object, ...]) -> None:

@@ -140,12 +140,19 @@ def test_a_run_that_has_not_begun_is_waited_for(
         follow.command(Watch(tmp_path / "never"))
 
 
-def test_a_run_that_was_asked_to_stop_ends_at_once(run: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_asked_to_stop_ends_at_once(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     stop = json.dumps({"event": "stop", "time": 1.0, "step": 7}) + "\n"
     (tmp_path / "metrics.jsonl").write_text("".join(lines[:-1]) + stop)
     with pytest.raises(Interrupted, match=r"after step 7: go on with dmnist train --resume auto --out"):
         follow._follow(tmp_path, Terminal(Console(quiet=True)))
+    live = iter([True, True, False])  # it goes on already, and has not said so yet
+    monkeypatch.setattr(follow, "is_live", lambda _: next(live))
+    with pytest.raises(Interrupted):
+        follow._follow(tmp_path, Terminal(Console(quiet=True)))
+    assert next(live, "used up") == "used up"
 
 
 def test_a_run_that_nobody_trains_any_more(

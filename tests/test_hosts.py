@@ -1,6 +1,7 @@
 """Across hosts with networks of their own: the same weights, or an end that says what is unreachable."""
 
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -165,6 +166,17 @@ def alone(host: Host, job: Job, rank: int, meet: str) -> Program:
     command = (sys.executable, "-c", IMPATIENT, *job.words, "--out", job.out)
     place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": meet, "MASTER_PORT": str(new_port())}
     return host.start(command, **job.variables, **place)
+
+
+def test_who_does_not_reach_whom_is_told() -> None:
+    """There is no group then that a doctor could examine; who tried says it, with the address."""
+    with Network(3) as hosts:
+        hosts[2].forget(hosts[1])
+        command = (*DMNIST, "doctor", "--device", "cpu", "--dataset", "generated")
+        line = told(by_hand(hosts, [1] * 3, command, hosts[0].address)[2].finish(), 8)
+    assert re.search(
+        rf"rank 2: lost rank 1 \(pid \d+ on host2\): no route to host at {hosts[1].address} port \d+", line
+    )
 
 
 def test_no_rank_zero(job: Job) -> None:

@@ -147,10 +147,10 @@ def test_a_network_with_other_outputs(digits: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"keep": "3"}, "--keep must be a whole number, not 3"),
-        ({"device": torch.device("cpu")}, "--device must be auto or cpu, not cpu"),
+        ({"keep": "3"}, "--keep must be a whole number, not '3'"),
+        ({"device": torch.device("cpu")}, "--device must be auto or cpu, not device"),
         ({"checkpoint_every": 2.5}, "--checkpoint-every must be text, not 2.5"),
-        ({"device": "cuda:9"}, "--device must be auto or cpu, not cuda:9"),
+        ({"device": "cuda:9"}, "--device must be auto or cpu, not 'cuda:9'"),
         ({"hang_after": True}, "--hang-after must be a number, not True"),
     ],
 )

@@ -364,3 +364,23 @@ def test_a_model_of_ones_own_is_not_taken_from_the_run(digits: Path, tmp_path: P
     ended = dmnist("train", "--resume", "auto", "--out", tmp_path, "--nproc", 1)
     assert ended.code == 4
     assert "--model networks:dropout there, cnn here" in ended.stderr
+
+
+def test_other_data_are_refused_as_such(digits: Path, tmp_path: Path) -> None:
+    words = (
+        "--dataset",
+        "generated",
+        "--train-size",
+        300,
+        "--test-size",
+        50,
+        "--recipe",
+        "classic",
+        "--steps",
+        2,
+    )
+    train(*words, nproc=1, out=tmp_path)
+    here = ("--dataset", "idx", "--data", digits, "--nproc", 1)
+    ended = dmnist("train", "--resume", "auto", "--out", tmp_path, *here)
+    assert ended.code == 4
+    assert "is of other data: generated" in ended.stderr

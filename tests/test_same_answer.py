@@ -247,7 +247,10 @@ def test_as_a_module(tmp_path: Path) -> None:
     assert "train" in run([sys.executable, "-m", "distributed_mnist", "--help"], cwd=tmp_path).stdout
 
 
-def test_ranks_with_other_recipes_are_told(digits: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "other", [["--lr", "0.5"], ["--sync", "ddp"], ["--shards", "1"], ["--model", "cnn"]]
+)
+def test_ranks_with_other_recipes_are_told(other: list[str], digits: Path, tmp_path: Path) -> None:
     port = str(free_port())
     words = [
         "train",
@@ -259,7 +262,7 @@ def test_ranks_with_other_recipes_are_told(digits: Path, tmp_path: Path) -> None
         "--out",
         str(tmp_path / "out"),
     ]
-    recipes = [["--recipe", "classic"], ["--recipe", "classic", "--lr", "0.5"]]
+    recipes = [["--recipe", "classic"], ["--recipe", "classic", *other]]
     places: list[dict[str, Any]] = [
         {
             "RANK": str(rank),
