@@ -44,8 +44,8 @@ class Folder:
 
 
 def require_one_recipe(world: World, recipe: Recipe) -> None:
-    """Raise `UsageError` if ranks were started with different flags, for they would wait for each other, and
-    for a recipe that has no work for so many."""
+    """Raise `UsageError` if ranks were started with different flags, for they would wait for each other,
+    and for a recipe that has no work for so many."""
     if others := world.differing(digest(recipe.to_dict())):
         told = f"rank {others[0]} was given another recipe than rank 0"
         hint = "; where rank 0 alone sees the run that goes on, that means --recipe and the data too"
