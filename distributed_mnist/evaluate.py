@@ -86,8 +86,11 @@ def evaluate(
 
 def forward(model: nn.Module, images: Tensor, precision: Precision) -> Tensor:
     """float32 logits `(n, classes)` of normalised images, computed in the given precision."""
-    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+    if precision == "fp32":
         logits = model(images)
+    else:
+        with torch.autocast(images.device.type, dtype=torch.bfloat16):
+            logits = model(images)
     if not isinstance(logits, Tensor):
         raise UsageError(f"the network gives a {type(logits).__name__}, not a tensor of logits")
     return logits.float()

@@ -83,15 +83,17 @@ def _follow(folder: Path, terminal: Terminal) -> int:
             fields = {key: value for key, value in event.items() if key not in ("event", "time")}
             terminal.log(event["event"], **fields)
             step = event.get("step", step)
-        if events and events[-1]["event"] == "end":
+        last = events[-1] if events else last
+        if last["event"] == "end":
             return 0
         go_on = f"go on with dmnist train {layout.go_on(folder)}"
-        last = events[-1] if events else last
         if last["event"] == "stop" and not is_live(folder):
             raise Interrupted(f"it was asked to stop, and did after step {last['step']}: {go_on}")
         if events:
             silent = time.monotonic()
         elif time.monotonic() - silent > _GRACE_SECONDS and not is_live(folder):
+            if read(folder).state == "finished":  # a full disk ended the record before the run
+                return 0
             raise WorkerLost(
                 f"nobody trains {folder} any more, {_last_heard(folder)} at step {step}: {go_on}"
             )

@@ -1,6 +1,7 @@
 """Who holds the others up, and a run followed by its files."""
 
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -166,3 +167,5 @@ def test_a_run_that_nobody_trains_any_more(
         WorkerLost, match=r"nobody trains .* last heard of [\d,]+ s ago at step \d+: .* --resume auto --out"
     ):
         follow._follow(tmp_path, Terminal(Console(quiet=True)))
+    shutil.copy(run / "result.json", tmp_path)  # and yet it came to its end: a full disk ended the record
+    assert follow._follow(tmp_path, Terminal(Console(quiet=True))) == 0
