@@ -58,7 +58,7 @@ def charts(records: Sequence[Record]) -> list[Chart]:
         of("Loss" if single else "Training loss (test: faint dots)", loss, "{:.3g}".format, log=True),
         of("Accuracy" if single else "Test accuracy", accuracy, "{:.4g} %".format),
         of("Learning rate", rate, "{:.2g}".format),
-        of("Images per second", speed, "{:,.0f}".format),
+        of("Images per second", speed, lambda each: f"{each / 1000:g} k" if each >= 1000 else f"{each:g}"),
     ]
     if single:
         found += [
@@ -100,11 +100,11 @@ def classes(record: Record) -> list[dict[str, Any]]:
 def facts(record: Record) -> list[tuple[str, str]]:
     """What ran where, and when."""
     last = record.starts[-1] if record.starts else {}
-    lines = last.get("lines", {})
+    first, lines = (record.starts or [{}])[0], last.get("lines", {})
     versions = record.config.get("versions", {})
     began = datetime.fromtimestamp(record.events[0]["time"], UTC) if record.events else None
     found = {
-        "recipe": lines.get("recipe", ""),
+        "recipe": first.get("lines", {}).get("recipe", ""),  # by its name; one that goes on says of what
         "data": lines.get("data", ""),
         "processes": lines.get("world", ""),
         "hosts": hosts_of(last) if last else "",

@@ -73,6 +73,10 @@ class Terminal:
     ) -> None:
         for name, text in {} if again else lines.items():  # already there to read, further up
             self._line(name, text)
+        if again and self._all_ranks:  # where it was started the launcher has said more
+            self._line(
+                "note", f"a process was lost: all are started again, from step {step}", style="yellow"
+            )
         self._epochs = epochs
         self._ranks = ranks
         self._waiting.begin(ranks)
@@ -80,7 +84,8 @@ class Terminal:
             self._stop_bar()  # of the group before this one
             columns = _columns(self._console.width - _ECHO, epochs, steps)
             self._bar = _Bar(*columns, console=self._console)
-            self._shown = {"epoch": f"1/{epochs}", "loss": "–", "test": "–", "speed": "–"}  # noqa: RUF001
+            scored = self._shown.get("test", "–")  # noqa: RUF001
+            self._shown = {"epoch": f"1/{epochs}", "loss": "–", "test": scored, "speed": "–"}  # noqa: RUF001
             self._task = self._bar.add_task("", total=steps, completed=step, **self._shown)
             self._bar.start()
 

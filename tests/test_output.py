@@ -248,11 +248,13 @@ RESULT: dict[str, Any] = {
 }
 
 
-def terminal(width: int, *, step: int = 235, epochs: int = 2, again: bool = False, **more: Any) -> str:
+def terminal(
+    width: int, *, step: int = 235, epochs: int = 2, again: bool = False, ranks: bool = False, **more: Any
+) -> str:
     """All that a person sees of a run, without escape codes; a `width` of 0 is a pipe."""
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=bool(width), width=width or 1000, color_system=None)
-    sink = Terminal(console)
+    sink = Terminal(console, ranks=ranks)
     recipe = "default: cnn with 215,194 parameters, 2 epochs in batches of 256, tree over 8 shards, seed 0"
     lines = {"recipe": recipe, "out": "runs/x"}
     sink.log("start", lines=lines, epochs=epochs, steps=470, step=0, again=again)
@@ -319,6 +321,10 @@ def test_a_pipe_gets_whole_lines_and_nothing_after_their_end() -> None:
 
 def test_a_run_that_was_started_again_does_not_say_again_what_it_is() -> None:
     assert terminal(0, again=True).splitlines() == terminal(0).splitlines()[2:]
+    note = (
+        "note     a process was lost: all are started again, from step 0"  # for who watches from elsewhere
+    )
+    assert terminal(0, again=True, ranks=True).splitlines() == [note, *terminal(0).splitlines()[2:]]
 
 
 def test_a_narrow_terminal_wraps_at_words_under_the_text() -> None:
