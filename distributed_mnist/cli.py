@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import environment
-from .errors import LaunchError, UsageError, tell, tidy_terminal
+from .errors import LaunchError, UsageError, tell, tidy_terminal, write_line
 from .installed import version
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
         code = _COMMANDS[type(command).__name__](command)
     except KeyboardInterrupt:
         tidy_terminal(sys.stderr, cursor=True)
-        sys.stderr.write("dmnist: stopped at once\n")
+        write_line("stopped at once")
         code = 130
     except Exception as error:
         code = tell(error, debug="--debug" in arguments)

@@ -253,14 +253,10 @@ def _kind(kind: Any) -> str:
 
 
 def _check_type(field: dataclasses.Field[Any], value: object, where: str) -> None:
-    choices = getattr(field.type, "__args__", None)
-    if choices is not None:
-        if value not in choices:
-            raise UsageError(f"{where}: {field.name} must be one of {', '.join(choices)}, not {value!r}")
-    else:
-        allowed = (int, float) if field.type is float else field.type
-        if not isinstance(value, allowed) or isinstance(value, bool):  # type: ignore[arg-type]
-            raise UsageError(f"{where}: {field.name} must be {_kind(field.type)}, not {value!r}")
+    if not _fits(value, field.type):
+        choices = getattr(field.type, "__args__", None)
+        told = f"one of {', '.join(choices)}" if choices else _kind(field.type)
+        raise UsageError(f"{where}: {field.name} must be {told}, not {value!r}")
 
 
 def flag(name: str) -> str:

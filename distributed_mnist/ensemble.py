@@ -9,17 +9,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from .checkpoint import decode, load_weights, read_bytes
+from .checkpoint import read_bytes
 from .config import Recipe
 from .datasets import Dataset
 from .digest import digest
 from .evaluate import evaluate
 from .layout import checkpoints_in, member_folder
 from .lock import write_json
-from .models import build, place
 from .share import share
 from .terminal import Terminal
-from .vote import Vote
+from .trained import Found, restore
 from .world import World
 
 
@@ -34,17 +33,8 @@ def run(
     torch.set_num_threads(1)  # as in training
     data = share(world, read)
     recipes = [recipe.replace(seed=recipe.seed + i) for i in range(members)]
-    raws, results = world.from_rank_zero(lambda: _read(out, recipes))
-
-    def restore() -> Vote:
-        networks = []
-        for one, (path, raw) in zip(recipes, raws, strict=True):
-            network = build(one.model, len(data.class_names), one.seed)
-            load_weights(network, decode(raw, path)["model"], path)
-            networks.append(place(network, world.device))
-        return Vote(networks)
-
-    vote = world.together(restore)
+    found, results = world.from_rank_zero(lambda: _read(out, recipes))
+    vote = world.together(lambda: restore(found, model=recipe.model, device=world.device)).network
     score = evaluate(
         vote,
         data.test,
@@ -78,12 +68,12 @@ def run(
     return result
 
 
-def _read(out: Path, recipes: Sequence[Recipe]) -> tuple[list[tuple[str, bytes]], list[dict[str, Any]]]:
-    """Each network's last checkpoint, with its path, and its result."""
-    raws, results = [], []
+def _read(out: Path, recipes: Sequence[Recipe]) -> tuple[Found, list[dict[str, Any]]]:
+    """The networks' last checkpoints, and their results."""
+    files, results = [], []
     for recipe in recipes:
         folder = member_folder(out, recipe.seed)
         path = checkpoints_in(folder / "checkpoints")[-1]
-        raws.append((str(path), read_bytes(path)))
+        files.append((str(path), read_bytes(path)))
         results.append(json.loads((folder / "result.json").read_text()))
-    return raws, results
+    return Found(str(out), files, [one["weights_sha256"] for one in results]), results

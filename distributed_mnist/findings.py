@@ -74,10 +74,11 @@ def merged(by_rank: Sequence[tuple[str, Sequence[Finding]]]) -> list[Finding]:
         for (who, _), finding in zip(by_rank, row, strict=True):
             owners.setdefault(finding, []).append(who)
         for finding, whose in owners.items():
-            told = f"{_some(whose)}: {finding.value}" if len(owners) > 1 else finding.value
+            told = f"{some(whose)}: {finding.value}" if len(owners) > 1 else finding.value
             lines.append(Finding(finding.name, finding.verdict, told, finding.advice))
     return lines
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first few of them, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -77,6 +77,7 @@ def _wait_for(folder: Path, terminal: Terminal) -> None:
 def _follow(folder: Path, terminal: Terminal) -> int:
     tail, silent, step = Tail(folder), time.monotonic(), 0
     last: Event = {"event": ""}
+    go_on = f"go on with dmnist train {layout.go_on(folder)}"
     while True:
         events = tail.new()
         for event in events:
@@ -86,7 +87,6 @@ def _follow(folder: Path, terminal: Terminal) -> int:
         last = events[-1] if events else last
         if last["event"] == "end":
             return 0
-        go_on = f"go on with dmnist train {layout.go_on(folder)}"
         if last["event"] == "stop" and not is_live(folder):
             raise Interrupted(f"it was asked to stop, and did after step {last['step']}: {go_on}")
         if events:

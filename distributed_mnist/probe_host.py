@@ -28,6 +28,7 @@ _CHECKPOINT_BYTES = 8 * 2**20
 """About what a checkpoint of the larger models takes."""
 _LEAST_FREE = 2**30
 _LEAST_SHARED = 2**28
+_REPORT = "report this line: the rest stands without it"
 
 
 def affinity() -> set[int]:
@@ -45,10 +46,10 @@ def examine(peers: list[Peer], rank: int, local_size: int, together: int) -> lis
         tried(
             "processor",
             lambda: _processor(local_size, together),
-            "report this line: the rest stands without it",
+            _REPORT,
         ),
-        tried("threads", lambda: _threads(local_size), "report this line: the rest stands without it"),
-        tried("settings", _settings, "report this line: the rest stands without it"),
+        tried("threads", lambda: _threads(local_size), _REPORT),
+        tried("settings", _settings, _REPORT),
         tried("memory", _memory, "look at the host's memory"),
         tried("devices", _devices, "check the driver and torch's build"),
         tried("open files", _open_files, "ulimit -n 4096"),

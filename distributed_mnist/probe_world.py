@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .costs import LOOPBACK
 from .errors import WorkerLost, described
-from .findings import Finding, bad, doubtful, good
+from .findings import Finding, bad, doubtful, good, some
 from .topology import Finish
 from .tree import BinaryCounter, owned_shards
 from .world import World
@@ -82,9 +82,7 @@ def addresses(world: World) -> Finding:
     hosts: dict[str, str] = {}
     for rank, peer in enumerate(world.peers):
         hosts.setdefault(peer.host, f"{peer.host} {world.address(rank)}")
-    told = list(hosts.values())
-    more = f" and {len(told) - 4} more" if len(told) > 4 else ""
-    return good("addresses", ", ".join(told[:4]) + more)
+    return good("addresses", some(list(hosts.values())))
 
 
 def clocks(world: World) -> Finding:
@@ -108,18 +106,12 @@ def _median(world: World, call: Callable[[], None], times: int = 15) -> float:
     taken = []
     for _ in range(times):
         world.barrier()
-        _finish(world)
         began = time.perf_counter()
         call()
-        _finish(world)
+        if world.device.type != "cpu":  # it works by itself
+            torch.accelerator.synchronize(world.device)
         taken.append(time.perf_counter() - began)
     return sorted(taken)[times // 2]
-
-
-def _finish(world: World) -> None:
-    """Wait for a device that works by itself."""
-    if world.device.type != "cpu":
-        torch.accelerator.synchronize(world.device)
 
 
 def _values(world: World, rank: int) -> Tensor:

@@ -1,4 +1,5 @@
-"""What was trained, ready to use: a checkpoint, or a run's folder, as a network with what belongs to it."""
+"""What was trained, ready to use: a checkpoint, a run's folder or an ensemble's, as a network with what
+belongs to it."""
 
 import dataclasses
 import json

@@ -27,11 +27,6 @@ def slurm() -> Iterator[Slurm]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def undisturbed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return paced.undisturbed(digits, tmp_path_factory.mktemp("undisturbed"))
-
-
 def result(out: Path) -> dict[str, Any]:
     return json.loads((out / "result.json").read_text())
 
@@ -167,7 +162,7 @@ def test_a_step_is_asked_to_stop(slurm: Slurm, batches: object, short: Any, tmp_
 def test_goes_on_by_itself(
     disturb: Disturb,
     batches: dict[Disturb, Batch],
-    undisturbed: dict[str, Any],
+    expected: dict[str, Any],
 ) -> None:
     """Without a hand, and nothing but work since a checkpoint is lost."""
     batch = batches[disturb]
@@ -185,7 +180,7 @@ def test_goes_on_by_itself(
         assert restarts >= len(more) if disturb is time_limit else restarts == len(more) == 1
         assert f"after step {more[-1]} of" in batch.job.output()
         assert f"code 75, {left}: requeued" in batch.job.output()
-    paced.assert_same(result(batch.out), undisturbed, world_size=2)
+    paced.assert_same(result(batch.out), expected, world_size=2)
 
 
 @pytest.mark.slow
