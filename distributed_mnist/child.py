@@ -14,6 +14,7 @@ from typing import Any
 
 from .errors import WorkerLost, tidy_terminal
 from .placement import Placement
+from .signals import SIGNALS
 
 Target = str
 """`module:function`, so that this process need not import what only the others need. The function is called
@@ -33,6 +34,7 @@ def work(
     handed: Any = None,
 ) -> None:
     """A worker's life. `alive` is the end of a pipe whose other end the launcher holds."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a server that others started may let them through
     threading.Thread(target=_end_with_launcher, args=(alive,), daemon=True).start()
     if output is not None:
         os.dup2(output.fileno(), 1)

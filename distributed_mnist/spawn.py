@@ -79,9 +79,13 @@ def start(placement: Placement | None, nproc: int | None, target: Target, argume
 def warm_up() -> None:
     """Start the server that workers are forked from; it imports torch while this process does other
     things."""
-    context = _context()
-    if context.get_start_method() != "forkserver":
-        return
+    if _context().get_start_method() == "forkserver":
+        start_server()
+
+
+def start_server() -> None:
+    """Start multiprocessing's server, if there is none yet, so that its children are born with our signals
+    blocked."""
     resource_tracker.ensure_running()  # it would unblock the signals when started later
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     forkserver.ensure_running()

@@ -163,11 +163,12 @@ def _rank(
 def server() -> Any:
     """The multiprocessing context of a server that has imported what every rank needs, once a session.
 
-    The program's own launcher forks its workers from the same server when it runs in this process.
+    The program's own launcher forks its workers from the same server when it runs in this process, and wants
+    them born with its signals blocked.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["distributed_mnist.preload", "pytest", "ranks"])
-    forkserver.ensure_running()
+    spawn.start_server()
     return context
 
 
@@ -222,8 +223,9 @@ def _command(files: tuple[Path, Path], variables: dict[str, str], words: list[st
     # The command's own workers come from the same warm server, not from a cold one of its own.
     forkserver._forkserver._forkserver_address = server  # type: ignore[attr-defined]
     forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # which the server is deaf to
+    for number in spawn.SIGNALS:  # which the server is deaf to
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, spawn.SIGNALS)
     _write_into(files, "ab")
     spawn.work = functools.partial(_work_into, files)  # type: ignore[assignment]
     os.environ.clear()

@@ -31,13 +31,18 @@ Act = int | str
 
 def act(placement: Placement, listener: socket.socket | None, plan: dict[str, Any]) -> int:
     """What a process does: end with a code, kill itself, or wait. Earlier groups of the plan left files."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, spawn.SIGNALS)
     folder = Path(plan["folder"])
     group = sum(1 for _ in folder.glob(f"{placement.rank}.*"))
     about = {"pid": os.getpid(), "starter": placement.starter, "listens": listener is not None}
     (folder / f"{placement.rank}.{group}").write_text(json.dumps(about))
     groups = plan["groups"]
     does: Act = groups[min(group, len(groups) - 1)][placement.rank]
+    if does in ("deaf", "nearly done"):
+        for number in spawn.SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+    if does == "obey":
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, spawn.SIGNALS)  # not before: one rank may be ahead of another
     if isinstance(does, int):
         return does
     if does.startswith("SIG"):
@@ -46,11 +51,6 @@ def act(placement: Placement, listener: socket.socket | None, plan: dict[str, An
         print("one line\nand another, not ended", end="", flush=True)
         print(" é\udcff", file=sys.stderr, flush=True)
         return 0
-    if does in ("deaf", "nearly done"):
-        for number in spawn.SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-    if does == "obey":
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
     (folder / f"waits.{placement.rank}.{group}").touch()
     if does == "nearly done":
         time.sleep(0.5)
@@ -325,9 +325,14 @@ def test_the_handlers_of_before_are_back(heard: list[int], tmp_path: Path) -> No
 # ---- Several works, and asked to stop when nobody is there to be told ------------------------------------
 
 
+def _listen() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, spawn.SIGNALS)
+    time.sleep(LONG)
+
+
 def test_who_comes_after_a_signal_is_told_of_it() -> None:
     stop = spawn._Stop()
-    worker = server().Process(target=time.sleep, args=(LONG,))
+    worker = server().Process(target=_listen)
     worker.start()
     stop.pass_on(signal.SIGUSR1, None)
     assert stop.asked()
