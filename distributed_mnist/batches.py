@@ -45,7 +45,7 @@ class Split:
 
 def normalise(images: Tensor, mean: float, std: float) -> Tensor:
     """Pixels `(m, 28, 28)` of 0 to 255 to float32 `(m, 1, 28, 28)`: as a fraction, less mean, over std."""
-    return images.unsqueeze(1).float().mul(1 / (255 * std)).sub_(mean / std)
+    return images.unsqueeze(1).to(torch.float32, copy=True).mul_(1 / (255 * std)).sub_(mean / std)
 
 
 def shard_sizes(count: int, shards: int) -> list[int]:

@@ -1,13 +1,11 @@
 """Cross-entropy, and its gradient by the formula: two numbers a class, where autograd would take a
 graph."""
 
-import torch
 from torch import Tensor
 
 _WHOLE = 64  # samples: a multiple of what any processor's vectors hold
 
 
-@torch.no_grad()
 def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """Each sample's loss in nats, `(n,)`, and its gradient by the logits, `(n, classes)`.
 
@@ -21,7 +19,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> tup
     # filled up, because what is left over from whole vectors is computed by other instructions, with other
     # last bits.
     rows = logits.new_zeros((classes, -(-count // _WHOLE) * _WHOLE))
-    rows[:, :count] = logits.t()
+    rows[:, :count] = logits.detach().t()
     log_p = rows.log_softmax(0)
     label = labels.unsqueeze(0)
     losses = log_p.gather(0, label).squeeze(0) * (smoothing - 1)

@@ -6,8 +6,7 @@ time per step.
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Self
 
 import torch
 
@@ -18,18 +17,32 @@ class Laps:
     """What the parts of steps take on this rank. On a device that works by itself, what asking for them
     takes."""
 
-    def __init__(self) -> None:
+    def __init__(self, world: World) -> None:
+        self._world = world
         self._seconds: dict[str, float] = {}
+        self._parts: list[str] = []
+        """Those we are in, the innermost last: it is the one whose time runs."""
+        self._since = 0.0
 
-    @contextmanager
-    def lap(self, part: str, world: World) -> Iterator[None]:
-        """Time this part, without what is exchange in it, and without laps inside of it."""
-        began, spoken, inner = time.perf_counter(), world.seconds_speaking, sum(self._seconds.values())
-        yield
-        exchanged = world.seconds_speaking - spoken
-        inner = sum(self._seconds.values()) - inner
-        took = time.perf_counter() - began - exchanged - inner
-        self._seconds[part] = self._seconds.get(part, 0.0) + took
+    def lap(self, part: str) -> Self:
+        """`with laps.lap(part):` times this part, without what is exchange in it, or another lap."""
+        self._part = part
+        return self
+
+    def __enter__(self) -> None:
+        self._turn()
+        self._parts.append(self._part)
+
+    def __exit__(self, *_: object) -> None:
+        self._turn()
+        self._parts.pop()
+
+    def _turn(self) -> None:
+        now = time.perf_counter() - self._world.seconds_speaking
+        if self._parts:
+            part = self._parts[-1]
+            self._seconds[part] = self._seconds.get(part, 0.0) + now - self._since
+        self._since = now
 
     def close(self, steps: int) -> dict[str, float]:
         """Seconds a step for each part since the last call."""

@@ -71,7 +71,10 @@ class Layers:
         The pass that gave the logits was watched; `outer` is the loss's gradient by them.
         """
         seen = [self._seen.pop(layer) for layer in self._layers]
-        inner = by_chain_rule(logits, [output for _, output in seen], outer)
+        if len(seen) == 1 and seen[0][1] is logits:
+            inner: Sequence[Tensor] = [outer]  # nothing to ask autograd for
+        else:
+            inner = by_chain_rule(logits, [output for _, output in seen], outer)
         return [
             (layer, x.to(g.dtype), g) for layer, (x, _), g in zip(self._layers, seen, inner, strict=True)
         ]

@@ -109,7 +109,7 @@ def train(state: State, job: Job) -> Evaluation:
     largest = job.batches.size(0)
     room = max(1, min(256, 2**20 // largest))  # steps a ledger holds: about 8 MiB of sample ids
     ledger = Ledger(room, largest, world.device)
-    pace, laps = Pace(world, state.step, room), Laps()
+    pace, laps = Pace(world, state.step, room), Laps(world)
     result, advised = None, world.size == 1
     state.model.train()
     world.vitals.enter("training")
@@ -150,23 +150,23 @@ def train(state: State, job: Job) -> Evaluation:
 
 def train_step(state: State, job: Job, ledger: Ledger, laps: Laps, step: int) -> None:
     """One step on one global batch. Nothing here waits for the device."""
-    recipe, world, size = job.recipe, job.world, job.batches.size(step)
+    recipe, size = job.recipe, job.batches.size(step)
     ledger.open(step, size)
 
     def pass_of(module: nn.Module, shards: range) -> tuple[Tensor, Tensor]:
-        with laps.lap("data", world):
+        with laps.lap("data"):
             batch = job.batches.take(step, shards)
         if job.reseed:
             torch.manual_seed(torch_seed("noise", recipe.seed, step, shards.start))
-        with laps.lap("forward", world):
+        with laps.lap("forward"):
             logits = forward(module, batch.images, recipe.precision)
             losses, gradient = cross_entropy(logits, batch.labels, recipe.label_smoothing)
         ledger.record(batch, losses, logits)
         return logits, gradient.div_(size)
 
-    with laps.lap("backward", world):
+    with laps.lap("backward"):
         job.gradients.compute(pass_of, job.batches.shard_sizes(step))
-    with laps.lap("optimizer", world):
+    with laps.lap("optimizer"):
         state.optimizer.step()
 
 

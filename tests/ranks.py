@@ -163,8 +163,8 @@ def _rank(
 def server() -> Any:
     """The multiprocessing context of a server that has imported what every rank needs, once a session.
 
-    The program's own launcher forks its workers from the same server when it runs in this process, and wants
-    them born with its signals blocked.
+    The program's own launcher forks its workers from the same server when it runs in this process, and
+    wants them born with its signals blocked.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["distributed_mnist.preload", "pytest", "ranks"])

@@ -47,10 +47,10 @@ def test_nobody_is_advised_to_be_slower(size: int, share: float) -> None:
 
 def test_laps_leave_out_exchanges_and_inner_laps() -> None:
     world: Any = SimpleNamespace(seconds_speaking=0.0)
-    laps = Laps()
+    laps = Laps(world)
     began = time.perf_counter()
-    with laps.lap("outer", world):
-        with laps.lap("inner", world):
+    with laps.lap("outer"):
+        with laps.lap("inner"):
             time.sleep(0.02)
         time.sleep(0.01)
         world.seconds_speaking += 0.005  # as if half of that had been spent in a collective
@@ -63,14 +63,14 @@ def test_laps_leave_out_exchanges_and_inner_laps() -> None:
 
 def test_laps_begin_anew() -> None:
     world: Any = SimpleNamespace(seconds_speaking=0.0)
-    laps = Laps()
-    with laps.lap("a", world):
+    laps = Laps(world)
+    with laps.lap("a"):
         pass
     assert laps.close(1).keys() == {"a"}
     assert laps.close(1) == {}
-    with laps.lap("a", world):
+    with laps.lap("a"):
         time.sleep(0.01)
-    with laps.lap("a", world):
+    with laps.lap("a"):
         time.sleep(0.01)
     assert laps.close(2)["a"] >= 0.01
     assert laps.close(0) == {}

@@ -42,7 +42,9 @@ def act(placement: Placement, listener: socket.socket | None, plan: dict[str, An
             signal.signal(number, signal.SIG_IGN)
     if does == "obey":
         signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, spawn.SIGNALS)  # not before: one rank may be ahead of another
+    signal.pthread_sigmask(
+        signal.SIG_UNBLOCK, spawn.SIGNALS
+    )  # not before: one rank may be ahead of another
     if isinstance(does, int):
         return does
     if does.startswith("SIG"):
