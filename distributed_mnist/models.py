@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .crops import five_crops
 from .errors import UsageError
 from .keys import torch_seed
 from .nearest import unknown
@@ -79,7 +80,7 @@ class CnnSmall(nn.Module):
     Large strides and few channels at first, so that little is computed where there are many places; written
     as products of matrices (`patches`). Orthogonal weights keep the first signals and gradients at one size
     (Saxe and others, 2014); a last layer of zeros begins from even odds. In evaluation it gives the mean
-    logits of five crops (`_five_crops`).
+    logits of five crops (`crops`).
     """
 
     def __init__(self, classes: int) -> None:
@@ -101,13 +102,14 @@ class CnnSmall(nn.Module):
         pixels = images.squeeze(1).unsqueeze(3)
         if self.training:
             return self.layers(pixels[:, 2:25, 2:25])
-        return _five_crops(self.layers, pixels[:, 1:26, 1:26], (1, 2))
+        return five_crops(self.layers, pixels[:, 1:26, 1:26], (1, 2))
 
 
 class CnnLarge(nn.Module):
     """Five convolutions, the first with a large stride: 298,538 parameters for ten classes.
 
-    Initialised and evaluated as `CnnSmall` is; at the border of an image the crops see its edge once more.
+    Initialised and evaluated as `CnnSmall` is; around the image its outermost pixels are repeated once, for
+    the crops.
     """
 
     def __init__(self, classes: int) -> None:
@@ -133,7 +135,7 @@ class CnnLarge(nn.Module):
         """Logits `(n, classes)` of images `(n, 1, 28, 28)`."""
         if self.training:
             return self.layers(images)
-        return _five_crops(self.layers, F.pad(images, (1, 1, 1, 1), mode="replicate"), (2, 3))
+        return five_crops(self.layers, F.pad(images, (1, 1, 1, 1), mode="replicate"), (2, 3))
 
 
 def _initialise(layers: nn.Sequential) -> None:
@@ -143,18 +145,6 @@ def _initialise(layers: nn.Sequential) -> None:
             nn.init.orthogonal_(layer.weight, math.sqrt(2))
             nn.init.zeros_(layer.get_parameter("bias"))
     nn.init.zeros_(layers[-1].get_parameter("weight"))
-
-
-def _five_crops(layers: nn.Module, images: Tensor, sides: tuple[int, int]) -> Tensor:
-    """Mean logits of the middle of the images and of four crops one pixel off it, to each side.
-
-    After Krizhevsky and others, "ImageNet classification with deep convolutional neural networks", 2012.
-    `images` are two pixels larger than what `layers` takes, in the dimensions `sides`.
-    """
-    height, width = (images.shape[side] - 2 for side in sides)
-    corners = [(1, 1), (0, 1), (2, 1), (1, 0), (1, 2)]
-    crops = (images.narrow(sides[0], y, height).narrow(sides[1], x, width) for y, x in corners)
-    return torch.stack([layers(crop) for crop in crops]).mean(0)
 
 
 MODELS: dict[str, Callable[[int], nn.Module]] = {

@@ -22,22 +22,24 @@ class Laps:
         self._seconds: dict[str, float] = {}
         self._parts: list[str] = []
         """Those we are in, the innermost last: it is the one whose time runs."""
+        self._next = ""
         self._since = 0.0
 
     def lap(self, part: str) -> Self:
-        """`with laps.lap(part):` times this part, without what is exchange in it, or another lap."""
-        self._part = part
+        """`with laps.lap(part):` times this part, less the exchange in it and the laps inside of it."""
+        self._next = part
         return self
 
     def __enter__(self) -> None:
-        self._turn()
-        self._parts.append(self._part)
+        self._charge()
+        self._parts.append(self._next)
 
     def __exit__(self, *_: object) -> None:
-        self._turn()
+        self._charge()
         self._parts.pop()
 
-    def _turn(self) -> None:
+    def _charge(self) -> None:
+        """The time since the last call goes to the innermost part."""
         now = time.perf_counter() - self._world.seconds_speaking
         if self._parts:
             part = self._parts[-1]

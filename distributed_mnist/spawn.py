@@ -85,7 +85,7 @@ def warm_up() -> None:
 
 def start_server() -> None:
     """Start multiprocessing's server, if there is none yet, so that its children are born with our signals
-    blocked."""
+    blocked: a program that forks others from there must unblock them."""
     resource_tracker.ensure_running()  # it would unblock the signals when started later
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     forkserver.ensure_running()

@@ -149,7 +149,7 @@ def train(state: State, job: Job) -> Evaluation:
 
 
 def train_step(state: State, job: Job, ledger: Ledger, laps: Laps, step: int) -> None:
-    """One step on one global batch. Nothing here waits for the device."""
+    """One step on one global batch. Nothing waits for the device, but for what is drawn of distortions."""
     recipe, size = job.recipe, job.batches.size(step)
     ledger.open(step, size)
 

@@ -119,11 +119,12 @@ def try_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> list[
             workers.append(worker)
             readers.append(reader)
     deadline = time.monotonic() + PATIENCE
-    outcomes = [_outcome(reader, deadline) for reader in readers]
-    for worker in workers:
-        worker.kill()  # those that hang; the others have ended, or are about to
-        worker.join()
-    return outcomes
+    try:
+        return [_outcome(reader, deadline) for reader in readers]
+    finally:
+        for worker in workers:
+            worker.kill()  # those that hang; the others have ended, or are about to
+            worker.join()
 
 
 def _outcome(reader: connection.Connection, deadline: float) -> Outcome:

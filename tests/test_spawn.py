@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from ranks import server
 
-from distributed_mnist import spawn
+from distributed_mnist import child, spawn
 from distributed_mnist.placement import Placement
 from distributed_mnist.spawn import Restarts, Work
 
@@ -42,9 +42,8 @@ def act(placement: Placement, listener: socket.socket | None, plan: dict[str, An
             signal.signal(number, signal.SIG_IGN)
     if does == "obey":
         signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
-    signal.pthread_sigmask(
-        signal.SIG_UNBLOCK, spawn.SIGNALS
-    )  # not before: one rank may be ahead of another
+    # Only now: another rank may have asked for a signal already.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, spawn.SIGNALS)
     if isinstance(does, int):
         return does
     if does.startswith("SIG"):
@@ -322,6 +321,26 @@ def test_the_handlers_of_before_are_back(heard: list[int], tmp_path: Path) -> No
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) & {*spawn.SIGNALS} == set()
     os.kill(os.getpid(), signal.SIGTERM)
     assert heard == [signal.SIGTERM]
+
+
+def blocked(placement: Placement, listener: socket.socket | None, plan: dict[str, Any]) -> int:
+    """Ends with the number of our signals that wait."""
+    return len(signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(spawn.SIGNALS))
+
+
+def _born_listening(alive: Any) -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, spawn.SIGNALS)
+    child.work("test_spawn:blocked", Placement(), None, None, alive, None)
+
+
+def test_a_worker_of_a_server_that_lets_signals_through_keeps_them_for_later() -> None:
+    context = server()
+    alive, held = context.Pipe(duplex=False)
+    worker = context.Process(target=_born_listening, args=(alive,))
+    worker.start()
+    worker.join(LONG)
+    held.close()
+    assert worker.exitcode == len(spawn.SIGNALS)
 
 
 # ---- Several works, and asked to stop when nobody is there to be told ------------------------------------
