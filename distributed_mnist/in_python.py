@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -92,6 +93,7 @@ def train(
     Raises subclasses of `DmnistError`: `UsageError` for settings that cannot be used, and so on.
     """
     name, factory = _named(model)
+    nproc, settings = _plain(nproc), {key: _plain(value) for key, value in settings.items()}
     chosen, title = _recipe(recipe, settings, name)
     given, dataset_name, folder = _dataset(dataset, data)
     carried_out: dict[str, Any] = {
@@ -236,6 +238,11 @@ def _named(model: str | Factory | None) -> tuple[str | None, Factory | None]:
         raise UsageError(f"model must be a name or a function of the number of classes, not {model!r}")
     name = getattr(model, "__qualname__", type(model).__qualname__)
     return f"{getattr(model, '__module__', None) or '__main__'}:{name}", model
+
+
+def _plain(value: Any) -> Any:
+    """Python's own number for one of NumPy's, as loops over settings have them."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _factory_known(name: str | None, factory: Factory | None) -> contextlib.AbstractContextManager[None]:

@@ -240,6 +240,14 @@ def test_errors_are_raised_here(
     assert capfd.readouterr() == ("", "")
 
 
+def test_numbers_of_numpy_are_numbers(result: Result, digits: Path, tmp_path: Path) -> None:
+    """As a loop over `np.linspace` has them."""
+    numbers = {"steps": np.int64(3), "lr": np.float64(0.2), "keep": np.int32(2), "nproc": np.int64(1)}
+    again = train(**SHORT | numbers, dataset=digits, out=tmp_path / "run")
+    assert again.weights_sha256 == result.weights_sha256
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["recipe"]["steps"] == 3
+
+
 def test_settings_that_cannot_be_used() -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"epoch": 2}, "did you mean epochs"),
