@@ -5,6 +5,7 @@ The file is what `torch.save` writes. It carries a digest of its own content, so
 pass, and it is loaded with `weights_only=True`, so a stranger's file cannot run code.
 """
 
+import functools
 import io
 import math
 import platform
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import original
+from . import installed, original
 from .aside import written_aside
 from .digest import digest
 from .distrust import require_bounded, sound
@@ -214,9 +215,11 @@ def _like(parameter: torch.Tensor, key: str, value: Any) -> Any:
     return torch.empty_like(parameter).detach().copy_(value)
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """What made a checkpoint: the same recipe can end in other bits under another build."""
     return {
+        "dmnist": installed.version("distributed-mnist"),
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "machine": platform.machine(),

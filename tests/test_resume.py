@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from ranks import DMNIST, PATIENCE, Finished, Program, dmnist, events, last_step, processes, train
 
+from distributed_mnist.checkpoint import decode, encode
+
 BATCH = 11
 STEPS_PER_EPOCH = 100
 COMMON = ("--recipe", "classic", "--model", "mlp", "--batch-size", BATCH, "--lr", 0.003)
@@ -299,6 +301,18 @@ def test_nothing_but_damaged_checkpoints(undisturbed: Any, flags: tuple[object, 
     notes = [event["text"] for event in events(copy) if event["event"] == "notice"]
     assert [str(step) in note for step, note in zip((100, 80, 60), notes, strict=False)] == [True] * 3
     assert "there is no checkpoint yet" in notes[3]
+
+
+def test_one_made_by_other_versions_is_gone_on_with_and_told(flags: tuple[object, ...], copy: Path) -> None:
+    newest = copy / "checkpoints" / "step_00000100.pt"
+    content = decode(newest.read_bytes(), "it")
+    now = dict(content["versions"])
+    content["versions"] = {**now, "dmnist": "0.0.1", "torch": "2.9.0"}
+    newest.write_bytes(encode(content))
+    train(*flags, "--epochs", 2, "--resume", "auto", nproc=1, out=copy)
+    told = f"dmnist 0.0.1 then, {now['dmnist']} now; torch 2.9.0 then, {now['torch']} now"
+    notices = [event["text"] for event in events(copy) if event["event"] == "notice"]
+    assert f"{newest} was made elsewhere ({told}): the last bits may come out different" in notices
 
 
 def test_auto_in_an_empty_folder_starts(
