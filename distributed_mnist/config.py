@@ -150,6 +150,11 @@ class Recipe:
     """With --schedule step, what the rate is multiplied by at each decay."""
     warmup: float = 0.25
     """With --schedule one-cycle or cosine, the fraction of all steps in which the rate rises."""
+    final_div: float = 1000.0
+    """With --schedule one-cycle, what the highest rate is divided by at the end."""
+    average: float = 0.0
+    """Share of the steps, at the end, whose weights are averaged: their mean is the answer, and one-cycle
+    has fallen when they begin."""
     label_smoothing: float = 0.0
     """Share of each target's probability that is spread evenly over all classes."""
     shift: float = 0.0
@@ -178,13 +183,19 @@ class Recipe:
             require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", self)
         for name in ("lr", "adam_lr", "decay_factor"):
             require(0 < getattr(self, name) < math.inf, name, "above zero", self)
-        require(0 <= self.warmup <= 1, "warmup", "between 0 and 1", self)
+        require(1 <= self.final_div < math.inf, "final_div", "at least 1", self)
+        for name in ("warmup", "average"):
+            require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", self)
         require(0 <= self.seed < 2**63, "seed", "between 0 and 2^63 - 1", self)
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Steps of the whole run."""
         every = self.epochs * steps_per_epoch
         return min(self.steps, every) if self.steps else every
+
+    def averaged_steps(self, total: int) -> int:
+        """How many of `total` steps, the last ones, have their weights averaged; 0 where none are."""
+        return max(1, round(self.average * total)) if self.average else 0
 
     def check_size(self, world_size: int) -> None:
         """Raise `UsageError` for more ranks than shards: some would have nothing to do."""
@@ -220,11 +231,11 @@ class Recipe:
     def differences(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:
         """Fields in which two recipes differ in a way that moves the weights: name to (self, other).
 
-        The numbers of epochs and steps count only where the learning rate looks ahead to the run's end:
-        with a constant or stepwise rate a longer run begins exactly like a shorter one.
+        The numbers of epochs and steps count only where something looks ahead to the run's end: with a
+        constant or stepwise rate, and no average taken, a longer run begins exactly like a shorter one.
         """
         mine, theirs = self.to_dict(), other.to_dict()
-        if self.schedule in ("constant", "step"):
+        if self.schedule in ("constant", "step") and not self.average:
             theirs |= {name: mine[name] for name in ("epochs", "steps")}
         return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
 

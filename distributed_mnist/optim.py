@@ -31,11 +31,13 @@ def make_schedule(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float
     - step: `lr * decay_factor ** (epoch // decay_every)`, the original script's rule.
     - cosine: a linear rise over the first `warmup` of the steps, then half a cosine down to zero
       (Loshchilov and Hutter, "SGDR", 2017).
-    - one-cycle: a linear rise from `lr / 10`, then a linear fall to `lr / 1000`
-      (after Smith, "A disciplined approach to neural network hyper-parameters", 2018).
+    - one-cycle: a linear rise from `lr / 10`, then a linear fall to `lr / final_div`
+      (after Smith, "A disciplined approach to neural network hyper-parameters", 2018); where the last steps
+      are averaged, it has fallen by the first of them.
     """
     total = recipe.total_steps(steps_per_epoch)
     rising = recipe.warmup * total
+    last = total - max(1, recipe.averaged_steps(total))  # of the steps in which the rate changes
 
     def constant(step: int) -> float:
         return recipe.lr
@@ -49,10 +51,12 @@ def make_schedule(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float
         return recipe.lr * (1 + math.cos(math.pi * (step - rising) / max(total - rising, 1))) / 2
 
     def one_cycle(step: int) -> float:
-        low, end = recipe.lr / 10, recipe.lr / 1000
+        low, end = recipe.lr / 10, recipe.lr / recipe.final_div
         if step < rising:
             return low + (recipe.lr - low) * step / rising
-        falling = total - 1 - rising  # zero where the peak is the last step
+        falling = last - rising  # zero where the peak is the last step
+        if step > last > rising:
+            return end
         return recipe.lr + ((end - recipe.lr) * (step - rising) / falling if falling > 0 else 0)
 
     return {"constant": constant, "step": stepwise, "cosine": cosine, "one-cycle": one_cycle}[

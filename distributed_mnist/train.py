@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import averaging
 from .batches import Batches, Split
 from .checkpoint import Content, load_optimizer, load_weights
 from .config import Recipe
@@ -106,6 +107,7 @@ def train(state: State, job: Job) -> Evaluation:
     recipe, world = job.recipe, job.world
     total = recipe.total_steps(job.batches.steps_per_epoch)
     lr_at = make_schedule(recipe, job.batches.steps_per_epoch)
+    unaveraged = total - recipe.averaged_steps(total)
     largest = job.batches.size(0)
     room = max(1, min(256, 2**20 // largest))  # steps a ledger holds: about 8 MiB of sample ids
     ledger = Ledger(room, largest, world.device)
@@ -120,6 +122,10 @@ def train(state: State, job: Job) -> Evaluation:
         train_step(state, job, ledger, laps, step)
         state.step = step + 1
         last = state.step == total
+        if step >= unaveraged:
+            averaging.join(state.optimizer, step - unaveraged)
+            if last:
+                averaging.adopt(state.optimizer)
         evaluating = state.step % job.eval_every == 0 or last
         saving = last or (job.save_every is not None and state.step % job.save_every == 0)
         if not (evaluating or saving or pace.due(state.step)):

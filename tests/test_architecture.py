@@ -19,7 +19,7 @@ ORDER: Sequence[str] = """
     idx catalog locate decode download strokes generated datasets arrays
     rendezvous roll_call meeting vitals watch mesh torch_group world devices signals
     launch child endings spawn
-    augment batches patches crops models optimizers muon optim
+    augment batches patches crops models optimizers averaging muon optim
     loss shardwise company costs tree topology gradients ledger evaluate mistakes pace
     original distrust checkpoint store lock
     console observe record waiting terminal confusion charts history report_data report tensorboard_sink

@@ -37,6 +37,8 @@ OTHER: dict[str, Any] = {
     "decay_every": 3,
     "decay_factor": 0.5,
     "warmup": 0.5,
+    "final_div": 20.0,
+    "average": 0.5,
     "label_smoothing": 0.5,
     "shift": 2.0,
     "rotate": 10.0,
@@ -95,6 +97,8 @@ def test_whole_numbers_do_for_fractions() -> None:
         ("lr", [0.0, -1.0, NAN, INF], "above zero"),
         ("decay_factor", [0.0, -1.0, NAN, INF], "above zero"),
         ("warmup", [-0.1, 1.1, NAN], "between 0 and 1"),
+        ("average", [-0.1, 1.1, NAN], "between 0 and 1"),
+        ("final_div", [0.9, -1.0, NAN, INF], "at least 1"),
         ("seed", [-1, 2**63], "between 0 and 2^63 - 1"),
     ],
 )
@@ -109,7 +113,14 @@ def test_impossible_values_of_a_recipe(name: str, values: list[Any], rule: str) 
 
 @pytest.mark.parametrize(
     ("name", "values"),
-    [("warmup", [0.0, 1.0]), ("seed", [0, 2**63 - 1]), ("beta1", [0.0]), ("weight_decay", [0.0])],
+    [
+        ("warmup", [0.0, 1.0]),
+        ("average", [0.0, 1.0]),
+        ("final_div", [1.0]),
+        ("seed", [0, 2**63 - 1]),
+        ("beta1", [0.0]),
+        ("weight_decay", [0.0]),
+    ],
 )
 def test_the_ends_of_a_range_are_in_it(name: str, values: list[Any]) -> None:
     for value in values:
@@ -342,6 +353,17 @@ def test_epochs_count_where_the_rate_looks_ahead(schedule: Any, counts: bool) ->
 def test_steps_count_where_the_rate_looks_ahead(schedule: Any, counts: bool) -> None:
     short, long = Recipe(steps=20, schedule=schedule), Recipe(steps=50, schedule=schedule)
     assert short.differences(long) == ({"steps": (20, 50)} if counts else {})
+
+
+def test_epochs_count_where_weights_are_averaged() -> None:
+    """When the averaging begins depends on where it ends."""
+    short, long = Recipe(epochs=2, average=0.5), Recipe(epochs=5, average=0.5)
+    assert short.differences(long) == {"epochs": (2, 5)}
+
+
+@pytest.mark.parametrize(("share", "steps"), [(0.0, 0), (0.001, 1), (0.25, 3), (0.5, 5), (1.0, 10)])
+def test_how_many_steps_are_averaged(share: float, steps: int) -> None:
+    assert Recipe(average=share).averaged_steps(10 if share != 0.25 else 12) == steps
 
 
 @pytest.mark.parametrize(("steps", "total"), [(0, 30), (1, 1), (29, 29), (30, 30), (31, 30)])

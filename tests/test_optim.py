@@ -73,12 +73,24 @@ def test_one_cycle_without_warmup() -> None:
     assert got == pytest.approx([1.0, 0.75025, 0.5005, 0.25075, 0.001], **CLOSE)
 
 
+def test_one_cycle_to_another_end() -> None:
+    got = rates(5, schedule="one-cycle", lr=1.0, epochs=1, warmup=0.0, final_div=5)
+    assert got == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2], **CLOSE)
+
+
+def test_one_cycle_has_fallen_when_averaging_begins() -> None:
+    """Of 10 steps the last five are averaged: all at the last rate."""
+    got = rates(10, schedule="one-cycle", lr=1.0, epochs=1, warmup=0.1, final_div=5, average=0.5)
+    assert got == pytest.approx([0.1, 1.0, 0.8, 0.6, 0.4, 0.2, 0.2, 0.2, 0.2, 0.2], **CLOSE)
+
+
 @pytest.mark.parametrize("schedule", ["constant", "step", "cosine", "one-cycle"])
 @pytest.mark.parametrize("warmup", [0.0, 0.25, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("steps", [1, 2, 3, 10])
-def test_every_rate_is_usable(schedule: str, warmup: float, steps: int) -> None:
+@pytest.mark.parametrize("average", [0.0, 0.3, 1.0])
+def test_every_rate_is_usable(schedule: str, warmup: float, steps: int, average: float) -> None:
     """Whatever the length: none negative, none above the recipe's, one at least of use."""
-    got = rates(steps, schedule=schedule, lr=0.5, epochs=1, warmup=warmup)
+    got = rates(steps, schedule=schedule, lr=0.5, epochs=1, warmup=warmup, average=average)
     assert all(0 <= rate <= 0.5 * (1 + 1e-12) for rate in got)
     assert max(got) > 0
 
