@@ -17,32 +17,28 @@ _NAME = "average"  # in the optimizer's state of a parameter, and so in a checkp
 
 @torch.no_grad()
 def join(optimizer: Optimizer, before: int) -> None:
-    """Add the weights of this moment to their running mean, as one more than the `before` in it."""
+    """Take the weights of this moment into the mean of the `before` ones that came earlier."""
     weights = _weights(optimizer)
     if before == 0:
         for p in weights:
             optimizer.state[p][_NAME] = p.detach().clone()
     else:
-        torch._foreach_lerp_(_averages(optimizer, weights), weights, 1 / (before + 1))
+        means = [optimizer.state[p][_NAME] for p in weights]
+        torch._foreach_lerp_(means, weights, 1 / (before + 1))
 
 
 @torch.no_grad()
 def adopt(optimizer: Optimizer) -> None:
     """Let the weights be their mean, and forget it."""
-    weights = _weights(optimizer)
-    torch._foreach_copy_(weights, _averages(optimizer, weights))
-    for p in weights:
-        del optimizer.state[p][_NAME]
+    for p in _weights(optimizer):
+        p.copy_(optimizer.state[p].pop(_NAME))
+
+
+def require(optimizer: Optimizer) -> None:
+    """Raise `CheckpointError` if a checkpoint's state was put in and there is no mean to go on with."""
+    if any(optimizer.state[p].get(_NAME) is None for p in _weights(optimizer)):
+        raise CheckpointError("the checkpoint that was gone on from lacks the mean of its weights")
 
 
 def _weights(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _averages(optimizer: Optimizer, weights: list[Tensor]) -> list[Tensor]:
-    try:
-        return [optimizer.state[p][_NAME] for p in weights]
-    except KeyError:
-        raise CheckpointError(
-            "the checkpoint that was gone on from lacks the mean of its weights"
-        ) from None

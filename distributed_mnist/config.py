@@ -153,8 +153,8 @@ class Recipe:
     final_div: float = 1000.0
     """With --schedule one-cycle, what the highest rate is divided by at the end."""
     average: float = 0.0
-    """Share of the steps, at the end, whose weights are averaged: their mean is the answer, and one-cycle
-    has fallen when they begin."""
+    """Fraction of all steps, the last ones, whose weights are averaged: at the end the mean replaces them.
+    one-cycle has fallen by then, and wants a --final-div of 5 to 20: a rate of about zero moves nothing."""
     label_smoothing: float = 0.0
     """Share of each target's probability that is spread evenly over all classes."""
     shift: float = 0.0
@@ -186,6 +186,8 @@ class Recipe:
         require(1 <= self.final_div < math.inf, "final_div", "at least 1", self)
         for name in ("warmup", "average"):
             require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", self)
+        falls = self.schedule != "one-cycle" or not self.average or self.warmup + self.average < 1
+        require(falls, "average", f"below 1 - --warmup {self.warmup}, where one-cycle falls", self)
         require(0 <= self.seed < 2**63, "seed", "between 0 and 2^63 - 1", self)
 
     def total_steps(self, steps_per_epoch: int) -> int:

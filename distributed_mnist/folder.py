@@ -189,7 +189,8 @@ def resume(
         if there.get(key, here[key]) != here[key]
     ]
     if changed:
-        complain(f"{name} was made elsewhere ({'; '.join(changed)}): the last bits may come out different")
+        told = "; ".join(changed)
+        complain(f"{name} was made by other versions ({told}): the last bits may come out different")
     return name
 
 
@@ -214,7 +215,8 @@ def refuse_mismatch(content: Content, name: str, recipe: Recipe, data: Data) -> 
     differences = Recipe.from_dict(content["recipe"], name).differences(recipe)
     if differences:
         shown = ", ".join(f"{flag(key)} {old} there, {new} here" for key, (old, new) in differences.items())
-        hint = "; the rate of this recipe looks ahead to the last epoch" if "epochs" in differences else ""
+        ahead = {"epochs", "steps"} & differences.keys()
+        hint = "; this recipe's rate or average of weights looks ahead to the end" if ahead else ""
         raise CheckpointError(
             f"{name} is of another recipe: {shown}{hint}; go on with its flags, or choose another --out"
         )

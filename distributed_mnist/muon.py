@@ -81,7 +81,7 @@ class Muon(Optimizer):
     ) -> None:
         lr, momentum = group["lr"], group["momentum"]
         for p in parameters:
-            if not self.state[p]:
+            if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         means = [self.state[p]["momentum_buffer"] for p in parameters]
         torch._foreach_lerp_(means, gradients, 1 - momentum)

@@ -32,12 +32,12 @@ def make_schedule(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float
     - cosine: a linear rise over the first `warmup` of the steps, then half a cosine down to zero
       (Loshchilov and Hutter, "SGDR", 2017).
     - one-cycle: a linear rise from `lr / 10`, then a linear fall to `lr / final_div`
-      (after Smith, "A disciplined approach to neural network hyper-parameters", 2018); where the last steps
-      are averaged, it has fallen by the first of them.
+      (after Smith, "A disciplined approach to neural network hyper-parameters", 2018), where it stays for
+      the steps that are averaged.
     """
     total = recipe.total_steps(steps_per_epoch)
     rising = recipe.warmup * total
-    last = total - max(1, recipe.averaged_steps(total))  # of the steps in which the rate changes
+    fallen = total - max(1, recipe.averaged_steps(total))  # the first step at the last rate
 
     def constant(step: int) -> float:
         return recipe.lr
@@ -54,10 +54,10 @@ def make_schedule(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float
         low, end = recipe.lr / 10, recipe.lr / recipe.final_div
         if step < rising:
             return low + (recipe.lr - low) * step / rising
-        falling = last - rising  # zero where the peak is the last step
-        if step > last > rising:
-            return end
-        return recipe.lr + ((end - recipe.lr) * (step - rising) / falling if falling > 0 else 0)
+        falling = fallen - rising
+        if falling <= 0:  # so few steps that the peak is among the last
+            return recipe.lr
+        return recipe.lr + (end - recipe.lr) * min(step - rising, falling) / falling
 
     return {"constant": constant, "step": stepwise, "cosine": cosine, "one-cycle": one_cycle}[
         recipe.schedule

@@ -72,7 +72,7 @@ def adam_step(
 ) -> None:
     """Adam's step by one of torch's kernels; `group` holds betas and weight decay."""
     for p in parameters:
-        if not state[p]:
+        if "step" not in state[p]:
             state[p]["step"] = torch.zeros((), device=p.device)
             state[p]["exp_avg"], state[p]["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
     means, squares, steps = (
@@ -100,7 +100,7 @@ class SGD(Optimizer):
 
     def move(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
         """See `Optimizer`."""
-        first = not self.state[parameters[0]]
+        first = "momentum_buffer" not in self.state[parameters[0]]
         if first and group["momentum"]:
             for p in parameters:
                 self.state[p]["momentum_buffer"] = torch.empty_like(p)

@@ -108,6 +108,8 @@ def train(state: State, job: Job) -> Evaluation:
     total = recipe.total_steps(job.batches.steps_per_epoch)
     lr_at = make_schedule(recipe, job.batches.steps_per_epoch)
     unaveraged = total - recipe.averaged_steps(total)
+    if unaveraged < state.step < total:
+        averaging.require(state.optimizer)
     largest = job.batches.size(0)
     room = max(1, min(256, 2**20 // largest))  # steps a ledger holds: about 8 MiB of sample ids
     ledger = Ledger(room, largest, world.device)
@@ -123,9 +125,10 @@ def train(state: State, job: Job) -> Evaluation:
         state.step = step + 1
         last = state.step == total
         if step >= unaveraged:
-            averaging.join(state.optimizer, step - unaveraged)
-            if last:
-                averaging.adopt(state.optimizer)
+            with laps.lap("optimizer"):
+                averaging.join(state.optimizer, step - unaveraged)
+        if last and unaveraged < total:
+            averaging.adopt(state.optimizer)
         evaluating = state.step % job.eval_every == 0 or last
         saving = last or (job.save_every is not None and state.step % job.save_every == 0)
         if not (evaluating or saving or pace.due(state.step)):
@@ -141,7 +144,7 @@ def train(state: State, job: Job) -> Evaluation:
         if evaluating:
             world.vitals.enter("evaluating")
             result = evaluate(state.model, job.test, world, **job.evaluation)
-            best = log_evaluation(state, job, result)
+            best = log_evaluation(state, job, result) or (last and unaveraged < total)
         if saving or due or stopping or best:
             save(state, job, best=best)
         note_saved(state, job, wait=stopping or last)

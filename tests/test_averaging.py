@@ -5,30 +5,22 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import events, train
+from ranks import dmnist, events, train
 from torch import Tensor
 
 from distributed_mnist import averaging
-from distributed_mnist.checkpoint import decode, encode
+from distributed_mnist.checkpoint import decode, encode, load_optimizer, load_weights, snapshot
 from distributed_mnist.config import Recipe
+from distributed_mnist.digest import digest
 from distributed_mnist.errors import CheckpointError
 from distributed_mnist.models import build, place
 from distributed_mnist.optim import make_optimizer
 
 STEPS = 12
-FLAGS = (
-    "--model",
-    "cnn-small",
-    "--batch-size",
-    40,
-    "--steps",
-    STEPS,
-    "--epochs",
-    9,
-    "--schedule",
-    "one-cycle",
-)
-AVERAGED = (*FLAGS, "--final-div", 3, "--average", 0.5)  # the weights after steps 7 to 12
+LR = 0.02
+FLAGS = ("--model", "cnn-small", "--optimizer", "muon", "--batch-size", 40, "--steps", STEPS, "--epochs", 9)
+CYCLE = (*FLAGS, "--schedule", "one-cycle", "--lr", LR)
+AVERAGED = (*CYCLE, "--final-div", 4, "--average", 0.5)  # the weights after steps 7 to 12
 
 
 def weights_of(checkpoint: Path) -> dict[str, Tensor]:
@@ -53,24 +45,32 @@ def whole(
 def test_the_answer_is_the_mean_of_the_last_weights(
     whole: tuple[Path, dict[str, Any]], flags: tuple[object, ...], tmp_path: Path
 ) -> None:
-    """The weights after the last step itself come from a run of the same rates whose last weights alone are
-    averaged."""
-    out, _ = whole
-    steps = [weights_of(out / "checkpoints" / f"step_{step:08}.pt") for step in range(7, STEPS)]
-    resumed = tmp_path / "last"
-    content = decode((out / "checkpoints" / "step_00000011.pt").read_bytes(), "it")
-    recipe = Recipe.from_dict(content["recipe"], "it").replace(schedule="constant", average=0.0)
-    content["recipe"] = recipe.replace(lr=recipe.lr / 3).to_dict()
+    """The weights after the last step are nowhere to be found: they are made once more, at the last rate,
+    from those of the step before."""
+    out, result = whole
+    checkpoints = [out / "checkpoints" / f"step_{step:08}.pt" for step in range(7, STEPS + 1)]
+    content = decode(checkpoints[-2].read_bytes(), "it")
+    alone = Recipe.from_dict(content["recipe"], "it").replace(
+        schedule="constant", lr=LR / 4, adam_lr=0.005 / 4, final_div=1000.0, average=0.0
+    )
     start = tmp_path / "step_00000011.pt"
-    start.write_bytes(encode(content))
-    plain = (*FLAGS[:-1], "constant", "--lr", recipe.lr / 3, "--final-div", 3)
-    train(*flags, *plain, "--resume", start, nproc=1, out=resumed)
-    steps.append(weights_of(resumed / "checkpoints" / f"step_{STEPS:08}.pt"))
-    found = weights_of(out / "checkpoints" / f"step_{STEPS:08}.pt")
-    for name, mean in found.items():
+    start.write_bytes(encode({**content, "recipe": alone.to_dict()}))
+    last = train(
+        *(*flags, *FLAGS, "--schedule", "constant", "--lr", LR / 4, "--adam-lr", 0.005 / 4),
+        *("--resume", start),
+        nproc=1,
+        out=tmp_path / "last",
+    )
+    steps = [weights_of(path) for path in checkpoints[:-1]]
+    steps.append(weights_of(Path(last["out"]) / "checkpoints" / checkpoints[-1].name))
+    for name, mean in weights_of(checkpoints[-1]).items():
         each = torch.stack([weights[name].double() for weights in steps])
         torch.testing.assert_close(mean.double(), each.mean(0), rtol=1e-5, atol=1e-7)
         assert (mean.double() - each[-1]).abs().max() > 1e-4  # of all that differ, it is the mean
+    for path in (checkpoints[-1], out):  # the mean is what was scored, and what the run's folder stands for
+        scored = dmnist("evaluate", path, "--device", "cpu", "--json").json()
+        same = ("weights_sha256", "test_accuracy", "test_loss")
+        assert {name: scored[name] for name in same} == {name: result[name] for name in same}
 
 
 @pytest.mark.parametrize(("nproc", "step"), [(1, 3), (3, 6), (4, 7), (1, 11)])
@@ -86,9 +86,38 @@ def test_gone_on_with_at_another_size(
 
 
 def test_the_mean_of_one_step_is_that_step(flags: tuple[object, ...], tmp_path: Path) -> None:
-    one = train(*flags, *FLAGS, "--average", 0.01, nproc=1, out=tmp_path / "one")
-    none = train(*flags, *FLAGS, nproc=1, out=tmp_path / "none")
+    one = train(*flags, *CYCLE, "--average", 0.01, nproc=1, out=tmp_path / "one")
+    none = train(*flags, *CYCLE, nproc=1, out=tmp_path / "none")
     assert one["weights_sha256"] == none["weights_sha256"]
+
+
+def test_ddp_averages_too(
+    whole: tuple[Path, dict[str, Any]], flags: tuple[object, ...], tmp_path: Path
+) -> None:
+    """Equal to rounding, so near the mean, which no step's weights are."""
+    out, _ = whole
+    train(*flags, *AVERAGED, "--sync", "ddp", nproc=2, out=tmp_path / "ddp")
+    mean = weights_of(out / "checkpoints" / f"step_{STEPS:08}.pt")
+    for name, found in weights_of(tmp_path / "ddp" / "checkpoints" / f"step_{STEPS:08}.pt").items():
+        torch.testing.assert_close(found, mean[name], rtol=0, atol=1e-4)
+
+
+def test_a_finished_run_is_gone_on_with(
+    whole: tuple[Path, dict[str, Any]], flags: tuple[object, ...]
+) -> None:
+    out, result = whole
+    again = train(*flags, *AVERAGED, "--resume", "auto", nproc=2, out=out)
+    assert (again["weights_sha256"], again["steps_here"]) == (result["weights_sha256"], 0)
+
+
+def test_more_epochs_are_refused(
+    whole: tuple[Path, dict[str, Any]], flags: tuple[object, ...], tmp_path: Path
+) -> None:
+    start = whole[0] / "checkpoints" / "step_00000006.pt"
+    words = ("train", *flags, *AVERAGED, "--steps", 20, "--resume", start, "--out", tmp_path / "out")
+    ended = dmnist(*words, "--device", "cpu", "--nproc", 1)
+    assert ended.code == CheckpointError.exit_code
+    assert "--steps 12 there, 20 here; this recipe's rate or average of weights looks ahead" in ended.stderr
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "muon"])
@@ -108,7 +137,44 @@ def test_a_running_mean(optimizer: Any) -> None:
         assert "average" not in moved.state[p]
 
 
-def test_a_checkpoint_without_the_mean() -> None:
-    moved = make_optimizer(Recipe(), build("linear", 10, 0))
-    with pytest.raises(CheckpointError, match=r"lacks the mean of its weights$"):
-        averaging.join(moved, 1)
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "muon"])
+def test_the_mean_goes_through_a_checkpoint(optimizer: Any) -> None:
+    """Saved and put into another optimizer between any two steps, it ends the same."""
+    recipe = Recipe(optimizer=optimizer)
+    ends = []
+    for cut in (None, 0, 1, 2):
+        model = place(build("cnn-small", 10, 0), torch.device("cpu"))
+        moved = make_optimizer(recipe, model)
+        for before in range(4):
+            torch.manual_seed(before)
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            moved.step()
+            averaging.join(moved, before)
+            if before == cut:
+                weights, state = snapshot(model.state_dict()), snapshot(moved.state_dict())
+                model = place(build("cnn-small", 10, 1), torch.device("cpu"))
+                moved = make_optimizer(recipe, model)
+                load_weights(model, weights, "it")
+                load_optimizer(moved, state, "it")
+                averaging.require(moved)
+        averaging.adopt(moved)
+        ends.append(digest(dict(model.state_dict())))
+    assert len(set(ends)) == 1
+
+
+@pytest.mark.parametrize("mean", ["none", "lacking"])
+def test_a_checkpoint_without_the_mean(
+    whole: tuple[Path, dict[str, Any]], flags: tuple[object, ...], tmp_path: Path, mean: str
+) -> None:
+    content = decode((whole[0] / "checkpoints" / "step_00000009.pt").read_bytes(), "it")
+    for state in content["optimizer"]["state"].values():
+        del state["average"]
+        if mean == "none":
+            state["average"] = None
+    start = tmp_path / "start.pt"
+    start.write_bytes(encode(content))
+    words = ("train", *flags, *AVERAGED, "--resume", start, "--out", tmp_path / "out")
+    ended = dmnist(*words, "--device", "cpu", "--nproc", 1)
+    assert ended.code == CheckpointError.exit_code
+    assert ended.stderr.splitlines()[-1].endswith("lacks the mean of its weights")

@@ -359,11 +359,15 @@ def test_epochs_count_where_weights_are_averaged() -> None:
     """When the averaging begins depends on where it ends."""
     short, long = Recipe(epochs=2, average=0.5), Recipe(epochs=5, average=0.5)
     assert short.differences(long) == {"epochs": (2, 5)}
+    assert long.differences(short) == {"epochs": (5, 2)}
+    assert short.differences(short.replace(steps=20)) == {"steps": (0, 20)}
 
 
-@pytest.mark.parametrize(("share", "steps"), [(0.0, 0), (0.001, 1), (0.25, 3), (0.5, 5), (1.0, 10)])
-def test_how_many_steps_are_averaged(share: float, steps: int) -> None:
-    assert Recipe(average=share).averaged_steps(10 if share != 0.25 else 12) == steps
+@pytest.mark.parametrize(
+    ("average", "total", "steps"), [(0.0, 9, 0), (0.001, 9, 1), (0.25, 12, 3), (0.5, 10, 5), (1.0, 7, 7)]
+)
+def test_how_many_steps_are_averaged(average: float, total: int, steps: int) -> None:
+    assert Recipe(average=average).averaged_steps(total) == steps
 
 
 @pytest.mark.parametrize(("steps", "total"), [(0, 30), (1, 1), (29, 29), (30, 30), (31, 30)])

@@ -312,7 +312,7 @@ def test_one_made_by_other_versions_is_gone_on_with_and_told(flags: tuple[object
     train(*flags, "--epochs", 2, "--resume", "auto", nproc=1, out=copy)
     told = f"dmnist 0.0.1 then, {now['dmnist']} now; torch 2.9.0 then, {now['torch']} now"
     notices = [event["text"] for event in events(copy) if event["event"] == "notice"]
-    assert f"{newest} was made elsewhere ({told}): the last bits may come out different" in notices
+    assert f"{newest} was made by other versions ({told}): the last bits may come out different" in notices
 
 
 def test_auto_in_an_empty_folder_starts(
