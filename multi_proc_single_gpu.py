@@ -33,9 +33,9 @@ def _run(flags: argparse.Namespace) -> int:
             f"{', '.join(missing)} {are} not installed for this python: run `make setup`, then "
             ".venv/bin/python multi_proc_single_gpu.py ..."
         )
-    from distributed_mnist import classic  # noqa: PLC0415 - needs what was looked for above
+    from distributed_mnist.cli import original_script  # noqa: PLC0415 - needs what was looked for above
 
-    return classic.main(classic.Options(**vars(flags)))
+    return original_script.main(original_script.Options(**vars(flags)))
 
 
 def _parser() -> argparse.ArgumentParser:

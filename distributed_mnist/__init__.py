@@ -1,21 +1,19 @@
 """Distributed training of digit classifiers whose weights depend on recipe, data and seed alone.
 
-As a library: `from distributed_mnist import train, evaluate, load`; see docs/library.md.
+From Python: `from distributed_mnist import train, evaluate, load`; see docs/library.md.
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .arrays import from_arrays
+    from .api.library import Result, evaluate, load, train
     from .config import Recipe
-    from .datasets import Dataset
+    from .data.arrays import from_arrays
+    from .data.datasets import Dataset
     from .errors import DmnistError
-    from .evaluate import Evaluation
-    from .in_python import Result, evaluate, load, train
-    from .trained import Trained
+    from .inference.trained import Trained
+    from .training.evaluate import Evaluation
 
 __all__ = [
     "Dataset",
@@ -30,28 +28,17 @@ __all__ = [
     "train",
 ]
 _MODULES = {
-    "Dataset": "datasets",
+    "Dataset": "data.datasets",
     "DmnistError": "errors",
-    "Evaluation": "evaluate",
+    "Evaluation": "training.evaluate",
     "Recipe": "config",
-    "Trained": "trained",
-    "from_arrays": "arrays",
+    "Trained": "inference.trained",
+    "from_arrays": "data.arrays",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """What there is for Python, imported when it is asked for: importing the package stays instant."""
+    """Import a public name when it is first used, so that importing the package stays instant."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_MODULES.get(name, 'in_python')}", __name__), name)
-
-
-class _Package(ModuleType):
-    def __setattr__(self, name: str, value: Any) -> None:
-        # An imported submodule becomes an attribute of its package: `train` and `evaluate` would hide the
-        # functions of those names. `from distributed_mnist.train import ...` still finds the modules.
-        if name not in __all__ or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+    return getattr(importlib.import_module(f".{_MODULES.get(name, 'api.library')}", __name__), name)

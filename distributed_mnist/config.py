@@ -14,8 +14,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from .common.suggest import did_you_mean, unknown
 from .errors import UsageError, reason
-from .nearest import did_you_mean, unknown
 
 Sync = Literal["tree", "ddp"]
 Precision = Literal["fp32", "bf16"]

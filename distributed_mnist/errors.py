@@ -11,7 +11,7 @@ import textwrap
 import traceback
 from typing import TextIO
 
-from .placement import ALONE, Placement
+from .common.placement import ALONE, Placement
 
 
 class DmnistError(Exception):

@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import docstring_parser
 import tyro
 
-from distributed_mnist.complaints import kinds
+from distributed_mnist.cli.flags_train import CommonFlags
+from distributed_mnist.cli.parser import GRAMMAR
+from distributed_mnist.cli.usage_errors import kinds
 from distributed_mnist.config import Recipe, Run, flag, load_recipe, recipe_names
-from distributed_mnist.flags import Every
-from distributed_mnist.grammar import GRAMMAR
 
 PAGE = Path(__file__).with_name("reference.md")
 HEAD = """\
@@ -47,7 +47,7 @@ def page() -> str:
     commands = list(_commands(GRAMMAR, "dmnist"))
     contents = [f"- [`{name}`](#{_anchor(name)}): {_summary(kind)}" for name, kind in commands]
     contents.append("- [The recipes that come with it](#recipes)")
-    parts = [HEAD, "\n".join(contents) + "\n", f"{EVERYWHERE}\n\n{_table(Every)}"]
+    parts = [HEAD, "\n".join(contents) + "\n", f"{EVERYWHERE}\n\n{_table(CommonFlags)}"]
     parts += [_section(name, kind) for name, kind in commands]
     parts.append(_recipes())
     return "\n".join(parts)
@@ -68,7 +68,7 @@ def _section(name: str, kind: type) -> str:
     usage = " ".join([name, *words, "[flags]"])
     parts = [f"## {name}\n", f"{_summary(kind)}\n", f"```text\n{usage}\n```\n"]
     nested = [field for field in _fields(kind) if dataclasses.is_dataclass(_plain(kind, field))]
-    own = [f for f in _fields(kind) if f not in nested and f.name not in _names(Every)]
+    own = [f for f in _fields(kind) if f not in nested and f.name not in _names(CommonFlags)]
     if own:
         parts.append(_table(kind, own))
     for field in nested:

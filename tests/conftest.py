@@ -9,7 +9,7 @@ import paced
 import pytest
 from ranks import environment
 
-from distributed_mnist import datasets
+from distributed_mnist.data import datasets
 
 TRAIN_SIZE, TEST_SIZE = 1_100, 300
 

@@ -1,0 +1,150 @@
+"""What is compared with: a plain training loop as tutorials write it, with a data set of single samples, a
+DataLoader, a DistributedSampler and DistributedDataParallel over gloo. `dmnist bench` runs it; nothing else
+does.
+
+    python -m distributed_mnist.bench.baseline --data DIR --model linear --nproc 2 \\
+        [--workers 4] [--seconds 5]
+
+prints one JSON object. It shares the program's networks and data files, and no other part of it.
+"""
+
+import argparse
+import json
+import math
+import socket
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from ..common.placement import usable_cores
+from ..data.datasets import load
+from ..models.zoo import MODELS
+
+
+class Samples(Dataset[tuple[Tensor, int]]):
+    """One image at a time, scaled and normalised as torchvision's transforms do it."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self._images, self._labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self._images[index].unsqueeze(0).to(torch.float32).div(255)
+        mean, std = torch.tensor([0.1307]).view(-1, 1, 1), torch.tensor([0.3081]).view(-1, 1, 1)
+        return image.sub_(mean).div_(std), int(self._labels[index])
+
+
+def work(rank: int, options: argparse.Namespace, port: int) -> None:
+    """One process."""
+    warnings.simplefilter("ignore")
+    size = options.nproc
+    torch.set_num_threads(max(1, usable_cores() // size))
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    data = load(options.dataset, Path(options.data), download=False)
+    train = Samples(torch.from_numpy(data.train_images), torch.from_numpy(data.train_labels))
+    test = Samples(torch.from_numpy(data.test_images), torch.from_numpy(data.test_labels))
+    torch.manual_seed(0)
+    model = DistributedDataParallel(MODELS[options.model](len(data.class_names)))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    sampler: DistributedSampler[tuple[Tensor, int]] = DistributedSampler(train)
+    batch = options.batch_size // size
+    loader = DataLoader(train, batch_size=batch, sampler=sampler, num_workers=options.workers)
+    test_loader = DataLoader(test, batch_size=batch, num_workers=options.workers)
+    watch = Stopwatch(options.seconds)
+    epochs: list[dict[str, float]] = []
+    while not watch.over and (len(epochs) < options.epochs or options.seconds < math.inf):
+        sampler.set_epoch(len(epochs))
+        began = time.perf_counter()
+        train_epoch(model, loader, optimizer, watch)
+        trained = time.perf_counter()
+        accuracy = score(model, test_loader) if options.seconds == math.inf else 0.0
+        tested = time.perf_counter() - trained
+        epochs.append({"train_seconds": trained - began, "test_seconds": tested, "test_accuracy": accuracy})
+    if rank == 0:
+        plain = {"images_per_second": watch.images * size / watch.seconds, "epochs": epochs}
+        sys.stdout.write(json.dumps(plain) + "\n")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+class Stopwatch:
+    """Counts images and seconds from the fifth batch on: the first ones of a process are slow."""
+
+    def __init__(self, limit: float) -> None:
+        self._limit, self._batches, self._began = limit, 0, 0.0
+        self.images, self.seconds, self.over = 0, 0.0, False
+
+    def count(self, images: int) -> None:
+        """A batch is done, on every process. All must stop at the same: they agree at each sixteenth."""
+        self._batches += 1
+        if self._batches <= 4:
+            self._began = time.perf_counter()
+            return
+        self.images += images
+        self.seconds = time.perf_counter() - self._began
+        if self._limit < math.inf and self._batches % 16 == 0:
+            found = torch.tensor([float(self.seconds > self._limit)])
+            dist.all_reduce(found)
+            self.over = bool(found > 0)
+
+
+def train_epoch(
+    model: nn.Module,
+    loader: DataLoader[tuple[Tensor, int]],
+    optimizer: torch.optim.Optimizer,
+    watch: Stopwatch,
+) -> None:
+    """A pass over this process's part, with running metrics, until its end or the watch's."""
+    model.train()
+    loss_sum, correct = 0.0, 0
+    for images, labels in loader:
+        logits = model(images)
+        loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss_sum += loss.item() * len(labels)
+        correct += int((logits.argmax(1) == labels).sum().item())
+        watch.count(len(labels))
+        if watch.over:
+            break
+
+
+@torch.no_grad()
+def score(model: nn.Module, loader: DataLoader[tuple[Tensor, int]]) -> float:
+    """Accuracy; every process scores all images."""
+    model.eval()
+    hits = [int((model(images).argmax(1) == labels).sum()) for images, labels in loader]
+    return sum(hits) / len(loader.dataset)  # type: ignore[arg-type]
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--dataset", default="mnist")
+    parser.add_argument("--model", default="linear")
+    parser.add_argument("--nproc", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of training at most")
+    options = parser.parse_args()
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    mp.spawn(work, (options, port), nprocs=options.nproc)
+
+
+if __name__ == "__main__":
+    main()

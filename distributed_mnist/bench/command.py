@@ -1,0 +1,72 @@
+"""`dmnist bench`: how fast this machine is at what the program does, measured as a user would see it.
+
+Everything is measured by running the program, or what it is compared with, as processes of their own,
+several times in turn, so that a machine whose speed drifts spoils ratios least.
+"""
+
+import json
+import platform
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rich.console import Console
+
+from ..common.atomic_write import written_aside
+from ..common.placement import usable_cores
+from ..config import load_recipe
+from ..errors import OutputError, reason
+from ..reporting.console import make_console, print_json
+from .sections import SECTIONS, Bench, Plan
+
+
+def run(*, as_json: bool, **flags: Any) -> int:
+    """Measure, show, and return the exit code. Raises `UsageError` for too many processes."""
+    plan = Plan(**flags)
+    recipe = load_recipe(plan.recipe)
+    if plan.nproc is not None:
+        recipe.check_size(plan.nproc)
+    console = make_console(stderr=as_json)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="dmnist-bench-")))
+        bench = Bench(plan, console, folder)
+        bench.results["machine"] = machine()
+        console.print(", ".join(f"{v}" for v in bench.results["machine"].values()))
+        for name in plan.sections or SECTIONS:
+            with console.status(f"measuring: {name}") as status:
+                bench.tell = lambda text, name=name, status=status: status.update(
+                    f"measuring: {name}, {text}"
+                )
+                bench.results[name] = SECTIONS[name](bench)
+        if plan.out is not None:
+            keep(bench.results, plan.out, console)
+    if as_json:
+        print_json(bench.results)
+    return 0
+
+
+def machine() -> dict[str, str]:
+    """What the figures are of."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": f"{usable_cores()} cores",
+        "system": f"{platform.system()} {platform.release()}",
+        "python": f"Python {platform.python_version()}",
+        "torch": f"torch {version('torch')}",
+    }
+
+
+def keep(results: dict[str, Any], out: Path, console: Console) -> None:
+    """Write `bench.json` and `bench.svg`. Raises `OutputError`."""
+    from . import plot  # noqa: PLC0415 - imports matplotlib
+
+    try:
+        with written_aside(out / "bench.json") as path:
+            path.write_text(json.dumps(results, indent=1) + "\n")
+        with written_aside(out / "bench.svg") as path:
+            plot.draw(results, path)
+    except OSError as error:
+        raise OutputError(f"--out {out}: {reason(error)}") from None
+    console.print(f"\nin {out}: bench.json, bench.svg")

@@ -1,0 +1,189 @@
+"""The `dmnist` command: from flags to what each command does. Heavy imports wait until one is needed."""
+
+import contextlib
+import dataclasses
+import importlib
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..common import environment
+from ..common.installed import version
+from ..errors import LaunchError, UsageError, tell, tidy_terminal, write_line
+
+if TYPE_CHECKING:
+    from ..common.placement import Placement
+    from .flags_train import Bench, Train, Verify
+    from .flags_use import Doctor, Evaluate
+
+_WORKERS = "distributed_mnist.cli.workers"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The `dmnist` command. Ends the process with a documented exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--debug" not in arguments:
+        environment.keep_torch_quiet()
+    try:
+        if arguments == ["--version"]:
+            sys.stdout.write(f"dmnist {version('distributed-mnist')}, torch {version('torch')}\n")
+            sys.exit(0)
+        if arguments[:1] == ["train"] and not {"-h", "--help"} & set(arguments):
+            _begin_to_import_torch()
+        from .parser import parse  # and tyro, which takes a while
+
+        command = parse(arguments)
+        code = _COMMANDS[type(command).__name__](command)
+    except KeyboardInterrupt:
+        tidy_terminal(sys.stderr, cursor=True)
+        write_line("stopped at once")
+        code = 130
+    except Exception as error:
+        code = tell(error, debug="--debug" in arguments)
+    sys.exit(code)
+
+
+def _begin_to_import_torch() -> None:
+    """In the server that workers are forked from, while this process imports and parses for itself."""
+    from ..distributed.detect_launcher import detect
+    from ..launcher import spawn
+
+    with contextlib.suppress(LaunchError):  # told later, when the answer is needed
+        if detect() is None:
+            spawn.warm_up(f"{_WORKERS}:train")
+
+
+def _train(command: "Train") -> int:
+    from ..data import prefetch
+    from ..launcher import spawn
+    from ..launcher.default_nproc import default_nproc
+    from ..reporting.console import make_console
+    from ..runs import layout
+
+    placement = _placed(command.run.nproc)
+    if placement is not None:
+        if command.ensemble > 1:
+            raise UsageError(
+                f"--ensemble starts processes by itself: run it alone, not under {placement.launcher}"
+            )
+        return spawn.start(placement, None, f"{_WORKERS}:train", command)
+    nproc = command.run.nproc or default_nproc(command.settings, command.run)
+    command.settings.check_size(nproc)
+    # One folder through all restarts, so chosen here.
+    whole = command.run.out or layout.new_folder(command.recipe)
+    command = dataclasses.replace(command, run=dataclasses.replace(command.run, out=whole))
+    with prefetch.Prefetcher(
+        partial(prefetch.read, command.run, make_console(stderr=command.json))
+    ) as data:
+        tasks = []
+        for out, one in _members(command, whole):
+            reached = partial(layout.newest_step, out)
+            restarts = spawn.Restarts(
+                command.run.max_restarts, reached, layout.resume_flags(whole, command.ensemble)
+            )
+            tasks.append(spawn.Task(f"{_WORKERS}:train", one, restarts, data.hand))
+        if command.ensemble > 1:
+            tasks.append(spawn.Task(f"{_WORKERS}:vote", command, hand=data.hand))
+        return spawn.spawn(nproc, tasks)
+
+
+def _members(command: "Train", out: Path) -> list[tuple[Path, "Train"]]:
+    """The folder and the command of each network of an ensemble, or of the one there is."""
+    from ..runs.layout import member_folder
+
+    if command.ensemble == 1:
+        return [(out, command)]
+    seeds = range(command.settings.seed, command.settings.seed + command.ensemble)
+    return [
+        (
+            member_folder(out, seed),
+            dataclasses.replace(
+                command,
+                settings=command.settings.replace(seed=seed),
+                run=dataclasses.replace(command.run, out=member_folder(out, seed)),
+                recipe=f"{command.recipe} ({i} of {command.ensemble})",
+            ),
+        )
+        for i, seed in enumerate(seeds, start=1)
+    ]
+
+
+def _evaluate(command: "Evaluate") -> int:
+    from ..launcher import spawn
+
+    placement = _placed(command.nproc)
+    return spawn.start(placement, command.nproc, f"{_WORKERS}:evaluate", command)
+
+
+def _verify(command: "Verify") -> int:
+    from ..launcher import spawn
+
+    placement = _placed(command.nproc)
+    if placement is not None:
+        if command.chaos:
+            raise UsageError(
+                f"--chaos starts and kills processes by itself: run it alone on a host, not under "
+                f"{placement.launcher}"
+            )
+        return spawn.start(placement, None, f"{_WORKERS}:verify", command)
+    return _call("verify.command", "run", command)
+
+
+def _doctor(command: "Doctor") -> int:
+    from ..launcher import spawn
+    from ..launcher.default_nproc import trial_nproc
+
+    placement = _placed(command.nproc)
+    nproc = None if placement else command.nproc or trial_nproc(command.device)
+    return spawn.start(placement, nproc, f"{_WORKERS}:doctor", command)
+
+
+def _bench(command: "Bench") -> int:
+    placement = _placed(None)
+    if placement is not None:
+        raise UsageError(f"bench starts processes by itself: run it alone, not under {placement.launcher}")
+    return _call("bench.command", "run", command)
+
+
+def _call(module: str, function: str, command: Any) -> int:
+    """Import one of our modules and call its function with the command's flags as keyword arguments.
+
+    `--json` is passed as `as_json`; `--debug` concerns only `main`.
+    """
+    flags = {field.name: getattr(command, field.name) for field in dataclasses.fields(command)}
+    del flags["debug"]
+    imported = importlib.import_module(f"..{module}", __package__)
+    return getattr(imported, function)(as_json=flags.pop("json"), **flags)
+
+
+def _placed(nproc: int | None) -> "Placement | None":
+    """Where another launcher has placed this process, if one has. Raises `UsageError` if `--nproc` asks
+    for another number of processes than that launcher started here."""
+    from ..distributed.detect_launcher import detect
+
+    placement = detect()
+    if placement is not None and nproc not in (None, placement.local_size):
+        raise UsageError(f"--nproc {nproc}, but {placement.launcher} started this process: leave it away")
+    return placement
+
+
+_COMMANDS: dict[str, Callable[[Any], int]] = {
+    "Train": _train,
+    "Evaluate": _evaluate,
+    "Watch": partial(_call, "reporting.watch", "run"),
+    "Predict": partial(_call, "inference.predict", "run"),
+    "Report": partial(_call, "reporting.report_command", "run"),
+    "Verify": _verify,
+    "Doctor": _doctor,
+    "Bench": _bench,
+    "Export": partial(_call, "export.command", "run"),
+    "Fetch": partial(_call, "cli.data_commands", "fetch"),
+    "Check": partial(_call, "cli.data_commands", "check"),
+    "Generate": partial(_call, "cli.data_commands", "generate"),
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""From the arrays as a data set's files hold them to images and labels that mean the same in every set.
+
+The traps: EMNIST's images are stored transposed, the labels of its letters count from 1, and QMNIST's
+labels are a table with the class in the first of eight columns.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import DataError
+from .catalog import Entry
+from .idx import one_line
+
+SIDE = 28  # pixels
+MAX_CLASSES = 256  # what a uint8 label can tell apart
+
+
+def images(entry: Entry, path: Path, stored: NDArray[Any]) -> NDArray[np.uint8]:
+    """Upright images, uint8 `(n, 28, 28)`, C-contiguous. Raises DataError naming `path`."""
+    if stored.dtype != np.uint8 or stored.ndim != 3 or stored.shape[1:] != (SIDE, SIDE):
+        raise DataError(
+            f"{one_line(path)}: holds {stored.dtype} {_shape(stored)}, images are uint8 (n, {SIDE}, {SIDE})"
+        )
+    if not len(stored):
+        raise DataError(f"{one_line(path)}: no images in it")
+    return np.ascontiguousarray(stored.transpose(0, 2, 1) if entry.transposed else stored)
+
+
+def labels(entry: Entry, path: Path, stored: NDArray[Any]) -> NDArray[np.uint8]:
+    """Classes counted from 0, uint8 `(n,)`, C-contiguous. Raises DataError naming `path`."""
+    shape = (entry.label_columns,) if entry.label_columns > 1 else ()
+    if stored.dtype.kind not in "iu" or stored.shape[1:] != shape or not stored.ndim:
+        wanted = f"(n, {entry.label_columns})" if shape else "(n,)"
+        raise DataError(
+            f"{one_line(path)}: holds {stored.dtype} {_shape(stored)}, labels are integers {wanted}"
+        )
+    if not len(stored):
+        raise DataError(f"{one_line(path)}: no labels in it")
+    column = stored[:, 0] if shape else stored
+    low = entry.first_label
+    high = low + (len(entry.class_names) or MAX_CLASSES) - 1
+    wrong = np.flatnonzero((column < low) | (column > high))
+    if len(wrong):
+        raise DataError(
+            f"{one_line(path)}: label {column[wrong[0]]} in row {wrong[0]}, "
+            f"but {entry.name} has labels from {low} to {high}"
+        )
+    return np.ascontiguousarray(column - low, dtype=np.uint8)
+
+
+def require_pairs(images_path: Path, image_count: int, labels_path: Path, label_count: int) -> None:
+    """Raises DataError unless there is a label for each image."""
+    if image_count != label_count:
+        raise DataError(
+            f"{one_line(labels_path)}: {label_count} labels, but {one_line(images_path.name)} "
+            f"has {image_count} images"
+        )
+
+
+def _shape(array: NDArray[Any]) -> str:
+    return f"({', '.join(map(str, array.shape))})"

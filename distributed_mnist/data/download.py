@@ -1,0 +1,219 @@
+"""Downloading a data set: mirrors in turn, verified, written aside, renamed into torchvision's layout.
+
+A file appears under its name whole and verified, or not at all; fetching it twice at once does no harm.
+A broken transfer is tried again; a mirror that does not answer is not asked for the next file.
+"""
+
+import contextlib
+import shutil
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..common.atomic_write import written_aside
+from ..errors import DataError
+from . import idx
+from .catalog import ROLES, Entry, Published
+from .idx import one_line
+from .locate import md5_of, own_folder, present
+
+Progress = Callable[[str, int, int | None], None]
+"""Called with what is being done, how much of it is done, and of how much (None: not known)."""
+
+_CONNECT_SECONDS = 5
+_READ_SECONDS = 30  # between two pieces, not for all of them
+_ATTEMPTS = 2
+_MAX_BYTES = 1 << 30  # the largest file wanted here has 562 MB; a server gone wild must not fill the disk
+_CHUNK = 1 << 16
+
+
+def silent(description: str, done: int, total: int | None) -> None:
+    """The `Progress` that shows nothing."""
+
+
+class _MirrorError(Exception):
+    """Why one mirror did not deliver, in a few words."""
+
+    def __init__(self, reason: str, *, unreachable: bool = False, again: bool = False) -> None:
+        super().__init__(reason)
+        self.unreachable = unreachable
+        self.again = again  # another try may help
+
+
+@dataclass
+class _Mirrors:
+    """Base addresses in turn, and what is known about those that do not answer."""
+
+    bases: Sequence[str]
+    progress: Progress
+    unreachable: dict[str, str] = field(default_factory=dict)
+
+    def download(self, name: str, destination: Path, verify: Callable[[Path], str | None]) -> None:
+        """Gets `name` from the first mirror whose copy `verify` finds nothing wrong with."""
+        reasons: dict[str, str] = {}
+        try:
+            with written_aside(destination) as part:
+                for base in self.bases:
+                    reason = self.unreachable.get(base) or self._try(base, name, part, verify)
+                    if reason is None:
+                        return
+                    reasons[base] = reason
+                raise DataError(self._failure(name, reasons))
+        except OSError as error:
+            raise DataError(
+                f"{one_line(destination)}: cannot be written: {error.strerror or error}"
+            ) from error
+
+    def _failure(self, name: str, reasons: dict[str, str]) -> str:
+        """Why no mirror delivered; those that share a reason share its mention."""
+        grouped: dict[str, list[str]] = {}
+        for base, reason in reasons.items():
+            hosts = grouped.setdefault(reason, [])
+            if _host(base) not in hosts:
+                hosts.append(_host(base))
+        if not grouped:
+            return "no mirror is known"
+        shown = "; ".join(f"{', '.join(hosts)} ({reason})" for reason, hosts in grouped.items())
+        if all(base in self.unreachable for base in reasons):
+            return f"no mirror could be reached: {shown}"
+        return f"no mirror has {name}: {shown}"
+
+    def _try(self, base: str, name: str, part: Path, verify: Callable[[Path], str | None]) -> str | None:
+        """Downloads into `part`; returns None, or why it failed."""
+        reason = "not asked"
+        for _ in range(_ATTEMPTS):
+            try:
+                _transfer(f"{base.rstrip('/')}/{name}", part, name, self.progress)
+                return verify(part)
+            except _MirrorError as failure:
+                reason = str(failure)
+                if failure.unreachable:
+                    self.unreachable[base] = reason
+                if not failure.again:
+                    break
+        return reason
+
+
+def fetch(
+    entry: Entry, root: Path, *, mirrors: Sequence[str] | None = None, progress: Progress = silent
+) -> list[Path]:
+    """Downloads those files of the set that torchvision's folder under `root` lacks; returns all four.
+
+    `mirrors` are base addresses to ask instead of the published ones. Files that are there are taken to
+    be right. Raises DataError, which names each mirror's reason: nothing to download from, all mirrors
+    failed, no space, or a folder that cannot be written.
+    """
+    bases = entry.mirrors if mirrors is None else mirrors
+    for base in bases:
+        if not base.startswith(("http://", "https://")):
+            raise DataError(f"{one_line(base)}: a mirror's address starts with http:// or https://")
+    folder = own_folder(entry, root)
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        return _fetch_into(folder, entry, _Mirrors(bases, progress))
+    except DataError:
+        for place in new:
+            with contextlib.suppress(OSError):  # not empty, or never made
+                place.rmdir()
+        raise
+
+
+def _fetch_into(folder: Path, entry: Entry, sources: _Mirrors) -> list[Path]:
+    paths = present(entry, folder)
+    archive: Path | None = None
+    if entry.archive and len(paths) < len(ROLES):
+        archive = _archive(entry, entry.archive, folder, sources)
+    for role in ROLES:
+        if role in paths:
+            continue
+        published = entry.file(role)
+        paths[role] = folder / f"{published.name}.gz"
+        if archive:
+            _extract(archive, f"gzip/{published.name}.gz", paths[role])
+        else:
+            sources.download(
+                paths[role].name, paths[role], lambda part, file=published: _problem(file, part)
+            )
+    return [paths[role] for role in ROLES]
+
+
+def _problem(published: Published, part: Path) -> str | None:
+    """What is wrong with the downloaded file, in a few words, or None."""
+    if published.sha256:
+        try:
+            found, expected = idx.digest(idx.read(part)), published.sha256
+        except DataError as error:
+            return f"wrong content: {str(error).removeprefix(f'{one_line(part)}: ')}"
+        kind = "SHA-256 of the content"
+    else:
+        found, expected, kind = md5_of(part), published.gz_md5 or "", "MD5"
+    return None if found == expected else f"wrong content: {kind} {found[:12]}…, not {expected[:12]}…"
+
+
+def _archive(entry: Entry, name: str, folder: Path, sources: _Mirrors) -> Path:
+    """The set's zip, downloaded unless it is there; it stays, for the sets that share it."""
+    published = Published(name, gz_md5=entry.archive_md5)
+    path = folder / name
+    if not path.is_file() or _problem(published, path):
+        sources.download(name, path, lambda part: _problem(published, part))
+    return path
+
+
+def _extract(archive: Path, member: str, destination: Path) -> None:
+    try:
+        with (
+            written_aside(destination) as part,
+            zipfile.ZipFile(archive) as opened,
+            opened.open(member) as source,
+            part.open("wb") as target,
+        ):
+            shutil.copyfileobj(source, target)
+    except KeyError as error:
+        raise DataError(f"{one_line(archive)}: has no {member}") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise DataError(f"{one_line(archive)}: damaged ({error})") from error
+    except OSError as error:
+        raise DataError(f"{one_line(destination)}: cannot be written: {error.strerror or error}") from error
+
+
+def _transfer(url: str, part: Path, name: str, progress: Progress) -> None:
+    """One request, its answer written to `part`. Raises _MirrorError, or OSError for `part`."""
+    import requests  # noqa: PLC0415 - not at import: slow, and hardly ever needed
+    import urllib3  # noqa: PLC0415
+
+    # As it is: a server that unpacks or packs on the way would change the checksum.
+    headers = {"Accept-Encoding": "identity"}
+    try:
+        with (
+            requests.get(
+                url, stream=True, timeout=(_CONNECT_SECONDS, _READ_SECONDS), headers=headers
+            ) as response,
+            part.open("wb") as file,
+        ):
+            if not response.ok:
+                raise _MirrorError(f"HTTP {response.status_code}")
+            length = response.headers.get("Content-Length", "")
+            total = int(length) if length.isdecimal() else None
+            done = 0
+            progress(name, done, total)
+            for chunk in response.iter_content(_CHUNK):
+                done += len(chunk)
+                if done > _MAX_BYTES:
+                    raise _MirrorError(f"sent more than {_MAX_BYTES >> 20} MiB")
+                file.write(chunk)
+                progress(name, done, total)
+    except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError) as error:
+        raise _MirrorError("broke off the transfer", again=True) from error
+    except requests.Timeout as error:
+        raise _MirrorError("did not answer in time", unreachable=True) from error
+    except requests.ConnectionError as error:
+        raise _MirrorError("connection failed", unreachable=True) from error
+    except (requests.RequestException, urllib3.exceptions.HTTPError, UnicodeError) as error:
+        raise _MirrorError(f"not a usable address: {type(error).__name__}", unreachable=True) from error
+
+
+def _host(base: str) -> str:
+    """The host of a base address, without the password that may stand before it."""
+    return one_line(base.partition("//")[2].partition("/")[0].rpartition("@")[2] or base)

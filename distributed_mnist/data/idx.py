@@ -1,0 +1,180 @@
+"""IDX, the file format of MNIST, raw or gzipped: `read(path)` and `write(path, array)`.
+
+A file is two zero bytes, one byte for the type, one for the number of dimensions, the dimensions as
+unsigned 32-bit integers, then the numbers, all big-endian (Y. LeCun, "The MNIST database"). Whether a
+file is gzipped is decided by how it starts, not by its name.
+
+Any bytes whatever give an array or a `DataError` of one line, in memory bounded by what is really there:
+a header is a promise, never a reason to allocate.
+"""
+
+import gzip
+import hashlib
+import io
+import math
+import stat
+import zlib
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..common.atomic_write import written_aside
+from ..errors import DataError
+
+GZIP_MAGIC = b"\x1f\x8b"
+
+_DTYPES: dict[int, np.dtype[Any]] = {
+    0x08: np.dtype(">u1"),
+    0x09: np.dtype(">i1"),
+    0x0B: np.dtype(">i2"),
+    0x0C: np.dtype(">i4"),
+    0x0D: np.dtype(">f4"),
+    0x0E: np.dtype(">f8"),
+}
+_MAX_DIMENSIONS = 32  # NumPy before 2.0 has no more
+_MAX_BYTES = 4 << 30  # 5 million images; what a small gzip bomb may unfold to at most
+_CHUNK = 1 << 20
+
+
+class _Readable(Protocol):
+    def read1(self, size: int, /) -> bytes: ...
+
+
+def one_line(path: Path | str) -> str:
+    """`path` for a message: as it is, or quoted and escaped if it holds a newline or the like."""
+    text = str(path)
+    return text if text.isprintable() else ascii(text)
+
+
+def read(path: Path) -> NDArray[Any]:
+    """The array in the file, of its shape, in native byte order, C-contiguous and writable.
+
+    Raises DataError: no such file, not a file, unreadable, or anything that `parse` refuses.
+    """
+    name = one_line(path)
+    try:
+        # Looked at before it is opened: opening a pipe would wait for someone to write into it.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise DataError(f"{name}: not a file")
+        with path.open("rb") as file:
+            return _unpack(file, name)
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it
+        raise DataError(f"{name}: {getattr(error, 'strerror', None) or 'cannot be read'}") from error
+
+
+def parse(data: bytes, name: str) -> NDArray[Any]:
+    """The array in `data`, the bytes of an IDX file, raw or gzipped; `name` is for messages.
+
+    Raises DataError: truncated, trailing bytes, no IDX header, absurd dimensions, gzip damage.
+    """
+    return _unpack(io.BytesIO(data), name)
+
+
+def _unpack(file: BinaryIO, name: str) -> NDArray[Any]:
+    zipped = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+    file.seek(0)
+    # `read1` gives what there is and fails only afterwards, so that a message can say how far it got.
+    stream: Any = gzip.GzipFile(fileobj=file) if zipped else file
+    content = bytearray()
+    try:
+        return _parse(stream, content, name)
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(
+            f"{name}: damaged gzip data after {len(content)} unpacked bytes ({error})"
+        ) from error
+    except EOFError as error:
+        raise DataError(
+            f"{name}: truncated: the gzip data end after {len(content)} unpacked bytes"
+        ) from error
+    except MemoryError as error:
+        raise DataError(f"{name}: does not fit into memory") from error
+
+
+def _parse(stream: _Readable, content: bytearray, name: str) -> NDArray[Any]:
+    """Reads `stream` to its end, through `content`, which holds what was read if this raises."""
+    _fill(stream, content, 4)
+    if not content:
+        raise DataError(f"{name}: empty")
+    if not b"\0\0".startswith(content[:2]):
+        raise DataError(f"{name}: not an IDX file: starts with {content[:4].hex(' ')}, not with 00 00")
+    if len(content) < 4:
+        raise DataError(f"{name}: truncated: {len(content)} bytes, an IDX header has at least 4")
+    code, dimensions = content[2:4]
+    if code not in _DTYPES:
+        raise DataError(f"{name}: unknown IDX type 0x{code:02x}")
+    if dimensions > _MAX_DIMENSIONS:
+        raise DataError(f"{name}: absurd header: {dimensions} dimensions")
+    start = 4 + 4 * dimensions
+    _fill(stream, content, start)
+    if len(content) < start:
+        raise DataError(f"{name}: truncated: {len(content)} bytes, its header has {start}")
+
+    dtype = _DTYPES[code]
+    shape = tuple(int(size) for size in np.frombuffer(content, ">u4", dimensions, offset=4))
+    # Zeros are left out of the product: 0 x 4294967295 x 4294967295 holds nothing, yet NumPy refuses it.
+    if math.prod(size for size in shape if size) * dtype.itemsize > _MAX_BYTES:
+        raise DataError(f"{name}: absurd header: promises {' x '.join(map(str, shape))} numbers")
+    end = start + math.prod(shape) * dtype.itemsize
+    _fill(stream, content, end + 1)  # one more, to see that there is none, and so that gzip checks its CRC
+    if len(content) < end:
+        raise DataError(f"{name}: truncated: {len(content)} bytes of the {end} that its header promises")
+    if len(content) > end:
+        raise DataError(f"{name}: trailing bytes after the {end} that its header promises")
+    stored = np.frombuffer(content, dtype, offset=start).reshape(shape)
+    # A view of `content` where the order is native already: no second copy of a large file.
+    return stored.astype(dtype.newbyteorder("="), copy=False)
+
+
+def _fill(stream: _Readable, content: bytearray, size: int) -> None:
+    """Appends to `content` until it has `size` bytes or the stream ends."""
+    while len(content) < size:
+        chunk = stream.read1(min(size - len(content), _CHUNK))
+        if not chunk:
+            return
+        content += chunk
+
+
+def _stored(array: NDArray[Any], name: str) -> tuple[bytes, memoryview]:
+    """The header of `array`, and the bytes of its numbers as they are stored."""
+    dtype = array.dtype.newbyteorder(">")
+    code = next((code for code, known in _DTYPES.items() if known == dtype), None)
+    if code is None:
+        raise DataError(f"{name}: IDX has no type for {array.dtype}")
+    if array.ndim > _MAX_DIMENSIONS or array.nbytes > _MAX_BYTES or max(array.shape, default=0) >= 1 << 32:
+        raise DataError(
+            f"{name}: {' x '.join(map(str, array.shape))} numbers are too many for one IDX file"
+        )
+    header = bytes([0, 0, code, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    return header, np.asarray(array, dtype, order="C").reshape(-1).view(np.uint8).data
+
+
+def write(path: Path, array: NDArray[Any]) -> None:
+    """Writes `array`, gzipped if the name ends with `.gz`; the same array always gives the same bytes.
+
+    The file appears whole or not at all. Raises DataError: a type that IDX lacks, an array too large, a
+    folder that cannot be written, no space.
+    """
+    name = one_line(path)
+    header, numbers = _stored(array, name)
+    try:
+        with written_aside(path) as part, part.open("wb") as file:
+            if path.suffix == ".gz":
+                with gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as packed:
+                    packed.write(header)
+                    packed.write(numbers)
+            else:
+                file.write(header)
+                file.write(numbers)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not a file name"
+        raise DataError(f"{name}: cannot be written: {reason}") from error
+
+
+def digest(array: NDArray[Any]) -> str:
+    """SHA-256 of the unpacked IDX file of `array`; no file is needed, the array says all that is in one."""
+    header, numbers = _stored(array, "array")
+    sha256 = hashlib.sha256(header)
+    sha256.update(numbers)
+    return sha256.hexdigest()

@@ -1,0 +1,211 @@
+"""How this process came to be: which launcher started it, and where that puts it in its group.
+
+The only file that reads launchers' environment variables. Knows torchrun (and torch.distributed.launch,
+Kubeflow, and whoever else speaks its variables), Slurm's srun, and MPI's mpirun; `spawn.py` is our own.
+"""
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+
+from ..common.placement import Placement
+from ..errors import LaunchError
+from .port_discovery import derived_ports
+
+_OPENMPI = tuple(f"OMPI_COMM_WORLD_{word}" for word in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+_MPICH = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+_AGENT = re.compile(r"torchrun|torch\.distributed|torch/distributed")
+_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def detect(env: Mapping[str, str] = os.environ) -> Placement | None:
+    """The place a launcher gave this process, or None if none started it.
+
+    Raises `LaunchError`, naming the variable, for an environment that is incomplete or absurd.
+    """
+    if "RANK" in env or "WORLD_SIZE" in env or "LOCAL_RANK" in env:
+        return _torchrun(env)
+    if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:  # srun; a batch script itself has no step
+        return _slurm(env) if _integer(env, "SLURM_STEP_NUM_TASKS") > 1 else None
+    for names in (_OPENMPI, _MPICH):
+        if any(name in env for name in names):
+            return _mpi(env, *names)
+    return None
+
+
+def _torchrun(env: Mapping[str, str]) -> Placement:
+    for name in _TORCHRUN:
+        if name not in env:
+            there = ", ".join(n for n in (*_TORCHRUN, "LOCAL_RANK") if n in env)
+            raise LaunchError(
+                f"{name} is not set, but {there} is: a launcher sets all of {', '.join(_TORCHRUN)}"
+            )
+    if not env["MASTER_ADDR"].strip():
+        raise LaunchError("MASTER_ADDR is empty")
+    size = _integer(env, "WORLD_SIZE")
+    local_size = _integer(env, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in env else 1
+    elastic = "TORCHELASTIC_RUN_ID" in env
+    agent = _agent() if elastic else None
+    restarts = _integer(env, "TORCHELASTIC_RESTART_COUNT") if "TORCHELASTIC_RESTART_COUNT" in env else 0
+    if local_size > 1 and "LOCAL_RANK" not in env:
+        raise LaunchError("LOCAL_RANK is not set, but LOCAL_WORLD_SIZE is")
+    return _checked(
+        Placement(
+            rank=_integer(env, "RANK"),
+            size=size,
+            local_rank=_integer(env, "LOCAL_RANK") if "LOCAL_RANK" in env else 0,
+            local_size=local_size,
+            host=env["MASTER_ADDR"],
+            ports=(_port(env),),
+            store_exists=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            job=f"dmnist/{env.get('TORCHELASTIC_RUN_ID', '')}/{size}",
+            starter=_identity(agent) if agent else "",
+            parent=os.getppid() if agent else 0,
+            restarts=restarts,
+            launcher="torchrun" if elastic else "environment",
+        ),
+        "RANK",
+        "WORLD_SIZE",
+    )
+
+
+def _slurm(env: Mapping[str, str]) -> Placement:
+    job, step = _text(env, "SLURM_JOB_ID"), _text(env, "SLURM_STEP_ID")
+    node = _integer(env, "SLURM_NODEID")
+    host = "127.0.0.1" if _integer(env, "SLURM_STEP_NUM_NODES") == 1 else _first_slurm_host(env)
+    name = f"slurm-{job}-{step}-{env.get('SLURM_RESTART_COUNT', '0')}"
+    return _checked(
+        Placement(
+            rank=_integer(env, "SLURM_PROCID"),
+            size=_integer(env, "SLURM_STEP_NUM_TASKS"),
+            local_rank=_integer(env, "SLURM_LOCALID"),
+            local_size=_tasks_on_node(_text(env, "SLURM_STEP_TASKS_PER_NODE"), node),
+            host=env.get("MASTER_ADDR", host),
+            ports=_ports(env, name),
+            job=name,
+            starter=f"slurm {env.get('SLURM_CLUSTER_NAME', '')} {job}.{step}",  # kept when it is requeued
+            own_device="SLURM_GPUS_PER_TASK" in env or "gpu" in env.get("SLURM_TRES_PER_TASK", ""),
+            launcher="srun",
+        ),
+        "SLURM_PROCID",
+        "SLURM_STEP_NUM_TASKS",
+    )
+
+
+def _mpi(env: Mapping[str, str], rank: str, size: str, local_rank: str, local_size: str) -> Placement:
+    one_host = _integer(env, size) == _integer(env, local_size)
+    if not one_host and "MASTER_ADDR" not in env:
+        raise LaunchError(
+            "MASTER_ADDR is not set: MPI tells nobody where rank 0 is, set it to that host's address"
+        )
+    job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or env.get("PMI_JOBID")
+    if job is None and not one_host and "MASTER_PORT" not in env:
+        raise LaunchError("MASTER_PORT is not set, and this MPI gives its job no name to derive one from")
+    name = f"mpi-{job or os.getppid()}"  # on one host, its ranks are one launcher's children
+    return _checked(
+        Placement(
+            rank=_integer(env, rank),
+            size=_integer(env, size),
+            local_rank=_integer(env, local_rank),
+            local_size=_integer(env, local_size),
+            host=env.get("MASTER_ADDR", "127.0.0.1"),
+            ports=_ports(env, name),
+            job=name,
+            launcher="mpirun",
+        ),
+        rank,
+        size,
+    )
+
+
+def _agent() -> psutil.Process | None:
+    """torchrun's agent: the parent, or above a shell between the two; None if out of our sight."""
+    try:
+        above = psutil.Process().parents()
+        named = (one for one in above if any(map(_AGENT.search, one.cmdline())))
+        return next(named, above[0] if above else None)
+    except psutil.Error:
+        return None
+
+
+def _identity(process: psutil.Process) -> str:
+    """A process told from any other that had or will have its number on this host."""
+    try:  # in ticks since the start: other clocks are set while programs run
+        started = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        started = str(process.create_time())
+    return f"{socket.gethostname()} {process.pid} {started}"
+
+
+def _checked(placement: Placement, rank: str, size: str) -> Placement:
+    if not 0 <= placement.rank < placement.size:
+        raise LaunchError(f"{rank} is {placement.rank}, which does not fit {size} {placement.size}")
+    if not 0 <= placement.local_rank < placement.local_size and placement.local_size > 1:
+        raise LaunchError(
+            f"local rank {placement.local_rank} of {placement.local_size} processes on this host"
+        )
+    return placement
+
+
+def _ports(env: Mapping[str, str], name: str) -> tuple[int, ...]:
+    """Ports every rank of a job derives alike; only an explicit MASTER_PORT is insisted on."""
+    if "MASTER_PORT" in env:
+        return (_port(env),)
+    return derived_ports(name)
+
+
+def _first_slurm_host(env: Mapping[str, str]) -> str:
+    """Rank 0's host: the first of the step's. Falls back on the address srun was called from (a batch
+    script runs on the first node) where that name does not resolve."""
+    nodes = env.get("SLURM_STEP_NODELIST") or _text(env, "SLURM_JOB_NODELIST")
+    host = _first_of_hostlist(nodes)
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return env.get("SLURM_LAUNCH_NODE_IPADDR", host)
+    return host
+
+
+def _first_of_hostlist(nodes: str) -> str:
+    """`rack[07-09,12]n1,login` to `rack07n1`."""
+    first = re.split(r",(?![^\[]*\])", nodes)[0]
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
+
+
+def _tasks_on_node(text: str, node: int) -> int:
+    """`2(x3),1` lists tasks per node: 2, 2, 2, 1."""
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            raise LaunchError(f"SLURM_STEP_TASKS_PER_NODE is {text!r}")
+        counts += [int(match[1])] * int(match[2] or 1)
+    if node >= len(counts):
+        raise LaunchError(f"SLURM_NODEID is {node}, but SLURM_STEP_TASKS_PER_NODE has {len(counts)} nodes")
+    return counts[node]
+
+
+def _port(env: Mapping[str, str]) -> int:
+    port = _integer(env, "MASTER_PORT")
+    if not 0 < port < 2**16:
+        raise LaunchError(f"MASTER_PORT is {port}, not a port")
+    return port
+
+
+def _text(env: Mapping[str, str], name: str) -> str:
+    if name not in env:
+        raise LaunchError(f"{name} is not set, though this process seems to be started by srun")
+    return env[name]
+
+
+def _integer(env: Mapping[str, str], name: str) -> int:
+    if name not in env:
+        raise LaunchError(f"{name} is not set")
+    try:
+        return int(env[name])
+    except ValueError:
+        raise LaunchError(f"{name} is {env[name]!r}, not a number") from None

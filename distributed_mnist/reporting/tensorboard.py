@@ -1,0 +1,104 @@
+"""A run's events for TensorBoard: curves, the mistakes as pictures, the recipe as hyperparameters."""
+
+import base64
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from ..config import Recipe
+from ..errors import reason
+
+_SIDE, _CAPTION, _COLUMNS, _MOST = 56, 14, 8, 64
+
+
+class TensorBoard:
+    """Writes into `folder`; of steps after `step`, which the run goes on from, what is there is void."""
+
+    def __init__(
+        self, folder: Path, recipe: Recipe, names: Sequence[str], step: int, complain: Callable[[str], None]
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an extra, and slow to import
+
+        self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self._recipe, self._names, self._complain = recipe, names, complain
+
+    def log(self, event: str, **fields: Any) -> None:
+        """See `Sink`. A full disk ends the record, not the run."""
+        handler = getattr(self, f"_on_{event}", None)
+        if handler is None or self._writer is None:
+            return
+        try:
+            handler(**fields)
+        except OSError as error:
+            self._writer = None
+            self._complain(f"TensorBoard's record ends here: {reason(error)}")
+
+    def close(self) -> None:
+        """See `Sink`."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _on_steps(
+        self,
+        *,
+        step: int,
+        first_step: int,
+        losses: list[float],
+        lr: float,
+        images_per_second: float,
+        ranks: dict[str, list[float]],
+        **_: Any,
+    ) -> None:
+        for i, loss in enumerate(losses):
+            self._scalar("loss/train", loss, first_step + i)
+        self._scalar("learning rate", lr, step)
+        self._scalar("images per second", images_per_second, step)
+        for name, seconds in ranks.items():
+            for rank, each in enumerate(seconds):
+                self._scalar(f"{name} ms/rank {rank}", 1e3 * each, step)
+
+    def _on_evaluation(
+        self,
+        *,
+        step: int,
+        train_accuracy: float,
+        test_loss: float,
+        test_accuracy: float,
+        **_: Any,
+    ) -> None:
+        self._scalar("loss/test", test_loss, step)
+        self._scalar("accuracy/train", train_accuracy, step)
+        self._scalar("accuracy/test", test_accuracy, step)
+
+    def _on_mistakes(self, *, step: int, mistakes: list[dict[str, Any]]) -> None:
+        if mistakes:
+            self._writer.add_image("mistakes", contact_sheet(mistakes, self._names), step, dataformats="HW")
+
+    def _on_end(self, *, result: dict[str, Any]) -> None:
+        told = {name: result[name] for name in ("test_accuracy", "test_loss", "train_seconds")}
+        self._writer.add_hparams(
+            self._recipe.to_dict(), {f"end/{k}": v for k, v in told.items()}, run_name="."
+        )
+
+    def _scalar(self, name: str, value: float, step: int) -> None:
+        self._writer.add_scalar(name, value, step)
+
+
+def contact_sheet(mistakes: Sequence[dict[str, Any]], names: Sequence[str]) -> NDArray[np.uint8]:
+    """Up to 64 mistakes as one grey picture `(height, width)`; under each what it is > was taken for."""
+    shown = mistakes[:_MOST]
+    columns = min(_COLUMNS, len(shown))
+    rows = -(-len(shown) // columns)
+    sheet = Image.new("L", (columns * (_SIDE + 4), rows * (_SIDE + _CAPTION + 4)), 60)
+    draw = ImageDraw.Draw(sheet)
+    for i, each in enumerate(shown):
+        left, top = i % columns * (_SIDE + 4) + 2, i // columns * (_SIDE + _CAPTION + 4) + 2
+        digit = Image.frombytes("L", (28, 28), base64.b64decode(each["image"]))
+        sheet.paste(digit.resize((_SIDE, _SIDE), Image.Resampling.NEAREST), (left, top))
+        caption = f"{names[each['label']][:4]} > {names[each['predicted']][:4]}"
+        draw.text((left + 2, top + _SIDE + 1), caption, fill=255)
+    return np.asarray(sheet)

@@ -1,0 +1,44 @@
+"""Random shifts, rotations and zooms of whole batches: `(images, key) -> images`, pure.
+
+The parameters of a step are drawn for its whole global batch, a few numbers an image, and each rank
+takes its rows: an image gets the same distortion whichever rank or shard it falls to.
+"""
+
+import math
+
+import numpy as np
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..common.random_keys import random_bits, uniform
+from ..config import Recipe
+
+_SIDE = 28
+
+
+def draw_transforms(recipe: Recipe, step: int, count: int) -> NDArray[np.float32] | None:
+    """The maps from output to input coordinates for the `count` images of a step.
+
+    Returns float32 `(count, 2, 3)` as `torch.nn.functional.affine_grid` takes them, or None where the
+    recipe asks for no augmentation.
+    """
+    if recipe.shift == recipe.rotate == recipe.scale == 0:
+        return None
+    draws = uniform(random_bits(4 * count, "augment", recipe.seed, step)).reshape(count, 4) * 2 - 1
+    angle = draws[:, 0] * math.radians(recipe.rotate)
+    zoom = 1 + draws[:, 1] * recipe.scale
+    transforms = np.zeros((count, 2, 3), dtype=np.float32)
+    transforms[:, 0, 0] = transforms[:, 1, 1] = np.cos(angle) / zoom
+    transforms[:, 0, 1] = -np.sin(angle) / zoom
+    transforms[:, 1, 0] = np.sin(angle) / zoom
+    transforms[:, :, 2] = draws[:, 2:] * recipe.shift * 2 / _SIDE  # coordinates run from -1 to 1
+    return transforms
+
+
+def apply_transforms(images: Tensor, transforms: Tensor) -> Tensor:
+    """Bilinear resampling of float images `(n, 1, 28, 28)`; outside is 0, the paper's black."""
+    if not len(images):  # affine_grid refuses an empty batch
+        return images
+    grid = F.affine_grid(transforms, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)

@@ -1,0 +1,326 @@
+"""The program from Python: the command's answers, errors raised in the caller, own models and data."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ranks
+import torch
+import user_models
+from ranks import REPOSITORY
+from torch import nn
+
+from distributed_mnist import Result, evaluate, from_arrays, load, train
+from distributed_mnist.common.digest import digest
+from distributed_mnist.data import datasets
+from distributed_mnist.errors import (
+    CheckpointError,
+    DataError,
+    OutputError,
+    TrainingError,
+    UsageError,
+    WorkerLost,
+)
+
+SHORT: dict[str, Any] = {"recipe": "fast", "steps": 3, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def result(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """A run of three steps, in this process."""
+    return train(**SHORT, dataset=digits, out=tmp_path_factory.mktemp("library") / "run")
+
+
+def own(classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, classes))
+
+
+def arrays(count: int = 64) -> dict[str, Any]:
+    drawn = datasets.load("generated", Path(), train_size=count, test_size=count)
+    return {str(role): array for role, array in drawn.arrays().items()}
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    code = "import sys, distributed_mnist; print('torch' in sys.modules, 'train' in dir(distributed_mnist))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("False")
+
+
+def test_public_names() -> None:
+    import distributed_mnist
+
+    for name in distributed_mnist.__all__:
+        assert getattr(distributed_mnist, name).__name__ == name
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = distributed_mnist.no_such_thing
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_same_weights_as_the_command(nproc: int, result: Result, digits: Path, tmp_path: Path) -> None:
+    ranks.server()
+    here = train(**SHORT, dataset=digits, out=tmp_path / "library", nproc=nproc)
+    words = ("--recipe", "fast", "--steps", 3, "--dataset", "idx", "--data", digits)
+    there = ranks.train(*words, nproc=nproc, out=tmp_path / "command")
+    for name in ("weights_sha256", "samples_sha256", "data_sha256"):
+        assert getattr(here, name) == there[name] == getattr(result, name)
+    assert (here.accuracy, here.loss, here.steps) == (there["test_accuracy"], there["test_loss"], 3)
+
+
+def test_says_nothing_unless_asked(digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    train(**SHORT, dataset=digits, out=tmp_path / "quiet")
+    train(**SHORT, dataset=digits, out=tmp_path / "quiet-2", nproc=2)
+    assert capfd.readouterr() == ("", "")
+    train(**SHORT, dataset=digits, out=tmp_path / "loud", verbose=True)
+    assert "test accuracy" in capfd.readouterr().out
+
+
+def test_leaves_torch_as_it_was(digits: Path, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    ended = train(**SHORT, dataset=digits, out=tmp_path / "run")
+    ended.load()
+    evaluate(ended, digits)
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.get_num_threads() == threads
+
+
+def test_the_trained_network(result: Result, digits: Path) -> None:
+    trained = result.load()
+    assert digest(dict(trained.network.state_dict())) == result.weights_sha256
+    assert result.model is result.model
+    data = datasets.load("idx", digits)
+    scored = evaluate(result, digits)
+    predicted = trained.predict(torch.from_numpy(data.test_images))
+    assert torch.equal(predicted, scored.predicted)
+    chances = trained.probabilities(torch.from_numpy(data.test_images))
+    assert torch.allclose(chances.sum(1), torch.ones(len(chances)))
+    assert torch.equal(chances.argmax(1), predicted)
+
+
+def test_whatever_is_evaluated_scores_the_same(result: Result, digits: Path) -> None:
+    data = datasets.load("idx", digits)
+    for what in (result, result.out, str(result.out), result.load(), load(result.out)):
+        scored = evaluate(what, data)
+        assert (scored.accuracy, scored.loss) == (result.accuracy, result.loss)
+    bare = evaluate(result.model, data)  # in fp32, where the run has bf16
+    assert bare.loss == pytest.approx(result.loss, rel=1e-2)
+    assert evaluate(result, data=digits).loss == result.loss  # the data set it was trained on, by its name
+
+
+def test_scored_on_what_it_was_trained_on_and_nothing_else_unasked(
+    result: Result, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_score = evaluate(result)  # from where its data were
+    assert own_score.images == 300
+    other = datasets.load("generated", Path(), train_size=50, test_size=40, seed=8)
+    datasets.write(other, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    assert evaluate(result, tmp_path / "data").images == 40
+    (result.out / "config.json").rename(result.out / "aside")
+    try:
+        with pytest.raises(DataError, match="trained on other data than there are now"):
+            evaluate(result)
+    finally:
+        (result.out / "aside").rename(result.out / "config.json")
+    with pytest.raises(UsageError, match="does not know its data set: give dataset"):
+        evaluate(result.model)
+    arrays_only = train(**SHORT, dataset=from_arrays(**arrays()), out=tmp_path / "own")
+    with pytest.raises(DataError, match="trained on 'own', data given in Python: name a data set"):
+        evaluate(arrays_only)
+
+
+def test_a_network_with_other_outputs(digits: Path) -> None:
+    for classes in (9, 11):
+        with pytest.raises(
+            UsageError, match=rf"gives \(250, {classes}\) for 250 images, not logits \(250, 10\)"
+        ):
+            evaluate(own(classes), digits)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"keep": "3"}, "--keep must be a whole number, not '3'"),
+        ({"device": torch.device("cpu")}, "--device must be auto or cpu, not device"),
+        ({"checkpoint_every": 2.5}, "--checkpoint-every must be text, not 2.5"),
+        ({"device": "cuda:9"}, "--device must be auto or cpu, not 'cuda:9'"),
+        ({"hang_after": True}, "--hang-after must be a number, not True"),
+    ],
+)
+def test_settings_of_other_types(settings: dict[str, Any], told: str, digits: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=told):
+        train("fast", dataset=digits, out=tmp_path / "run", **settings)
+
+
+def test_intervals_are_numbers_of_steps(digits: Path, tmp_path: Path) -> None:
+    run = train(**SHORT, dataset=digits, out=tmp_path / "run", checkpoint_every=1, eval_every=2)
+    scored = [event["step"] for event in ranks.events(run.out) if event["event"] == "evaluation"]
+    assert scored == [2, 3]
+
+
+def test_any_function_is_a_model(digits: Path, tmp_path: Path) -> None:
+    width = 5
+
+    def local(classes: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(784, width), nn.ReLU(), nn.Linear(width, classes))
+
+    ended = train(**SHORT, model=local, dataset=digits, out=tmp_path / "run")
+    assert ended.model[1].out_features == width  # type: ignore[index]
+    assert evaluate(ended.out, digits, model=local).accuracy == ended.accuracy
+    with pytest.raises(CheckpointError, match="code outside this program"):
+        load(ended.out)
+
+
+def test_functions_of_modules_go_to_other_processes(digits: Path, tmp_path: Path) -> None:
+    ranks.server()
+    one, two = (
+        train(**SHORT, model=user_models.dropout, dataset=digits, out=tmp_path / str(n), nproc=n)
+        for n in (1, 2)
+    )
+    assert one.weights_sha256 == two.weights_sha256
+    unknowns: tuple[Any, ...] = (
+        lambda classes: nn.Linear(784, classes),
+        type("Here", (), {"__call__": own})(),
+    )
+    for unknown in unknowns:
+        with pytest.raises(UsageError, match="top level of a module"):
+            train(**SHORT, model=unknown, dataset=digits, nproc=2)
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_own_arrays(nproc: int, tmp_path: Path) -> None:
+    ranks.server()
+    given = {name: torch.from_numpy(array) for name, array in arrays().items()}
+    given["train_labels"] = given["train_labels"].long()
+    data = from_arrays(**given, class_names=list("abcdefghij"), name="letters")
+    ended = train(**SHORT, dataset=data, out=tmp_path / "run", nproc=nproc)
+    assert ended.load().class_names == tuple("abcdefghij")
+    assert ended.load().dataset == "letters"
+    assert evaluate(ended, data).loss == ended.loss
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"train_images": np.zeros((64, 28, 28), np.float32)}, "train_images must be uint8"),
+        (
+            {"test_images": np.zeros((64, 1, 28, 28), np.uint8)},
+            r"test_images must be of shape \(n,",
+        ),
+        ({"train_labels": np.zeros(63, np.uint8)}, "64 images, train_labels 63 labels"),
+        ({"test_labels": np.full(64, -1)}, "test_labels must be from 0 to 255"),
+        ({"test_labels": np.zeros(64)}, "test_labels must be integers"),
+        ({"test_labels": np.zeros((64, 1), int)}, r"test_labels must be of shape \(n,\)"),
+        ({"class_names": ["a", "b"]}, "2 names, but there is a label 9"),
+    ],
+)
+def test_arrays_that_cannot_be_used(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        from_arrays(**arrays() | change)
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_errors_are_raised_here(
+    nproc: int, result: Result, digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ranks.server()
+    with pytest.raises(OutputError, match="already holds a run"):
+        train(**SHORT, dataset=digits, out=result.out, nproc=nproc)
+    with pytest.raises(TrainingError, match="not finite"):
+        train(**SHORT, optimizer="sgd", lr=1e30, dataset=digits, out=tmp_path / "bad", nproc=nproc)
+    with pytest.raises(DataError):
+        train(**SHORT, dataset=tmp_path, out=tmp_path / "none", nproc=nproc)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_numbers_of_numpy_are_numbers(result: Result, digits: Path, tmp_path: Path) -> None:
+    """As a loop over `np.linspace` has them."""
+    numbers = {"steps": np.int64(3), "lr": np.float64(0.2), "keep": np.int32(2), "nproc": np.int64(1)}
+    again = train(**SHORT | numbers, dataset=digits, out=tmp_path / "run")
+    assert again.weights_sha256 == result.weights_sha256
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["recipe"]["steps"] == 3
+
+
+def test_settings_that_cannot_be_used() -> None:
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"epoch": 2}, "did you mean epochs"),
+        ({"epochs": "2"}, "epochs must be a whole number"),
+        ({"recipe": "quick"}, "no recipe"),
+        ({"dataset": "mnits"}, "did you mean mnist"),
+        ({"model": 3}, "model must be a name or a function"),
+        ({"keep": 0}, "--keep must be at least 1"),
+    ]
+    for settings, words in wrong:
+        with pytest.raises(UsageError, match=words):
+            train(**settings)
+
+
+def test_a_process_that_is_lost_is_told(digits: Path, tmp_path: Path) -> None:
+    ranks.server()
+    with pytest.raises(WorkerLost, match="SIGKILL"):
+        train(
+            **SHORT, model=user_models.fatal, dataset=digits, out=tmp_path / "run", nproc=2, max_restarts=0
+        )
+
+
+def test_a_run_stopped_in_the_caller_goes_on(result: Result, digits: Path, tmp_path: Path) -> None:
+    calls = 0
+
+    class Stopped(nn.Module):
+        def __init__(self, classes: int) -> None:
+            super().__init__()
+            self.layers = own(classes)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            nonlocal calls
+            if self.training and len(x) > 2:
+                calls += 1
+                if calls == 40:
+                    raise KeyboardInterrupt
+            return self.layers(x)
+
+    settings: dict[str, Any] = {
+        **SHORT,
+        "steps": 30,
+        "epochs": 20,
+        "checkpoint_every": "1",
+        "model": Stopped,
+        "dataset": digits,
+        "out": tmp_path / "run",
+    }
+    with pytest.raises(KeyboardInterrupt):
+        train(**settings)
+    ended = train(**settings, resume="auto")
+    assert ended.steps == 30
+    settings["out"] = tmp_path / "straight"
+    straight = train(**settings)
+    assert ended.weights_sha256 == straight.weights_sha256
+
+
+def test_a_script_needs_no_guard(digits: Path, tmp_path: Path) -> None:
+    script = REPOSITORY / "tests" / "library_script.py"
+    ended = ranks.run([sys.executable, script, digits, tmp_path / "run"])
+    assert ended.code == 0, ended
+    told = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert ended.stdout.split() == ["started", told["weights_sha256"]]
+    assert not ended.stderr
+
+
+def test_the_documents_examples_run(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As written, in order, on the small digits."""
+    text = (REPOSITORY / "docs" / "library.md").read_text()
+    examples = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(examples) >= 3
+    monkeypatch.chdir(tmp_path)
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.parent.mkdir(parents=True)
+    raw.symlink_to(digits)
+    scope: dict[str, Any] = {"__name__": "examples"}
+    for example in examples:
+        exec(compile(example.replace('"mnist"', '"idx"'), "library.md", "exec"), scope)
+    assert scope["result"].steps == 6  # of the last: 300 images in batches of 50

@@ -1,0 +1,133 @@
+"""`dmnist bench`: each section measures what it says, and what is shown is what is written."""
+
+import json
+import statistics
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import dmnist
+
+from distributed_mnist.bench import sections
+from distributed_mnist.bench.timed_runs import Sample
+from distributed_mnist.cli import flags_train
+
+SMALL = ("--dataset", "generated", "--nproc", 2, "--runs", 2, "--seeds", 2, "--seconds", 0.05)
+
+
+def test_a_sample() -> None:
+    sample = Sample([4.0, 1.0, 2.0])
+    assert sample.median == 2.0
+    assert sample.deviation == pytest.approx(statistics.stdev([4, 1, 2]))
+    assert sample.over(Sample([2.0, 1.0, 4.0])).values == [2.0, 1.0, 0.5]
+    assert Sample([3.0]).deviation == 0.0
+    told = sample.to_dict()
+    assert (told["n"], told["min"], told["max"], told["mean"]) == (3, 1.0, 4.0, pytest.approx(7 / 3))
+
+
+def measured(section: str, digits: Path, out: Path, *titles: str) -> Any:
+    """The figures of one section, which were also written and, under these titles, shown."""
+    words = (
+        "--dataset",
+        "idx",
+        "--data",
+        digits,
+        "--nproc",
+        2,
+        "--runs",
+        1,
+        "--seeds",
+        2,
+        "--seconds",
+        0.05,
+    )
+    ended = dmnist("bench", section, *words, "--recipe", "classic", "--out", out, "--json")
+    results = ended.json()
+    assert results == json.loads((out / "bench.json").read_text())
+    assert results.keys() == {"machine", section}
+    assert ET.parse(out / "bench.svg").getroot().tag.endswith("svg")
+    for title in titles:
+        assert title in ended.stderr
+    return results[section]
+
+
+def test_startup(tmp_path: Path, digits: Path) -> None:
+    rows = measured("startup", digits, tmp_path, "Start-up, from the command to the first step")
+    torchs = rows["python -c 'import torch'"]["seconds"]["median"]
+    assert len(rows) == 4
+    for row in rows.values():
+        assert row["ratio"]["median"] == pytest.approx(row["seconds"]["median"] / torchs)
+
+
+@pytest.mark.slow
+def test_scaling(tmp_path: Path, digits: Path) -> None:
+    found = measured("scaling", digits, tmp_path, "Throughput of classic", "A step, in milliseconds")
+    rows = {(row["way"], row["nproc"]): row for row in found["rows"]}
+    assert rows.keys() == {(way, n) for way in ("tree", "ddp", "plain loop") for n in (1, 2)}
+    for (way, nproc), row in rows.items():
+        speed, alone = (one["images_per_second"]["median"] for one in (row, rows[way, 1]))
+        assert speed > 0
+        assert row["of_one_process"]["median"] == pytest.approx(speed / alone)
+        if way == "plain loop":
+            continue
+        parts = row["parts"]
+        assert parts.keys() >= {"data", "forward", "backward", "exchange", "optimizer", "step"}
+        assert sum(seconds for name, seconds in parts.items() if name != "step") <= parts["step"] * 1.1
+        assert (parts["exchange"] > 0) == (nproc > 1)
+
+
+def test_exchange(tmp_path: Path, digits: Path) -> None:
+    found = measured("exchange", digits, tmp_path, "One sum of a vector over all processes")
+    assert found["link"]["latency"] > 0
+    assert {row["how"] for row in found["rows"]} >= {"doubling", "halving", "slices"}
+    assert all(row["seconds"] > 0 for row in found["rows"])
+    assert {row["size"] for row in found["predictions"]} >= {8, 1024}
+
+
+def test_time_to_99(tmp_path: Path, digits: Path) -> None:
+    rows = measured("time-to-99", digits, tmp_path, "Recipe fast")
+    accuracy = rows["test accuracy, %"]
+    assert accuracy["n"] == 2
+    assert accuracy["min"] <= accuracy["mean"] <= accuracy["max"]
+    training, stretch, whole = (
+        rows[name]["mean"] for name in ("training, s", "first step to last weight, s", "whole command, s")
+    )
+    assert training <= stretch < whole
+
+
+def test_what_can_be_asked_for_is_what_there_is() -> None:
+    assert tuple(sections.SECTIONS) == flags_train.SECTIONS
+
+
+def test_one_section_on_a_terminal_or_not() -> None:
+    ended = dmnist("bench", "data", *SMALL)
+    assert ended.code == 0, ended
+    assert "a drawn image" in ended.stdout
+    assert "Throughput" not in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["speed"], ["bench measures startup, data", "no 'speed'"]),
+        (["--runs", "0"], ["--runs", "at least 1"]),
+        (["--seconds", "0"], ["--seconds", "above zero"]),
+        (["--nproc", "9"], ["9 processes", "8 shards"]),
+        (["--recipe", "none"], ["there is no recipe 'none'"]),
+        (["--dataset", "letters"], ["letters"]),
+    ],
+)
+def test_what_is_refused(flags: list[str], words: list[str]) -> None:
+    ended = dmnist("bench", *flags)
+    assert ended.code == 2, ended
+    assert len(ended.stderr.splitlines()) == 1, ended
+    assert all(word in ended.stderr for word in words), ended
+
+
+def test_it_starts_its_own_processes() -> None:
+    ended = dmnist(
+        "bench", "data", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="a", MASTER_PORT="1"
+    )
+    assert ended.code == 2, ended
+    assert "run it alone, not under environment" in ended.stderr

@@ -1,0 +1,77 @@
+"""The command line is an interface: scripts break when a flag goes. Each change here is a decision.
+
+After a deliberate change: `UPDATE_GOLDEN=1 pytest tests/test_cli_frozen.py`, and look at the difference.
+"""
+
+import contextlib
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ranks import REPOSITORY
+
+from distributed_mnist.cli.parser import parse
+
+ROOT = REPOSITORY
+GOLDEN = Path(__file__).with_name("command_line_frozen.txt")
+COMMANDS = [
+    "",
+    "train",
+    "evaluate",
+    "export",
+    "verify",
+    "data",
+    "data fetch",
+    "data check",
+    "data generate",
+]
+# What DESIGN promises to scripts, whatever the golden file says.
+PROMISED = (
+    "--recipe --dataset --data --model --epochs --batch-size --lr --seed --nproc --sync --shards "
+    "--precision --out --resume --checkpoint-every --json"
+)
+ORIGINAL = (
+    "--root -j --workers --epochs --start-epoch --batch-size --lr --learning-rate --momentum --wd "
+    "--weight-decay --resume -e --evaluate --backend --local_rank -i --init-method -s --world-size "
+    "-r --rank --seed -h --help"
+)
+
+
+def usage(command: str) -> str:
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
+        parse([*command.split(), "--help"])
+    return shown.getvalue()
+
+
+def flags_in(text: str) -> list[str]:
+    """Flags at the beginning of a line of help."""
+    lines = [line.lstrip("│ ") for line in text.splitlines()]
+    found = [re.findall(r"(?<![\w-])--?[a-z][\w-]*", line) for line in lines if line.startswith("-")]
+    return sorted({flag for line in found for flag in line})
+
+
+def test_commands_and_flags_are_frozen():
+    now = "".join(
+        f"dmnist {command}".rstrip() + ": " + " ".join(flags_in(usage(command))) + "\n"
+        for command in COMMANDS
+    )
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.write_text(now)
+    assert now == GOLDEN.read_text()
+
+
+def test_flags_that_scripts_rely_on():
+    assert set(PROMISED.split()) <= set(flags_in(usage("train")))
+
+
+def test_the_original_flags():
+    script = ROOT / "multi_proc_single_gpu.py"
+    done = subprocess.run(
+        [sys.executable, script, "--help"], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert set(ORIGINAL.split()) <= set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", done.stdout))

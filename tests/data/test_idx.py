@@ -1,0 +1,250 @@
+"""IDX files: what is written is read back, and any other bytes give an array or one clear line."""
+
+import gzip
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+
+from distributed_mnist.data import idx
+from distributed_mnist.errors import DataError
+
+CODES = {"u1": 0x08, "i1": 0x09, "i2": 0x0B, "i4": 0x0C, "f4": 0x0D, "f8": 0x0E}
+
+arrays = st.sampled_from(list(CODES)).flatmap(
+    lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=5, min_side=0, max_side=6))
+)
+
+# On a busy machine an example may take any time; that is no failure.
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def encoded(array: NDArray[Any]) -> bytes:
+    """The format as its author describes it, written down a second time."""
+    header = bytes([0, 0, CODES[array.dtype.str[1:]], array.ndim])
+    sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+    return header + sizes + array.astype(array.dtype.newbyteorder(">")).tobytes()
+
+
+def problem(data: bytes) -> str:
+    with pytest.raises(DataError) as caught:
+        idx.parse(data, "some-file")
+    text = str(caught.value)
+    assert text.startswith("some-file: ")
+    assert text.isprintable()
+    return text.removeprefix("some-file: ")
+
+
+@patient
+@given(arrays, st.booleans())
+def test_whatever_is_encoded_is_parsed(array: NDArray[Any], zipped: bool) -> None:
+    data = encoded(array)
+    parsed = idx.parse(gzip.compress(data) if zipped else data, "file")
+    assert parsed.dtype == array.dtype
+    assert parsed.dtype.isnative
+    assert parsed.shape == array.shape
+    assert parsed.flags.c_contiguous
+    assert parsed.flags.writeable  # torch.from_numpy warns when it is not
+    assert encoded(parsed) == data  # bytes, so that NaNs compare too
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("dtype", CODES)
+def test_written_files_are_the_format_and_are_read_back(tmp_path: Path, dtype: str, suffix: str) -> None:
+    array = (np.arange(-60, 60) / 1.5).astype("i1").astype(dtype).reshape(4, 5, 6)
+    path = tmp_path / f"file{suffix}"
+    for given_array in (array, array.astype(array.dtype.newbyteorder()), np.asfortranarray(array)):
+        idx.write(path, given_array)
+        raw = path.read_bytes()
+        assert (gzip.decompress(raw) if suffix else raw) == encoded(array)
+        np.testing.assert_array_equal(idx.read(path), array)
+
+
+def test_gzip_is_told_by_content_not_by_name(tmp_path: Path) -> None:
+    array = np.arange(10, dtype=np.uint8)
+    (tmp_path / "packed").write_bytes(gzip.compress(encoded(array)))
+    (tmp_path / "plain.gz").write_bytes(encoded(array))
+    np.testing.assert_array_equal(idx.read(tmp_path / "packed"), array)
+    np.testing.assert_array_equal(idx.read(tmp_path / "plain.gz"), array)
+
+
+def test_gzipped_files_are_the_same_bytes_each_time(tmp_path: Path) -> None:
+    array = np.arange(1000, dtype=np.int32)
+    idx.write(tmp_path / "one.gz", array)
+    idx.write(tmp_path / "two.gz", array)
+    data = (tmp_path / "one.gz").read_bytes()
+    assert data == (tmp_path / "two.gz").read_bytes()
+    assert data[4:8] == bytes(4)  # no time of writing
+
+
+def test_digest_is_that_of_the_unpacked_file(tmp_path: Path) -> None:
+    import hashlib
+
+    array = np.arange(30, dtype=np.float32).reshape(5, 6)
+    assert idx.digest(array) == hashlib.sha256(encoded(array)).hexdigest()
+
+
+GOOD = encoded(np.arange(24, dtype=np.uint8).reshape(2, 3, 4))  # 16 bytes of header, 24 of numbers
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"", "empty"),
+        (gzip.compress(b""), "empty"),
+        (b"\0\0", "truncated: 2 bytes, an IDX header has at least 4"),
+        (b"<!DOCTYPE html>", "not an IDX file: starts with 3c 21 44 4f, not with 00 00"),
+        (b"PK\x03\x04", "not an IDX file"),
+        (b"\0\0\x0a\x01", "unknown IDX type 0x0a"),
+        (b"\0\0\x08\xff" + bytes(1020), "absurd header: 255 dimensions"),
+        (GOOD[:10], "truncated: 10 bytes, its header has 16"),
+        (GOOD[:30], "truncated: 30 bytes of the 40 that its header promises"),
+        (gzip.compress(GOOD[:30]), "truncated: 30 bytes of the 40 that its header promises"),
+        (GOOD + b"\0", "trailing bytes after the 40 that its header promises"),
+        (gzip.compress(GOOD + b"\0"), "trailing bytes after the 40"),
+        (b"\0\0\x08\x03" + b"\xff" * 12, "absurd header: promises 4294967295 x 4294967295 x 4294967295"),
+        (b"\0\0\x08\x02" + bytes(4) + b"\xff" * 4 + b"!", "trailing bytes after the 12"),
+        (gzip.compress(GOOD)[:-9], "truncated: the gzip data end after"),
+        (
+            gzip.compress(GOOD)[:-8] + bytes(8),
+            "damaged gzip data after 40 unpacked bytes (CRC check failed",
+        ),
+        (gzip.compress(GOOD)[:5], "truncated: the gzip data end after 0 unpacked bytes"),
+        (gzip.compress(GOOD)[:10] + b"\xff" * 20, "damaged gzip data"),
+        (gzip.compress(GOOD) + b"junk", "damaged gzip data"),
+    ],
+)
+def test_each_kind_of_damage_has_its_own_line(data: bytes, expected: str) -> None:
+    assert problem(data).startswith(expected)
+
+
+def test_a_header_alone_allocates_nothing() -> None:
+    import tracemalloc
+
+    tracemalloc.start()
+    text = problem(b"\0\0\x08\x01" + (4_000_000_000).to_bytes(4, "big") + b"abc")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert text == "truncated: 11 bytes of the 4000000008 that its header promises"
+    assert peak < 10 << 20
+
+
+@pytest.mark.parametrize("promised", [100, 4_294_967_295])
+def test_a_gzip_bomb_is_not_unfolded(monkeypatch: pytest.MonkeyPatch, promised: int) -> None:
+    """64 MiB of zeros in 64 KiB, behind a small promise, or behind one larger than the cap."""
+    import tracemalloc
+
+    monkeypatch.setattr(idx, "_MAX_BYTES", 1 << 20)
+    bomb = gzip.compress(b"\0\0\x08\x01" + promised.to_bytes(4, "big") + bytes(64 << 20))
+    tracemalloc.start()
+    text = problem(bomb)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert text.startswith("trailing bytes" if promised == 100 else "absurd header")
+    assert peak < 10 << 20
+
+
+def test_what_is_not_a_readable_file_says_so(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    cases = {
+        tmp_path / "absent": "No such file or directory",
+        tmp_path: "not a file",
+        tmp_path / "pipe": "not a file",  # and does not wait for someone to write into it
+        tmp_path / "absent\0": "cannot be read",
+        tmp_path / ("long" * 100): "File name too long",
+    }
+    for path, expected in cases.items():
+        with pytest.raises(DataError) as caught:
+            idx.read(path)
+        assert str(caught.value) == f"{idx.one_line(path)}: {expected}"
+
+
+def test_a_name_with_a_newline_stays_on_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "two\nlines"
+    path.write_bytes(b"")
+    with pytest.raises(DataError) as caught:
+        idx.read(path)
+    assert "\n" not in str(caught.value)
+    assert r"two\nlines" in str(caught.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_an_unreadable_file_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(GOOD)
+    path.chmod(0)
+    with pytest.raises(DataError, match="Permission denied"):
+        idx.read(path)
+
+
+@pytest.mark.parametrize(
+    "array", [np.arange(3), np.zeros(2, bool), np.zeros(2, "c8"), np.zeros((1,) * 33, "u1")]
+)
+def test_arrays_that_the_format_has_no_place_for_are_refused(tmp_path: Path, array: NDArray[Any]) -> None:
+    with pytest.raises(DataError, match=r"no type for|too many"):
+        idx.write(tmp_path / "file", array)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    """A full disk is not at hand; a limit on the size of files is, and fails in the same place."""
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "file"
+    old = np.arange(10, dtype=np.uint8)
+    idx.write(path, old)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(DataError) as caught:
+            idx.write(path, np.zeros(100_000, np.uint8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(caught.value) == f"{path}: cannot be written: File too large"
+    np.testing.assert_array_equal(idx.read(path), old)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_writing_where_no_folder_can_be_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file/in: cannot be written: (Not a directory|File exists)"):
+        idx.write(tmp_path / "file" / "in", np.zeros(1, np.uint8))
+
+
+def test_written_files_have_ordinary_permissions(tmp_path: Path) -> None:
+    (tmp_path / "ordinary").touch()
+    idx.write(tmp_path / "file.gz", np.zeros(1, np.uint8))
+    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("ordinary", "file.gz")}
+    assert len(modes) == 1
+
+
+@patient
+@given(st.binary(max_size=200), st.booleans())
+def test_any_bytes_give_an_array_or_a_data_error(data: bytes, zipped: bool) -> None:
+    try:
+        assert isinstance(idx.parse(gzip.compress(data) if zipped else data, "file"), np.ndarray)
+    except DataError as error:
+        assert str(error).isprintable()
+
+
+@patient
+@given(arrays, st.booleans(), st.booleans(), st.data())
+def test_mutated_files_give_an_array_or_a_data_error(
+    array: NDArray[Any], zipped: bool, zipped_after: bool, data: st.DataObject
+) -> None:
+    content = bytearray(gzip.compress(encoded(array)) if zipped else encoded(array))
+    for _ in range(data.draw(st.integers(1, 4))):
+        start = data.draw(st.integers(0, len(content)))
+        stop = data.draw(st.integers(start, min(len(content), start + 8)))
+        content[start:stop] = data.draw(st.binary(max_size=8))
+    mutated = gzip.compress(bytes(content)) if zipped_after else bytes(content)
+    try:
+        assert isinstance(idx.parse(mutated, "file"), np.ndarray)
+    except DataError as error:
+        assert str(error).isprintable()

@@ -1,0 +1,383 @@
+"""Who started this process, and where that puts it: from the environment alone, as a pure function."""
+
+import os
+import re
+import signal
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import DMNIST, Program, dmnist_ranks, free_port
+
+from distributed_mnist.common.placement import Placement
+from distributed_mnist.distributed import detect_launcher
+from distributed_mnist.errors import LaunchError
+
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "6",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "GROUP_RANK": "1",
+    "MASTER_ADDR": "node1",
+    "MASTER_PORT": "29400",
+    "TORCHELASTIC_RUN_ID": "abc",
+    "TORCHELASTIC_RESTART_COUNT": "2",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+}
+KUBEFLOW = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456"}
+SRUN = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_NODES": "3",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+    "SLURM_STEP_NODELIST": "127.0.0.[1-3]",
+    "SLURM_NODEID": "1",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+}
+BATCH_SCRIPT = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_JOB_NODELIST": "node[1-3]",
+    "SLURM_NNODES": "3",
+    "SLURM_NTASKS": "5",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_TASKS_PER_NODE": "2(x2),1",
+}
+OPENMPI = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "PMIX_NAMESPACE": "prterun-1234@1",
+}
+MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+
+
+def placed(env: Mapping[str, str], **changes: str | None) -> Placement:
+    changed = {**env, **{name: value for name, value in changes.items() if value is not None}}
+    for name, value in changes.items():
+        if value is None:
+            del changed[name]
+    placement = detect_launcher.detect(changed)
+    assert placement is not None
+    return placement
+
+
+def refusal(env: Mapping[str, str], **changes: str | None) -> str:
+    with pytest.raises(LaunchError) as caught:
+        placed(env, **changes)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("env", [{}, {"PATH": "/bin", "HOME": "/root"}, BATCH_SCRIPT])
+def test_alone(env: dict[str, str]) -> None:
+    """A batch script that was not started by srun is one process, whatever its job was given."""
+    assert detect_launcher.detect(env) is None
+
+
+def test_one_task_of_slurm_is_alone() -> None:
+    """So that `srun dmnist train` uses its node's devices as `dmnist train` does."""
+    assert detect_launcher.detect({**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) is None
+
+
+def test_nothing_is_read_but_what_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    assert detect_launcher.detect({}) is None
+
+
+def test_torchrun() -> None:
+    placement = placed(TORCHRUN)
+    assert (placement.rank, placement.size) == (3, 6)
+    assert (placement.local_rank, placement.local_size) == (1, 2)
+    assert (placement.host, placement.ports) == ("node1", (29400,))
+    assert placement.store_exists
+    assert placement.launcher == "torchrun"
+
+
+def test_a_restarted_group_is_known_as_one() -> None:
+    first, second = placed(TORCHRUN, TORCHELASTIC_RESTART_COUNT="0"), placed(TORCHRUN)
+    assert first.job == second.job
+    assert first.starter == second.starter != ""
+    assert placed(SRUN).starter == placed(SRUN, SLURM_RESTART_COUNT="2").starter
+    assert placed(SRUN).starter != placed(SRUN, SLURM_JOB_ID="78").starter
+    assert placed(OPENMPI).starter == ""  # mpirun starts nothing again
+
+
+def test_environment_variables_of_any_launcher() -> None:
+    """Kubeflow sets four variables, and nothing local: one process a host."""
+    placement = placed(KUBEFLOW)
+    assert (placement.rank, placement.size, placement.local_rank, placement.local_size) == (1, 2, 0, 1)
+    assert (placement.host, placement.ports) == ("job-master-0", (23456,))
+    assert not placement.store_exists
+    assert placement.launcher == "environment"
+
+
+def test_torchrun_inside_slurm_is_torchrun() -> None:
+    assert placed({**SRUN, **TORCHRUN}).launcher == "torchrun"
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
+@pytest.mark.parametrize("env", [TORCHRUN, KUBEFLOW])
+def test_half_of_torchrun(env: dict[str, str], name: str) -> None:
+    message = refusal(env, **{name: None})
+    assert message.startswith(f"{name} is not set")
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+def test_one_variable_left_over(name: str) -> None:
+    """Someone exported it once, or a launcher is broken: training alone would be the wrong answer."""
+    message = refusal({name: "1"})
+    assert "is not set" in message
+    assert re.search(rf"\b{name}\b", message)
+
+
+def test_a_local_size_without_a_local_rank() -> None:
+    assert refusal(TORCHRUN, LOCAL_RANK=None).startswith("LOCAL_RANK is not set")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"RANK": "two"}, ["RANK", "'two'"]),
+        ({"RANK": ""}, ["RANK", "''"]),
+        ({"RANK": "1.5"}, ["RANK", "'1.5'"]),
+        ({"RANK": "6"}, ["RANK is 6", "WORLD_SIZE 6"]),
+        ({"RANK": "-1"}, ["RANK is -1"]),
+        ({"WORLD_SIZE": "0"}, ["WORLD_SIZE 0"]),
+        ({"WORLD_SIZE": "-2"}, ["WORLD_SIZE -2"]),
+        ({"MASTER_PORT": "http"}, ["MASTER_PORT", "'http'"]),
+        ({"LOCAL_RANK": "2"}, ["local rank 2 of 2"]),
+        ({"LOCAL_RANK": "-1"}, ["local rank -1"]),
+    ],
+)
+def test_absurd_numbers(changes: dict[str, str], words: list[str]) -> None:
+    message = refusal(TORCHRUN, **changes)
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    "changes", [{"MASTER_PORT": "0"}, {"MASTER_PORT": "-5"}, {"MASTER_PORT": "70000"}, {"MASTER_ADDR": ""}]
+)
+def test_an_impossible_meeting_place(changes: dict[str, str]) -> None:
+    """Said at once, by the variable's name, instead of minutes later as a time-out."""
+    (name,) = changes
+    assert name in refusal(KUBEFLOW, **changes)
+
+
+def test_srun() -> None:
+    placement = placed(SRUN)
+    assert (placement.rank, placement.size) == (3, 5)
+    assert (placement.local_rank, placement.local_size) == (1, 2)
+    assert placement.host == "127.0.0.1"
+    assert placement.launcher == "srun"
+    assert not placement.own_device
+
+
+def test_srun_with_a_device_for_each_task() -> None:
+    assert placed(SRUN, SLURM_GPUS_PER_TASK="1").own_device
+
+
+def test_all_ranks_of_srun_derive_the_same_meeting_place() -> None:
+    places = [
+        placed(SRUN, SLURM_PROCID=str(rank), SLURM_NODEID=str(rank // 2), SLURM_LOCALID=str(rank % 2))
+        for rank in range(5)
+    ]
+    assert {(place.host, place.ports, place.job) for place in places} == {
+        (places[0].host, places[0].ports, places[0].job)
+    }
+    assert [place.local_size for place in places] == [2, 2, 2, 2, 1]
+    assert len(set(places[0].ports)) > 1
+    assert all(1024 < port < 32_768 for port in places[0].ports)
+
+
+def test_jobs_and_their_restarts_meet_apart() -> None:
+    changes: list[dict[str, str]] = [
+        {},
+        {"SLURM_JOB_ID": "78"},
+        {"SLURM_STEP_ID": "1"},
+        {"SLURM_RESTART_COUNT": "1"},
+    ]
+    places = [placed(SRUN, **change) for change in changes]
+    assert len({place.ports for place in places}) == 4
+    assert len({place.job for place in places}) == 4
+
+
+def test_one_port_on_request() -> None:
+    placement = placed(SRUN, MASTER_PORT="12345", MASTER_ADDR="10.0.0.1")
+    assert (placement.host, placement.ports) == ("10.0.0.1", (12345,))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node1", "node1"),
+        ("node1,node2", "node1"),
+        ("node[3-5]", "node3"),
+        ("node[07-09,12]", "node07"),
+        ("node[12,07-09],other", "node12"),
+        ("rack[1-2]n[01-16]", "rack1n01"),
+        ("a-b[5]-c,d", "a-b5-c"),
+        ("gpu-a100-[001-128].example.org", "gpu-a100-001.example.org"),
+    ],
+)
+def test_hostlists(nodes: str, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [])  # every name resolves
+    assert placed(SRUN, SLURM_STEP_NODELIST=nodes).host == first
+
+
+def test_the_jobs_nodes_where_the_step_has_no_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [])
+    assert placed(SRUN, SLURM_STEP_NODELIST=None, SLURM_JOB_NODELIST="n[8-9]").host == "n8"
+    assert refusal(SRUN, SLURM_STEP_NODELIST=None).startswith("SLURM_JOB_NODELIST is not set")
+
+
+def test_a_node_whose_name_means_nothing_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object) -> None:
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    assert placed(SRUN, SLURM_LAUNCH_NODE_IPADDR="10.1.2.3").host == "10.1.2.3"
+
+
+def test_one_node_needs_no_names() -> None:
+    changes = {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "5", "SLURM_NODEID": "0"}
+    placement = placed(SRUN, **changes, SLURM_STEP_NODELIST="nowhere.invalid")
+    assert (placement.host, placement.local_size) == ("127.0.0.1", 5)
+
+
+@pytest.mark.parametrize(("node", "tasks"), [(0, 4), (1, 4), (2, 4), (3, 2), (4, 2), (5, 1)])
+def test_tasks_per_node(node: int, tasks: int) -> None:
+    placement = placed(
+        SRUN,
+        SLURM_STEP_NUM_TASKS="17",
+        SLURM_STEP_TASKS_PER_NODE="4(x3),2(x2),1",
+        SLURM_NODEID=str(node),
+        SLURM_LOCALID="0",
+    )
+    assert placement.local_size == tasks
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SLURM_JOB_ID",
+        "SLURM_STEP_ID",
+        "SLURM_STEP_NUM_NODES",
+        "SLURM_STEP_TASKS_PER_NODE",
+        "SLURM_NODEID",
+        "SLURM_LOCALID",
+    ],
+)
+def test_half_of_srun(name: str) -> None:
+    assert refusal(SRUN, **{name: None}).startswith(f"{name} is not set")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"SLURM_PROCID": "5"}, ["SLURM_PROCID is 5", "SLURM_STEP_NUM_TASKS 5"]),
+        ({"SLURM_PROCID": "x"}, ["SLURM_PROCID", "'x'"]),
+        ({"SLURM_STEP_NUM_TASKS": "many"}, ["SLURM_STEP_NUM_TASKS", "'many'"]),
+        ({"SLURM_NODEID": "3"}, ["SLURM_NODEID is 3", "SLURM_STEP_TASKS_PER_NODE has 3"]),
+        ({"SLURM_STEP_TASKS_PER_NODE": "two"}, ["SLURM_STEP_TASKS_PER_NODE", "'two'"]),
+        ({"SLURM_LOCALID": "2"}, ["local rank 2 of 2"]),
+    ],
+)
+def test_absurd_slurm(changes: dict[str, str], words: list[str]) -> None:
+    message = refusal(SRUN, **changes)
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("env", [OPENMPI, MPICH])
+def test_mpi_on_one_host(env: dict[str, str]) -> None:
+    placement = placed(env)
+    assert (placement.rank, placement.size, placement.local_rank, placement.local_size) == (1, 2, 1, 2)
+    assert placement.host == "127.0.0.1"
+    assert placement.launcher == "mpirun"
+    rank_zero = {name: "0" if value == "1" else value for name, value in env.items()}
+    assert placed(rank_zero).ports == placement.ports
+    assert placed(rank_zero).job == placement.job
+
+
+def test_mpi_over_hosts() -> None:
+    changes = {"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+    assert refusal(OPENMPI, **changes).startswith("MASTER_ADDR is not set")
+    placement = placed(OPENMPI, **changes, MASTER_ADDR="node1")
+    assert placement.host == "node1"
+    assert len(placement.ports) > 1
+
+
+def test_mpi_over_hosts_needs_a_name_or_a_port() -> None:
+    changes = {"PMI_SIZE": "4", "MASTER_ADDR": "node1"}
+    assert refusal(MPICH, **changes).startswith("MASTER_PORT is not set")
+    assert placed(MPICH, **changes, MASTER_PORT="12345").ports == (12345,)
+    assert len(placed(MPICH, **changes, PMI_JOBID="kvs_1").ports) > 1
+
+
+@pytest.mark.parametrize("env", [OPENMPI, MPICH])
+def test_half_of_mpi(env: dict[str, str]) -> None:
+    for name in env:
+        if name not in ("PMIX_NAMESPACE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+            assert refusal(env, **{name: None}).startswith(f"{name} is not set")
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_mpi_without_a_size(name: str) -> None:
+    """A rank of which nobody knows how many there are must not train alone."""
+    env = OPENMPI if name in OPENMPI else MPICH
+    assert name in refusal(env, **{name: None})
+
+
+def test_absurd_mpi() -> None:
+    assert "OMPI_COMM_WORLD_RANK is 2" in refusal(OPENMPI, OMPI_COMM_WORLD_RANK="2")
+    assert "'one'" in refusal(MPICH, PMI_RANK="one")
+    assert "local rank 2" in refusal(MPICH, MPI_LOCALRANKID="2")
+
+
+# ---- Ports -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_busy_port_is_nobodys_problem(digits: Path, tmp_path: Path) -> None:
+    """Somebody else listens on the first port of the job and never answers; the group meets on the next."""
+    job: dict[str, str] = {"PMIX_NAMESPACE": f"busy-{os.getpid()}"}
+    ranks = [{**OPENMPI, **job, "OMPI_COMM_WORLD_RANK": r, "OMPI_COMM_WORLD_LOCAL_RANK": r} for r in "01"]
+    first = placed(ranks[0]).ports[0]
+    with socket.create_server(("127.0.0.1", first)):
+        flags: list[Any] = ["--recipe", "classic", "--epochs", 1, "--dataset", "idx", "--data", digits]
+        words = ["train", "--device", "cpu", *flags, "--out", tmp_path / "out", "--json"]
+        ends = dmnist_ranks(ranks, *words)
+    assert [end.code for end in ends] == [0, 0], ends
+    assert ends[0].json()["world_size"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_waiting_for_the_others(number: int, digits: Path, tmp_path: Path) -> None:
+    """Hosts can be minutes apart in starting; whoever waits for one can still be told to stop."""
+    port = free_port()
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    words = ["train", "--device", "cpu", "--dataset", "idx", "--data", digits, "--out", tmp_path / "out"]
+
+    def listening() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    with Program([*DMNIST, *words], cwd=None, **variables) as program:
+        program.wait_for(listening, "the store")
+        program.signal(number)
+        ended = program.finish()
+    assert ended.code == 75, ended
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("dmnist: stopped by ")
+    assert not (tmp_path / "out").exists()

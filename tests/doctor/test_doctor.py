@@ -1,0 +1,271 @@
+"""`dmnist doctor`: one screen, what is wrong found and named, and a collective that lies caught."""
+
+import json
+import shutil
+import socket
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from ranks import PATIENCE, dmnist, run, run_ranks
+
+from distributed_mnist.common import environment
+from distributed_mnist.common.placement import ALONE
+from distributed_mnist.distributed.membership import Peer
+from distributed_mnist.distributed.world import World
+from distributed_mnist.doctor import collectives
+from distributed_mnist.doctor import command as doctor
+from distributed_mnist.doctor import host as probe_host
+from distributed_mnist.doctor.findings import Finding, bad, doubtful, good, merged, tried, worst
+from distributed_mnist.errors import LaunchError
+
+NAMES = ["versions", "processor", "threads", "settings", "memory", "devices", "open files", "host name"]
+NAMES += ["launcher"]
+TOGETHER = ["collectives", "exchange", "clocks", "shared folder"]
+HERE = ["checkpoints", "data"]
+
+
+def told(*arguments: object, code: int = 0) -> dict[str, Any]:
+    ended = dmnist("doctor", *arguments, "--device", "cpu", "--json")
+    assert ended.code == code, ended
+    return json.loads(ended.stdout)
+
+
+def by_name(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {finding["name"]: finding for finding in result["findings"]}
+
+
+@pytest.mark.parametrize("nproc", [1, 3])
+def test_alone(nproc: int, digits: Path, tmp_path: Path) -> None:
+    result = told("--nproc", nproc, "--dataset", "generated", "--out", tmp_path)
+    names = list(by_name(result))
+    assert names == [*NAMES, *(TOGETHER if nproc > 1 else []), *HERE]
+    assert result["verdict"] in ("good", "doubtful")
+    assert result["world_size"] == nproc
+    for finding in result["findings"]:
+        assert (finding["advice"] == "") == (finding["verdict"] == "good")
+    if nproc > 1:
+        assert "9 right over sockets" in by_name(result)["collectives"]["value"]
+        assert all(row["seconds"] > 0 for row in result["messages"])
+
+
+def test_under_torchrun(tmp_path: Path) -> None:
+    torchrun = Path(sys.executable).with_name("torchrun")
+    command = Path(sys.executable).with_name("dmnist")
+    arguments = ["doctor", "--device", "cpu", "--dataset", "generated", "--out", tmp_path]
+    ended = run([torchrun, "--standalone", "--nproc-per-node", "3", command, *arguments])
+    assert ended.code == 0, ended
+    assert ended.stdout.count("collectives") == 1  # one screen for all
+    assert "torchrun: 3 processes on 1 host, sockets" in ended.stdout
+
+
+def test_what_is_wrong_is_named_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = told("--nproc", "1", "--data", tmp_path / "none", "--out", tmp_path / "later" / "runs")
+    data = by_name(result)["data"]
+    assert data["verdict"] == "doubtful"
+    assert "dmnist data fetch mnist" in data["advice"]
+    assert by_name(result)["checkpoints"]["value"].startswith(str(tmp_path))  # the nearest there is
+
+
+def test_damaged_data_are_bad(tmp_path: Path) -> None:
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (tmp_path / f"{name}-ubyte").write_bytes(b"\0\0\10\1\0\0\0\5abc")
+    ended = dmnist("doctor", "--nproc", "1", "--device", "cpu", "--data", tmp_path)
+    assert ended.code == 9
+    assert "✗ data" in ended.stdout
+    assert "1 line above marked ✗" in ended.stderr
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(probe_host.os, "fsync", full)
+    found = probe_host.disk(tmp_path)
+    assert found.verdict == "bad"
+    assert found.value == f"{tmp_path}: no space left on device"
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30, 1000))
+    assert probe_host.disk(tmp_path).verdict == "doubtful"
+
+
+def test_a_file_in_the_way_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    for out in (tmp_path / "runs", tmp_path / "runs" / "mine"):
+        found = probe_host.disk(out)
+        assert found.verdict == "bad"
+        assert found.value == f"{out}: a file, not a folder"
+
+
+def test_the_limit_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert probe_host._memory_limit(tmp_path) is None
+    (tmp_path / "memory.current").write_text(f"{2**30 + 5}\n")
+    (tmp_path / "memory.stat").write_text("file 9\ninactive_file 5\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert probe_host._memory_limit(tmp_path) is None
+    (tmp_path / "memory.max").write_text(f"{3 * 2**29}\n")
+    assert probe_host._memory_limit(tmp_path) == (3 * 2**29, 2**30)
+    monkeypatch.setattr(probe_host, "_memory_limit", lambda: (3 * 2**29, 2**30))
+    found = probe_host._memory()
+    assert found.verdict == "doubtful"
+    assert found.value.startswith("0.5 of ")
+    assert "(the container's limit is 1.5)" in found.value
+
+
+def test_ranks_bound_to_a_core_each_do_not_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(probe_host, "affinity", lambda: {5})
+    monkeypatch.setattr(probe_host, "usable_cores", lambda: 1)
+    assert probe_host._processor(2, 2).verdict == "good"
+    assert probe_host._processor(2, 1).verdict == "doubtful"
+    monkeypatch.setattr(probe_host, "affinity", lambda: {4, 5, 6})  # and a quota of one core for all
+    assert probe_host._processor(2, 3).verdict == "doubtful"
+
+
+def test_ranks_of_one_host_that_look_a_moment_apart_have_one_line() -> None:
+    peers = [Peer(rank, host, 1) for rank, host in enumerate(("a", "a", "b"))]
+    everyone = [[good("memory", f"{rank} GiB"), good("versions", str(rank))] for rank in range(3)]
+    found = doctor._once_a_host(peers, everyone)
+    assert [[line.value for line in lines] for lines in found] == [
+        ["0 GiB", "0"],
+        ["0 GiB", "1"],
+        ["2 GiB", "2"],
+    ]
+
+
+def without_torchs_group(world: World) -> Finding:
+    def refuse() -> None:
+        raise LaunchError("cannot join the group: no route to host")
+
+    world.join_process_group = refuse  # type: ignore[method-assign, assignment]
+    return collectives.collectives(world)
+
+
+def test_a_group_that_cannot_be_joined_is_a_line() -> None:
+    for found in run_ranks(without_torchs_group, 2):
+        assert found.verdict == "bad"
+        assert found.value == "wrong: ddp (cannot join the group: no route to host) on rank 0, 1"
+
+
+def test_names_of_several_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses = {"here": "127.0.1.1", "there": "10.0.0.2"}
+
+    def lookup(name: str, _: None) -> list[Any]:
+        if name not in addresses:
+            raise OSError(name)
+        return [(0, 0, 0, "", (addresses[name], 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    here, there, lost = (Peer(rank, host, 1) for rank, host in enumerate(("here", "there", "lost")))
+    assert probe_host._name([here, there], 0).verdict == "doubtful"  # the classic trap
+    assert "127.0.1.1" in probe_host._name([here, there], 0).value
+    assert probe_host._name([here, there], 1).verdict == "good"
+    assert probe_host._name([here, lost], 1).value == "lost cannot be resolved"
+    assert probe_host._name([here], 0).verdict == "good"
+
+
+def lying(world: World, name: str) -> Finding:
+    """One collective gives something else on rank 1."""
+    honest = getattr(world, name)
+
+    def lie(*arguments: Any, **options: Any) -> Any:
+        answer = honest(*arguments, **options)
+        if (
+            world.rank == 1
+            and isinstance(answer, torch.Tensor)
+            and answer.dtype == torch.int64
+            and answer.numel() >= 300
+        ):
+            answer.view(-1)[-1] += 1
+        return answer
+
+    setattr(world, name, lie)
+    return collectives.collectives(world)
+
+
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [("sum_", "sum"), ("max_", "maximum"), ("exchange", "exchange"), ("broadcast_", "broadcast")],
+)
+def test_a_collective_that_lies_is_caught(name: str, check: str) -> None:
+    found = run_ranks(lying, 3, name)
+    assert found[0] == found[1] == found[2]
+    assert found[0].verdict == "bad"
+    assert found[0].value == f"wrong: {check} on rank 1"
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_all_collectives_are_right(size: int) -> None:
+    for found in run_ranks(collectives.collectives, size):
+        assert found.verdict == "good", found
+
+
+def test_alone_in_a_world_there_is_nothing_to_wait_for() -> None:
+    world = World(ALONE, torch.device("cpu"), "none")
+    assert collectives.clocks(world).verdict == "good"
+
+
+def test_lines_of_several_ranks() -> None:
+    same, other = good("memory", "much"), doubtful("memory", "little", "buy some")
+    assert merged([("a", [same]), ("b", [same])]) == [same]
+    assert [line.value for line in merged([("a", [same]), ("b", [other]), ("c", [same])])] == [
+        "a, c: much",
+        "b: little",
+    ]
+    assert worst([]) == "good"
+    assert worst([same, other, bad("x", "", ""), same]) == "bad"
+
+    def broken() -> Finding:
+        raise KeyError("no")
+
+    assert tried("it", broken, "mend it") == bad("it", "KeyError: 'no'", "mend it")
+
+
+def test_a_probe_that_does_not_come_back_is_a_line() -> None:
+    """A file system whose server is gone lets nobody out of a call."""
+    for_ever = threading.Event()
+
+    def stuck() -> Finding:
+        for_ever.wait(PATIENCE)
+        return same
+
+    same = good("it", "at last")
+    found = tried("it", stuck, "mend it", seconds=0.05)
+    assert found == bad("it", "no answer within 0.05 s", "mend it")
+    for_ever.set()
+
+
+def test_accelerators_that_tell_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Apple:
+        """As `torch.mps`: neither names nor memory."""
+
+    class Other(Apple):
+        def get_device_name(self, index: int) -> str:
+            return f"Card {index // 2}"
+
+        def get_device_properties(self, index: int) -> Any:
+            return SimpleNamespace(total_memory=80 * 2**30)
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_device_module", lambda _: Apple())
+    assert probe_host._devices().value.startswith("cuda: 2 × one without a name")  # noqa: RUF001
+    monkeypatch.setattr(torch, "get_device_module", lambda _: Other())
+    assert "2 × Card 0 (80 GiB)" in probe_host._devices().value  # noqa: RUF001
+
+
+def test_settings_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in environment.settings():
+        monkeypatch.delenv(name)
+    assert probe_host._settings().value == "none for torch, OpenMP, MKL, NCCL or gloo"
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("HOME_NCCL", "secret")
+    assert probe_host._settings().value == "NCCL_DEBUG=INFO, OMP_NUM_THREADS=7"

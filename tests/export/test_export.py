@@ -1,0 +1,342 @@
+"""`dmnist export`: files that others run, read here as they would read them."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from ranks import REPOSITORY, dmnist, environment, train
+from safetensors import safe_open
+from torch import nn
+
+from distributed_mnist.common.digest import digest
+from distributed_mnist.config import Recipe
+from distributed_mnist.data.generated import draw
+from distributed_mnist.errors import OutputError, UsageError, VerificationError
+from distributed_mnist.export import command
+from distributed_mnist.export.check import BATCHES
+from distributed_mnist.export.inference_module import INPUT
+from distributed_mnist.inference.trained import Trained, find, restore
+from distributed_mnist.models.zoo import MODELS, build
+from distributed_mnist.runs.checkpoint import encode
+
+FORMATS = ("onnx", "safetensors", "torch")
+FILES = {"onnx": "model.onnx", "safetensors": "model.safetensors", "torch": "model.pt2"}
+EXAMPLES = {
+    content.partition("\n")[0].removeprefix("# with_").removesuffix(".py"): content
+    for content in re.findall(
+        r"^```python\n(.*?)^```$", (REPOSITORY / "docs" / "export.md").read_text(), re.M | re.S
+    )
+}
+
+
+def save(folder: Path, model: str, *, classes: int = 10, precision: str = "fp32") -> Trained:
+    """A run's folder with a network of random weights, as if it had been trained."""
+    network = build(model, classes, seed=3)
+    noise = torch.Generator().manual_seed(5)
+    for parameter in network.parameters():  # some begin at zero, where nothing could be told apart
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=noise)
+    content: dict[str, Any] = {
+        "format": 1,
+        "model": network.state_dict(),
+        "optimizer": {},
+        "step": 1,
+        "best_accuracy": 0.5,
+        "samples_sha256": digest(0),
+        "totals": {"loss": 0.0, "correct": 0.0, "images": 0.0},
+        "train_seconds": 1.0,
+        "recipe": dataclasses.asdict(Recipe(model=model, precision=precision)),  # type: ignore[arg-type]
+        "dataset": {
+            "name": "some",
+            "class_names": [chr(ord("a") + i) for i in range(classes)],
+            "mean": 0.25,
+            "std": 0.4,
+            "sha256": digest(1),
+        },
+        "steps_per_epoch": 1,
+        "versions": {},
+    }
+    best = folder / "checkpoints" / "best.pt"
+    best.parent.mkdir(parents=True)
+    best.write_bytes(encode(content))
+    return restore(find(folder), model=model, device=torch.device("cpu"))
+
+
+def onnx_logits(path: Path, images: np.ndarray) -> np.ndarray:
+    (logits,) = onnxruntime.InferenceSession(path).run(["logits"], {"images": images})
+    assert isinstance(logits, np.ndarray)
+    return logits
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """As each format's own tools show it."""
+    if path.suffix == ".onnx":
+        return dict(onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map)
+    if path.suffix == ".safetensors":
+        with safe_open(path, "np") as file:
+            return file.metadata()
+    extra = dict.fromkeys(["class_names", "mean", "std", "input", "weights_sha256", "producer"], "")
+    torch.export.load(path, extra_files=extra)
+    return extra
+
+
+def export(
+    checkpoint: Path,
+    *,
+    model: str | None = None,
+    format: Sequence[str] = ("onnx",),
+    out: Path | None = None,
+) -> int:
+    """`dmnist export` in this process."""
+    return command.run(checkpoint=checkpoint, model=model, format=format, out=out, as_json=False)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_in_every_format(model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    trained = save(tmp_path, model, classes=7)
+    assert export(tmp_path, format=FORMATS) == 0
+    said = capfd.readouterr()
+    assert said.err == ""
+    assert INPUT in said.out
+    assert [line.partition(":")[0] for line in said.out.splitlines()[:3]] == [
+        str(tmp_path / FILES[name]) for name in FORMATS
+    ]
+    again = torch.export.load(tmp_path / "model.pt2").module()
+    for count in (1, 2, 5, 300):
+        images = draw(count, "strangers")[0]
+        wanted = trained.logits(torch.from_numpy(images)).numpy()
+        assert np.ptp(wanted) > 0.1
+        got = onnx_logits(tmp_path / "model.onnx", images)
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, wanted, atol=2e-5 * max(1.0, abs(wanted).max()))
+        assert torch.equal(again(torch.from_numpy(images)), torch.from_numpy(wanted))
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dictionary
+    assert digest(weights) == digest(dict(trained.network.state_dict()))
+    for name in FORMATS:
+        told = metadata(tmp_path / FILES[name])
+        assert json.loads(told["class_names"]) == list("abcdefg")
+        assert (float(told["mean"]), float(told["std"])) == (0.25, 0.4)
+        assert told["weights_sha256"] == digest(weights)
+        assert told["input"] == INPUT
+        assert told["producer"].startswith("dmnist export ")
+
+
+def test_one_onnx_file_for_old_runtimes_without_a_trace_of_this_machine(tmp_path: Path) -> None:
+    save(tmp_path, "cnn-small")
+    export(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "model.onnx"]
+    model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+    assert [(part.domain, part.version) for part in model.opset_import] == [("", 18)]
+    assert model.ir_version == 8
+    assert not any(tensor.external_data for tensor in model.graph.initializer)
+    (images,), (logits,) = model.graph.input, model.graph.output
+    dimensions = [(d.dim_param or d.dim_value) for d in images.type.tensor_type.shape.dim]
+    assert (images.name, images.type.tensor_type.elem_type) == ("images", onnx.TensorProto.UINT8)
+    assert dimensions == ["n", 28, 28]
+    assert [(d.dim_param or d.dim_value) for d in logits.type.tensor_type.shape.dim] == ["n", 10]
+    data = (tmp_path / "model.onnx").read_bytes()
+    assert str(REPOSITORY).encode() not in data
+    assert b"site-packages" not in data
+
+
+def test_the_same_network_gives_the_same_file(tmp_path: Path) -> None:
+    """Also in another process, and after other exports in this one."""
+    save(tmp_path / "a", "cnn-small", precision="bf16")
+    save(tmp_path / "b", "cnn-small", precision="bf16")
+    export(tmp_path / "a", format=FORMATS)
+    assert dmnist("export", tmp_path / "b", "--format", *FORMATS).code == 0
+    for name in FILES.values():
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+        assert str(REPOSITORY).encode() not in (tmp_path / "a" / name).read_bytes()
+
+
+def test_what_a_run_tells(digits: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result = train(
+        *("--recipe", "fast", "--dataset", "idx", "--data", digits, "--epochs", 1), nproc=1, out=run
+    )
+    told = dmnist("export", run, "--json").json()
+    (file,) = told["files"]
+    assert file["path"] == str(run / "model.onnx")
+    assert file["bytes"] == (run / "model.onnx").stat().st_size
+    assert 0 < file["max_difference"] <= file["allowed_difference"] < 1e-2
+    assert file["compared_images"] == sum(BATCHES)
+    assert file["max_difference"] < told["autocast_difference"] < 0.5  # `fast` is in bf16
+    about = metadata(run / "model.onnx")
+    assert about == told["metadata"]
+    assert about["weights_sha256"] == result["weights_sha256"] == told["weights_sha256"]
+    assert float(about["test_accuracy"]) == result["test_accuracy"]
+    assert json.loads(about["recipe"])["model"] == "cnn-small"
+    said = dmnist("export", run / "checkpoints" / "best.pt", "--format", "torch")
+    assert said.code == 0
+    assert said.stdout.startswith(f"{run / 'best.pt2'}: torch, ")
+    assert "computes in fp32; trained with bf16 autocast" in said.stdout
+
+
+def test_no_accuracy_of_other_weights(tmp_path: Path) -> None:
+    save(tmp_path, "linear")
+    (tmp_path / "result.json").write_text('{"weights_sha256": "of the last step", "test_accuracy": 0.9}')
+    export(tmp_path, format=("safetensors",))
+    assert "test_accuracy" not in metadata(tmp_path / "model.safetensors")
+
+
+def test_the_original_scripts_checkpoint(tmp_path: Path) -> None:
+    network = build("linear", 10, seed=1)
+    content = {"epoch": 3, "state_dict": network.state_dict(), "best_acc": 91.0, "optimizer": {}}
+    torch.save(content, tmp_path / "model_best.pth.tar")
+    export(tmp_path / "model_best.pth.tar")
+    about = metadata(tmp_path / "model_best.onnx")
+    assert (about["mean"], about["std"], about["dataset"]) == ("0.1307", "0.3081", "mnist")
+    assert "recipe" not in about
+    images = draw(9, "original")[0]
+    normal = (torch.from_numpy(images).unsqueeze(1) / 255 - 0.1307) / 0.3081
+    wanted = network(normal).detach().numpy()
+    np.testing.assert_allclose(onnx_logits(tmp_path / "model_best.onnx", images), wanted, atol=1e-4)
+
+
+def test_an_own_model(tmp_path: Path) -> None:
+    trained = save(tmp_path, "user_models:dropout")
+    ended = dmnist("export", tmp_path)
+    assert ended.code == 4
+    assert "add --model user_models:dropout" in ended.stderr
+    export(tmp_path, model="user_models:dropout", format=FORMATS)
+    images = draw(20, "own")[0]
+    wanted = trained.logits(torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(onnx_logits(tmp_path / "model.onnx", images), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize(("model", "why"), [("branches", "control flow|data-dependent|Dynamo|branching")])
+@pytest.mark.parametrize("form", ["onnx", "torch"])
+def test_a_model_that_is_no_graph(
+    model: str, why: str, form: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, f"user_models:{model}")
+    with pytest.raises(UsageError, match=why) as raised:
+        export(tmp_path, model=f"user_models:{model}", format=(form,))
+    assert str(raised.value).startswith(f"the model user_models:{model} cannot be exported to {form}: ")
+    assert capfd.readouterr().err == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def falsify(monkeypatch: pytest.MonkeyPatch, form: str, change: Any) -> None:
+    right = command._FORMATS[form]
+    wrong = dataclasses.replace(right, encode=lambda network, told: change(right.encode, network, told))
+    monkeypatch.setitem(command._FORMATS, form, wrong)
+
+
+def wrong_weight(encode: Any, network: Any, told: Any) -> bytes:
+    weight = next(network.parameters())
+    weight.data[0] += 0.01
+    try:
+        return encode(network, told)
+    finally:
+        weight.data[0] -= 0.01
+
+
+def wrong_mean(encode: Any, network: Any, told: Any) -> bytes:
+    return encode(network, told | {"mean": "0.26"})
+
+
+def torn(encode: Any, network: Any, told: Any) -> bytes:
+    data = encode(network, told)
+    return data[: len(data) // 2]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [(wrong_weight, "differ|another class"), (wrong_mean, "metadata changed in mean"), (torn, "read back")],
+)
+def test_a_wrong_file_is_not_kept(
+    form: Any, change: Any, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, "linear")
+    falsify(monkeypatch, form, change)
+    with pytest.raises(VerificationError, match=why) as raised:
+        export(tmp_path, format=(form,))
+    assert str(raised.value).startswith(str(tmp_path / FILES[form]))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_weights_that_are_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input.flatten(1)) * float("nan")
+
+    monkeypatch.setitem(MODELS, "linear", lambda classes: Broken(784, classes))
+    save(tmp_path, "linear")
+    with pytest.raises(VerificationError, match="not finite"):
+        export(tmp_path, format=("torch",))
+
+
+def test_only_an_earlier_export_is_written_over(tmp_path: Path) -> None:
+    save(tmp_path, "linear")
+    out = tmp_path / "mine.onnx"
+    out.write_bytes(b"years of work")
+    with pytest.raises(OutputError, match="no export of ours"):
+        export(tmp_path, out=out)
+    assert out.read_bytes() == b"years of work"
+    out.unlink()
+    for form in FORMATS:
+        export(tmp_path, out=out, format=(form,))
+    with pytest.raises(OutputError, match="is a directory"):
+        export(tmp_path, out=tmp_path)
+    with pytest.raises(OutputError, match="not a directory"):
+        export(tmp_path, out=out / "within")
+
+
+@pytest.mark.parametrize(("form", "package"), [("onnx", "onnxscript"), ("safetensors", "safetensors")])
+def test_a_missing_extra(form: Any, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # type: ignore[arg-type]
+    with pytest.raises(
+        UsageError, match=rf"needs {package}: \S+ -m pip install 'distributed-mnist\[{form}\]'"
+    ):
+        export(tmp_path, format=(form,))
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ((), "export needs a CHECKPOINT or a run's folder"),
+        (("run", "--format", "pickle"), "--format must be onnx, safetensors or torch, not 'pickle'"),
+        (("run", "--format"), "--format"),
+        (("run", "--format", "onnx", "onnx"), "--format must be different ones"),
+        (("run", "--format", "onnx", "torch", "--out", "x"), "--out names one file"),
+        (("nowhere",), "nowhere: no such file"),
+    ],
+)
+def test_bad_command_lines(words: tuple[str, ...], why: str) -> None:
+    ended = dmnist("export", *words)
+    assert ended.code in (2, 4)
+    assert why in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+def test_the_documents_examples_run_without_us(digits: Path, tmp_path: Path) -> None:
+    words = ("--model", "cnn", "--dataset", "idx", "--data", digits, "--epochs", 3)
+    train(*words, nproc=1, out=tmp_path)
+    export(tmp_path, format=FORMATS)
+    trained = restore(find(tmp_path), model=None, device=torch.device("cpu"))
+    images = draw(40, "documents")[0]
+    np.save(tmp_path / "images.npy", images)
+    best = trained.logits(torch.from_numpy(images)).argmax(1)
+    wanted = [trained.class_names[i] for i in best]
+    assert len(set(wanted)) > 3
+    assert set(EXAMPLES) == set(FORMATS)
+    without_us = "import sys; sys.modules['distributed_mnist'] = None\n"
+    for example in EXAMPLES.values():
+        done = subprocess.run(
+            [sys.executable, "-c", without_us + example],
+            cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.stdout.split() == wanted, done.stderr

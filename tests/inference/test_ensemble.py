@@ -1,0 +1,197 @@
+"""`--ensemble N`: each network is the one that its seed alone gives, and the vote is the mean of what they
+believe."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import DMNIST, Program, dmnist, events, last_step, train
+from torch import nn
+
+from distributed_mnist.data import idx
+from distributed_mnist.inference.vote import Vote
+from distributed_mnist.runs.layout import resume_flags
+
+FLAGS = ("--recipe", "fast", "--steps", 4, "--batch-size", 100, "--seed", 3)
+
+
+@pytest.fixture(scope="module")
+def data(digits: Path) -> tuple[object, ...]:
+    return ("--dataset", "idx", "--data", digits)
+
+
+def test_a_vote_is_the_mean_of_the_probabilities() -> None:
+    torch.manual_seed(0)
+    models = [nn.Linear(5, 3) for _ in range(4)]
+    inputs = torch.randn(7, 5)
+    mean = torch.stack([model(inputs).softmax(1) for model in models]).mean(0)
+    torch.testing.assert_close(Vote(models)(inputs).exp(), mean)
+
+
+def test_one_model_alone_gets_its_way() -> None:
+    torch.manual_seed(0)
+    model, inputs = nn.Linear(5, 3), torch.randn(7, 5)
+    torch.testing.assert_close(Vote([model])(inputs), model(inputs).log_softmax(1))
+
+
+def test_logits_of_any_size_are_voted_on() -> None:
+    sure, unsure = nn.Linear(1, 2), nn.Linear(1, 2)
+    with torch.no_grad():
+        for model, logits in ((sure, [500.0, -500.0]), (unsure, [-1.0, 1.0])):
+            model.weight.zero_()
+            model.bias.copy_(torch.tensor(logits))
+    vote = Vote([sure, unsure])(torch.ones(1, 1))
+    assert vote.isfinite().all()
+    assert vote.argmax() == 0
+
+
+def test_members_are_what_their_seeds_give_at_any_size(tmp_path: Path, data: tuple[object, ...]) -> None:
+    votes = [
+        train(*data, *FLAGS, "--ensemble", 3, nproc=nproc, out=tmp_path / f"of-{nproc}") for nproc in (1, 3)
+    ]
+    assert [member["seed"] for member in votes[0]["members"]] == [3, 4, 5]
+    alone = train(*data, *FLAGS, "--seed", 5, nproc=2, out=tmp_path / "alone")
+    assert votes[0]["members"][2]["weights_sha256"] == alone["weights_sha256"]
+    assert votes[0]["members"][2]["test_accuracy"] == alone["test_accuracy"]
+    assert len({member["weights_sha256"] for member in votes[0]["members"]}) == 3
+    same = ("weights_sha256", "test_accuracy", "test_loss", "confusion", "data_sha256")
+    assert {name: votes[0][name] for name in same} == {name: votes[1][name] for name in same}
+    confusion = torch.tensor(votes[0]["confusion"])
+    assert int(confusion.sum()) == votes[0]["test_images"] == 300
+    assert int(confusion.trace()) / 300 == votes[0]["test_accuracy"]
+    # Three that disagree have a smaller loss together than on average (Jensen's inequality).
+    results = [json.loads((tmp_path / f"of-1/seed-{seed}/result.json").read_text()) for seed in (3, 4, 5)]
+    assert votes[0]["test_loss"] < sum(result["test_loss"] for result in results) / 3
+
+
+def test_it_goes_on_where_it_was(tmp_path: Path, data: tuple[object, ...]) -> None:
+    """One network is finished, another was stopped half-way: only what is missing is trained."""
+    flags = (*data, *FLAGS, "--schedule", "constant")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    train(*flags, nproc=1, out=out / "seed-3")
+    train(*flags, "--seed", 4, "--steps", 2, nproc=1, out=out / "seed-4")
+    again = train(*flags, "--ensemble", 2, "--resume", "auto", nproc=2, out=out)
+    steps = [[e["step"] for e in events(out / f"seed-{seed}") if e["event"] == "start"] for seed in (3, 4)]
+    assert steps == [[0, 4], [0, 2]]
+    assert again["weights_sha256"] == train(*flags, "--ensemble", 2, nproc=1, out=whole)["weights_sha256"]
+
+
+def test_a_stop_and_what_it_says_to_go_on(tmp_path: Path, data: tuple[object, ...]) -> None:
+    out = tmp_path / "out"
+    command = (
+        *DMNIST,
+        "train",
+        *data,
+        *FLAGS,
+        "--steps",
+        0,
+        "--epochs",
+        100_000,
+        "--ensemble",
+        2,
+        "--out",
+        out,
+    )
+    with Program([*command, "--nproc", 2]) as program:
+        program.wait_for(lambda: last_step(out / "seed-3") > 5, "a step")
+        program.signal(signal.SIGTERM)
+        ended = program.finish()
+    assert ended.code == 75, ended
+    assert f"--resume auto --out {out} --ensemble 2\n" in ended.stderr
+    assert not (out / "seed-4").exists()
+
+
+def test_json_is_one_object(tmp_path: Path, data: tuple[object, ...]) -> None:
+    told = dmnist("train", *data, *FLAGS, "--ensemble", 2, "--out", tmp_path / "out", "--json").json()
+    assert told == json.loads((tmp_path / "out/result.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--ensemble", "0"], ["--ensemble", "at least 1"]),
+        (["--ensemble", "2", "--resume", "a.pt"], ["--ensemble", "--resume auto"]),
+        (["--ensemble", "2", "--seed", str(2**63 - 1)], ["--seed"]),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, flags: list[str], words: list[str]) -> None:
+    ended = dmnist("train", "--dataset", "generated", *flags, "--out", tmp_path / "out")
+    assert ended.code == 2, ended
+    assert all(word in ended.stderr for word in words), ended
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_starts_its_own_processes(tmp_path: Path) -> None:
+    of_torchrun = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    ended = dmnist("train", "--ensemble", 2, "--out", tmp_path / "out", **of_torchrun, **address)
+    assert ended.code == 2, ended
+    assert "--ensemble starts processes by itself" in ended.stderr
+
+
+def test_the_vote_is_scored_predicts_and_is_exported(
+    digits: Path, tmp_path: Path, data: tuple[object, ...]
+) -> None:
+    out = tmp_path / "out"
+    result = train(*data, *FLAGS, "--ensemble", 2, nproc=1, out=out)
+    told = dmnist("evaluate", out, "--device", "cpu", "--json").json()
+    same = ("test_accuracy", "test_loss", "weights_sha256", "data_sha256", "confusion")
+    assert {name: told[name] for name in same} == {name: result[name] for name in same}
+    images = next(digits.glob("t10k-images*"))
+    seen = dmnist("predict", out, images, "--device", "cpu", "--json").json()
+    labels = idx.read(next(digits.glob("t10k-labels*")))
+    right = sum(one["label"] == label for one, label in zip(seen["images"], labels, strict=True))
+    assert right / len(labels) == result["test_accuracy"]
+    assert seen["weights_sha256"] == result["weights_sha256"]
+    assert (
+        dmnist("export", out, "--format", "torch", "--json").json()["files"][0]["path"]
+        == f"{out}/model.pt2"
+    )
+    refused = dmnist("export", out, "--format", "safetensors")
+    assert (refused.code, refused.stderr.count("is of one network")) == (2, 1)
+
+
+def test_only_who_voted_votes(tmp_path: Path, data: tuple[object, ...]) -> None:
+    out = tmp_path / "out"
+    train(*data, *FLAGS, "--ensemble", 3, nproc=1, out=out)
+    two = train(*data, *FLAGS, "--ensemble", 2, "--resume", "auto", nproc=1, out=out)
+    told = dmnist("evaluate", out, "--device", "cpu", "--json").json()
+    assert told["weights_sha256"] == two["weights_sha256"]
+    assert told["test_loss"] == two["test_loss"]
+    other, one = (out / f"seed-{seed}" / "checkpoints" / "step_00000004.pt" for seed in (5, 3))
+    one.write_bytes(other.read_bytes())
+    ended = dmnist("evaluate", out)
+    assert ended.code == 4
+    assert f"has other weights than when {out} voted" in ended.stderr
+
+
+def test_one_network_is_not_trained_over_an_ensemble(tmp_path: Path, data: tuple[object, ...]) -> None:
+    out = tmp_path / "out"
+    whole = train(*data, *FLAGS, "--ensemble", 2, nproc=1, out=out)
+    ended = dmnist("train", "--resume", "auto", "--out", out)
+    assert (ended.code, ended.stderr) == (2, f"dmnist: {out} is an ensemble: add --ensemble 2\n")
+    again = train("--resume", "auto", "--ensemble", 2, nproc=1, out=out)
+    assert again["weights_sha256"] == whole["weights_sha256"]
+    assert resume_flags(out / "seed-3") == f"--resume auto --out {out} --ensemble N"
+    assert resume_flags(out) == f"--resume auto --out {out}"
+
+
+def test_an_unfinished_ensemble_has_no_vote(tmp_path: Path, data: tuple[object, ...]) -> None:
+    out = tmp_path / "out"
+    train(*data, *FLAGS, "--ensemble", 2, nproc=1, out=out)
+    (out / "result.json").unlink()
+    ended = dmnist("evaluate", out)
+    assert ended.code == 4, ended
+    assert f"unfinished ensemble: name one of its networks, such as {out / 'seed-3'}" in ended.stderr
+    assert dmnist("evaluate", out / "seed-3").code == 0
+
+
+def test_evaluate_of_a_run_that_was_never_scored(tmp_path: Path, data: tuple[object, ...]) -> None:
+    out = tmp_path / "out"
+    train(*data, *FLAGS, nproc=1, out=out)
+    (out / "checkpoints/best.pt").unlink()
+    ended = dmnist("evaluate", out, *data)
+    assert ended.code == 4, ended
+    assert f"name a checkpoint, such as {out / 'checkpoints/step_00000004.pt'}" in ended.stderr

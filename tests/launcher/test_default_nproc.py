@@ -1,0 +1,42 @@
+"""How many processes are started when nobody said."""
+
+import pytest
+
+from distributed_mnist.config import Recipe, Run
+from distributed_mnist.launcher import default_nproc
+
+
+@pytest.mark.parametrize(
+    ("cores", "recipe", "nproc"),
+    [
+        (1, Recipe(), 1),
+        (4, Recipe(), 4),
+        (64, Recipe(), 8),  # no more than shards
+        (64, Recipe(shards=16), 16),
+        (64, Recipe(model="linear"), 1),  # too little work in a step
+        (64, Recipe(model="linear", batch_size=8_192), 8),
+        (4, Recipe(model="package.module:factory"), 4),  # unknown: taken for a large one
+        (4, Recipe(batch_size=1), 1),
+    ],
+)
+def test_default_number_of_processes(
+    cores: int, recipe: Recipe, nproc: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(default_nproc, "usable_cores", lambda: cores)
+    assert default_nproc.default_nproc(recipe, Run(device="cpu")) == nproc
+
+
+def test_default_number_of_processes_with_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(default_nproc, "usable_cores", lambda: 2)
+    monkeypatch.setattr(default_nproc, "_count_accelerators", lambda: 4)
+    assert default_nproc.default_nproc(Recipe(model="linear"), Run()) == 4
+    assert default_nproc.default_nproc(Recipe(shards=3), Run()) == 3
+    assert default_nproc.default_nproc(Recipe(), Run(device="cpu")) == 2
+
+
+def test_the_doctor_starts_no_more_than_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(default_nproc, "usable_cores", lambda: 16)
+    for devices, wanted in ((0, 4), (1, 1), (2, 2), (8, 4)):
+        monkeypatch.setattr(default_nproc, "_count_accelerators", lambda devices=devices: devices)
+        assert default_nproc.trial_nproc("auto") == wanted
+        assert default_nproc.trial_nproc("cpu") == 4

@@ -1,0 +1,304 @@
+"""Networks: what their docstrings promise is true; a model that cannot be trained exactly is refused."""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distributed_mnist.errors import UsageError
+from distributed_mnist.models.zoo import MODELS, Traits, build, inspect
+
+CPU = torch.device("cpu")
+
+
+class Flat(nn.Module):
+    """One linear layer, for others to spoil."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.fc = nn.Linear(784, classes)
+
+    def forward(self, images: Tensor) -> Any:
+        return self.fc(images.flatten(1))
+
+
+class BatchMean(Flat):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc((images - images.mean(0)).flatten(1))
+
+
+class Neighbour(Flat):
+    """Mixes samples in the last digits only."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.fc(images.flatten(1))
+        return logits + 1e-4 * logits.roll(1, dims=0)
+
+
+class Counter(Flat):
+    """Mixes nothing, but remembers how often it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Tensor
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        return self.fc(images.flatten(1)) / self.calls
+
+
+class Table(Flat):
+    """A buffer that stays as it is: allowed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask: Tensor
+        self.register_buffer("mask", torch.ones(784))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(images.flatten(1) * self.mask)
+
+
+class FunctionalDropout(Flat):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(F.dropout(images.flatten(1), 0.5, self.training))
+
+
+class Noise(Flat):
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.fc(images.flatten(1))
+        return logits + torch.randn(len(images), 1) if self.training else logits
+
+
+class Pair(Flat):
+    def forward(self, images: Tensor) -> Any:
+        return self.fc(images.flatten(1)), images
+
+
+class Upright(Flat):
+    """Wants other images."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(images.reshape(len(images), 32, 32))
+
+
+def dropout(*, where: int) -> nn.Module:
+    layers: list[nn.Module] = [nn.Flatten(), nn.Linear(784, 10)]
+    layers.insert(where, nn.Dropout(0.5))
+    return nn.Sequential(*layers)
+
+
+def problem(model: nn.Module, classes: int = 10) -> str:
+    with pytest.raises(UsageError) as caught:
+        inspect(model, "mine", classes, CPU)
+    assert str(caught.value).startswith("--model mine: ")
+    return str(caught.value).removeprefix("--model mine: ")
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("classes", [10, 47])
+def test_images_to_logits(name: str, classes: int) -> None:
+    model = build(name, classes, seed=0)
+    assert model(torch.randn(5, 1, 28, 28)).shape == (5, classes)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_number_of_parameters_in_the_docstring_is_true(name: str) -> None:
+    stated = re.search(r"([\d,]+) parameters", MODELS[name].__doc__ or "")
+    assert stated is not None
+    model = build(name, 10, seed=0)
+    counted = sum(p.numel() for p in model.parameters())
+    assert counted == int(stated[1].replace(",", ""))
+    assert inspect(model, name, 10, CPU) == Traits(counted, draws_random_numbers=False, unused=())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_are_decided_by_the_seed_alone(name: str) -> None:
+    first = weights(build(name, 10, seed=3))
+    torch.manual_seed(12345)
+    torch.randn(7)
+    assert torch.equal(weights(build(name, 10, seed=3)), first)
+    assert not torch.equal(weights(build(name, 10, seed=4)), first)
+
+
+def test_the_linear_model_has_the_original_scripts_names() -> None:
+    shapes = {key: tuple(value.shape) for key, value in build("linear", 10, seed=0).state_dict().items()}
+    assert shapes == {"fc.weight": (10, 784), "fc.bias": (10,)}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Flatten(), nn.BatchNorm1d(784), nn.Linear(784, 10)),
+        nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(784, 10)),
+        nn.Sequential(nn.Flatten(), nn.BatchNorm1d(784, track_running_stats=False), nn.Linear(784, 10)),
+        nn.Sequential(nn.BatchNorm2d(1, affine=False), nn.Flatten(), nn.Linear(784, 10), nn.Dropout(0.1)),
+        BatchMean(),
+        Neighbour(),
+    ],
+    ids=["norm1d", "norm2d", "no-buffers", "with-dropout", "mean", "neighbour"],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_mixing_samples_is_refused(model: nn.Module, training: bool) -> None:
+    said = problem(model.train(training))
+    assert said.endswith("batch statistics cannot be trained exactly, use per-sample norms")
+
+
+def test_the_reason_is_told() -> None:
+    assert problem(BatchMean()).startswith("one image's logits depend on the others in its batch;")
+    assert problem(Counter()).startswith("its buffer calls changes in the forward pass;")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Flatten(), nn.LayerNorm(784), nn.Linear(784, 10)),
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(4 * 26 * 26, 10)),
+        nn.Sequential(nn.InstanceNorm2d(1), nn.Flatten(), nn.Linear(784, 10)),
+        Table(),
+    ],
+    ids=["layer", "group", "instance", "buffer"],
+)
+def test_norms_of_one_sample_are_allowed(model: nn.Module) -> None:
+    assert not inspect(model, "mine", 10, CPU).draws_random_numbers
+
+
+@pytest.mark.parametrize(
+    "model",
+    [dropout(where=0), dropout(where=2), FunctionalDropout(), Noise()],
+    ids=["first", "last", "functional", "noise"],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_random_numbers_are_noticed(model: nn.Module, training: bool) -> None:
+    assert inspect(model.train(training), "mine", 10, CPU).draws_random_numbers
+
+
+def test_a_wrong_number_of_logits() -> None:
+    said = problem(Flat(11))
+    assert said == "it gives (2, 11) for 2 images, not (2, 10): the data has 10 classes"
+    assert problem(Flat(10), classes=47).startswith("it gives (2, 10) for 2 images, not (2, 47)")
+
+
+def test_a_model_that_fails() -> None:
+    assert problem(Upright()).startswith("it fails on images (2, 1, 28, 28): ")
+
+
+def test_a_model_that_returns_no_tensor() -> None:
+    assert "tuple" in problem(Pair())
+
+
+def test_nothing_to_train() -> None:
+    frozen = Flat().requires_grad_(False)
+    assert problem(frozen) == "it has no parameters to train"
+    assert problem(nn.Flatten()) == "it has no parameters to train"
+
+
+def test_frozen_parameters_are_not_counted() -> None:
+    model = Flat()
+    model.fc.bias.requires_grad_(False)
+    assert inspect(model, "mine", 10, CPU).parameters == 7840
+
+
+def test_inspecting_leaves_weights_and_gradients_alone() -> None:
+    model = dropout(where=0)
+    before = weights(model)
+    inspect(model, "mine", 10, CPU)
+    assert torch.equal(weights(model), before)
+    assert all(p.grad is None for p in model.parameters())
+
+
+OWN = """
+from torch import nn
+
+WIDTH = 5
+
+def net(classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, WIDTH), nn.ReLU(), nn.Linear(WIDTH, classes))
+
+class Net(nn.Linear):
+    def __init__(self, classes):
+        super().__init__(784, classes)
+
+def failing(classes):
+    raise KeyError("width")
+
+def text(classes):
+    return "a network"
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+    """Puts a module into the current folder, under a name that is free; undone at the end."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    names: list[str] = []
+
+    def put(source: str) -> str:
+        name = f"own_models_{tmp_path.name}_{len(names)}".replace("-", "_")
+        (tmp_path / f"{name}.py").write_text(source)
+        names.append(name)
+        return name
+
+    yield put
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def build_problem(name: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        build(name, 10, seed=0)
+    return str(caught.value)
+
+
+def test_a_model_of_ones_own(own: Callable[[str], str]) -> None:
+    """Found in the current folder, and its weights decided by the seed."""
+    module = own(OWN)
+    model = build(f"{module}:net", 10, seed=3)
+    assert model(torch.randn(2, 1, 28, 28)).shape == (2, 10)
+    assert torch.equal(weights(build(f"{module}:net", 10, seed=3)), weights(model))
+    assert not torch.equal(weights(build(f"{module}:net", 10, seed=4)), weights(model))
+    assert build(f"{module}:Net", 7, seed=0).out_features == 7
+
+
+def test_a_model_of_ones_own_in_a_package(own: Callable[[str], str], tmp_path: Path) -> None:
+    package = own("") + "_package"
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "inner.py").write_text(OWN)
+    assert isinstance(build(f"{package}.inner:net", 10, seed=0), nn.Sequential)
+
+
+def test_what_can_be_wrong_with_ones_own(own: Callable[[str], str]) -> None:
+    module = own(OWN)
+    broken = own("import torch\nraise RuntimeError('no licence')\n")
+    crooked = own("def net(:\n")
+    for name, said in {
+        f"{module}:nut": f"--model {module}:nut: AttributeError: .*'nut'",
+        f"{module}:WIDTH": f"--model {module}:WIDTH: WIDTH is not callable",
+        f"{module}:text": f"--model {module}:text: the factory returned a str, not a torch module",
+        f"{module}:failing": f"--model {module}:failing: its factory failed: KeyError: 'width'",
+        f"{broken}:net": f"--model {broken}:net: RuntimeError: no licence",
+        f"{crooked}:net": f"--model {crooked}:net: SyntaxError: ",
+        "no_such_module:net": "--model no_such_module:net: ModuleNotFoundError: .*no_such_module",
+        ":net": "--model :net: ValueError",
+    }.items():
+        assert re.match(said, build_problem(name)), name
+
+
+@pytest.mark.parametrize("name", ["resnet", "", "CNN"])
+def test_no_such_model(name: str) -> None:
+    assert build_problem(name) == (
+        f"there is no model {name!r}; "
+        "there are linear, mlp, cnn, cnn-small, cnn-large, or package.module:factory"
+    )

@@ -1,0 +1,180 @@
+"""The mean of a run's last weights: what one works out from those of each step, however it was run."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import dmnist, events, train
+from torch import Tensor
+
+from distributed_mnist.common.digest import digest
+from distributed_mnist.config import Recipe
+from distributed_mnist.errors import CheckpointError
+from distributed_mnist.models.zoo import build, place
+from distributed_mnist.optim import weight_average
+from distributed_mnist.optim.schedule import make_optimizer
+from distributed_mnist.runs.checkpoint import decode, encode, load_optimizer, load_weights, snapshot
+
+STEPS = 12
+LR = 0.02
+FLAGS = ("--model", "cnn-small", "--optimizer", "muon", "--batch-size", 40, "--steps", STEPS, "--epochs", 9)
+CYCLE = (*FLAGS, "--schedule", "one-cycle", "--lr", LR)
+AVERAGED = (*CYCLE, "--final-div", 4, "--average", 0.5)  # the weights after steps 7 to 12
+
+
+def weights_of(checkpoint: Path) -> dict[str, Tensor]:
+    return decode(checkpoint.read_bytes(), "it")["model"]
+
+
+@pytest.fixture(scope="module")
+def flags(digits: Path) -> tuple[object, ...]:
+    return ("--dataset", "idx", "--data", digits)
+
+
+@pytest.fixture(scope="module")
+def whole(
+    flags: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """The folder of a run with the checkpoint of each step, and its result."""
+    out = tmp_path_factory.mktemp("averaged") / "out"
+    every = ("--checkpoint-every", 1, "--keep", STEPS, "--eval-every", 5)
+    return out, train(*flags, *AVERAGED, *every, nproc=2, out=out)
+
+
+def test_the_answer_is_the_mean_of_the_last_weights(
+    whole: tuple[Path, dict[str, Any]], flags: tuple[object, ...], tmp_path: Path
+) -> None:
+    """The weights after the last step are nowhere to be found: they are made once more, at the last rate,
+    from those of the step before."""
+    out, result = whole
+    checkpoints = [out / "checkpoints" / f"step_{step:08}.pt" for step in range(7, STEPS + 1)]
+    content = decode(checkpoints[-2].read_bytes(), "it")
+    alone = Recipe.from_dict(content["recipe"], "it").replace(
+        schedule="constant", lr=LR / 4, adam_lr=0.005 / 4, final_div=1000.0, average=0.0
+    )
+    start = tmp_path / "step_00000011.pt"
+    start.write_bytes(encode({**content, "recipe": alone.to_dict()}))
+    last = train(
+        *(*flags, *FLAGS, "--schedule", "constant", "--lr", LR / 4, "--adam-lr", 0.005 / 4),
+        *("--resume", start),
+        nproc=1,
+        out=tmp_path / "last",
+    )
+    steps = [weights_of(path) for path in checkpoints[:-1]]
+    steps.append(weights_of(Path(last["out"]) / "checkpoints" / checkpoints[-1].name))
+    for name, mean in weights_of(checkpoints[-1]).items():
+        each = torch.stack([weights[name].double() for weights in steps])
+        torch.testing.assert_close(mean.double(), each.mean(0), rtol=1e-5, atol=1e-7)
+        assert (mean.double() - each[-1]).abs().max() > 1e-4  # of all that differ, it is the mean
+    for path in (checkpoints[-1], out):  # the mean is what was scored, and what the run's folder stands for
+        scored = dmnist("evaluate", path, "--device", "cpu", "--json").json()
+        same = ("weights_sha256", "test_accuracy", "test_loss")
+        assert {name: scored[name] for name in same} == {name: result[name] for name in same}
+
+
+@pytest.mark.parametrize(("nproc", "step"), [(1, 3), (3, 6), (4, 7), (1, 11)])
+def test_gone_on_with_at_another_size(
+    whole: tuple[Path, dict[str, Any]], flags: tuple[object, ...], tmp_path: Path, nproc: int, step: int
+) -> None:
+    out, result = whole
+    start = out / "checkpoints" / f"step_{step:08}.pt"
+    again = train(*flags, *AVERAGED, "--resume", start, nproc=nproc, out=tmp_path / "out")
+    assert [event["step"] for event in events(tmp_path / "out") if event["event"] == "start"] == [step]
+    assert again["weights_sha256"] == result["weights_sha256"]
+    assert again["test_loss"] == result["test_loss"]
+
+
+def test_the_mean_of_one_step_is_that_step(flags: tuple[object, ...], tmp_path: Path) -> None:
+    one = train(*flags, *CYCLE, "--average", 0.01, nproc=1, out=tmp_path / "one")
+    none = train(*flags, *CYCLE, nproc=1, out=tmp_path / "none")
+    assert one["weights_sha256"] == none["weights_sha256"]
+
+
+def test_ddp_averages_too(
+    whole: tuple[Path, dict[str, Any]], flags: tuple[object, ...], tmp_path: Path
+) -> None:
+    """Equal to rounding, so near the mean, which no step's weights are."""
+    out, _ = whole
+    train(*flags, *AVERAGED, "--sync", "ddp", nproc=2, out=tmp_path / "ddp")
+    mean = weights_of(out / "checkpoints" / f"step_{STEPS:08}.pt")
+    for name, found in weights_of(tmp_path / "ddp" / "checkpoints" / f"step_{STEPS:08}.pt").items():
+        torch.testing.assert_close(found, mean[name], rtol=0, atol=1e-4)
+
+
+def test_a_finished_run_is_gone_on_with(
+    whole: tuple[Path, dict[str, Any]], flags: tuple[object, ...]
+) -> None:
+    out, result = whole
+    again = train(*flags, *AVERAGED, "--resume", "auto", nproc=2, out=out)
+    assert (again["weights_sha256"], again["steps_here"]) == (result["weights_sha256"], 0)
+
+
+def test_more_epochs_are_refused(
+    whole: tuple[Path, dict[str, Any]], flags: tuple[object, ...], tmp_path: Path
+) -> None:
+    start = whole[0] / "checkpoints" / "step_00000006.pt"
+    words = ("train", *flags, *AVERAGED, "--steps", 20, "--resume", start, "--out", tmp_path / "out")
+    ended = dmnist(*words, "--device", "cpu", "--nproc", 1)
+    assert ended.code == CheckpointError.exit_code
+    assert "--steps 12 there, 20 here; this recipe's rate or average of weights looks ahead" in ended.stderr
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "muon"])
+def test_a_running_mean(optimizer: Any) -> None:
+    model = place(build("cnn", 10, 0), torch.device("cpu"))
+    moved = make_optimizer(Recipe(optimizer=optimizer), model)
+    seen: list[list[Tensor]] = []
+    for before in range(4):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p))
+        weight_average.join(moved, before)
+        seen.append([p.detach().double() for p in model.parameters()])
+    weight_average.adopt(moved)
+    for p, each in zip(model.parameters(), zip(*seen, strict=True), strict=True):
+        torch.testing.assert_close(p.detach().double(), torch.stack(each).mean(0), rtol=0, atol=1e-6)
+        assert "average" not in moved.state[p]
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "muon"])
+def test_the_mean_goes_through_a_checkpoint(optimizer: Any) -> None:
+    """Saved and put into another optimizer between any two steps, it ends the same."""
+    recipe = Recipe(optimizer=optimizer)
+    ends = []
+    for cut in (None, 0, 1, 2):
+        model = place(build("cnn-small", 10, 0), torch.device("cpu"))
+        moved = make_optimizer(recipe, model)
+        for before in range(4):
+            torch.manual_seed(before)
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            moved.step()
+            weight_average.join(moved, before)
+            if before == cut:
+                weights, state = snapshot(model.state_dict()), snapshot(moved.state_dict())
+                model = place(build("cnn-small", 10, 1), torch.device("cpu"))
+                moved = make_optimizer(recipe, model)
+                load_weights(model, weights, "it")
+                load_optimizer(moved, state, "it")
+                weight_average.require(moved)
+        weight_average.adopt(moved)
+        ends.append(digest(dict(model.state_dict())))
+    assert len(set(ends)) == 1
+
+
+@pytest.mark.parametrize("mean", ["none", "lacking"])
+def test_a_checkpoint_without_the_mean(
+    whole: tuple[Path, dict[str, Any]], flags: tuple[object, ...], tmp_path: Path, mean: str
+) -> None:
+    content = decode((whole[0] / "checkpoints" / "step_00000009.pt").read_bytes(), "it")
+    for state in content["optimizer"]["state"].values():
+        del state["average"]
+        if mean == "none":
+            state["average"] = None
+    start = tmp_path / "start.pt"
+    start.write_bytes(encode(content))
+    words = ("train", *flags, *AVERAGED, "--resume", start, "--out", tmp_path / "out")
+    ended = dmnist(*words, "--device", "cpu", "--nproc", 1)
+    assert ended.code == CheckpointError.exit_code
+    assert ended.stderr.splitlines()[-1].endswith("lacks the mean of its weights")

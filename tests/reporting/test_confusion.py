@@ -1,0 +1,68 @@
+"""What is taken for what, as people read it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from ranks import dmnist, train
+from rich.console import Console
+
+from distributed_mnist.reporting.confusion import per_class, table, worst_pairs
+
+THREE = [[5, 0, 1], [4, 2, 0], [0, 0, 0]]
+
+
+def shown(confusion: list[list[int]], names: list[str], width: int = 80) -> list[str]:
+    console = Console(width=width, record=True)
+    console.print(table(confusion, names, width))
+    return [line.rstrip() for line in console.export_text().splitlines()]
+
+
+def test_each_class() -> None:
+    told = per_class(THREE, ["a", "b", "c"])
+    assert [one["accuracy"] for one in told] == [5 / 6, 1 / 3, None]
+    assert [one["images"] for one in told] == [6, 6, 0]
+    assert worst_pairs(THREE) == [(1, 0, 4), (0, 2, 1)]
+
+
+def test_the_table() -> None:
+    lines = shown(THREE, ["a", "b", "c"])
+    assert lines[0].split() == ["true", "a", "b", "c", "images", "wrong", "right"]
+    assert lines[1].split() == ["a", "5", "·", "1", "6", "1", "83.33%"]
+    assert lines[3].split() == ["c", "·", "·", "0", "0", "0", "–"]  # noqa: RUF001
+    assert lines[-1] == "most often taken: b for a 4×, a for c 1×"  # noqa: RUF001
+    assert shown([[1]], ["x"])[-1] == "nothing is taken for anything else"
+
+
+def test_of_many_classes_the_accuracy_alone() -> None:
+    names = [f"class {i}" for i in range(47)]
+    confusion = [[990 if i == j else 10 * ((i + 1) % 47 == j) for j in range(47)] for i in range(47)]
+    lines = shown(confusion, names)
+    assert lines[1].split() == ["class", "0", "1,000", "10", "99.00%"]
+    assert max(map(len, lines)) <= 80
+
+
+def test_long_names_are_numbered_and_wide_screens_show_more() -> None:
+    lines = shown(THREE, ["T-shirt", "Shirt", "Shoe"])
+    assert lines[0].split() == ["true", "0", "1", "2", "images", "wrong", "right"]
+    assert lines[2].split()[:3] == ["Shirt", "1", "4"]
+    letters = [chr(ord("a") + i) for i in range(26)]
+    confusion = [[800 if i == j else 0 for j in range(26)] for i in range(26)]
+    for width, whole in ((150, True), (80, False)):
+        lines = shown(confusion, letters, width)
+        assert (len(lines[0].split()) == 30) == whole
+        assert max(map(len, lines)) <= width
+
+
+@pytest.mark.parametrize("nproc", [1, 3])
+def test_evaluate_tells_it(nproc: int, digits: Path, tmp_path: Path) -> None:
+    options = ["--dataset", "idx", "--data", digits, "--model", "mlp", "--epochs", "1", "--device", "cpu"]
+    result = train(*options, nproc=1, out=tmp_path / "run")
+    words = ["evaluate", tmp_path / "run", "--data", digits, "--device", "cpu", "--nproc", nproc]
+    told = json.loads(dmnist(*words, "--json").stdout)
+    assert told["test_accuracy"] == result["test_accuracy"]
+    assert sum(one["correct"] for one in told["per_class"]) == round(300 * result["test_accuracy"])
+    assert told["class_names"] == [str(i) for i in range(10)]
+    text = dmnist(*words).stdout
+    assert text.count("most often taken") == 1
+    assert f"test accuracy {result['test_accuracy']:.2%}" in text

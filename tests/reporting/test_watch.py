@@ -1,0 +1,170 @@
+"""Who holds the others up, and a run followed by its files."""
+
+import json
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import dmnist, train
+from rich.console import Console
+
+from distributed_mnist.errors import Interrupted, UsageError, WorkerLost
+from distributed_mnist.reporting import watch
+from distributed_mnist.reporting.stragglers import StragglerTracker
+from distributed_mnist.reporting.terminal import Terminal, rank_table
+from distributed_mnist.reporting.watch import Tail
+
+RANKS = [{"rank": i, "host": f"node{i // 2}", "pid": 100 + i} for i in range(4)]
+
+
+def waiting(busy: list[float], exchange: list[float]) -> StragglerTracker:
+    found = StragglerTracker()
+    found.begin(RANKS)
+    found.add({"busy": busy, "exchange": exchange})
+    return found
+
+
+def test_the_slowest_is_who_waits_least() -> None:
+    found = waiting([0.06, 0.05, 0.09, 0.06], [0.04, 0.05, 0.01, 0.04])
+    assert found.slowest == 2
+    assert found.share == pytest.approx((0.03 + 0.04 + 0.03) / 3 / 0.1)
+    assert found.line() == "slowest: rank 2 on node1; the others wait 33% of a step for it"
+
+
+def test_nobody_waits_for_long() -> None:
+    assert waiting([0.1] * 4, [0.011, 0.010, 0.011, 0.011]).line().startswith("ranks even")
+    assert waiting([0.1], [0.0]).line() == ""
+    assert waiting([0.1] * 4, [0.0] * 4).line() == ""  # a device that hides what is exchange
+    assert StragglerTracker().line() == ""
+
+
+def test_smoothed_and_begun_anew() -> None:
+    found = waiting([0.1, 0.1], [0.0, 0.1])
+    found.add({"busy": [0.1, 0.1], "exchange": [0.1, 0.0]})
+    assert found.slowest == 0  # one odd stretch turns nothing over
+    for _ in range(4):
+        found.add({"busy": [0.1, 0.1], "exchange": [0.1, 0.0]})
+    assert found.slowest == 1
+    found.add({"busy": [1.0] * 3, "exchange": [2.0] * 3})  # another size
+    assert found.busy == [1.0] * 3
+
+
+def test_a_table_of_many_ranks_fits() -> None:
+    console = Console(width=80, height=24, record=True)
+    many = StragglerTracker()
+    many.add({"busy": [0.01] * 1024, "exchange": [0.002] * 1023 + [0.001]})
+    ranks = [{"rank": i, "host": f"n{i}", "pid": i} for i in range(1024)]
+    console.print(rank_table(ranks, many, 5))
+    lines = console.export_text().splitlines()
+    assert lines[1].split()[:2] == ["1023", "n1023"]
+    assert "and 1019 that are faster" in lines[6]
+    assert max(map(len, lines)) <= 80
+
+
+def test_only_what_is_new_and_whole(tmp_path: Path) -> None:
+    tail = Tail(tmp_path)
+    with pytest.raises(UsageError, match="no run"):
+        tail.new()
+    path = tmp_path / "metrics.jsonl"
+    one, two = (json.dumps({"event": "notice", "time": 1, "text": text}) + "\n" for text in ("one", "two"))
+    path.write_text(one + two[:9])
+    assert [event["text"] for event in tail.new()] == ["one"]
+    assert tail.new() == []
+    path.write_text(one + two + two)
+    assert [event["text"] for event in tail.new()] == ["two", "two"]
+    path.write_text(two)  # another run in its place
+    assert [event["text"] for event in tail.new()] == ["two"]
+
+
+@pytest.fixture(scope="module")
+def run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("watch") / "run"
+    options = ["--dataset", "idx", "--data", digits, "--model", "mlp", "--epochs", "2", "--device", "cpu"]
+    train(*options, nproc=3, out=out)
+    return out
+
+
+def test_a_finished_run_is_told_as_train_told_it(run: Path) -> None:
+    ended = dmnist("watch", run)
+    assert ended.code == 0
+    result = json.loads((run / "result.json").read_text())
+    assert f"weights sha256  {result['weights_sha256']}" in ended.stdout
+    assert ended.stdout.count("test loss") == 3  # two epochs, and the end
+    told: dict[str, Any] = json.loads(dmnist("watch", run, "--json").stdout)
+    assert told["state"] == "finished"
+    assert told["step"] == told["steps"] == result["steps"]
+    assert told["test_accuracy"] == result["test_accuracy"]
+    assert len(told["ranks"]["busy"]) == 3
+    assert told["slowest_rank"] in (0, 1, 2)
+
+
+def test_a_run_that_goes_on_is_followed_to_its_end(run: Path, tmp_path: Path) -> None:
+    """Written line by line while it is watched."""
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(lines[0])
+    console = Console(width=100, record=True, force_terminal=True)
+
+    def write() -> None:
+        for line in lines[1:]:
+            with path.open("a") as file:
+                file.write(line)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert watch._follow(tmp_path, Terminal(console, ranks=True)) == 0
+    writer.join()
+    assert "weights sha256" in console.export_text()
+
+
+def test_a_run_that_has_not_begun_is_waited_for(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = Console(width=100, record=True)
+
+    def begin() -> None:
+        (tmp_path / "later").symlink_to(run)
+
+    starter = threading.Timer(0.3, begin)
+    starter.start()
+    monkeypatch.setattr(watch, "make_console", lambda: console)
+    assert watch.run(run=tmp_path / "later", as_json=False) == 0
+    starter.join()
+    told = console.export_text()
+    assert told.count(f"no run in {tmp_path / 'later'} yet") == 1
+    assert "weights sha256" in told
+    monkeypatch.setattr(watch, "_PATIENCE", 0.3)
+    with pytest.raises(UsageError, match="is no run"):
+        watch.run(run=tmp_path / "never", as_json=False)
+
+
+def test_a_run_that_was_asked_to_stop_ends_at_once(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    stop = json.dumps({"event": "stop", "time": 1.0, "step": 7}) + "\n"
+    (tmp_path / "metrics.jsonl").write_text("".join(lines[:-1]) + stop)
+    with pytest.raises(Interrupted, match=r"after step 7: go on with dmnist train --resume auto --out"):
+        watch._follow(tmp_path, Terminal(Console(quiet=True)))
+    live = iter([True, True, False])  # it goes on already, and has not said so yet
+    monkeypatch.setattr(watch, "is_live", lambda _: next(live))
+    with pytest.raises(Interrupted):
+        watch._follow(tmp_path, Terminal(Console(quiet=True)))
+    assert next(live, "used up") == "used up"
+
+
+def test_a_run_that_nobody_trains_any_more(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(lines[:-1]))
+    assert json.loads(dmnist("watch", tmp_path, "--json").stdout)["state"] == "stopped"
+    monkeypatch.setattr(watch, "_GRACE_SECONDS", 0.0)
+    with pytest.raises(
+        WorkerLost, match=r"nobody trains .* last heard of [\d,]+ s ago at step \d+: .* --resume auto --out"
+    ):
+        watch._follow(tmp_path, Terminal(Console(quiet=True)))
+    shutil.copy(run / "result.json", tmp_path)  # and yet it came to its end: a full disk ended the record
+    assert watch._follow(tmp_path, Terminal(Console(quiet=True))) == 0

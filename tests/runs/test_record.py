@@ -1,0 +1,147 @@
+"""A run's folder read back: what counts after restarts, spoiled lines, and folders that are no run's."""
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import dmnist, train
+from torch import nn
+
+from distributed_mnist.common.placement import ALONE
+from distributed_mnist.data.split import Split
+from distributed_mnist.distributed.world import World
+from distributed_mnist.errors import UsageError
+from distributed_mnist.runs.record import read
+from distributed_mnist.training.evaluate import evaluate
+from distributed_mnist.training.mistakes import MOST, mistakes
+
+
+def written(folder: Path, *events: dict[str, Any], tail: str = "") -> Path:
+    text = "".join(json.dumps({"time": 0.0, **event}) + "\n" for event in events)
+    (folder / "metrics.jsonl").write_text(text + tail)
+    return folder
+
+
+def start(step: int) -> dict[str, Any]:
+    return {"event": "start", "step": step}
+
+
+def steps(step: int, loss: float = 0.0) -> dict[str, Any]:
+    return {"event": "steps", "step": step, "loss": loss}
+
+
+def test_what_was_trained_again_counts_once(tmp_path: Path) -> None:
+    evaluation = {"event": "evaluation", "step": 20}
+    lost = [start(0), steps(10, 1.0), steps(20, 2.0), evaluation, steps(30, 3.0)]
+    run = read(written(tmp_path, *lost, start(10), steps(15, 4.0), start(15), steps(20, 5.0)))
+    assert [(event["step"], event["loss"]) for event in run.steps] == [(10, 1.0), (15, 4.0), (20, 5.0)]
+    assert run.evaluations == []  # of step 20, before it was taken again
+    assert [event["step"] for event in run.starts] == [0, 10, 15]
+    assert run.config == {}
+    assert run.result is run.mistakes is None
+
+
+def test_lines_that_a_crash_has_spoiled(tmp_path: Path) -> None:
+    folder = written(tmp_path, start(0), steps(1), tail='{"event": "st')
+    assert len(read(folder).events) == 2
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('\n[1]\n{"event": "steps"}\n{"event": "steps", "time": 1, "step": 2}\n')
+    assert [event["step"] for event in read(folder).steps] == [1, 2]
+
+
+def test_folders_that_are_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no run: it has no metrics\.jsonl"):
+        read(tmp_path)
+    (tmp_path / "seed-3").mkdir()
+    with pytest.raises(UsageError, match=r"an ensemble: name one of its networks, such as .*seed-3"):
+        read(tmp_path)
+    written(tmp_path)
+    (tmp_path / "result.json").write_text("{")
+    with pytest.raises(UsageError, match=r"result\.json cannot be read"):
+        read(tmp_path)
+
+
+def test_a_real_run_at_two_sizes(digits: Path, tmp_path: Path) -> None:
+    """The mistakes and the confusion matrix are the same, and agree with each other and the accuracy."""
+    records = []
+    for nproc in (1, 3):
+        out = tmp_path / str(nproc)
+        options = [
+            "--dataset",
+            "idx",
+            "--data",
+            digits,
+            "--model",
+            "mlp",
+            "--epochs",
+            "1",
+            "--device",
+            "cpu",
+        ]
+        result = train(*options, nproc=nproc, out=out)
+        record = read(out)
+        assert record.result is not None
+        assert record.result["weights_sha256"] == result["weights_sha256"]
+        assert record.config["recipe"]["model"] == "mlp"
+        for event in record.steps:
+            for values in event["ranks"].values():
+                assert len(values) == nproc
+                assert all(value >= 0 for value in values)
+        records.append(record)
+    one, three = records
+    assert one.mistakes == three.mistakes
+    (evaluation,) = one.evaluations
+    assert evaluation["confusion"] == three.evaluations[0]["confusion"]
+    assert one.mistakes is not None
+    found = one.mistakes["mistakes"]
+    wrong = round(evaluation["test_images"] * (1 - evaluation["test_accuracy"]))
+    assert len(found) == min(wrong, MOST) > 0
+    pairs = [(each["label"], each["predicted"]) for each in found]
+    assert all(
+        evaluation["confusion"][label][guess] >= pairs.count((label, guess)) for label, guess in pairs
+    )
+
+
+def test_a_full_disk_costs_the_mistakes_and_not_the_run(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "mistakes.json").mkdir(parents=True)  # nothing can be put in its place
+    options = ["--dataset", "idx", "--data", digits, "--model", "linear", "--epochs", "2"]
+    ended = dmnist("train", *options, "--out", tmp_path / "out", "--nproc", "1", "--device", "cpu")
+    assert ended.code == 0
+    assert ended.stdout.count("mistakes.json: ") == 1  # once for two evaluations
+
+
+def test_a_record_that_a_full_disk_ended_before_the_run(digits: Path, tmp_path: Path) -> None:
+    words = ("--dataset", "idx", "--data", digits, "--recipe", "fast", "--steps", 3)
+    train(*words, nproc=1, out=tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-2]))
+    assert read(tmp_path).state == "finished"
+    (tmp_path / "result.json").unlink()
+    assert read(tmp_path).state == "stopped"
+
+
+def test_the_surest_mistakes_first() -> None:
+    class Guess(nn.Module):
+        """Reads guess and confidence off two pixels."""
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            pixels = images[:, 0].mul(255).round()
+            logits = torch.zeros(len(images), 10)
+            logits[torch.arange(len(images)), pixels[:, 0, 0].long()] = pixels[:, 0, 1] / 10
+            return logits
+
+    images = np.zeros((5, 28, 28), np.uint8)
+    images[:, 0, 0] = [3, 4, 5, 6, 7]
+    images[:, 0, 1] = [10, 20, 50, 40, 30]
+    split = Split(torch.from_numpy(images), torch.tensor([3, 1, 1, 1, 1], dtype=torch.uint8))
+    world = World(ALONE, torch.device("cpu"), "none")
+    result = evaluate(Guess(), split, world, classes=10, mean=0.0, std=1.0, precision="fp32")
+    found = mistakes(result, split)
+    assert [each["index"] for each in found] == [2, 3, 4, 1]
+    assert [each["predicted"] for each in found] == [5, 6, 7, 4]
+    assert found[0]["confidence"] == pytest.approx(np.exp(5) / (np.exp(5) + 9))
+    assert base64.b64decode(found[0]["image"]) == images[2].tobytes()

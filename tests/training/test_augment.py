@@ -1,0 +1,111 @@
+"""Shifts, rotations and zooms: against pixels moved by hand, and keyed by (seed, step) alone."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from distributed_mnist.config import Recipe
+from distributed_mnist.training.augment import apply_transforms, draw_transforms
+
+NOISE = torch.from_numpy(np.random.default_rng(0).uniform(0, 255, (3, 1, 28, 28)).astype(np.float32))
+
+
+def affine(*rows: list[float]) -> torch.Tensor:
+    """One map for all three images of the noise."""
+    return torch.tensor(rows, dtype=torch.float32).expand(3, 2, 3).contiguous()
+
+
+def drawn(recipe: Recipe, step: int = 0, count: int = 5000) -> Any:
+    transforms = draw_transforms(recipe, step, count)
+    assert transforms is not None
+    assert transforms.dtype == np.float32
+    assert transforms.shape == (count, 2, 3)
+    return transforms
+
+
+def test_nothing_is_drawn_where_nothing_is_asked_for() -> None:
+    assert draw_transforms(Recipe(), 0, 10) is None
+
+
+def test_the_identity_changes_nothing() -> None:
+    same = apply_transforms(NOISE, affine([1, 0, 0], [0, 1, 0]))
+    assert torch.allclose(same, NOISE, atol=1e-2)  # a coordinate's rounding, times 255
+
+
+@pytest.mark.parametrize(("right", "down"), [(3, 0), (0, 2), (-4, 5), (0, -1), (28, 0)])
+def test_a_shift_moves_pixels(right: int, down: int) -> None:
+    """The map goes from output to input: what is seen at x comes from x + the shift."""
+    expected = torch.zeros_like(NOISE)
+    for y in range(28):
+        for x in range(28):
+            if 0 <= y + down < 28 and 0 <= x + right < 28:
+                expected[:, 0, y, x] = NOISE[:, 0, y + down, x + right]
+    moved = apply_transforms(NOISE, affine([1, 0, right * 2 / 28], [0, 1, down * 2 / 28]))
+    assert torch.allclose(moved, expected, atol=1e-2)
+
+
+def test_half_a_pixel_is_the_mean_of_two() -> None:
+    moved = apply_transforms(NOISE, affine([1, 0, 1 / 28], [0, 1, 0]))
+    assert torch.allclose(moved[..., :27], (NOISE[..., :27] + NOISE[..., 1:]) / 2, atol=1e-2)
+
+
+def test_a_quarter_turn_turns() -> None:
+    turned = apply_transforms(NOISE, affine([0, -1, 0], [1, 0, 0]))
+    assert torch.allclose(turned, torch.rot90(NOISE, k=1, dims=(2, 3)), atol=1e-2)
+
+
+def test_a_pure_shift_is_drawn_within_its_bounds_in_pixels() -> None:
+    transforms = drawn(Recipe(shift=3.0))
+    assert np.array_equal(transforms[:, :, :2], np.broadcast_to(np.eye(2, dtype=np.float32), (5000, 2, 2)))
+    pixels = transforms[:, :, 2] * 28 / 2
+    assert np.abs(pixels).max() <= 3 + 1e-6
+    assert (pixels.max(axis=0) > 2.9).all()
+    assert (pixels.min(axis=0) < -2.9).all()
+    assert abs(np.corrcoef(pixels.T)[0, 1]) < 0.06  # four deviations of 1/sqrt(5000)
+
+
+def test_a_pure_rotation_is_drawn_within_its_bounds_in_degrees() -> None:
+    transforms = drawn(Recipe(rotate=15.0))
+    assert not transforms[:, :, 2].any()
+    matrices = transforms[:, :, :2].astype(np.float64)
+    products = matrices @ matrices.transpose(0, 2, 1)
+    np.testing.assert_allclose(products, np.broadcast_to(np.eye(2), (5000, 2, 2)), atol=1e-6)
+    degrees = np.degrees(np.arctan2(matrices[:, 1, 0], matrices[:, 0, 0]))
+    assert -15.001 < degrees.min() < -14.8
+    assert 14.8 < degrees.max() < 15.001
+
+
+def test_a_pure_zoom_is_drawn_within_its_bounds() -> None:
+    transforms = drawn(Recipe(scale=0.2))
+    assert not transforms[:, :, 2].any()
+    assert not transforms[:, 0, 1].any()
+    assert not transforms[:, 1, 0].any()
+    assert np.array_equal(transforms[:, 0, 0], transforms[:, 1, 1])
+    zoom = 1 / transforms[:, 0, 0]
+    assert 0.8 - 1e-6 < zoom.min() < 0.81
+    assert 1.19 < zoom.max() < 1.2 + 1e-6
+
+
+def test_the_kinds_combine() -> None:
+    """Area is the square of the zoom, whatever the angle, and shifts are as they are alone."""
+    recipe = Recipe(shift=2.0, rotate=10.0, scale=0.1)
+    transforms = drawn(recipe)
+    alone = drawn(Recipe(scale=0.1))
+    np.testing.assert_allclose(np.linalg.det(transforms[:, :, :2]), alone[:, 0, 0] ** 2, rtol=1e-5)
+    assert np.array_equal(transforms[:, :, 2], drawn(Recipe(shift=2.0))[:, :, 2])
+    angles = np.arctan2(transforms[:, 1, 0], transforms[:, 0, 0])
+    assert np.abs(angles).max() <= math.radians(10) + 1e-6
+
+
+def test_keyed_by_seed_and_step() -> None:
+    recipe = Recipe(shift=2.0, rotate=10.0, scale=0.1)
+    first = drawn(recipe, step=7, count=20)
+    assert np.array_equal(drawn(recipe, step=7, count=20), first)
+    assert np.array_equal(drawn(recipe.replace(lr=0.5, shards=3), step=7, count=20), first)
+    assert not np.array_equal(drawn(recipe, step=8, count=20), first)
+    assert not np.array_equal(drawn(recipe.replace(seed=1), step=7, count=20), first)
+    assert np.array_equal(drawn(recipe, step=7, count=9), first[:9])  # an image's own, whatever follows
+    assert len(np.unique(first[:, :, 2])) == 40

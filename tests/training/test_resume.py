@@ -1,0 +1,400 @@
+"""Stopped, killed, damaged, started again at another size: the same weights at the end as if undisturbed.
+
+An interrupted run is given more epochs than anyone would wait for, so that a signal cannot come too late.
+The rate of the classic recipe does not look ahead, so such a run begins exactly like a shorter one, and
+what it left is resumed as one that ends an epoch or two after the place where it stopped.
+"""
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import DMNIST, PATIENCE, Finished, Program, dmnist, events, last_step, processes, train
+
+from distributed_mnist.runs.checkpoint import decode, encode
+
+BATCH = 11
+STEPS_PER_EPOCH = 100
+COMMON = ("--recipe", "classic", "--model", "mlp", "--batch-size", BATCH, "--lr", 0.003)
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
+
+
+@pytest.fixture(scope="module")
+def flags(digits: Path) -> tuple[object, ...]:
+    return ("--dataset", "idx", "--data", digits, *COMMON)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(flags: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`undisturbed(epochs)`: the result of a run that nothing happened to; each is run once."""
+
+    @cache
+    def run_once(epochs: int) -> dict[str, Any]:
+        out = tmp_path_factory.mktemp("undisturbed") / "out"
+        return train(*flags, "--epochs", epochs, nproc=1, out=out)
+
+    return run_once
+
+
+def endless(flags: tuple[object, ...], out: Path, *more: object) -> Program:
+    """A fresh `dmnist train` with two processes that will not end by itself."""
+    words = ["train", "--device", "cpu", "--nproc", 2, *flags, "--epochs", 1_000_000, "--out", out, *more]
+    return Program([*DMNIST, *words])
+
+
+def in_the_middle(program: Program, out: Path, least: int = 20) -> None:
+    program.wait_for(lambda: last_step(out) >= least, f"step {least}")
+
+
+def same_again(undisturbed: Any, flags: tuple[object, ...], out: Path, nproc: int, start: int) -> None:
+    """Resume the run in `out` with `nproc` processes and compare; it must go on at step `start`."""
+    epochs = start // STEPS_PER_EPOCH + 2
+    resumed = train(*flags, "--epochs", epochs, "--resume", "auto", nproc=nproc, out=out)
+    begun = [event["step"] for event in events(out) if event["event"] == "start"]
+    assert begun == [0, start]
+    expected = undisturbed(epochs)
+    for name in ("weights_sha256", "samples_sha256", "test_loss", "test_accuracy", "steps", "data_sha256"):
+        assert resumed[name] == expected[name], name
+    assert resumed["world_size"] == nproc
+    assert recorded_losses(out) == recorded_losses(Path(expected["out"]))
+
+
+def recorded_losses(out: Path) -> dict[int, float]:
+    """Each step's loss; a step that was repeated counts as the last time."""
+    return {
+        event["first_step"] + i: loss
+        for event in events(out)
+        if event["event"] == "steps"
+        for i, loss in enumerate(event["losses"])
+    }
+
+
+def stopped_at(ended: Finished) -> int:
+    """The step that an interrupted run says it stopped after, in one line."""
+    assert ended.code == 75, ended
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("dmnist: ")]
+    assert len(lines) == 1, ended
+    assert "Traceback" not in ended.stderr
+    match = re.search(r"after step (\d+) of", lines[0])
+    assert match, ended
+    return int(match[1])
+
+
+def saved(out: Path) -> list[int]:
+    """The steps of the checkpoints in a run's folder."""
+    return sorted(int(path.stem.removeprefix("step_")) for path in (out / "checkpoints").glob("step_*.pt"))
+
+
+def to_launcher(number: int) -> Callable[[Program, Path], None]:
+    return lambda program, out: program.signal(number)
+
+
+def to_group(program: Program, out: Path) -> None:
+    program.signal(signal.SIGTERM, group=True)
+
+
+def to_second_worker(program: Program, out: Path) -> None:
+    os.kill(workers(program, out)[1], signal.SIGTERM)
+
+
+def workers(program: Program, out: Path) -> list[int]:
+    """The workers' pids by rank: rank 0 says its own in the lock, the others are its younger siblings."""
+    first = re.match(r"pid (\d+)", (out / ".lock").read_text())
+    assert first
+    alive = processes(program.pid)
+    parent = alive[int(first[1])]
+    siblings = sorted(pid for pid, its_parent in alive.items() if its_parent == parent)
+    found = [int(first[1]), *(pid for pid in siblings if pid > int(first[1]))]
+    assert len(found) == 2, alive
+    return found
+
+
+def assert_nothing_left(program: Program) -> None:
+    """Every process has ended, or does so in a moment: the server they were forked from goes last."""
+    deadline = time.monotonic() + PATIENCE
+    while left := processes(program.pid):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.01)
+
+
+STOPS = {
+    "SIGTERM": (to_launcher(signal.SIGTERM), 3),
+    "SIGINT": (to_launcher(signal.SIGINT), 1),
+    "SIGUSR1": (to_launcher(signal.SIGUSR1), 4),
+    "SIGTERM to all": (to_group, 3),
+    "SIGTERM to one worker": (to_second_worker, 3),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [pytest.param(name, marks=needs_proc) for name in STOPS])
+def test_asked_to_stop(how: str, undisturbed: Any, flags: tuple[object, ...], tmp_path: Path) -> None:
+    """A checkpoint at one step, the exit code that asks to be started again, and nothing lost."""
+    stop, nproc = STOPS[how]
+    out = tmp_path / "out"
+    with endless(flags, out) as program:
+        in_the_middle(program, out)
+        stop(program, out)
+        ended = program.finish()
+        assert_nothing_left(program)
+    step = stopped_at(ended)
+    assert step == last_step(out) == saved(out)[-1]
+    assert not (out / "result.json").exists()
+    same_again(undisturbed, flags, out, nproc, step)
+
+
+@pytest.mark.slow
+def test_a_signal_to_a_single_process(undisturbed: Any, flags: tuple[object, ...], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with endless((*flags, "--nproc", 1), out) as program:
+        in_the_middle(program, out)
+        program.signal(signal.SIGTERM)
+        step = stopped_at(program.finish())
+    same_again(undisturbed, flags, out, 2, step)
+
+
+@pytest.mark.slow
+@needs_proc
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_worker_is_killed_and_not_started_again(
+    rank: int, undisturbed: Any, flags: tuple[object, ...], tmp_path: Path
+) -> None:
+    """One line names it, nothing is left running, only the work since the last checkpoint is lost."""
+    out = tmp_path / "out"
+    with endless(flags, out, "--checkpoint-every", 15, "--max-restarts", 0) as program:
+        in_the_middle(program, out, 40)
+        pid = workers(program, out)[rank]
+        os.kill(pid, signal.SIGKILL)
+        ended = program.finish()
+        assert_nothing_left(program)
+    assert ended.code == 8, ended
+    lines = ended.stderr.splitlines()
+    told = [line for line in lines if line.startswith("dmnist: ")]
+    assert len(told) == 1, ended
+    assert f"rank {rank} (pid {pid}) was ended by SIGKILL" in told[0]
+    assert "Traceback" not in ended.stderr
+    newest = saved(out)[-1]
+    assert newest % 15 == 0
+    same_again(undisturbed, flags, out, 3, newest)
+
+
+@pytest.mark.slow
+@needs_proc
+def test_the_launcher_is_killed(undisturbed: Any, flags: tuple[object, ...], tmp_path: Path) -> None:
+    """Its workers go by themselves, with a checkpoint: to them it is a request to stop."""
+    out = tmp_path / "out"
+    with endless(flags, out, "--checkpoint-every", 15) as program:
+        in_the_middle(program, out, 20)
+        assert len(workers(program, out)) == 2
+        program.signal(signal.SIGKILL)
+        ended = program.finish()  # returns when the last worker has closed the output
+        assert ended.code == -signal.SIGKILL
+        assert_nothing_left(program)
+    same_again(undisturbed, flags, out, 2, saved(out)[-1])
+
+
+# ---- Checkpoints -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def halfway(flags: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one epoch with checkpoints after steps 60, 80 and 100."""
+    out = tmp_path_factory.mktemp("halfway") / "out"
+    train(*flags, "--epochs", 1, "--checkpoint-every", 20, "--eval-every", 50, nproc=2, out=out)
+    assert saved(out) == [60, 80, 100]
+    return out
+
+
+@pytest.fixture
+def copy(halfway: Path, tmp_path: Path) -> Path:
+    """That folder once more, to be damaged; its last 40 steps have not been finished."""
+    out = tmp_path / "copy"
+    (out / "checkpoints").mkdir(parents=True)
+    for path in (halfway / "checkpoints").glob("step_*.pt"):
+        (out / "checkpoints" / path.name).write_bytes(path.read_bytes())
+    return out
+
+
+@pytest.mark.parametrize("nproc", [1, 3])
+def test_from_a_path_into_another_folder(
+    undisturbed: Any, flags: tuple[object, ...], halfway: Path, tmp_path: Path, nproc: int
+) -> None:
+    before = {path: path.read_bytes() for path in halfway.rglob("*") if path.is_file()}
+    path = halfway / "checkpoints" / "step_00000060.pt"
+    out = tmp_path / "elsewhere" / "out"
+    resumed = train(*flags, "--epochs", 2, "--resume", path, nproc=nproc, out=out)
+    assert resumed["weights_sha256"] == undisturbed(2)["weights_sha256"]
+    assert resumed["samples_sha256"] == undisturbed(2)["samples_sha256"]
+    assert [event["step"] for event in events(out) if event["event"] == "start"] == [60]
+    assert {path: path.read_bytes() for path in halfway.rglob("*") if path.is_file()} == before
+    assert (out / "config.json").exists()
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def one_bit_flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def replaced_by_text(path: Path) -> None:
+    path.write_text("No space left on device\n")
+
+
+@pytest.mark.parametrize("damage", [truncated, emptied, one_bit_flipped, replaced_by_text])
+def test_a_damaged_checkpoint_is_passed_over(
+    damage: Callable[[Path], None], undisturbed: Any, flags: tuple[object, ...], copy: Path
+) -> None:
+    newest = copy / "checkpoints" / "step_00000100.pt"
+    damage(newest)
+    words = [
+        "train",
+        "--device",
+        "cpu",
+        "--nproc",
+        1,
+        *flags,
+        "--epochs",
+        2,
+        "--resume",
+        "auto",
+        "--out",
+        copy,
+    ]
+    ended = dmnist(*words, "--json")
+    assert ended.json()["weights_sha256"] == undisturbed(2)["weights_sha256"]
+    assert ended.json()["samples_sha256"] == undisturbed(2)["samples_sha256"]
+    notes = [line for line in ended.stderr.splitlines() if line.startswith("note")]
+    assert str(newest) in notes[0]
+    assert "damaged" in notes[0]
+    assert "step_00000080.pt at step 80 of 200" in notes[1]
+
+
+def test_two_damaged_checkpoints(undisturbed: Any, flags: tuple[object, ...], copy: Path) -> None:
+    truncated(copy / "checkpoints" / "step_00000100.pt")
+    emptied(copy / "checkpoints" / "step_00000080.pt")
+    resumed = train(*flags, "--epochs", 2, "--resume", "auto", nproc=3, out=copy)
+    assert [event["step"] for event in events(copy) if event["event"] == "start"] == [60]
+    assert resumed["weights_sha256"] == undisturbed(2)["weights_sha256"]
+
+
+def test_nothing_but_damaged_checkpoints(undisturbed: Any, flags: tuple[object, ...], copy: Path) -> None:
+    """From the beginning, and said so."""
+    for path in (copy / "checkpoints").glob("*.pt"):
+        emptied(path)
+    resumed = train(*flags, "--epochs", 2, "--resume", "auto", nproc=2, out=copy)
+    assert resumed["weights_sha256"] == undisturbed(2)["weights_sha256"]
+    notes = [event["text"] for event in events(copy) if event["event"] == "notice"]
+    assert [str(step) in note for step, note in zip((100, 80, 60), notes, strict=False)] == [True] * 3
+    assert "there is no checkpoint yet" in notes[3]
+
+
+def test_one_made_by_other_versions_is_gone_on_with_and_told(flags: tuple[object, ...], copy: Path) -> None:
+    newest = copy / "checkpoints" / "step_00000100.pt"
+    content = decode(newest.read_bytes(), "it")
+    now = dict(content["versions"])
+    content["versions"] = {**now, "dmnist": "0.0.1", "torch": "2.9.0"}
+    newest.write_bytes(encode(content))
+    train(*flags, "--epochs", 2, "--resume", "auto", nproc=1, out=copy)
+    told = f"dmnist 0.0.1 then, {now['dmnist']} now; torch 2.9.0 then, {now['torch']} now"
+    notices = [event["text"] for event in events(copy) if event["event"] == "notice"]
+    assert f"{newest} was made by other versions ({told}): the last bits may come out different" in notices
+
+
+def test_auto_in_an_empty_folder_starts(
+    undisturbed: Any, flags: tuple[object, ...], tmp_path: Path
+) -> None:
+    """So that a job script can say `--resume auto` the first time as well."""
+    started = train(*flags, "--epochs", 2, "--resume", "auto", nproc=2, out=tmp_path / "new")
+    assert started["weights_sha256"] == undisturbed(2)["weights_sha256"]
+
+
+def test_auto_in_a_finished_run_changes_nothing(
+    undisturbed: Any, flags: tuple[object, ...], copy: Path
+) -> None:
+    """And a job that is requeued once too often does no harm."""
+    again = train(*flags, "--epochs", 1, "--resume", "auto", nproc=2, out=copy)
+    assert again["weights_sha256"] == undisturbed(1)["weights_sha256"]
+    assert again["samples_sha256"] == undisturbed(1)["samples_sha256"]
+    assert again["steps"] == 100
+    assert saved(copy) == [60, 80, 100]
+
+
+def test_a_schedule_that_looks_ahead_resumes_too(digits: Path, tmp_path: Path) -> None:
+    """One-cycle, Adam with its two moments, augmentation and dropout, from the middle of an epoch."""
+    flags = ("--dataset", "idx", "--data", digits, "--model", "user_models:dropout", "--batch-size", 130)
+    flags += ("--epochs", 2, "--shift", 2, "--schedule", "one-cycle", "--checkpoint-every", 4)
+    whole = train(*flags, nproc=2, out=tmp_path / "whole")
+    start = tmp_path / "whole" / "checkpoints" / "step_00000012.pt"
+    assert start.exists()
+    resumed = train(*flags, "--resume", start, nproc=3, out=tmp_path / "resumed")
+    for name in ("weights_sha256", "samples_sha256", "test_loss", "steps"):
+        assert resumed[name] == whole[name]
+
+
+def test_goes_on_with_the_recipe_and_the_data_of_the_run(digits: Path, tmp_path: Path) -> None:
+    """With no more words than the line that says how."""
+    words = ("--dataset", "idx", "--data", digits, "--recipe", "fast", "--shift", 1, "--batch-size", 100)
+    whole = train(*words, nproc=1, out=tmp_path / "whole")
+    start = train(*words, "--checkpoint-every", 4, nproc=1, out=tmp_path / "out")
+    assert start == {**whole, **{key: start[key] for key in start if "second" in key or key == "out"}}
+    for path in (tmp_path / "out" / "checkpoints").glob("*.pt"):
+        if path.name != "step_00000008.pt":
+            path.unlink()
+    (tmp_path / "out" / "result.json").unlink()
+    resumed = train("--resume", "auto", nproc=2, out=tmp_path / "out")
+    assert resumed["weights_sha256"] == whole["weights_sha256"]
+    assert events(tmp_path / "out")[-1]["result"]["steps_here"] == whole["steps"] - 8
+
+
+def test_another_recipe_is_still_refused(digits: Path, tmp_path: Path) -> None:
+    words = ("--dataset", "idx", "--data", digits, "--recipe", "fast", "--steps", 2)
+    train(*words, nproc=1, out=tmp_path)
+    ended = dmnist("train", "--resume", "auto", "--out", tmp_path, "--lr", 0.5, "--nproc", 1)
+    assert ended.code == 4
+    assert "--lr" in ended.stderr
+    ended = dmnist("train", "--resume", "auto", "--out", tmp_path, "--recipe", "default", "--nproc", 1)
+    assert ended.code == 4
+
+
+def test_a_model_of_ones_own_is_not_taken_from_the_run(digits: Path, tmp_path: Path) -> None:
+    """A file must not choose what is imported."""
+    words = ("--dataset", "idx", "--data", digits, "--model", "user_models:dropout", "--steps", 2)
+    train(*words, nproc=1, out=tmp_path)
+    ended = dmnist("train", "--resume", "auto", "--out", tmp_path, "--nproc", 1)
+    assert ended.code == 4
+    assert "--model user_models:dropout there, cnn here" in ended.stderr
+
+
+def test_other_data_are_refused_as_such(digits: Path, tmp_path: Path) -> None:
+    words = (
+        "--dataset",
+        "generated",
+        "--train-size",
+        300,
+        "--test-size",
+        50,
+        "--recipe",
+        "classic",
+        "--steps",
+        2,
+    )
+    train(*words, nproc=1, out=tmp_path)
+    here = ("--dataset", "idx", "--data", digits, "--nproc", 1)
+    ended = dmnist("train", "--resume", "auto", "--out", tmp_path, *here)
+    assert ended.code == 4
+    assert "is of other data: generated" in ended.stderr

@@ -1,0 +1,281 @@
+"""The promise: the weights are a function of recipe, data and seed, however many processes there are and
+whoever started them."""
+
+import gzip
+import hashlib
+import os
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEST_SIZE, TRAIN_SIZE
+from ranks import DMNIST, LAUNCH, TORCHRUN, Finished, Program, dmnist, dmnist_ranks, free_port, run, train
+
+from distributed_mnist.common import random_keys
+
+PROMISED = ("weights_sha256", "samples_sha256", "data_sha256", "test_loss", "test_accuracy", "steps")
+SIZES = (2, 3, 4, 8)
+
+# No batch size divides 1,100. The last batch of 1,100 in batches of 183 has 2 samples for 8 shards.
+CASES = {
+    "linear": "--recipe classic --epochs 3 --batch-size 96 --lr 0.01",
+    "mlp, 11 shards": "--recipe classic --model mlp --epochs 2 --batch-size 183 --shards 11",
+    "cnn, augmented": "--epochs 1 --batch-size 300 --shift 2 --rotate 15 --scale 0.1 --seed 5",
+    "dropout": "--recipe classic --model user_models:dropout --epochs 2 --batch-size 97 --optimizer sgd",
+    "fast": "--recipe fast --steps 7 --batch-size 130",
+    "accurate": "--recipe accurate --steps 4 --batch-size 130",
+    "bf16": "--recipe classic --model mlp --epochs 1 --batch-size 130 --precision bf16",
+}
+
+
+@pytest.fixture(scope="module")
+def result(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`result(flags, nproc)`: what such a run ended with; each is run once."""
+
+    @cache
+    def run_once(flags: str, nproc: int) -> dict[str, Any]:
+        out = tmp_path_factory.mktemp("run") / "out"
+        return train(*data_flags(digits), *flags.split(), nproc=nproc, out=out)
+
+    return run_once
+
+
+def data_flags(digits: Path) -> tuple[str, ...]:
+    return ("--dataset", "idx", "--data", str(digits))
+
+
+def promised(result: dict[str, Any]) -> dict[str, Any]:
+    return {name: result[name] for name in PROMISED}
+
+
+@pytest.mark.parametrize("nproc", SIZES)
+@pytest.mark.parametrize("case", CASES)
+def test_any_number_of_processes(result: Any, case: str, nproc: int) -> None:
+    alone, together = result(CASES[case], 1), result(CASES[case], nproc)
+    assert together["world_size"] == nproc
+    assert promised(together) == promised(alone)
+
+
+def test_another_seed_or_recipe_is_another_answer(result: Any) -> None:
+    """A digest that never changes would pass every other test here."""
+    runs = [result(flags, 1) for flags in CASES.values()]
+    runs.append(result(CASES["linear"] + " --seed 1", 1))
+    assert len({run["weights_sha256"] for run in runs}) == len(runs)
+    assert len({run["samples_sha256"] for run in runs}) == len(runs)
+    assert len({run["data_sha256"] for run in runs}) == 1
+
+
+def samples_digest(epochs: int, batch_size: int, seed: int) -> str:
+    """The chain over the steps' sample ids, from the definition."""
+    chained = hashlib.sha256(b"").digest()
+    for epoch in range(epochs):
+        order = random_keys.permutation(TRAIN_SIZE, "order", seed, epoch)
+        assert sorted(order) == list(range(TRAIN_SIZE))
+        for first in range(0, TRAIN_SIZE, batch_size):
+            ids = order[first : first + batch_size].astype("<i8")
+            chained = hashlib.sha256(chained + ids.tobytes()).digest()
+    return chained.hex()
+
+
+def test_every_sample_once_an_epoch_in_the_order_of_the_keys(result: Any) -> None:
+    assert result(CASES["linear"], 3)["samples_sha256"] == samples_digest(3, 96, 0)
+    assert result(CASES["mlp, 11 shards"], 4)["samples_sha256"] == samples_digest(2, 183, 0)
+    assert result(CASES["cnn, augmented"], 2)["samples_sha256"] == samples_digest(1, 300, 5)
+
+
+def test_the_accuracy_is_that_of_every_test_image_once(result: Any, digits: Path) -> None:
+    """Scored here once more, by matrix multiplication."""
+    run = result(CASES["linear"], 3)
+    images = np.frombuffer(
+        gzip.decompress((digits / "t10k-images-idx3-ubyte.gz").read_bytes())[16:], np.uint8
+    )
+    labels = np.frombuffer(
+        gzip.decompress((digits / "t10k-labels-idx1-ubyte.gz").read_bytes())[8:], np.uint8
+    )
+    saved = torch.load(Path(run["out"]) / "checkpoints" / f"step_{run['steps']:08d}.pt", weights_only=True)
+    weight, bias = (saved["model"][f"fc.{name}"].numpy().astype(np.float64) for name in ("weight", "bias"))
+    pixels = (images.reshape(TEST_SIZE, 784) / 255 - saved["dataset"]["mean"]) / saved["dataset"]["std"]
+    right = int(((pixels @ weight.T + bias).argmax(1) == labels).sum())
+    assert run["test_images"] == TEST_SIZE
+    assert run["test_accuracy"] == right / TEST_SIZE
+
+
+def test_evaluate_agrees_with_the_training_it_came_from(result: Any, digits: Path) -> None:
+    trained = result(CASES["cnn, augmented"], 3)
+    checkpoint = Path(trained["out"]) / "checkpoints" / "best.pt"
+    scored = dmnist("evaluate", checkpoint, "--data", digits, "--device", "cpu", "--json").json()
+    fresh = run(
+        [*DMNIST, "evaluate", checkpoint, "--data", digits, "--device", "cpu", "--nproc", 3, "--json"]
+    ).json()
+    for name in (
+        "weights_sha256",
+        "data_sha256",
+        "test_loss",
+        "test_accuracy",
+        "test_images",
+        "samples_sha256",
+    ):
+        assert scored[name] == trained[name]
+        assert fresh[name] == trained[name]
+
+
+# ---- ddp: the same samples and mathematics, equal to rounding --------------------------------------------
+
+DDP = "--recipe classic --epochs 2 --batch-size 96 --lr 0.01 --sync ddp"
+
+
+def weights(run: dict[str, Any]) -> dict[str, torch.Tensor]:
+    path = Path(run["out"]) / "checkpoints" / f"step_{run['steps']:08d}.pt"
+    return torch.load(path, weights_only=True)["model"]
+
+
+@pytest.mark.parametrize("nproc", [1, *SIZES])
+@pytest.mark.parametrize("more", ["", " --micro-batch 20", " --model user_models:dropout"])
+def test_ddp_is_the_tree_to_rounding(result: Any, more: str, nproc: int) -> None:
+    tree = result((DDP + more).replace("--sync ddp", "").replace("--micro-batch 20", ""), 1)
+    ddp = result(DDP + more, nproc)
+    assert ddp["sync"] == "ddp"
+    for name in ("samples_sha256", "data_sha256", "steps", "test_images"):
+        assert ddp[name] == tree[name]
+    assert ddp["test_loss"] == pytest.approx(tree["test_loss"], rel=1e-3)
+    for name, value in weights(tree).items():
+        torch.testing.assert_close(weights(ddp)[name], value, rtol=1e-3, atol=1e-4)
+
+
+# ---- Started by others -----------------------------------------------------------------------------------
+
+
+def flags_for(digits: Path, out: Path) -> list[str]:
+    return [
+        "train",
+        "--device",
+        "cpu",
+        *data_flags(digits),
+        *CASES["linear"].split(),
+        "--out",
+        str(out),
+        "--json",
+    ]
+
+
+def only_rank_zero_spoke(ends: list[Finished]) -> dict[str, Any]:
+    assert [end.code for end in ends] == [0] * len(ends), ends
+    assert [(end.stdout, end.stderr) for end in ends[1:]] == [("", "")] * (len(ends) - 1)
+    return ends[0].json()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc", [2, 3])
+def test_torchrun(result: Any, digits: Path, tmp_path: Path, nproc: int) -> None:
+    command = [
+        *TORCHRUN,
+        "--standalone",
+        "--nproc-per-node",
+        nproc,
+        *DMNIST,
+        *flags_for(digits, tmp_path / "out"),
+    ]
+    ended = run(command).json()
+    assert ended["world_size"] == nproc
+    assert promised(ended) == promised(result(CASES["linear"], 1))
+
+
+@pytest.mark.slow
+def test_torch_distributed_launch(result: Any, digits: Path, tmp_path: Path) -> None:
+    launch = [*LAUNCH, "--nproc-per-node=2", f"--master-port={free_port()}", "-m", "distributed_mnist"]
+    ended = run([*launch, *flags_for(digits, tmp_path / "out")]).json()
+    assert ended["world_size"] == 2
+    assert promised(ended) == promised(result(CASES["linear"], 1))
+
+
+def test_our_own_launcher_as_a_fresh_program(result: Any, digits: Path, tmp_path: Path) -> None:
+    ended = run([*DMNIST, *flags_for(digits, tmp_path / "out"), "--nproc", 3]).json()
+    assert ended["world_size"] == 3
+    assert promised(ended) == promised(result(CASES["linear"], 1))
+
+
+def test_slurm(result: Any, digits: Path, tmp_path: Path) -> None:
+    ranks = [
+        {
+            "SLURM_JOB_ID": str(os.getpid()),
+            "SLURM_STEP_ID": "0",
+            "SLURM_STEP_NUM_NODES": "1",
+            "SLURM_STEP_NUM_TASKS": "3",
+            "SLURM_STEP_TASKS_PER_NODE": "3",
+            "SLURM_STEP_NODELIST": "node7",
+            "SLURM_NODEID": "0",
+            "SLURM_PROCID": str(rank),
+            "SLURM_LOCALID": str(rank),
+        }
+        for rank in range(3)
+    ]
+    ended = only_rank_zero_spoke(dmnist_ranks(ranks, *flags_for(digits, tmp_path / "out")))
+    assert ended["world_size"] == 3
+    assert promised(ended) == promised(result(CASES["linear"], 1))
+
+
+@pytest.mark.parametrize("kind", ["Open MPI", "MPICH"])
+def test_mpi(result: Any, digits: Path, tmp_path: Path, kind: str) -> None:
+    names = {
+        "Open MPI": [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")],
+        "MPICH": ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"],
+    }[kind]
+    job = {"PMIX_NAMESPACE": f"test-{os.getpid()}"} if kind == "Open MPI" else {}
+    ranks = [{**dict(zip(names, [str(rank), "2"] * 2, strict=True)), **job} for rank in range(2)]
+    ended = only_rank_zero_spoke(dmnist_ranks(ranks, *flags_for(digits, tmp_path / "out")))
+    assert ended["world_size"] == 2
+    assert promised(ended) == promised(result(CASES["linear"], 1))
+
+
+def test_variables_set_by_hand_without_a_local_rank(result: Any, digits: Path, tmp_path: Path) -> None:
+    """As Kubeflow does: one process a pod, and no word about local ranks."""
+    port = str(free_port())
+    ranks = [
+        {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        for rank in range(2)
+    ]
+    ended = only_rank_zero_spoke(dmnist_ranks(ranks, *flags_for(digits, tmp_path / "out")))
+    assert ended["world_size"] == 2
+    assert promised(ended) == promised(result(CASES["linear"], 1))
+
+
+def test_as_a_module(tmp_path: Path) -> None:
+    assert "train" in run([sys.executable, "-m", "distributed_mnist", "--help"], cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize(
+    "other", [["--lr", "0.5"], ["--sync", "ddp"], ["--shards", "1"], ["--model", "cnn"]]
+)
+def test_ranks_with_other_recipes_are_told(other: list[str], digits: Path, tmp_path: Path) -> None:
+    port = str(free_port())
+    words = [
+        "train",
+        "--device",
+        "cpu",
+        *data_flags(digits),
+        "--steps",
+        "2",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    recipes = [["--recipe", "classic"], ["--recipe", "classic", *other]]
+    places: list[dict[str, Any]] = [
+        {
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": port,
+        }
+        for rank in range(2)
+    ]
+    programs = [Program([*DMNIST, *words, *recipes[rank]], **places[rank]) for rank in range(2)]
+    with programs[0], programs[1]:
+        ends = [program.finish() for program in programs]
+    assert [end.code for end in ends] == [2, 2]
+    told = "dmnist: rank 1 was given another recipe than rank 0: start all with the same flags"
+    assert ends[0].stderr.startswith(told), ends

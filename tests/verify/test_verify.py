@@ -1,0 +1,356 @@
+"""`dmnist verify`: what it compares, what it says, and that it finds who computes differently."""
+
+import io
+import json
+import math
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import DMNIST, TORCHRUN, Finished, dmnist, environment
+from rich.console import Console
+
+from distributed_mnist.common.digest import digest
+from distributed_mnist.distributed.membership import Peer
+from distributed_mnist.errors import UsageError, VerificationError
+from distributed_mnist.verify import command as verify
+from distributed_mnist.verify.compare import Answer, compare, losses_in, read_events
+from distributed_mnist.verify.job import DATA, RunFailedError, recipe
+from distributed_mnist.verify.known_answers import (
+    Platform,
+    as_row,
+    look_up,
+    read_table,
+    say_known,
+    this_platform,
+)
+from distributed_mnist.verify.results_table import ResultsTable, Row
+from distributed_mnist.verify.under_launcher import SoloResult, recipe_for, show_alone
+
+HERE = Platform(torch="9.9", machine="x86_64", device="cpu", model="Some CPU", capability="AVX512")
+RESULT = {"data_sha256": "d" * 64, "samples_sha256": "e" * 64, "weights_sha256": "f" * 64, "test_loss": 0.5}
+LONG = 600.0
+"""Seconds: several whole trainings, one after another."""
+
+
+def answer(losses: Sequence[float] = (3.0, 2.0, 1.0), weight: float = 0.25, **fields: Any) -> Answer:
+    weights = {"a": torch.tensor([1.0, weight]), "b": torch.zeros(2, 2)}
+    return Answer({**RESULT, **fields}, dict(enumerate(losses, start=1)), weights)
+
+
+def run(command: Sequence[object], **variables: str) -> Finished:
+    done = subprocess.run(
+        [str(word) for word in command],
+        env=environment(**variables),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=LONG,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def board() -> tuple[ResultsTable, io.StringIO]:
+    shown = io.StringIO()
+    return ResultsTable(Console(file=shown, width=1000), as_json=False), shown
+
+
+# ---- What differs ----------------------------------------------------------------------------------------
+
+
+def test_equal_answers_do_not_differ() -> None:
+    assert compare(answer(), answer()) is None
+
+
+def test_a_difference_is_told_with_its_first_step_and_its_size() -> None:
+    difference = compare(answer(), answer((3.0, 2.5, 1.5), weight=0.75, weights_sha256="0" * 64))
+    assert difference is not None
+    assert difference.fields == ("weights_sha256", "losses")
+    assert (difference.step, difference.losses, difference.largest) == (2, (2.0, 2.5), 0.5)
+    assert str(difference) == (
+        "the weights and the losses of the steps differ, first at step 2 (loss 2.0 and 2.5, 0.5 apart); "
+        "final weights are up to 0.5 apart"
+    )
+
+
+def test_other_samples_are_told_where_no_loss_differs() -> None:
+    difference = compare(answer(), answer(samples_sha256="0" * 64, data_sha256="0" * 64))
+    assert str(difference) == "the data and the samples and their order differ"
+
+
+def test_a_loss_that_differs_is_a_difference_even_if_the_end_is_the_same() -> None:
+    difference = compare(answer(), answer((3.0, math.nextafter(2.0, 3.0), 1.0)))
+    assert difference is not None
+    assert (difference.fields, difference.step) == (("losses",), 2)
+
+
+def test_weights_of_another_shape_cannot_be_compared() -> None:
+    other = replace(answer(weights_sha256="0" * 64), weights={"a": torch.zeros(3)})
+    assert "the weights cannot be compared" in str(compare(answer(), other))
+
+
+def test_of_repeated_steps_the_later_loss_counts_and_torn_lines_do_not(tmp_path: Path) -> None:
+    lines = [
+        {"event": "steps", "time": 1.0, "first_step": 1, "losses": [9.0, 8.0, 7.0]},
+        {"event": "start", "time": 2.0},
+        {"event": "steps", "time": 3.0, "first_step": 2, "losses": [5.0]},
+    ]
+    text = "\n".join([*map(json.dumps, lines[:2]), '{"event": "st', json.dumps(lines[2])])
+    (tmp_path / "metrics.jsonl").write_text(text + '\n{"eve')
+    assert losses_in(read_events(tmp_path)) == {1: 9.0, 2: 5.0, 3: 7.0}
+    assert read_events(tmp_path / "nothing") == []
+
+
+# ---- Known answers ---------------------------------------------------------------------------------------
+
+
+def table(*rows: dict[str, Any]) -> dict[str, Any]:
+    return {"data_sha256": "d" * 64, "samples_sha256": "e" * 64, "answer": list(rows)}
+
+
+def row(sha256: str, here: Platform = HERE, **more: str) -> dict[str, Any]:
+    return {**asdict(here), **more, "weights_sha256": sha256}
+
+
+def test_a_known_platform_has_one_answer() -> None:
+    assert look_up(RESULT, HERE, table(row("f" * 64))).verdict == "equal"
+    finding = look_up(RESULT, HERE, table(row("0" * 64)))
+    assert finding.verdict == "differs"
+    assert "ffffffffffff DIFFERS from this platform's known answer, 000000000000" in finding.text
+
+
+def test_an_answer_is_explained_by_the_setting_it_was_measured_with() -> None:
+    rows = (row("0" * 64), row("f" * 64, setting="ONEDNN_MAX_CPU_ISA=AVX2"))
+    finding = look_up(RESULT, HERE, table(*rows))
+    assert finding.verdict == "differs"
+    assert finding.text.endswith(
+        "it is the answer of Some CPU, AVX512, torch 9.9 with ONEDNN_MAX_CPU_ISA=AVX2"
+    )
+
+
+@pytest.mark.parametrize("field", ["torch", "machine", "device", "model", "capability"])
+def test_every_part_of_a_platform_counts(field: str) -> None:
+    other = replace(HERE, **{field: "other"})
+    finding = look_up(RESULT, HERE, table(row("0" * 64, other)))
+    assert finding.verdict == "unknown"
+    assert "not in the table" in finding.text
+
+
+def test_a_row_with_a_setting_is_expected_of_nobody() -> None:
+    assert look_up(RESULT, HERE, table(row("0" * 64, setting="X=1"))).verdict == "unknown"
+
+
+@pytest.mark.parametrize("name", ["data_sha256", "samples_sha256"])
+def test_integers_are_the_same_everywhere(name: str) -> None:
+    finding = look_up({**RESULT, name: "0" * 64}, HERE, table(row("f" * 64)))
+    assert finding.verdict == "differs"
+    assert "the same on every platform" in finding.text
+
+
+def test_an_unknown_platform_is_told_with_its_row_ready_to_paste() -> None:
+    here = replace(this_platform(torch.device("cpu")), model="never seen")
+    shown, text = board()
+    known = read_table()
+    say_known({**RESULT, **{k: known[k] for k in ("data_sha256", "samples_sha256")}}, here, shown)
+    assert shown.wrong == []
+    assert shown.fields["known_answer"]["verdict"] == "unknown"
+    assert shown.fields["row"] in text.getvalue()
+    assert tomllib.loads(shown.fields["row"])["answer"] == [row("f" * 64, here)]
+
+
+def test_a_wrong_known_answer_is_a_failure() -> None:
+    known = read_table()
+    first = next(row for row in known["answer"] if "setting" not in row)
+    here = Platform(**{name: first[name] for name in asdict(HERE)})
+    right = {name: known[name] for name in ("data_sha256", "samples_sha256")}
+    shown, _ = board()
+    say_known({**RESULT, **right, "weights_sha256": first["weights_sha256"]}, here, shown)
+    assert shown.wrong == []
+    say_known({**RESULT, **right}, here, shown)
+    assert len(shown.wrong) == 1
+    with pytest.raises(VerificationError):
+        shown.close()
+
+
+def test_the_table_is_of_this_job_and_has_every_platform_once() -> None:
+    known = read_table()
+    assert known["job_sha256"] == digest([recipe().to_dict(), DATA]), "measure the rows anew"
+    keys = [(*(row[name] for name in asdict(HERE)), row.get("setting")) for row in known["answer"]]
+    assert len(set(keys)) == len(keys)
+    for one in known["answer"]:
+        assert len(bytes.fromhex(one["weights_sha256"])) == 32
+        assert one.keys() - {"setting", "weights_sha256"} == asdict(HERE).keys()
+
+
+def test_a_row_is_toml() -> None:
+    assert tomllib.loads(as_row(HERE, "a" * 64))["answer"] == [row("a" * 64)]
+
+
+# ---- Sizes and worlds ------------------------------------------------------------------------------------
+
+
+def test_sizes() -> None:
+    assert verify.sizes_to_try(3, "cpu") == [1, 2, 3]
+    assert verify.sizes_to_try(1, "cpu") == [1, 1]
+    assert verify.sizes_to_try(None, "cpu") in ([1, 2], [1, 2, 3], [1, 2, 3, 4])
+    with pytest.raises(UsageError, match=r"^--nproc must be between 1 and 8, not 9$"):
+        verify.sizes_to_try(9, "cpu")
+
+
+def test_larger_worlds_get_shards_enough() -> None:
+    assert recipe_for(8) == recipe()
+    assert recipe_for(9).shards == 16
+    assert recipe_for(33).shards == 64
+
+
+def test_every_size_is_compared_with_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def undisturbed(folder: Path, size: int, device: str) -> Answer:
+        if size == 2:
+            return answer((3.0, 2.5, 1.0), weights_sha256="0" * 64)
+        if size == 3:
+            raise RunFailedError("dmnist train ended with code 8: rank 2 is lost")
+        return answer()
+
+    monkeypatch.setattr(verify, "undisturbed", undisturbed)
+    shown, text = board()
+    assert verify.several_sizes([1, 2, 3, 4], "cpu", tmp_path, shown) is not None
+    assert len(shown.wrong) == 2
+    assert shown.wrong[0].startswith(
+        "2 processes against 1: the weights and the losses of the steps differ"
+    )
+    assert shown.wrong[1] == "3 processes: dmnist train ended with code 8: rank 2 is lost"
+    marks = [line[0] for line in text.getvalue().splitlines() if line[:1] in ("✓", "✗")]
+    assert marks == ["✓", "✗", "✗", "✓"]
+
+
+def test_without_a_reference_nothing_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def undisturbed(folder: Path, size: int, device: str) -> Answer:
+        raise RunFailedError("it did not start")
+
+    monkeypatch.setattr(verify, "undisturbed", undisturbed)
+    shown, _ = board()
+    assert verify.several_sizes([1, 2], "cpu", tmp_path, shown) is None
+    assert shown.wrong == ["1 process: it did not start"]
+
+
+def test_who_computes_differently_from_most_is_named() -> None:
+    def testimony(rank: int, host: str, sha256: str, platform: Platform = HERE) -> SoloResult:
+        return SoloResult(Peer(rank, host, 10 + rank), platform, answer(weights_sha256=sha256), 1.0, "kept")
+
+    shown, _ = board()
+    odd = testimony(0, "bad", "0" * 64, replace(HERE, capability="AVX2"))
+    reference = show_alone([odd, testimony(1, "good", "1" * 64), testimony(2, "good", "1" * 64)], shown)
+    assert reference.peer.rank == 1
+    assert len(shown.wrong) == 1
+    assert shown.wrong[0].startswith("rank 0 (pid 10 on bad) computes differently from 2 of 3: the weights")
+    assert "another platform (capability AVX2, not AVX512)" in shown.wrong[0]
+
+
+def test_a_workplace_stays_only_if_something_is_wrong() -> None:
+    shown, text = board()
+    with shown.workplace() as good:
+        (good / "file").write_text("")
+    assert not good.exists()
+    with shown.workplace() as bad:
+        shown.wrong.append("this")
+    assert bad.exists()
+    assert str(bad) in text.getvalue()
+    bad.rmdir()
+
+
+def test_json_says_what_the_board_says(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = ResultsTable(Console(quiet=True), as_json=True)
+    shown.add(Row("1 process", True, "reference", "a" * 64, 1.5))
+    shown.close()
+    told = json.loads(capsys.readouterr().out)
+    assert (told["passed"], told["wrong"]) == (True, [])
+    assert told["runs"][0]["weights_sha256"] == "a" * 64
+
+
+# ---- The command -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--faults 3", "--faults only goes with --chaos"),
+        ("--seed 3", "--seed only goes with --chaos"),
+        ("--chaos --faults 0", "--faults must be at least 1, not 0"),
+        ("--chaos --seed -1", "--seed"),
+        ("--nproc 0", "--nproc must be at least 1"),
+        ("--nproc 9", "--nproc must be between 1 and 8, not 9"),
+        ("surplus", "verify does not know what to do with 'surplus'"),
+        ("--device tpu", "--device must be auto or cpu"),
+    ],
+)
+def test_bad_flags(words: str, line: str) -> None:
+    ended = dmnist("verify", *words.split())
+    assert (ended.code, ended.stdout, ended.stderr.count("\n")) == (2, "", 1), ended
+    assert line in ended.stderr
+
+
+def test_chaos_is_refused_where_another_launcher_looks_after_the_processes() -> None:
+    world = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    ended = dmnist("verify", "--chaos", **world)
+    assert ended.code == 2
+    assert "run it alone on a host" in ended.stderr
+
+
+@pytest.mark.slow
+def test_a_sound_machine_passes() -> None:
+    ended = run([*DMNIST, "verify", "--nproc", 2, "--device", "cpu", "--json"])
+    told = ended.json()
+    assert told["passed"], ended
+    assert [one["what"] for one in told["runs"]] == ["1 process", "2 processes"]
+    assert {one["weights_sha256"] for one in told["runs"]} == {told["weights_sha256"]}
+    assert told["known_answer"]["verdict"] in ("equal", "unknown")
+    assert "PASS" in ended.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="this CPU has only one way to compute"
+)
+def test_a_rank_that_computes_differently_is_named(tmp_path: Path) -> None:
+    """Two ranks under torchrun, of which one does without the processor's vector instructions."""
+    script = tmp_path / "verify.py"
+    script.write_text(
+        "import os\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    os.environ['ATEN_CPU_CAPABILITY'] = 'default'\n"
+        "from distributed_mnist.cli import main\n"
+        "main(['verify', '--device', 'cpu', '--json'])\n"
+    )
+    ended = run(
+        [*TORCHRUN, "--standalone", "--nproc-per-node", 2, script],
+        TMPDIR=str(tmp_path),
+        PYTHONPATH=":".join(sys.path),
+    )
+    assert ended.code == 1, ended
+    told = json.loads(ended.stdout)
+    assert not told["passed"]
+    assert [one["good"] for one in told["runs"]] == [True, False]
+    (wrong,) = told["wrong"]
+    assert wrong.startswith("rank 1 (pid ")
+    assert "computes differently from rank 0" in wrong
+    assert "first at step 1 " in wrong
+    assert "apart" in wrong
+    assert "capability DEFAULT, not " in wrong
+    assert "exitcode  : 9" in ended.stderr
+
+
+@pytest.mark.slow
+def test_a_sound_world_passes() -> None:
+    words = ("verify", "--device", "cpu", "--json")
+    ended = run([*TORCHRUN, "--standalone", "--nproc-per-node", 2, "-m", "distributed_mnist", *words])
+    told = ended.json()
+    assert told["passed"], ended
+    assert [one["what"].split(" (")[0] for one in told["runs"]] == ["rank 0", "rank 1", "2 processes"]
+    assert {one["weights_sha256"] for one in told["runs"]} == {told["weights_sha256"]}
