@@ -25,6 +25,7 @@ test-gpu: $(VENV)/installed-dev
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/pyright
 
 format: $(VENV)/installed-dev

@@ -1,6 +1,6 @@
 """Distributed training of digit classifiers whose weights depend on recipe, data and seed alone.
 
-From Python: `from distributed_mnist import train, evaluate, load`; see docs/library.md.
+From Python: `from distributed_mnist import train, evaluate, load`; see docs/how-to/library.md.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """What can go wrong for reasons a user can mend, each with the exit code the program ends with.
 
 Every one of these is shown as a single line; anything else that escapes is a defect and told as a
-defect. `docs/exit-codes.md` lists the codes for scripts.
+defect. `docs/reference/exit-codes.md` lists the codes for scripts.
 """
 
 import errno

@@ -4,7 +4,6 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from ranks import REPOSITORY
@@ -32,9 +31,7 @@ def imports(module: str) -> set[str]:
 def importers(source: str) -> set[str]:
     """The modules that import something from `source`."""
     return {
-        module
-        for module in MODULES
-        if any(f"{name}.".startswith(f"{source}.") for name in imports(module))
+        module for module in MODULES if any(f"{name}.".startswith(f"{source}.") for name in imports(module))
     }
 
 

@@ -2,7 +2,8 @@
 
     python deploy/ray/train.py 4 --data DIR --out DIR
 
-A file to copy and to adapt: docs/clusters.md explains it. On several nodes DIR is one that all of them see.
+Copy this file and adapt it; docs/how-to/clusters.md explains it. On several nodes, DIR must be visible to
+all of them.
 """
 
 import os

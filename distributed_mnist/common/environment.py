@@ -45,8 +45,8 @@ def keep_memory() -> None:
     """Let the C library keep the memory that is freed, for the next step needs as much again.
 
     Otherwise it gives large blocks back to the kernel, and each page that it asks for anew costs a fault
-    and is filled with zeros: two fifths of a step's time (docs/speed.md). Only glibc knows these
-    settings.
+    and is filled with zeros: two fifths of a step's time (docs/explanation/performance.md). Only glibc has
+    these settings.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt

@@ -2,7 +2,7 @@
 
 The rank that waits reads for itself. gloo has a thread for that, and where ranks compute on every core the
 kernel lets that thread wait for its turn: an exchange of 100 kB took two milliseconds, here it takes a
-tenth of one (docs/scaling.md). And who reads a closed socket knows whose it was.
+tenth of one (docs/explanation/performance.md). And who reads a closed socket knows whose it was.
 
 Partners connect when they first have something to say. In a gather or a broadcast each rank speaks to
 those at distances 1, 2, 4, ... only, so that a group of a thousand has ten connections a rank.

@@ -1,8 +1,8 @@
 """What an exchange costs, by a small model: so long a message takes to begin, so long each byte takes.
 
 After Hockney, "The communication challenge for MPP: Intel Paragon and Meiko CS-2", 1994, with one more
-number for what a process itself does for each message. `topology` chooses by it, and docs/scaling.md
-predicts by it.
+number for what a process itself does for each message. `subtree_exchange` chooses by it, and
+docs/explanation/performance.md predicts by it.
 """
 
 import math
@@ -27,7 +27,8 @@ class Link:
 
 
 LOOPBACK = Link(latency=60e-6, overhead=12e-6, bandwidth=3e9)
-"""Between processes of one host, with what a round costs beside its message: see docs/scaling.md."""
+"""Between processes of one host, with the cost of a round beside its message: see
+docs/explanation/performance.md."""
 
 
 def exchange_seconds(how: How, size: int, nbytes: int, link: Link, *, roots: int = 1) -> float:

@@ -7,7 +7,7 @@ from ..common.placement import usable_cores
 from ..config import Recipe, Run
 
 # Roughly, on one core, forward and backward; and the work in a step below which a second process costs more
-# than it saves. Only used to choose a default: see docs/performance.md.
+# than it saves. Only used to choose a default: see docs/explanation/performance.md.
 MICROSECONDS_PER_IMAGE = {"linear": 3, "mlp": 10, "cnn-small": 20, "cnn": 120, "cnn-large": 300}
 _WORTH_A_PROCESS = 1_500
 

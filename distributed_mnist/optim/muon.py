@@ -18,7 +18,7 @@ from torch import Tensor
 from .optimizers import Optimizer, adam_step
 
 # A quintic that brings singular values between 0 and 1 near one (source: as above, where it takes five
-# rounds; the small networks here learn as well with three, see docs/speed.md).
+# rounds; the small networks here learn as well with three, see docs/explanation/performance.md).
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _ROUNDS = 3
 

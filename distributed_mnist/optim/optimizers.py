@@ -1,7 +1,7 @@
 """Adam, AdamW and SGD by torch's fused kernels, in the state format of torch's own optimizers.
 
 torch's own import its compiler when they are made, to tell it to keep away: a second or more of every
-start (docs/performance.md). These three steps are short enough to be written here.
+start (docs/explanation/performance.md). These three steps are short enough to be written here.
 """
 
 from collections.abc import Callable, Iterable

@@ -313,7 +313,7 @@ def test_a_script_needs_no_guard(digits: Path, tmp_path: Path) -> None:
 
 def test_the_documents_examples_run(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As written, in order, on the small digits."""
-    text = (REPOSITORY / "docs" / "library.md").read_text()
+    text = (REPOSITORY / "docs" / "how-to" / "library.md").read_text()
     examples = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     assert len(examples) >= 3
     monkeypatch.chdir(tmp_path)

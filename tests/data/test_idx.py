@@ -33,6 +33,11 @@ def encoded(array: NDArray[Any]) -> bytes:
     return header + sizes + array.astype(array.dtype.newbyteorder(">")).tobytes()
 
 
+def packed(data: bytes) -> bytes:
+    """gzip without a time stamp: pytest-xdist wants the same test names in every worker."""
+    return gzip.compress(data, mtime=0)
+
+
 def problem(data: bytes) -> str:
     with pytest.raises(DataError) as caught:
         idx.parse(data, "some-file")
@@ -98,7 +103,7 @@ GOOD = encoded(np.arange(24, dtype=np.uint8).reshape(2, 3, 4))  # 16 bytes of he
     ("data", "expected"),
     [
         (b"", "empty"),
-        (gzip.compress(b""), "empty"),
+        (packed(b""), "empty"),
         (b"\0\0", "truncated: 2 bytes, an IDX header has at least 4"),
         (b"<!DOCTYPE html>", "not an IDX file: starts with 3c 21 44 4f, not with 00 00"),
         (b"PK\x03\x04", "not an IDX file"),
@@ -106,19 +111,19 @@ GOOD = encoded(np.arange(24, dtype=np.uint8).reshape(2, 3, 4))  # 16 bytes of he
         (b"\0\0\x08\xff" + bytes(1020), "absurd header: 255 dimensions"),
         (GOOD[:10], "truncated: 10 bytes, its header has 16"),
         (GOOD[:30], "truncated: 30 bytes of the 40 that its header promises"),
-        (gzip.compress(GOOD[:30]), "truncated: 30 bytes of the 40 that its header promises"),
+        (packed(GOOD[:30]), "truncated: 30 bytes of the 40 that its header promises"),
         (GOOD + b"\0", "trailing bytes after the 40 that its header promises"),
-        (gzip.compress(GOOD + b"\0"), "trailing bytes after the 40"),
+        (packed(GOOD + b"\0"), "trailing bytes after the 40"),
         (b"\0\0\x08\x03" + b"\xff" * 12, "absurd header: promises 4294967295 x 4294967295 x 4294967295"),
         (b"\0\0\x08\x02" + bytes(4) + b"\xff" * 4 + b"!", "trailing bytes after the 12"),
-        (gzip.compress(GOOD)[:-9], "truncated: the gzip data end after"),
+        (packed(GOOD)[:-9], "truncated: the gzip data end after"),
         (
-            gzip.compress(GOOD)[:-8] + bytes(8),
+            packed(GOOD)[:-8] + bytes(8),
             "damaged gzip data after 40 unpacked bytes (CRC check failed",
         ),
-        (gzip.compress(GOOD)[:5], "truncated: the gzip data end after 0 unpacked bytes"),
-        (gzip.compress(GOOD)[:10] + b"\xff" * 20, "damaged gzip data"),
-        (gzip.compress(GOOD) + b"junk", "damaged gzip data"),
+        (packed(GOOD)[:5], "truncated: the gzip data end after 0 unpacked bytes"),
+        (packed(GOOD)[:10] + b"\xff" * 20, "damaged gzip data"),
+        (packed(GOOD) + b"junk", "damaged gzip data"),
     ],
 )
 def test_each_kind_of_damage_has_its_own_line(data: bytes, expected: str) -> None:

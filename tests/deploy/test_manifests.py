@@ -26,7 +26,7 @@ RELEASE = "1.31"
 
 
 def documents(path: Path, *, gpus: bool = False) -> dict[str, Any]:
-    """The objects in a file by kind; with `gpus`, after the `sed` that docs/clusters.md shows."""
+    """The objects in a file by kind; with `gpus`, after the `sed` that docs/how-to/clusters.md shows."""
     text = path.read_text()
     if gpus:
         assert "#GPU " in text

@@ -10,7 +10,7 @@ from ranks import REPOSITORY, events, train
 
 from distributed_mnist.cli.parser import parse
 
-DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 README = DOCUMENTS[0].read_text()
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NUMBERS = ("--nproc", "--epochs", "--batch-size", "--seed", "--shards", "--micro-batch", "--lr")
@@ -113,7 +113,7 @@ def test_what_make_is_asked_for_it_makes() -> None:
 
 def test_the_page_of_the_runs_folder_is_true(digits: Path, tmp_path: Path) -> None:
     """Every file and every field of every event is told, and what is told is there."""
-    text = (REPOSITORY / "docs" / "run-folder.md").read_text()
+    text = (REPOSITORY / "docs" / "reference" / "run-folder.md").read_text()
     words = ("--dataset", "idx", "--data", digits, "--recipe", "classic", "--batch-size", 500)
     words += ("--checkpoint-every", 1)
     train(*words, "--epochs", 1, nproc=2, out=tmp_path)
@@ -144,19 +144,21 @@ def test_the_readme_names_the_files_of_a_data_set(digits: Path) -> None:
 
 
 def test_the_reference_is_current() -> None:
-    """After a change of commands or flags: `python docs/make_reference.py`."""
-    folder = REPOSITORY / "docs"
-    spec = importlib.util.spec_from_file_location("make_reference", folder / "make_reference.py")
+    """After a change of commands or flags: `python docs/reference/make_commands.py`."""
+    folder = REPOSITORY / "docs" / "reference"
+    spec = importlib.util.spec_from_file_location("make_commands", folder / "make_commands.py")
     assert spec is not None and spec.loader is not None
     maker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(maker)
-    assert maker.page() == (folder / "reference.md").read_text()
+    assert maker.page() == (folder / "commands.md").read_text()
 
 
 def test_the_tutorials_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
     """Each snippet in order; what its comments promise is what it prints."""
     snippets = [
-        text for language, text in blocks((REPOSITORY / "docs" / "tutorial.md").read_text()) if language
+        text
+        for language, text in blocks((REPOSITORY / "docs" / "tutorial" / "tutorial.md").read_text())
+        if language
     ]
     assert len(snippets) == 5
     for snippet in snippets:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from ranks import REPOSITORY, environment
 
-NOTEBOOK = REPOSITORY / "docs" / "tutorial.ipynb"
+NOTEBOOK = REPOSITORY / "docs" / "tutorial" / "tutorial.ipynb"
 
 
 def cells(path: Path, kind: str) -> list[dict[str, Any]]:
@@ -27,7 +27,7 @@ def shown(path: Path) -> list[list[str]]:
 
 @pytest.mark.slow
 def test_it_runs(tmp_path: Path) -> None:
-    """To show it anew after a change: `jupyter execute --inplace docs/tutorial.ipynb`."""
+    """To show it anew after a change: `jupyter execute --inplace docs/tutorial/tutorial.ipynb`."""
     pytest.importorskip("nbclient", reason="the extra `dev` is not installed")
     pytest.importorskip("ipykernel", reason="the extra `dev` is not installed")
     execute = Path(sys.executable).with_name("jupyter-execute")

@@ -34,7 +34,7 @@ FILES = {"onnx": "model.onnx", "safetensors": "model.safetensors", "torch": "mod
 EXAMPLES = {
     content.partition("\n")[0].removeprefix("# with_").removesuffix(".py"): content
     for content in re.findall(
-        r"^```python\n(.*?)^```$", (REPOSITORY / "docs" / "export.md").read_text(), re.M | re.S
+        r"^```python\n(.*?)^```$", (REPOSITORY / "docs" / "how-to" / "export.md").read_text(), re.M | re.S
     )
 }
 

@@ -12,10 +12,10 @@ import psutil
 from ranks import PATIENCE, TORCHRUN, Program
 
 ELASTIC = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-"""Without it agents of torch 2.13 cannot take another one in: see docs/faults.md."""
+"""Without it agents of torch 2.13 cannot take another one in: see docs/explanation/faults.md."""
 _MARK = "DMNIST_TEST_PROGRAM"
 _COUNT = itertools.count(1)
-# A group is formed again seconds after it broke, not the better part of a minute: see docs/faults.md.
+# A group forms again seconds after it broke, not the better part of a minute: docs/explanation/faults.md.
 _QUICK = (
     "keep_alive_interval=1,keep_alive_max_attempt=4,last_call_timeout=1,join_timeout=60,read_timeout=20"
 )

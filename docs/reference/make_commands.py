@@ -1,6 +1,6 @@
-"""Writes `docs/reference.md` from the code: every command, every flag, every built-in recipe.
+"""Writes `docs/reference/commands.md` from the code: every command, every flag, every built-in recipe.
 
-    python docs/make_reference.py
+    python docs/reference/make_commands.py
 
 Walks `grammar.GRAMMAR` and the data classes there, so a new command or flag needs nothing here. A test
 compares the file with what this would write.
@@ -19,12 +19,12 @@ from distributed_mnist.cli.parser import GRAMMAR
 from distributed_mnist.cli.usage_errors import kinds
 from distributed_mnist.config import Recipe, Run, flag, load_recipe, recipe_names
 
-PAGE = Path(__file__).with_name("reference.md")
+PAGE = Path(__file__).with_name("commands.md")
 HEAD = """\
 # Reference
 
 Every command, every flag, every field of a recipe. This page is written from the code by
-`docs/make_reference.py`; do not edit it.
+`docs/reference/make_commands.py`; do not edit it.
 
 `dmnist COMMAND --help` says the same in a terminal. What a command can end with stands in
 [exit-codes.md](exit-codes.md), what a run leaves behind in [run-folder.md](run-folder.md).
