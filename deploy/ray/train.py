@@ -1,9 +1,9 @@
-"""Trains in Ray's workers, each of which runs `dmnist train` as one process of the group:
+"""Train in Ray's workers. Each worker runs `dmnist train` as one process of the group:
 
     python deploy/ray/train.py 4 --data DIR --out DIR
 
-Copy this file and adapt it; docs/how-to/clusters.md explains it. On several nodes, DIR must be visible to
-all of them.
+Copy this file and adapt it. docs/how-to/clusters.md explains it. On several nodes, all of them must see
+DIR.
 """
 
 import os
@@ -18,13 +18,13 @@ from ray.train.torch import TorchTrainer
 
 
 def _meeting_point() -> tuple[str, int]:
-    """This host's address and a port that is free on it."""
+    """Return this host's address and a free port on it."""
     with socket.create_server(("", 0)) as server:
         return socket.gethostbyname(socket.gethostname()), server.getsockname()[1]
 
 
 def work(options: dict[str, list[str]]) -> None:
-    """One rank. Raises where its process fails, so that Ray starts all of them again."""
+    """Run one rank. Raise if its process fails, so that Ray restarts all workers."""
     context = train.get_context()
     host, port = broadcast_from_rank_zero(_meeting_point() if context.get_world_rank() == 0 else None)
     place = {
@@ -43,6 +43,6 @@ if __name__ == "__main__":
     TorchTrainer(
         work,
         train_loop_config={"words": sys.argv[2:]},
-        scaling_config=ScalingConfig(num_workers=int(sys.argv[1]), use_gpu=False),  # True: one each
+        scaling_config=ScalingConfig(num_workers=int(sys.argv[1]), use_gpu=False),  # True: one GPU each
         run_config=RunConfig(failure_config=FailureConfig(max_failures=3)),
     ).fit()

@@ -1,4 +1,4 @@
-"""What the documents show is tried: examples run, commands parse, links lead somewhere."""
+"""Check what the documents show: examples run, commands parse, links and named files exist."""
 
 import importlib.util
 import itertools
@@ -11,22 +11,19 @@ from ranks import REPOSITORY, events, train
 from distributed_mnist.cli.parser import parse
 
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
-README = DOCUMENTS[0].read_text()
+PACKAGE = REPOSITORY / "distributed_mnist"
+TUTORIAL = REPOSITORY / "docs" / "tutorial" / "tutorial.md"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NUMBERS = ("--nproc", "--epochs", "--batch-size", "--seed", "--shards", "--micro-batch", "--lr")
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
-    """Language and content of the fenced blocks."""
+    """Return language and content of each fenced block."""
     return BLOCK.findall(text)
 
 
-def section(title: str) -> str:
-    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
-
-
 def lines_of_commands() -> list[str]:
-    """Whatever the documents tell people to type: lines of fenced blocks, and code within sentences."""
+    """Return what the documents tell people to type: lines of fenced blocks, and code in sentences."""
     found: list[str] = []
     for path in DOCUMENTS:
         text = path.read_text()
@@ -38,25 +35,25 @@ def lines_of_commands() -> list[str]:
 
 
 def words_after(program: str) -> list[list[str]]:
-    """The words after `program` in each line that has it as a command, alternatives written out."""
+    """Return the words after `program` in each line that runs it; `a|b` becomes two lines."""
     found = []
     for line in lines_of_commands():
         match = re.search(rf"(?:^|[\s/]){re.escape(program)}\s+(.*)", line)
-        if match and (line.startswith((program, ".venv/bin/", "srun", "mpirun"))):
+        if match and line.startswith((program, ".venv/bin/", "srun", "mpirun", "torchrun", "python ")):
             words = [re.split(r"\\?\|", word) for word in match[1].split() if word != "..."]
             found += map(list, itertools.product(*words))
     return found
 
 
 def examples_in(folder: Path, text: str) -> None:
-    """Writes the TOML and Python examples that have a name in their first line."""
+    """Write the TOML and Python examples that have a file name in their first line."""
     for _, content in blocks(text):
         if named := re.match(r"# (\w+\.(?:toml|py))\n", content):
             (folder / named[1]).write_text(content)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_somewhere(path: Path) -> None:
+def test_link_targets_exist(path: Path) -> None:
     for link in re.findall(r"\[[^\]]*\]\(([^)\s]+)\)", path.read_text()):
         if link.startswith("http"):
             continue
@@ -70,7 +67,9 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 def test_commands_and_flags_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    examples_in(tmp_path, README)
+    for path in DOCUMENTS:
+        examples_in(tmp_path, path.read_text())
+    assert (tmp_path / "mine.toml").exists()
     shown = words_after("dmnist")
     assert len(shown) > 12
     for words in map(complete, shown):
@@ -83,7 +82,7 @@ def test_commands_and_flags_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def complete(words: list[str]) -> list[str]:
-    """A command as shown, with something in place of what is left open."""
+    """Return a command as shown, with values in place of what the document leaves open."""
     pairs = itertools.pairwise(["", *words])
     words = ["2" if before in NUMBERS and word == "N" else word for before, word in pairs]
     if words[0].startswith("-"):  # `dmnist ... --debug`
@@ -105,46 +104,56 @@ def test_the_original_commands_have_their_flags() -> None:
         script._parser().parse_args(words)
 
 
-def test_what_make_is_asked_for_it_makes() -> None:
+def test_make_targets_exist() -> None:
     targets = re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
     shown = [line.split()[1] for line in lines_of_commands() if re.match(r"make \w", line)]
     assert {"train", "test"} <= set(shown) <= set(targets)
 
 
-def test_the_page_of_the_runs_folder_is_true(digits: Path, tmp_path: Path) -> None:
-    """Every file and every field of every event is told, and what is told is there."""
+def test_the_run_folder_page_is_complete(digits: Path, tmp_path: Path) -> None:
+    """The page lists every file and every field of every event, and everything that it lists exists."""
     text = (REPOSITORY / "docs" / "reference" / "run-folder.md").read_text()
     words = ("--dataset", "idx", "--data", digits, "--recipe", "classic", "--batch-size", 500)
     words += ("--checkpoint-every", 1)
     train(*words, "--epochs", 1, nproc=2, out=tmp_path)
-    train(*words, "--epochs", 2, "--resume", "auto", nproc=2, out=tmp_path)  # with a notice of that
+    train(*words, "--epochs", 2, "--resume", "auto", nproc=2, out=tmp_path)  # writes a notice
     files = set(
         re.findall(r"`([\w./]+)`", "".join(line.split("|")[1] for line in text.splitlines() if "|" in line))
     )
     for path in tmp_path.rglob("*"):
         name = str(path.relative_to(tmp_path))
         assert path.is_dir() or name in files or name.startswith("checkpoints/step_"), name
-    told = {
+    documented = {
         row.split("|")[1].strip(" `"): set(re.findall(r"`(\w+)`", row.split("|")[3]))
         for row in text.partition("| event |")[2].splitlines()[2:]
         if row.startswith("|")
     }
     seen = events(tmp_path)
-    assert {event["event"] for event in seen} == set(told) - {"stop"}
+    assert {event["event"] for event in seen} == set(documented) - {"stop"}
     for event in seen:
-        missing = set(event) - {"event", "time"} - told[event["event"]]
+        missing = set(event) - {"event", "time"} - documented[event["event"]]
         assert not missing, (event["event"], missing)
-        assert set(told[event["event"]]) - set(event) <= {"rank", "host", "pid", "busy", "exchange"}, event
+        unseen = documented[event["event"]] - set(event)
+        assert unseen <= {"rank", "host", "pid", "busy", "exchange"}, event
 
 
-def test_the_readme_names_the_files_of_a_data_set(digits: Path) -> None:
+def test_the_files_of_a_data_set_are_named(digits: Path) -> None:
+    text = (REPOSITORY / "docs" / "how-to" / "your-own-model-and-data.md").read_text()
     written = {path.name.removesuffix(".gz") for path in digits.iterdir()}
     assert len(written) == 4
-    assert all(f"`{name}`" in README for name in written)
+    assert all(f"`{name}`" in text for name in written)
+
+
+@pytest.mark.parametrize("path", [TUTORIAL, REPOSITORY / "CONTRIBUTING.md"], ids=lambda path: path.name)
+def test_named_source_files_exist(path: Path) -> None:
+    named = set(re.findall(r"`([a-z_]+/[a-z_]+\.py)`", path.read_text()))
+    assert len(named) >= 5
+    for name in named:
+        assert (PACKAGE / name).exists() or (REPOSITORY / name).exists(), name
 
 
 def test_the_reference_is_current() -> None:
-    """After a change of commands or flags: `python docs/reference/make_commands.py`."""
+    """If this fails, run `python docs/reference/make_commands.py`."""
     folder = REPOSITORY / "docs" / "reference"
     spec = importlib.util.spec_from_file_location("make_commands", folder / "make_commands.py")
     assert spec is not None and spec.loader is not None
@@ -154,12 +163,8 @@ def test_the_reference_is_current() -> None:
 
 
 def test_the_tutorials_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    """Each snippet in order; what its comments promise is what it prints."""
-    snippets = [
-        text
-        for language, text in blocks((REPOSITORY / "docs" / "tutorial" / "tutorial.md").read_text())
-        if language
-    ]
+    """Run the snippets in order and compare what they print with their comments."""
+    snippets = [text for language, text in blocks(TUTORIAL.read_text()) if language]
     assert len(snippets) == 5
     for snippet in snippets:
         exec(snippet, {})

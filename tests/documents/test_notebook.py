@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, and shows what is kept of it in the project."""
+"""The notebook runs from top to bottom, and its output is of the same kinds as the output stored in it."""
 
 import json
 import re
@@ -17,8 +17,8 @@ def cells(path: Path, kind: str) -> list[dict[str, Any]]:
     return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == kind]
 
 
-def shown(path: Path) -> list[list[str]]:
-    """What each cell of code puts out, by kind: `stdout`, `image/png` and the like."""
+def output_kinds(path: Path) -> list[list[str]]:
+    """Return the kinds of output of each code cell, such as `stdout` and `image/png`."""
     return [
         [name for output in cell["outputs"] for name in output.get("data", {output.get("name"): ""})]
         for cell in cells(path, "code")
@@ -27,7 +27,7 @@ def shown(path: Path) -> list[list[str]]:
 
 @pytest.mark.slow
 def test_it_runs(tmp_path: Path) -> None:
-    """To show it anew after a change: `jupyter execute --inplace docs/tutorial/tutorial.ipynb`."""
+    """After a change, refresh the output: `jupyter execute --inplace docs/tutorial/tutorial.ipynb`."""
     pytest.importorskip("nbclient", reason="the extra `dev` is not installed")
     pytest.importorskip("ipykernel", reason="the extra `dev` is not installed")
     execute = Path(sys.executable).with_name("jupyter-execute")
@@ -40,11 +40,11 @@ def test_it_runs(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert shown(tmp_path / "run.ipynb") == shown(NOTEBOOK)
-    assert sum("image/png" in kinds for kinds in shown(NOTEBOOK)) >= 5
+    assert output_kinds(tmp_path / "run.ipynb") == output_kinds(NOTEBOOK)
+    assert sum("image/png" in kinds for kinds in output_kinds(NOTEBOOK)) >= 5
 
 
-def test_its_links_lead_somewhere() -> None:
+def test_link_targets_exist() -> None:
     links = re.findall(
         r"\]\(([^)]+)\)", "".join("".join(cell["source"]) for cell in cells(NOTEBOOK, "markdown"))
     )
