@@ -51,7 +51,7 @@ def work(
     """One rank of a `train` with several processes; its exit code. Rank 0 is handed the data."""
 
     def body(world: World, signals: StopSignals) -> None:
-        read = handed.take if handed else _nobody_reads
+        read = handed.receive if handed else _nobody_reads
         console = console_for(order.verbose)
         job.run(
             world, order.recipe, order.run, title=order.title, console=console, signals=signals, read=read
@@ -107,7 +107,9 @@ def in_processes(
         restarts = spawn.Restarts(
             run.max_restarts, partial(layout.newest_step, out), layout.resume_flags(out)
         )
-        code = spawn.spawn(nproc, [spawn.Task(f"{__name__}:work", order, restarts, data.hand, say)])
+        code = spawn.spawn(
+            nproc, [spawn.Task(f"{__name__}:work", order, restarts, data.for_rank_zero, say)]
+        )
         if code:
             raise _failure(code, said, Path(told))
     return json.loads((out / "result.json").read_text())

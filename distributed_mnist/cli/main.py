@@ -83,9 +83,9 @@ def _train(command: "Train") -> int:
             restarts = spawn.Restarts(
                 command.run.max_restarts, reached, layout.resume_flags(whole, command.ensemble)
             )
-            tasks.append(spawn.Task(f"{_WORKERS}:train", one, restarts, data.hand))
+            tasks.append(spawn.Task(f"{_WORKERS}:train", one, restarts, data.for_rank_zero))
         if command.ensemble > 1:
-            tasks.append(spawn.Task(f"{_WORKERS}:vote", command, hand=data.hand))
+            tasks.append(spawn.Task(f"{_WORKERS}:vote", command, hand=data.for_rank_zero))
         return spawn.spawn(nproc, tasks)
 
 

@@ -96,7 +96,9 @@ def vote(
 
 
 def _reader(command: Train, handed: PrefetchedData | None) -> Callable[[], Dataset]:
-    return handed.take if handed else partial(prefetch.read, command.run, make_console(stderr=command.json))
+    return (
+        handed.receive if handed else partial(prefetch.read, command.run, make_console(stderr=command.json))
+    )
 
 
 def evaluate(placement: Placement, listener: socket.socket | None, command: Evaluate) -> int:

@@ -1,5 +1,5 @@
-"""Data sets, from files or mirrors to tensors on every rank.
+"""Data sets: from files or mirrors to tensors on every rank.
 
-In: a data set's name and a folder. Out: a `Dataset` of NumPy arrays on rank 0, then `Data` on the device
-of every rank. `datasets` is the way in; `broadcast` sends the arrays to the other ranks.
+Input: the name of a data set and a folder. Output: a `Dataset` of NumPy arrays on rank 0, then `Data` on
+the device of every rank. Start with `datasets`; `broadcast` sends the arrays to the other ranks.
 """

@@ -1,4 +1,4 @@
-"""A data set of arrays that somebody holds already, looked at as closely as one from files."""
+"""Make a data set of arrays in memory, with the same checks as for one from files."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 
 from ..errors import DataError
 from .datasets import Dataset, pixel_statistics
-
-_MOST_CLASSES = 256  # labels are bytes
+from .decode import MAX_CLASSES, SIDE
 
 
 def from_arrays(
@@ -21,17 +20,18 @@ def from_arrays(
     class_names: Sequence[str] | None = None,
     name: str = "own",
 ) -> Dataset:
-    """A data set of NumPy arrays or torch tensors, which are copied.
+    """Make a data set of NumPy arrays or torch tensors, which are copied.
 
-    Images are uint8 `(n, 28, 28)`, white on black as MNIST's are; labels are integers `(n,)` from 0.
-    Without `class_names` the classes are as many as the labels tell, named by their numbers. `name` is
-    what the run's records call it. Raises `DataError`, naming the argument, for anything else.
+    Images are uint8 `(n, 28, 28)`, white on black like MNIST's. Labels are integers `(n,)`, counted from 0.
+    Without `class_names`, the highest label determines the number of classes, and their names are their
+    numbers. `name` is the data set's name in the run's records. Raises `DataError`, which names the
+    argument, for anything else.
     """
-    train = _images("train_images", train_images), _labels("train_labels", train_labels)
-    test = _images("test_images", test_images), _labels("test_labels", test_labels)
-    for part, (images, labels) in (("train", train), ("test", test)):
+    train = _check_images("train_images", train_images), _check_labels("train_labels", train_labels)
+    test = _check_images("test_images", test_images), _check_labels("test_labels", test_labels)
+    for split, (images, labels) in (("train", train), ("test", test)):
         if len(images) != len(labels):
-            raise DataError(f"{part}_images has {len(images)} images, {part}_labels {len(labels)} labels")
+            raise DataError(f"{split}_images has {len(images)} images, {split}_labels {len(labels)} labels")
     highest = max(int(train[1].max()), int(test[1].max()))
     names = tuple(map(str, range(highest + 1) if class_names is None else class_names))
     if highest >= len(names):
@@ -40,26 +40,26 @@ def from_arrays(
     return Dataset(name, *train, *test, names, mean, std, "given as arrays")
 
 
-def _images(name: str, given: Any) -> NDArray[np.uint8]:
-    array = _as_numpy(given)
+def _check_images(name: str, images: Any) -> NDArray[np.uint8]:
+    array = _as_numpy(images)
     if array.dtype != np.uint8:
         raise DataError(f"{name} must be uint8, pixels from 0 to 255, not {array.dtype}")
-    if array.ndim != 3 or array.shape[1:] != (28, 28) or not len(array):
-        raise DataError(f"{name} must be of shape (n, 28, 28), not {array.shape}")
+    if array.ndim != 3 or array.shape[1:] != (SIDE, SIDE) or not len(array):
+        raise DataError(f"{name} must be of shape (n, {SIDE}, {SIDE}), not {array.shape}")
     return np.array(array, order="C")
 
 
-def _labels(name: str, given: Any) -> NDArray[np.uint8]:
-    array = _as_numpy(given)
+def _check_labels(name: str, labels: Any) -> NDArray[np.uint8]:
+    array = _as_numpy(labels)
     if array.dtype.kind not in "iu":
         raise DataError(f"{name} must be integers, not {array.dtype}")
     if array.ndim != 1 or not len(array):
         raise DataError(f"{name} must be of shape (n,), not {array.shape}")
-    if array.min() < 0 or array.max() >= _MOST_CLASSES:
+    if array.min() < 0 or array.max() >= MAX_CLASSES:
         raise DataError(f"{name} must be from 0 to 255, not {array.min()} to {array.max()}")
     return np.array(array, np.uint8, order="C")
 
 
-def _as_numpy(given: Any) -> NDArray[Any]:
-    """Of a tensor too, wherever it is."""
-    return np.asarray(given.detach().cpu() if hasattr(given, "detach") else given)
+def _as_numpy(values: Any) -> NDArray[Any]:
+    """Convert an array or a tensor on any device to a NumPy array."""
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)

@@ -1,7 +1,6 @@
-"""One rank reads the data, all ranks have it: rank 0's copy is broadcast and every copy is checked.
+"""Read the data on rank 0, broadcast it to all ranks, and check every copy.
 
-No other rank touches a file or the network, so there is no download race and no need for a file system
-that the hosts share.
+No other rank uses files or the network, so downloads cannot race, and the hosts need no shared file system.
 """
 
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from ..errors import DataError
 from .datasets import Dataset
 from .split import Split
 
-_DATA_SECONDS = 1800.0  # rank 0 may be downloading, or drawing millions of digits, while the others wait
+_LOAD_SECONDS = 1800.0  # the other ranks wait while rank 0 downloads, or draws millions of digits
 
 
 @dataclass(frozen=True)
@@ -36,35 +35,34 @@ class Data:
     """Digest of all images and labels."""
 
     def to_dict(self) -> dict[str, Any]:
-        """What a checkpoint says about its data."""
+        """Return the description of the data that is stored in a checkpoint."""
         names = ("name", "mean", "std", "sha256")
         return {"class_names": list(self.class_names), **{name: getattr(self, name) for name in names}}
 
 
 def broadcast_dataset(world: World, load: Callable[[], Dataset]) -> Data:
-    """`load()` on rank 0 only; the same `Data` on every rank. All raise what `load` raises there.
+    """Call `load()` on rank 0 only and return the same `Data` on every rank.
 
-    Raises `DataError` if a copy arrived different.
+    Every rank raises what `load` raises on rank 0, or `DataError` if a rank received different data.
     """
-    world.status.enter("loading the data", patience=_DATA_SECONDS)
-    loaded: list[Dataset] = []
+    world.status.enter("loading the data", patience=_LOAD_SECONDS)
+    loaded: list[NDArray[np.uint8]] = []  # stays empty on the other ranks
 
-    def describe() -> tuple[dict[str, Any], list[tuple[int, ...]], str]:
+    def load_and_describe() -> tuple[dict[str, Any], list[tuple[int, ...]], str]:
         dataset = load()
-        loaded.append(dataset)
-        meta = {key: getattr(dataset, key) for key in ("name", "class_names", "mean", "std", "source")}
-        return meta, [array.shape for array in _arrays(dataset)], digest(_arrays(dataset))
+        loaded.extend(dataset.arrays().values())
+        fields = {key: getattr(dataset, key) for key in ("name", "class_names", "mean", "std", "source")}
+        return fields, [array.shape for array in loaded], digest(loaded)
 
-    meta, shapes, sha256 = world.on_rank_zero(describe)
-    mine = _arrays(loaded[0]) if loaded else [np.empty(shape, np.uint8) for shape in shapes]
-    tensors = [world.broadcast_(torch.from_numpy(array).to(world.device)) for array in mine]
-    wrong = world.differing(sha256 if loaded else digest([tensor.cpu().numpy() for tensor in tensors]))
-    if wrong:
-        raise DataError(f"rank {wrong[0]} received other data than was sent: check its memory and network")
+    fields, shapes, sha256 = world.on_rank_zero(load_and_describe)
+    arrays = loaded or [np.empty(shape, np.uint8) for shape in shapes]
+    tensors = [world.broadcast_(torch.from_numpy(array).to(world.device)) for array in arrays]
+    received = sha256 if loaded else digest([tensor.cpu().numpy() for tensor in tensors])
+    if wrong_ranks := world.differing(received):
+        raise DataError(
+            f"rank {wrong_ranks[0]} received data that differs from what was sent: "
+            "check its memory and network"
+        )
     world.status.enter("preparing")
     train_images, train_labels, test_images, test_labels = tensors
-    return Data(Split(train_images, train_labels), Split(test_images, test_labels), sha256=sha256, **meta)
-
-
-def _arrays(dataset: Dataset) -> list[NDArray[np.uint8]]:
-    return [dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels]
+    return Data(Split(train_images, train_labels), Split(test_images, test_labels), sha256=sha256, **fields)

@@ -1,8 +1,8 @@
-"""The data sets that come as files: what the files are called, their checksums, mirrors and classes.
+"""List the data sets that come as files: file names, checksums, mirrors and classes.
 
 Addresses and MD5s (of the `.gz` files) are those of torchvision's `datasets/mnist.py`. MNIST's files are
-known by the SHA-256 of their content instead, because its mirrors compress them differently. A table and
-the names in it: what is done with it is in `locate`, `download` and `datasets`.
+identified by the SHA-256 of their unpacked content instead, because its mirrors compress them differently.
+This module is only the table; `locate`, `download` and `datasets` use it.
 """
 
 import string
@@ -26,7 +26,7 @@ class Published:
     sha256: str | None = None  # of the content, unpacked
 
     def spellings(self) -> tuple[str, ...]:
-        """Its names on people's disks: as published, `test` for `t10k`, Kaggle's `.idx3`; raw and `.gz`."""
+        """Return all names in use: published, `test` for `t10k`, Kaggle's `.idx3`; each raw and `.gz`."""
         names = [self.name, self.name.replace("t10k-", "test-")]
         names += [name.replace("-idx", ".idx") for name in names]
         return tuple(spelling for name in dict.fromkeys(names) for spelling in (name, f"{name}.gz"))
@@ -43,21 +43,21 @@ class Entry:
     folder: str  # torchvision's: the files are in <root>/<folder>/raw
     files: Files
     mirrors: tuple[str, ...] = ()  # base addresses, in the order in which they are tried
-    class_names: tuple[str, ...] = ()  # none: the labels say how many there are
-    first_label: int = 0  # what the files call class 0
-    label_columns: int = 1  # more: the labels are a table with the class in its first column
+    class_names: tuple[str, ...] = ()  # empty: the highest label determines the number of classes
+    first_label: int = 0  # the label of the first class in the files
+    label_columns: int = 1  # if more than 1, the labels are a table with the class in its first column
     transposed: bool = False  # rows and columns of the stored images are swapped
     archive: str | None = None  # the zip on the server that holds the files as `gzip/<name>.gz`
     archive_md5: str | None = None
-    constants: tuple[float, float] | None = None  # mean and deviation that the field has agreed on
+    constants: tuple[float, float] | None = None  # the usual mean and standard deviation of the pixels
 
     def file(self, role: Role) -> Published:
-        """The published file of this part of the set."""
+        """Return the published file with this role."""
         return self.files[ROLES.index(role)]
 
     @property
     def shares_names(self) -> bool:
-        """Whether other data sets have files of the same names, so that a name proves nothing."""
+        """Whether other data sets use the same file names, so that a name does not identify the set."""
         return self.files[0].name == MNIST_NAMES[0]
 
 
@@ -69,21 +69,17 @@ MNIST_NAMES = (
 )
 DIGITS = tuple(string.digits)
 MNIST_CONSTANTS = (0.1307, 0.3081)
-"""Mean and deviation of MNIST's training pixels, as the field rounds them."""
+"""Mean and standard deviation of MNIST's training pixels, rounded as is usual."""
+_NO_CHECKSUMS = (None, None, None, None)
 
 
-def _by_md5(names: tuple[str, ...], *md5s: str) -> Files:
-    a, b, c, d = (Published(name, gz_md5=md5) for name, md5 in zip(names, md5s, strict=True))
-    return a, b, c, d
-
-
-def _by_sha256(names: tuple[str, ...], *digests: str) -> Files:
-    a, b, c, d = (Published(name, sha256=digest) for name, digest in zip(names, digests, strict=True))
-    return a, b, c, d
-
-
-def _plain(*names: str) -> Files:
-    a, b, c, d = map(Published, names)
+def _files(
+    names: tuple[str, ...],
+    *,
+    gz_md5: tuple[str | None, ...] = _NO_CHECKSUMS,
+    sha256: tuple[str | None, ...] = _NO_CHECKSUMS,
+) -> Files:
+    a, b, c, d = (Published(*columns) for columns in zip(names, gz_md5, sha256, strict=True))
     return a, b, c, d
 
 
@@ -91,11 +87,13 @@ def _emnist(split: str, class_names: tuple[str, ...], first_label: int = 0) -> E
     return Entry(
         name=f"emnist-{split}",
         folder="EMNIST",
-        files=_plain(
-            f"emnist-{split}-train-images-idx3-ubyte",
-            f"emnist-{split}-train-labels-idx1-ubyte",
-            f"emnist-{split}-test-images-idx3-ubyte",
-            f"emnist-{split}-test-labels-idx1-ubyte",
+        files=_files(
+            (
+                f"emnist-{split}-train-images-idx3-ubyte",
+                f"emnist-{split}-train-labels-idx1-ubyte",
+                f"emnist-{split}-test-images-idx3-ubyte",
+                f"emnist-{split}-test-labels-idx1-ubyte",
+            )
         ),
         mirrors=("https://www.itl.nist.gov/iaui/vip/cs_links/EMNIST/",),
         class_names=class_names,
@@ -108,7 +106,7 @@ def _emnist(split: str, class_names: tuple[str, ...], first_label: int = 0) -> E
 
 _UPPER = tuple(string.ascii_uppercase)
 _LOWER = tuple(string.ascii_lowercase)
-# Where a letter's two cases look alike EMNIST merges them into the upper one.
+# EMNIST merges the two cases of a letter into the upper case where they look alike.
 _MERGED = (*DIGITS, *_UPPER, *"abdefghnqrt")
 
 ENTRIES: dict[str, Entry] = {
@@ -117,17 +115,19 @@ ENTRIES: dict[str, Entry] = {
         Entry(
             name="mnist",
             folder="MNIST",
-            files=_by_sha256(
+            files=_files(
                 MNIST_NAMES,
-                "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-                "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-                "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-                "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+                sha256=(
+                    "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+                    "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+                    "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+                    "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+                ),
             ),
             mirrors=(
                 "https://ossci-datasets.s3.amazonaws.com/mnist/",
                 "https://storage.googleapis.com/cvdf-datasets/mnist/",
-                "http://yann.lecun.com/exdb/mnist/",  # has answered 403 or 503 for years: last
+                "http://yann.lecun.com/exdb/mnist/",  # last: it has answered 403 or 503 for years
             ),
             class_names=DIGITS,
             constants=MNIST_CONSTANTS,
@@ -135,12 +135,14 @@ ENTRIES: dict[str, Entry] = {
         Entry(
             name="fashion-mnist",
             folder="FashionMNIST",
-            files=_by_md5(
+            files=_files(
                 MNIST_NAMES,
-                "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-                "25c81989df183df01b3e8a0aad5dffbe",
-                "bef4ecab320f06d8554ea6380940ec79",
-                "bb300cfdad3c16e7a12a480ee83cd310",
+                gz_md5=(
+                    "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+                    "25c81989df183df01b3e8a0aad5dffbe",
+                    "bef4ecab320f06d8554ea6380940ec79",
+                    "bb300cfdad3c16e7a12a480ee83cd310",
+                ),
             ),
             mirrors=("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
             class_names=(
@@ -159,12 +161,14 @@ ENTRIES: dict[str, Entry] = {
         Entry(
             name="kmnist",
             folder="KMNIST",
-            files=_by_md5(
+            files=_files(
                 MNIST_NAMES,
-                "bdb82020997e1d708af4cf47b453dcf7",
-                "e144d726b3acfaa3e44228e80efcd344",
-                "5c965bf0a639b31b8f53240b1b52f4d7",
-                "7320c461ea6c1c855c0b718fb2a4b134",
+                gz_md5=(
+                    "bdb82020997e1d708af4cf47b453dcf7",
+                    "e144d726b3acfaa3e44228e80efcd344",
+                    "5c965bf0a639b31b8f53240b1b52f4d7",
+                    "7320c461ea6c1c855c0b718fb2a4b134",
+                ),
             ),
             mirrors=("http://codh.rois.ac.jp/kmnist/dataset/kmnist/",),
             class_names=("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
@@ -172,17 +176,19 @@ ENTRIES: dict[str, Entry] = {
         Entry(
             name="qmnist",
             folder="QMNIST",
-            files=_by_md5(
+            files=_files(
                 (
                     "qmnist-train-images-idx3-ubyte",
                     "qmnist-train-labels-idx2-int",
                     "qmnist-test-images-idx3-ubyte",
                     "qmnist-test-labels-idx2-int",
                 ),
-                "ed72d4157d28c017586c42bc6afe6370",
-                "0058f8dd561b90ffdd0f734c6a30e5e4",
-                "1394631089c404de565df7b7aeaf9412",
-                "5b5b05890a5e13444e108efe57b788aa",
+                gz_md5=(
+                    "ed72d4157d28c017586c42bc6afe6370",
+                    "0058f8dd561b90ffdd0f734c6a30e5e4",
+                    "1394631089c404de565df7b7aeaf9412",
+                    "5b5b05890a5e13444e108efe57b788aa",
+                ),
             ),
             mirrors=("https://raw.githubusercontent.com/facebookresearch/qmnist/master/",),
             class_names=DIGITS,
@@ -194,20 +200,23 @@ ENTRIES: dict[str, Entry] = {
         _emnist("letters", _LOWER, first_label=1),
         _emnist("digits", DIGITS),
         _emnist("mnist", DIGITS),
-        # The user's own files, in MNIST's naming: nowhere to download from, nothing to compare with.
-        Entry(name="idx", folder="MNIST", files=_plain(*MNIST_NAMES)),
+        # The user's own files under MNIST's names: no mirror, and no published checksum.
+        Entry(name="idx", folder="MNIST", files=_files(MNIST_NAMES)),
     )
 }
 
 NAMES = (*ENTRIES, "generated", "auto")
-"""Every data set there is; `auto` is MNIST if it can be had, else generated digits."""
+"""All names of data sets; `auto` is MNIST if it can be found or downloaded, else generated digits."""
 
 
 def require_name(name: str, *, files: bool = False) -> None:
-    """Raise `UsageError`, with the names there are, for no data set; with `files` also for a drawn one."""
+    """Raise `UsageError`, which lists the names, if there is no data set `name`.
+
+    With `files`, also raise it for generated digits, which have no files.
+    """
     if files and name == "generated":
-        raise UsageError("generated digits are drawn when they are needed: they have no files")
+        raise UsageError("generated digits have no files: they are drawn when they are needed")
     if name not in NAMES:
         if Path(name).is_dir():
-            raise UsageError(f"there is no data set {name!r}: for a folder of your own, idx --data {name}")
+            raise UsageError(f"there is no data set {name!r}: for your own files, use idx --data {name}")
         raise UsageError(unknown("data set", name, NAMES))

@@ -1,7 +1,7 @@
-"""Data sets by name: `load("mnist", Path("data"))` finds, downloads or draws one and checks it.
+"""Load data sets by name: `load("mnist", Path("data"))` finds, downloads or draws one and checks it.
 
-Meant for one process: it reads files and the network, and gives NumPy arrays for others to be sent.
-`fetch`, `check` and `write` are `dmnist data fetch`, `check` and `generate`.
+Only one process should call this: it uses files and the network, and returns NumPy arrays that can be sent
+to others. `fetch`, `check` and `write` implement `dmnist data fetch`, `check` and `generate`.
 """
 
 import math
@@ -18,12 +18,12 @@ from . import download as downloading
 from .catalog import DIGITS, ENTRIES, MNIST_NAMES, ROLES, Entry, Role, require_name
 from .download import Progress, silent
 from .idx import one_line
-from .locate import Found, NotFoundError
+from .locate import FoundFiles, NotFoundError
 
 DRAWN = "drawn by the program"
 
-_DRAW_BLOCK = 1024  # images between two reports of progress
-_COUNT_BLOCK = 1 << 22  # pixels; `bincount` needs eight bytes for each of them
+_DRAW_BLOCK = 1024  # images between two progress reports
+_COUNT_BLOCK = 1 << 22  # pixels; `bincount` needs eight bytes for each
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Dataset:
     class_names: tuple[str, ...]
     mean: float  # of the training pixels divided by 255
     std: float
-    source: str  # for humans: the folder, or who drew it and why
+    source: str  # for people: the folder, or that the program drew it and why
 
     def arrays(self) -> dict[Role, NDArray[np.uint8]]:
-        """The four arrays by role."""
+        """Return the four arrays by role."""
         return {
             "train_images": self.train_images,
             "train_labels": self.train_labels,
@@ -51,11 +51,11 @@ class Dataset:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What `check` has to say about one file."""
+class FileCheck:
+    """The result of `check` for one file."""
 
     path: Path
-    rows: int | None  # None: not readable
+    rows: int | None  # None: missing or not readable
     sha256: str | None  # of the content, unpacked
     ok: bool
     verdict: str  # "ok", "ok (no published checksum)", or what is wrong
@@ -72,83 +72,73 @@ def load(
     mirrors: Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> Dataset:
-    """The data set `name`, found under `root`, else downloaded to there if `download` allows.
+    """Load the data set `name` from `root`; with `download`, download it to there if it is missing.
 
-    `seed`, `train_size` and `test_size` are for generated digits. `mirrors` are base addresses to ask
-    instead of the published ones. Raises UsageError for an unknown name, DataError for a set that is not
-    there and not to be had, damaged, or not what its name says. `auto` draws digits only where none of
-    MNIST's files is: one that is there was put there to be used.
+    `seed`, `train_size` and `test_size` are for generated digits. `mirrors` are base addresses that replace
+    the published ones. `auto` draws digits only if none of MNIST's files exist, because a file that exists
+    is meant to be used. Raises UsageError for an unknown name, and DataError for a set that cannot be found
+    or downloaded, is damaged, or is not what its name says.
     """
     if name == "generated":
-        return _generated(seed, train_size, test_size, DRAWN, progress)
+        return _draw(seed, train_size, test_size, DRAWN, progress)
+    entry = _entry(name)
     try:
-        found = _obtain(_entry(name), root, download, mirrors, progress)
+        found = _find_or_download(entry, root, mirrors, progress) if download else locate.find(entry, root)
     except NotFoundError as error:
         if name != "auto":
             raise
-        if error.partly:
+        if error.incomplete:
             raise DataError(
-                f"{error}; --dataset auto draws digits only where none of MNIST's files is"
+                f"{error}; --dataset auto draws digits only if none of MNIST's files exist"
             ) from error
         why = f"{DRAWN}: MNIST is not in {one_line(root)} and cannot be downloaded"
-        return _generated(seed, train_size, test_size, why, progress)
-    return _decoded(_entry(name), found)
+        return _draw(seed, train_size, test_size, why, progress)
+    return _decode(entry, found)
 
 
 def fetch(
     name: str, root: Path, *, mirrors: Sequence[str] | None = None, progress: Progress = silent
 ) -> list[Path]:
-    """Makes sure that the files of a data set are under `root`, and returns the four.
+    """Download the files of a data set unless they are under `root`, and return the paths of the four.
 
-    Raises UsageError for a name without files, DataError for what cannot be had.
+    Raises UsageError for a name without files, and DataError if the files cannot be found or downloaded.
     """
-    entry = _entry(name)
-    try:
-        found = locate.search(entry, root)
-    except NotFoundError as error:
-        if not entry.mirrors:
-            why = f"{entry.name} stands for your own files, which cannot be downloaded"
-            raise NotFoundError(f"{error}; {why}") from error
-        try:
-            downloading.fetch(entry, root, mirrors=mirrors, progress=progress)
-        except DataError as failure:
-            raise DataError(f"{entry.name} cannot be downloaded: {failure}") from failure
-        found = locate.search(entry, root)
+    found = _find_or_download(_entry(name), root, mirrors, progress)
     return [found.paths[role] for role in ROLES]
 
 
-def check(name: str, root: Path) -> list[Finding]:
-    """Looks at every file of the data set under `root`, in every place where `load` would look.
+def check(name: str, root: Path) -> list[FileCheck]:
+    """Check every file of the data set under `root`, in every folder where `load` would look.
 
-    A file that is absent beside others of its set is a finding too. Raises UsageError for a name without
-    files, DataError only when there is nothing to look at.
+    If some files of a set exist, the result includes the missing ones. Raises UsageError for a name without
+    files, and DataError only if there are no files at all.
     """
     entry = _entry(name)
     locate.require_folder(entry, root)
-    findings: list[Finding] = []
-    for folder in locate.folders(entry, root):
-        paths = locate.present(entry, folder)
+    checks: list[FileCheck] = []
+    for folder in locate.candidate_folders(entry, root):
+        paths = locate.existing_files(entry, folder)
         if paths:
-            findings += _examined(entry, folder, paths)
-    if not findings:
-        locate.search(entry, root)  # says what it looked for
-    return findings
+            checks += _check_files(entry, folder, paths)
+    if not checks:
+        locate.find(entry, root)  # raises NotFoundError, which says what is missing
+    return checks
 
 
 def write(dataset: Dataset, folder: Path, progress: Progress = silent) -> list[Path]:
-    """Writes four gzipped IDX files in MNIST's naming, which `load("idx", folder)` reads.
+    """Write four gzipped IDX files under MNIST's names, which `load("idx", folder)` reads.
 
-    Files of those names that hold something else are never replaced. Raises DataError.
+    Never replaces an existing file that holds something else. Raises DataError.
     """
-    there = locate.present(ENTRIES["idx"], folder)
+    existing = locate.existing_files(ENTRIES["idx"], folder)
     for role, array in dataset.arrays().items():
-        if role in there and idx.digest(idx.read(there[role])) != idx.digest(array):
-            raise DataError(f"{one_line(there[role])}: holds other data; give a folder without it")
-    paths = {role: folder / f"{name}.gz" for role, name in zip(ROLES, MNIST_NAMES, strict=True)} | there
+        if role in existing and idx.digest(idx.read(existing[role])) != idx.digest(array):
+            raise DataError(f"{one_line(existing[role])}: holds other data; give a folder without it")
+    paths = {role: folder / f"{name}.gz" for role, name in zip(ROLES, MNIST_NAMES, strict=True)} | existing
     done, total = 0, sum(array.nbytes for array in dataset.arrays().values())
     progress("writing files", done, total)
     for role, array in dataset.arrays().items():
-        if role not in there:
+        if role not in existing:
             idx.write(paths[role], array)
         done += array.nbytes
         progress("writing files", done, total)
@@ -160,23 +150,27 @@ def _entry(name: str) -> Entry:
     return ENTRIES["mnist" if name == "auto" else name]
 
 
-def _obtain(
-    entry: Entry, root: Path, download: bool, mirrors: Sequence[str] | None, progress: Progress
-) -> Found:
-    """The files, found or downloaded. Raises NotFoundError when neither works, DataError for bad ones."""
+def _find_or_download(
+    entry: Entry, root: Path, mirrors: Sequence[str] | None, progress: Progress
+) -> FoundFiles:
+    """Find the files, or else download them.
+
+    Raises NotFoundError if neither works, and DataError for files that cannot be used.
+    """
     try:
-        return locate.search(entry, root)
-    except NotFoundError as absent:
-        if not download or not entry.mirrors:
-            raise
+        return locate.find(entry, root)
+    except NotFoundError as error:
+        if not entry.mirrors:
+            why = f"{entry.name} stands for your own files, which cannot be downloaded"
+            raise NotFoundError(f"{error}; {why}", incomplete=error.incomplete) from error
         try:
             downloading.fetch(entry, root, mirrors=mirrors, progress=progress)
-        except DataError as error:
-            raise NotFoundError(f"{absent} and {error}", partly=absent.partly) from error
-    return locate.search(entry, root)
+        except DataError as failure:
+            raise NotFoundError(f"{error} and {failure}", incomplete=error.incomplete) from failure
+    return locate.find(entry, root)
 
 
-def _decoded(entry: Entry, found: Found) -> Dataset:
+def _decode(entry: Entry, found: FoundFiles) -> Dataset:
     paths, stored = found.paths, found.arrays
     train_images = decode.images(entry, paths["train_images"], stored["train_images"])
     train_labels = decode.labels(entry, paths["train_labels"], stored["train_labels"])
@@ -199,23 +193,23 @@ def _decoded(entry: Entry, found: Found) -> Dataset:
     )
 
 
-def _generated(seed: int, train_size: int, test_size: int, source: str, progress: Progress) -> Dataset:
-    from . import generated  # noqa: PLC0415 - builds tables that other sets do not need
+def _draw(seed: int, train_size: int, test_size: int, source: str, progress: Progress) -> Dataset:
+    from . import generated  # noqa: PLC0415 - the import builds tables that other sets do not need
 
     if min(train_size, test_size) < 1:
         raise DataError(f"generated digits: sizes must be at least 1, not {train_size} and {test_size}")
 
-    def draw(split: str, size: int, before: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    def draw_split(split: str, size: int, before: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         images = np.empty((size, decode.SIDE, decode.SIDE), np.uint8)
         labels = np.empty(size, np.uint8)
         for start in range(0, size, _DRAW_BLOCK):
-            part = slice(start, min(start + _DRAW_BLOCK, size))
-            images[part], labels[part] = generated.draw(part.stop - start, split, seed, start=start)
-            progress("drawing digits", before + part.stop, train_size + test_size)
+            stop = min(start + _DRAW_BLOCK, size)
+            images[start:stop], labels[start:stop] = generated.draw(stop - start, split, seed, start=start)
+            progress("drawing digits", before + stop, train_size + test_size)
         return images, labels
 
-    train_images, train_labels = draw("train", train_size, 0)
-    test_images, test_labels = draw("test", test_size, train_size)
+    train_images, train_labels = draw_split("train", train_size, 0)
+    test_images, test_labels = draw_split("test", test_size, train_size)
     mean, std = pixel_statistics(train_images)
     return Dataset(
         "generated", train_images, train_labels, test_images, test_labels, DIGITS, mean, std, source
@@ -223,16 +217,16 @@ def _generated(seed: int, train_size: int, test_size: int, source: str, progress
 
 
 def pixel_statistics(images: NDArray[np.uint8]) -> tuple[float, float]:
-    """Mean and deviation of `images / 255`, from integer sums: the same to the last bit everywhere.
+    """Return mean and standard deviation of `images / 255`.
 
-    `images` is a non-empty C-contiguous uint8 array of any shape. A deviation of 0 is given as 1, so that
-    it can be divided by.
+    Both come from integer sums, so they are the same to the last bit everywhere. `images` is a non-empty
+    C-contiguous uint8 array of any shape. A deviation of 0 is returned as 1, so that it can be a divisor.
     """
     pixels = images.reshape(-1)
     histogram = np.zeros(256, np.int64)
     for start in range(0, pixels.size, _COUNT_BLOCK):
         histogram += np.bincount(pixels[start : start + _COUNT_BLOCK], minlength=256)
-    counts: list[int] = histogram.tolist()  # Python's integers do not overflow
+    counts: list[int] = histogram.tolist()  # Python integers do not overflow
     total = sum(value * count for value, count in enumerate(counts))
     squares = sum(value * value * count for value, count in enumerate(counts))
     scale = 255 * pixels.size
@@ -240,20 +234,20 @@ def pixel_statistics(images: NDArray[np.uint8]) -> tuple[float, float]:
     return total / scale, math.sqrt(variance) or 1.0
 
 
-def _examined(entry: Entry, folder: Path, paths: dict[Role, Path]) -> list[Finding]:
-    """A finding for each of the set's four files, of which `paths` are in `folder`."""
-    findings: list[Finding] = []
+def _check_files(entry: Entry, folder: Path, paths: dict[Role, Path]) -> list[FileCheck]:
+    """Check each of the set's four files; `paths` are those that exist in `folder`."""
+    checks: list[FileCheck] = []
     rows: dict[Role, int] = {}
     for role in ROLES:
         if role not in paths:
-            findings.append(Finding(folder / entry.file(role).name, None, None, False, "missing"))
+            checks.append(FileCheck(folder / entry.file(role).name, None, None, False, "missing"))
             continue
         path, sha256 = paths[role], None
         try:
             array = idx.read(path)
             sha256 = idx.digest(array)
             rows[role] = len(array) if array.ndim else 1
-            ok, verdict = locate.judge(entry, role, path, array)
+            ok, verdict = locate.verify(entry, role, path, array)
             if role in ("train_images", "test_images"):
                 decode.images(entry, path, array)
             else:
@@ -263,5 +257,5 @@ def _examined(entry: Entry, folder: Path, paths: dict[Role, Path]) -> list[Findi
                     decode.require_pairs(paths[images], rows[images], path, rows[role])
         except DataError as error:
             ok, verdict = False, str(error).removeprefix(f"{one_line(path)}: ")
-        findings.append(Finding(path, rows.get(role), sha256, ok, verdict))
-    return findings
+        checks.append(FileCheck(path, rows.get(role), sha256, ok, verdict))
+    return checks

@@ -1,6 +1,6 @@
-"""From the arrays as a data set's files hold them to images and labels that mean the same in every set.
+"""Convert the arrays in a data set's files to images and labels in one common form.
 
-The traps: EMNIST's images are stored transposed, the labels of its letters count from 1, and QMNIST's
+The differences: EMNIST stores its images transposed, the labels of EMNIST Letters start at 1, and QMNIST's
 labels are a table with the class in the first of eight columns.
 """
 
@@ -15,11 +15,11 @@ from .catalog import Entry
 from .idx import one_line
 
 SIDE = 28  # pixels
-MAX_CLASSES = 256  # what a uint8 label can tell apart
+MAX_CLASSES = 256  # labels are uint8
 
 
 def images(entry: Entry, path: Path, stored: NDArray[Any]) -> NDArray[np.uint8]:
-    """Upright images, uint8 `(n, 28, 28)`, C-contiguous. Raises DataError naming `path`."""
+    """Return upright images, uint8 `(n, 28, 28)`, C-contiguous. Raises DataError naming `path`."""
     if stored.dtype != np.uint8 or stored.ndim != 3 or stored.shape[1:] != (SIDE, SIDE):
         raise DataError(
             f"{one_line(path)}: holds {stored.dtype} {_shape(stored)}, images are uint8 (n, {SIDE}, {SIDE})"
@@ -30,29 +30,29 @@ def images(entry: Entry, path: Path, stored: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def labels(entry: Entry, path: Path, stored: NDArray[Any]) -> NDArray[np.uint8]:
-    """Classes counted from 0, uint8 `(n,)`, C-contiguous. Raises DataError naming `path`."""
+    """Return classes counted from 0, uint8 `(n,)`, C-contiguous. Raises DataError naming `path`."""
     shape = (entry.label_columns,) if entry.label_columns > 1 else ()
     if stored.dtype.kind not in "iu" or stored.shape[1:] != shape or not stored.ndim:
-        wanted = f"(n, {entry.label_columns})" if shape else "(n,)"
+        expected = f"(n, {entry.label_columns})" if shape else "(n,)"
         raise DataError(
-            f"{one_line(path)}: holds {stored.dtype} {_shape(stored)}, labels are integers {wanted}"
+            f"{one_line(path)}: holds {stored.dtype} {_shape(stored)}, labels are integers {expected}"
         )
     if not len(stored):
         raise DataError(f"{one_line(path)}: no labels in it")
-    column = stored[:, 0] if shape else stored
+    classes = stored[:, 0] if shape else stored
     low = entry.first_label
     high = low + (len(entry.class_names) or MAX_CLASSES) - 1
-    wrong = np.flatnonzero((column < low) | (column > high))
-    if len(wrong):
+    wrong_rows = np.flatnonzero((classes < low) | (classes > high))
+    if len(wrong_rows):
         raise DataError(
-            f"{one_line(path)}: label {column[wrong[0]]} in row {wrong[0]}, "
+            f"{one_line(path)}: label {classes[wrong_rows[0]]} in row {wrong_rows[0]}, "
             f"but {entry.name} has labels from {low} to {high}"
         )
-    return np.ascontiguousarray(column - low, dtype=np.uint8)
+    return np.ascontiguousarray(classes - low, dtype=np.uint8)
 
 
 def require_pairs(images_path: Path, image_count: int, labels_path: Path, label_count: int) -> None:
-    """Raises DataError unless there is a label for each image."""
+    """Raise DataError unless there are as many labels as images."""
     if image_count != label_count:
         raise DataError(
             f"{one_line(labels_path)}: {label_count} labels, but {one_line(images_path.name)} "

@@ -1,7 +1,8 @@
-"""Downloading a data set: mirrors in turn, verified, written aside, renamed into torchvision's layout.
+"""Download a data set from its mirrors, verify it, and store it in torchvision's layout.
 
-A file appears under its name whole and verified, or not at all; fetching it twice at once does no harm.
-A broken transfer is tried again; a mirror that does not answer is not asked for the next file.
+A download goes to a temporary file, which gets its final name only when it is complete and verified, so two
+downloads of the same file at once do no harm. A broken transfer is tried again. A mirror that does not
+answer is not used for the other files.
 """
 
 import contextlib
@@ -17,41 +18,44 @@ from ..errors import DataError
 from . import idx
 from .catalog import ROLES, Entry, Published
 from .idx import one_line
-from .locate import md5_of, own_folder, present
+from .locate import existing_files, md5_of, torchvision_folder
 
 Progress = Callable[[str, int, int | None], None]
-"""Called with what is being done, how much of it is done, and of how much (None: not known)."""
+"""Called with a description, the amount done, and the total amount (None: unknown)."""
 
 _CONNECT_SECONDS = 5
-_READ_SECONDS = 30  # between two pieces, not for all of them
+_READ_SECONDS = 30  # between two chunks, not for the whole file
 _ATTEMPTS = 2
-_MAX_BYTES = 1 << 30  # the largest file wanted here has 562 MB; a server gone wild must not fill the disk
+_MAX_BYTES = 1 << 30  # the largest file needed has 562 MB; a faulty server must not fill the disk
 _CHUNK = 1 << 16
 
 
 def silent(description: str, done: int, total: int | None) -> None:
-    """The `Progress` that shows nothing."""
+    """A `Progress` that shows nothing."""
 
 
 class _MirrorError(Exception):
-    """Why one mirror did not deliver, in a few words."""
+    """A download from one mirror failed. The text says why in a few words."""
 
-    def __init__(self, reason: str, *, unreachable: bool = False, again: bool = False) -> None:
+    def __init__(self, reason: str, *, unreachable: bool = False, retry: bool = False) -> None:
         super().__init__(reason)
         self.unreachable = unreachable
-        self.again = again  # another try may help
+        self.retry = retry  # another attempt may succeed
 
 
 @dataclass
 class _Mirrors:
-    """Base addresses in turn, and what is known about those that do not answer."""
+    """The base addresses of the mirrors, and the reasons why some cannot be reached."""
 
     bases: Sequence[str]
     progress: Progress
     unreachable: dict[str, str] = field(default_factory=dict)
 
     def download(self, name: str, destination: Path, verify: Callable[[Path], str | None]) -> None:
-        """Gets `name` from the first mirror whose copy `verify` finds nothing wrong with."""
+        """Download `name` from the first mirror whose copy passes `verify`, which returns None or an error.
+
+        Raises DataError with each mirror's reason if all fail, or if the file cannot be written.
+        """
         reasons: dict[str, str] = {}
         try:
             with written_aside(destination) as part:
@@ -67,7 +71,7 @@ class _Mirrors:
             ) from error
 
     def _failure(self, name: str, reasons: dict[str, str]) -> str:
-        """Why no mirror delivered; those that share a reason share its mention."""
+        """Return the message for a file that no mirror provided, with mirrors grouped by reason."""
         grouped: dict[str, list[str]] = {}
         for base, reason in reasons.items():
             hosts = grouped.setdefault(reason, [])
@@ -81,8 +85,8 @@ class _Mirrors:
         return f"no mirror has {name}: {shown}"
 
     def _try(self, base: str, name: str, part: Path, verify: Callable[[Path], str | None]) -> str | None:
-        """Downloads into `part`; returns None, or why it failed."""
-        reason = "not asked"
+        """Download from one mirror into `part`. Return None, or why it failed."""
+        reason = "not tried"
         for _ in range(_ATTEMPTS):
             try:
                 _transfer(f"{base.rstrip('/')}/{name}", part, name, self.progress)
@@ -91,7 +95,7 @@ class _Mirrors:
                 reason = str(failure)
                 if failure.unreachable:
                     self.unreachable[base] = reason
-                if not failure.again:
+                if not failure.retry:
                     break
         return reason
 
@@ -99,32 +103,32 @@ class _Mirrors:
 def fetch(
     entry: Entry, root: Path, *, mirrors: Sequence[str] | None = None, progress: Progress = silent
 ) -> list[Path]:
-    """Downloads those files of the set that torchvision's folder under `root` lacks; returns all four.
+    """Download the files of the set that torchvision's folder under `root` lacks. Return all four paths.
 
-    `mirrors` are base addresses to ask instead of the published ones. Files that are there are taken to
-    be right. Raises DataError, which names each mirror's reason: nothing to download from, all mirrors
-    failed, no space, or a folder that cannot be written.
+    `mirrors` are base addresses that replace the published ones. Existing files are not verified here.
+    Raises DataError if there are no mirrors, if all fail (with each one's reason), or if the files cannot
+    be written.
     """
     bases = entry.mirrors if mirrors is None else mirrors
     for base in bases:
         if not base.startswith(("http://", "https://")):
             raise DataError(f"{one_line(base)}: a mirror's address starts with http:// or https://")
-    folder = own_folder(entry, root)
-    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder = torchvision_folder(entry, root)
+    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         return _fetch_into(folder, entry, _Mirrors(bases, progress))
     except DataError:
-        for place in new:
-            with contextlib.suppress(OSError):  # not empty, or never made
-                place.rmdir()
+        for path in new_folders:
+            with contextlib.suppress(OSError):  # not empty, or never created
+                path.rmdir()
         raise
 
 
-def _fetch_into(folder: Path, entry: Entry, sources: _Mirrors) -> list[Path]:
-    paths = present(entry, folder)
+def _fetch_into(folder: Path, entry: Entry, mirrors: _Mirrors) -> list[Path]:
+    paths = existing_files(entry, folder)
     archive: Path | None = None
     if entry.archive and len(paths) < len(ROLES):
-        archive = _archive(entry, entry.archive, folder, sources)
+        archive = _fetch_archive(entry, entry.archive, folder, mirrors)
     for role in ROLES:
         if role in paths:
             continue
@@ -133,14 +137,14 @@ def _fetch_into(folder: Path, entry: Entry, sources: _Mirrors) -> list[Path]:
         if archive:
             _extract(archive, f"gzip/{published.name}.gz", paths[role])
         else:
-            sources.download(
+            mirrors.download(
                 paths[role].name, paths[role], lambda part, file=published: _problem(file, part)
             )
     return [paths[role] for role in ROLES]
 
 
 def _problem(published: Published, part: Path) -> str | None:
-    """What is wrong with the downloaded file, in a few words, or None."""
+    """Return what is wrong with the downloaded file, in a few words, or None."""
     if published.sha256:
         try:
             found, expected = idx.digest(idx.read(part)), published.sha256
@@ -152,12 +156,12 @@ def _problem(published: Published, part: Path) -> str | None:
     return None if found == expected else f"wrong content: {kind} {found[:12]}…, not {expected[:12]}…"
 
 
-def _archive(entry: Entry, name: str, folder: Path, sources: _Mirrors) -> Path:
-    """The set's zip, downloaded unless it is there; it stays, for the sets that share it."""
+def _fetch_archive(entry: Entry, name: str, folder: Path, mirrors: _Mirrors) -> Path:
+    """Return the set's zip file, downloaded unless it exists. It is kept, because other sets share it."""
     published = Published(name, gz_md5=entry.archive_md5)
     path = folder / name
     if not path.is_file() or _problem(published, path):
-        sources.download(name, path, lambda part: _problem(published, part))
+        mirrors.download(name, path, lambda part: _problem(published, part))
     return path
 
 
@@ -179,11 +183,11 @@ def _extract(archive: Path, member: str, destination: Path) -> None:
 
 
 def _transfer(url: str, part: Path, name: str, progress: Progress) -> None:
-    """One request, its answer written to `part`. Raises _MirrorError, or OSError for `part`."""
-    import requests  # noqa: PLC0415 - not at import: slow, and hardly ever needed
+    """Make one request and write the response to `part`. Raises _MirrorError, or OSError for `part`."""
+    import requests  # noqa: PLC0415 - slow to import, and rarely needed
     import urllib3  # noqa: PLC0415
 
-    # As it is: a server that unpacks or packs on the way would change the checksum.
+    # Without this, a server could compress or unpack the file in transit, which changes the checksum.
     headers = {"Accept-Encoding": "identity"}
     try:
         with (
@@ -205,7 +209,7 @@ def _transfer(url: str, part: Path, name: str, progress: Progress) -> None:
                 file.write(chunk)
                 progress(name, done, total)
     except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError) as error:
-        raise _MirrorError("broke off the transfer", again=True) from error
+        raise _MirrorError("broke off the transfer", retry=True) from error
     except requests.Timeout as error:
         raise _MirrorError("did not answer in time", unreachable=True) from error
     except requests.ConnectionError as error:
@@ -215,5 +219,5 @@ def _transfer(url: str, part: Path, name: str, progress: Progress) -> None:
 
 
 def _host(base: str) -> str:
-    """The host of a base address, without the password that may stand before it."""
+    """Return the host of a base address, without a user name or password."""
     return one_line(base.partition("//")[2].partition("/")[0].rpartition("@")[2] or base)

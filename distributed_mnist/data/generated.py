@@ -1,13 +1,13 @@
-"""Digits drawn by the program itself: as many as you like, without a network, the same on every machine.
+"""Draw any number of digits without files or a network, the same on every machine.
 
-`draw(60_000, "train", seed)` gives images and labels in MNIST's format. A digit is a path of pen strokes
-(`strokes`) whose points are shaken, slanted and bent at random, joined by a smooth curve, fitted to
-MNIST's box of 20 by 20 pixels, centred by mass, and inked by a soft round pen.
+`draw(60_000, "train", seed)` returns images and labels in MNIST's format. A digit is a path of pen strokes
+(`strokes`) whose points are shaken, slanted and bent at random, connected by a smooth curve, fitted to
+MNIST's box of 20 by 20 pixels, centred by mass, and drawn with a soft round pen.
 
-**Every bit is the same everywhere.** A sum of floats depends on the order of its terms, and libraries
-choose that order by processor; `exp` and `sin` differ in their last bit. So whatever is summed here
-(curves, centres, ink) consists of integers small enough that floats hold every partial sum exactly, and
-all other arithmetic is `+ - * /` and `sqrt`, element by element, which IEEE 754 defines to the last bit.
+**Every bit is the same everywhere.** A sum of floats depends on the order of its terms, which libraries
+choose by processor, and `exp` and `sin` differ in their last bit. Therefore, everything that is summed here
+(curves, centres, ink) consists of integers that are small enough for floats to hold every partial sum
+exactly. All other arithmetic is element-wise `+ - * /` and `sqrt`, which IEEE 754 defines to the last bit.
 """
 
 import functools
@@ -23,48 +23,50 @@ from .strokes import PATHS
 SIDE = 28
 CLASSES = len(PATHS)
 
-_CHUNK = 256  # images drawn at once: few enough to stay in the processor's cache
-_CONTROLS = 16  # points that a path may have
+_CHUNK = 256  # images drawn at once: few enough to fit in the processor's cache
+_CONTROLS = 16  # maximum number of points in a path
 _SAMPLES = 48  # points at which the pen touches the paper, about 1 pixel apart
-_SHAPE_WORDS = 20  # random words for the drawing as a whole, beside two for each point
-_WORDS = _SHAPE_WORDS + 2 * _CONTROLS  # per image; a multiple of 4, as `keys.random_bits` wants
+_SHAPE_WORDS = 20  # random words for the drawing as a whole, in addition to two for each point
+_WORDS = _SHAPE_WORDS + 2 * _CONTROLS  # per image; `random_keys.random_bits` needs a multiple of 4
 
 _GRID = 16  # control points are integers in 1/16 of a path's unit
 _BASIS = 512  # spline weights are integers in 1/512
 _SUBPIXEL = 16  # the pen is placed to 1/16 pixel
 
-# How much hands differ, to either side; evenly, because the rare extremes of a normal distribution would
-# be illegible while the bulk was still too easy. Chosen so that models rank about as on MNIST.
-_SHAKE = 6.2  # of each point, in units of a path
-_BEND = 0.34  # of each coefficient of the bending, for a drawing that reaches from -1 to 1
+# How much handwriting varies: the largest deviation to either side. The distribution is uniform, because
+# the rare extremes of a normal distribution would be illegible while most digits were still too easy. The
+# values are chosen so that models rank about as on MNIST.
+_SHAKE = 6.2  # of each point, in path units
+_BEND = 0.34  # of each bending coefficient, for a drawing that reaches from -1 to 1
 _WIDTH = 0.4  # of the width, as a factor
-_TURN = 0.36  # the tangent of the angle
-_SLANT = 0.6  # of the run per height; the mean is 0.2, to the right
+_TURN = 0.36  # of the tangent of the angle
+_SLANT = 0.6  # of the horizontal shift per height; the mean is 0.2, to the right
 
 _BOX = 20.0  # pixels into which a digit is fitted
-_MIDDLE = 14.5  # where its centre of mass goes, give or take half a pixel: MNIST has it there too
+_MIDDLE = 14.5  # position of the centre of mass, plus or minus half a pixel, as in MNIST
 _INK = 10.0  # weight of a touch per pixel of path and unit of pressure
-_PEN_RADII = (2.6, 2.9, 3.2, 3.6)  # pixels at which the ink of one touch ends: hard to soft
+_PEN_RADII = (2.6, 2.9, 3.2, 3.6)  # pixels from the middle of a touch to the end of its ink: hard to soft
 _PEN_PEAK = 64  # ink in the middle of a touch: 64 along x times 64 along y
-_MAX_WEIGHT = 85  # of a touch: 48 * 85 * 64 * 64 < 2**24, so float32 adds ink exactly
-_TONE_SHIFT = 2.0**-8  # ink to grey; a power of two, so exact
-_TONE_START = 4_500.0  # ink below this leaves the paper black
+_MAX_WEIGHT = 85  # of a touch: 48 * 85 * 64 * 64 < 2**24, so float32 sums of ink are exact
+_TONE_SHIFT = 2.0**-8  # ink to grey value; a power of two, so exact
+_TONE_START = 4_500.0  # with less ink than this, a pixel stays black
 
 
 class _Glyphs(NamedTuple):
-    """All ways of writing all digits, as arrays: way `first[label] + k`, k below `ways[label]`."""
+    """All variants of all digits, as arrays. Digit `label` has the glyphs `first[label] + k`,
+    `k < variants[label]`."""
 
     first: NDArray[np.uint64]  # (10,)
-    ways: NDArray[np.uint64]  # (10,)
-    controls: NDArray[np.float64]  # (glyphs, 2, _CONTROLS): x and y in path units from the middle
-    basis: NDArray[np.float32]  # (glyphs, _CONTROLS, 2 * _SAMPLES): integers; places, then steps
+    variants: NDArray[np.uint64]  # (10,)
+    controls: NDArray[np.float64]  # (glyphs, 2, _CONTROLS): x and y from the middle, in path units
+    basis: NDArray[np.float32]  # (glyphs, _CONTROLS, 2 * _SAMPLES): integers; positions, then steps
 
 
 def draw(count: int, *key_parts: int | str, start: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Digits number `start` to `start + count - 1` of the set under this key.
+    """Draw the digits `start` to `start + count - 1` of the set with this key.
 
     Returns images, uint8 `(count, 28, 28)`, white (255) on black (0), and labels, uint8 `(count,)`, 0 to 9.
-    Image `i` depends on the key and `i` alone, so a set can be drawn in parts, by anyone, in any order.
+    Image `i` depends only on the key and `i`, so any process can draw any part of a set in any order.
     Raises ValueError if `count` or `start` is negative.
     """
     if count < 0 or start < 0:
@@ -79,14 +81,14 @@ def draw(count: int, *key_parts: int | str, start: int = 0) -> tuple[NDArray[np.
 
 
 def _draw_chunk(bits: NDArray[np.uint64]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Images `(n, 28, 28)` and labels `(n,)` from random words `(n, _WORDS)`."""
+    """Return images `(n, 28, 28)` and labels `(n,)` for random words `(n, _WORDS)`."""
     glyphs = _glyphs()
     labels = bits[:, 0] % np.uint64(CLASSES)
-    glyph = glyphs.first[labels] + bits[:, 1] % glyphs.ways[labels]
+    glyph = glyphs.first[labels] + bits[:, 1] % glyphs.variants[labels]
     pen = bits[:, 2] % np.uint64(len(_PEN_RADII))
     shape = 2.0 * random_keys.uniform(bits[:, 3:_SHAPE_WORDS].T) - 1.0
     shake = 2.0 * random_keys.uniform(bits[:, _SHAPE_WORDS:]).reshape(-1, 2, _CONTROLS) - 1.0
-    rough = bits[:, -_SAMPLES:]  # `uniform` has used the upper 53 bits of each word, these take the last
+    rough = bits[:, -_SAMPLES:]  # `_roughen` uses the last bits of each word, `uniform` the upper 53
 
     controls = _bend(glyphs.controls[glyph] + _SHAKE * shake, shape)
     curve = np.matmul(np.rint(controls * _GRID).astype(np.float32), glyphs.basis[glyph])
@@ -95,7 +97,7 @@ def _draw_chunk(bits: NDArray[np.uint64]) -> tuple[NDArray[np.uint8], NDArray[np
 
 
 def _bend(controls: NDArray[np.float64], shape: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Points `(n, 2, _CONTROLS)` made wider or narrower, bent by parabolas, turned and slanted."""
+    """Make points `(n, 2, _CONTROLS)` wider or narrower, bend them by parabolas, turn and slant them."""
     width, *bend, turn, slant = shape[:9, :, None]
     x, y = controls[:, 0] * 0.02, controls[:, 1] * 0.02  # within about -1 to 1
     x, y = (
@@ -109,10 +111,11 @@ def _bend(controls: NDArray[np.float64], shape: NDArray[np.float64]) -> NDArray[
 def _fit(
     curve: NDArray[np.float64], shape: NDArray[np.float64], pen: NDArray[np.uint64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Where the pen touches, integers `(n, 2, _SAMPLES)` in subpixels, and how heavily, `(n, _SAMPLES)`.
+    """Return where and how heavily the pen touches the paper, fitted to MNIST's box.
 
-    The larger side of the drawing, ink included, becomes 20 pixels, and its centre of mass the middle of
-    the image, as in MNIST. A touch weighs as much as the piece of path that it stands for is long.
+    The positions are integers `(n, 2, _SAMPLES)` in subpixels, the weights `(n, _SAMPLES)`. The larger side
+    of the drawing, ink included, becomes 20 pixels, and its centre of mass moves to the middle of the
+    image, as in MNIST. A touch weighs in proportion to the length of the piece of path that it represents.
     """
     heavy, taper, swell = shape[9:12, :, None]
     place, step = curve[:, :, :_SAMPLES], curve[:, :, _SAMPLES:]
@@ -133,7 +136,7 @@ def _fit(
 
 
 def _roughen(places: NDArray[np.int64], bits: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Touches moved by up to a quarter pixel each way: paper and pen leave no edge quite smooth."""
+    """Move each touch by up to a quarter pixel in x and y, because real edges of ink are not smooth."""
     seven = np.uint64(7)
     return places + np.stack((bits & seven, bits >> np.uint64(3) & seven), axis=1).astype(np.int64) - 4
 
@@ -141,9 +144,9 @@ def _roughen(places: NDArray[np.int64], bits: NDArray[np.uint64]) -> NDArray[np.
 def _ink(
     places: NDArray[np.int64], weights: NDArray[np.float32], pen: NDArray[np.uint64]
 ) -> NDArray[np.uint8]:
-    """Images `(n, 28, 28)`: the touches' ink added up, then limited to what paper can hold.
+    """Return images `(n, 28, 28)`: the sum of the touches' ink, clipped to 0 to 255.
 
-    A round soft touch is a profile along y times one along x, so that adding them all is a matrix product.
+    A round soft touch is a profile along y times a profile along x, so the sum is a matrix product.
     """
     profiles = _pen_profiles()
     rows = (
@@ -160,9 +163,10 @@ def _ink(
 
 @functools.cache
 def _pen_profiles() -> NDArray[np.float32]:
-    """Ink of a touch at each subpixel of a line on its 28 pixels: integers `(pens * 28 * _SUBPIXEL, 28)`.
+    """Return the ink on a line of 28 pixels for a touch at each of its subpixels.
 
-    (1 - (d/R)**2)**6 is close to a Gaussian of deviation R / sqrt(12), ends at R, and needs no `exp`.
+    The result has integers `(pens * 28 * _SUBPIXEL, 28)`. The profile is (1 - (d/R)**2)**6, which is close
+    to a Gaussian of standard deviation R / sqrt(12), ends at R, and needs no `exp`.
     """
     profiles = np.empty((len(_PEN_RADII), SIDE * _SUBPIXEL, SIDE), np.float32)
     place = (np.arange(SIDE * _SUBPIXEL)[:, None] + 0.5) / _SUBPIXEL
@@ -175,18 +179,18 @@ def _pen_profiles() -> NDArray[np.float32]:
 
 @functools.cache
 def _glyphs() -> _Glyphs:
-    """The tables of `strokes`, ready for use."""
-    ways = np.array([len(paths) for paths in PATHS], np.uint64)
+    """Convert the paths in `strokes` to arrays."""
+    variants = np.array([len(paths) for paths in PATHS], np.uint64)
     controls, basis = zip(*(_spline(path) for paths in PATHS for path in paths), strict=True)
-    return _Glyphs(np.cumsum(ways) - ways, ways, np.stack(controls), np.stack(basis))
+    return _Glyphs(np.cumsum(variants) - variants, variants, np.stack(controls), np.stack(basis))
 
 
 def _spline(path: str) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-    """One path's controls `(2, _CONTROLS)` and basis `(_CONTROLS, 2 * _SAMPLES)`, padded with zeros.
+    """Return a path's controls `(2, _CONTROLS)` and basis `(_CONTROLS, 2 * _SAMPLES)`, padded with zeros.
 
-    `controls @ basis` gives the samples' places on a Catmull-Rom spline through the points of each stroke,
-    and the step from one sample to the next, both times `_BASIS`. Equal points are one control, so
-    that strokes which meet still meet when shaken.
+    `controls @ basis` gives the samples' positions on a Catmull-Rom spline through the points of each
+    stroke, and the step from one sample to the next, both times `_BASIS`. Equal points are one control, so
+    that strokes that meet still meet when they are shaken.
     """
     strokes = [stroke.split() for stroke in path.split("|")]
     names = list(dict.fromkeys(name for stroke in strokes for name in stroke))
@@ -200,7 +204,7 @@ def _spline(path: str) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
         for around in _neighbours(stroke)
         for length in [_distance(points[around[1]], points[around[2]])]
     ]
-    spacing = math.fsum(length for length, _ in segments) / _SAMPLES  # `sum` rounds by Python's version
+    spacing = math.fsum(length for length, _ in segments) / _SAMPLES  # `sum` differs by Python version
     basis = np.zeros((_CONTROLS, 2, _SAMPLES))
     passed = 0.0  # length of the segments before this one
     segment = iter(segments)
@@ -217,7 +221,7 @@ def _spline(path: str) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
 
 
 def _neighbours(stroke: list[str]) -> list[list[str]]:
-    """For each piece of a stroke, from point to point, these two and the ones before and after."""
+    """Return, for each segment of a stroke, its two points and the points before and after it."""
     closed = stroke[0] == stroke[-1]
     before, after = (stroke[-2], stroke[1]) if closed else (stroke[0], stroke[-1])
     padded = [before, *stroke, after]
@@ -229,7 +233,7 @@ def _distance(a: tuple[int, int], b: tuple[int, int]) -> float:
 
 
 def _catmull_rom(t: float) -> tuple[float, float, float, float]:
-    """Weights of four neighbouring points at `t` between the second (0) and the third (1)."""
+    """Return the weights of four neighbouring points at `t`, from the second point (0) to the third (1)."""
     return (
         0.5 * (-t + 2 * t * t - t * t * t),
         0.5 * (2 - 5 * t * t + 3 * t * t * t),
@@ -239,7 +243,7 @@ def _catmull_rom(t: float) -> tuple[float, float, float, float]:
 
 
 def _catmull_rom_speed(t: float) -> tuple[float, float, float, float]:
-    """The derivatives of `_catmull_rom`."""
+    """Return the derivatives of `_catmull_rom`."""
     return (
         0.5 * (-1 + 4 * t - 3 * t * t),
         0.5 * (-10 * t + 9 * t * t),

@@ -1,11 +1,11 @@
-"""IDX, the file format of MNIST, raw or gzipped: `read(path)` and `write(path, array)`.
+"""Read and write IDX, the file format of MNIST, raw or gzipped: `read(path)` and `write(path, array)`.
 
-A file is two zero bytes, one byte for the type, one for the number of dimensions, the dimensions as
-unsigned 32-bit integers, then the numbers, all big-endian (Y. LeCun, "The MNIST database"). Whether a
-file is gzipped is decided by how it starts, not by its name.
+A file has two zero bytes, one byte for the type, one for the number of dimensions, the dimensions as
+unsigned 32-bit integers, then the numbers, all big-endian (Y. LeCun, "The MNIST database"). The first bytes
+of a file, not its name, determine whether it is gzipped.
 
-Any bytes whatever give an array or a `DataError` of one line, in memory bounded by what is really there:
-a header is a promise, never a reason to allocate.
+Any input gives an array or a one-line `DataError`. Memory use is bounded by the bytes that the file really
+has: nothing is allocated because a header declares it.
 """
 
 import gzip
@@ -34,7 +34,7 @@ _DTYPES: dict[int, np.dtype[Any]] = {
     0x0E: np.dtype(">f8"),
 }
 _MAX_DIMENSIONS = 32  # NumPy before 2.0 has no more
-_MAX_BYTES = 4 << 30  # 5 million images; what a small gzip bomb may unfold to at most
+_MAX_BYTES = 4 << 30  # 5 million images; limits what a small gzip bomb can unpack to
 _CHUNK = 1 << 20
 
 
@@ -43,31 +43,33 @@ class _Readable(Protocol):
 
 
 def one_line(path: Path | str) -> str:
-    """`path` for a message: as it is, or quoted and escaped if it holds a newline or the like."""
+    """Return `path` for a message, quoted and escaped if it has unprintable characters like newlines."""
     text = str(path)
     return text if text.isprintable() else ascii(text)
 
 
 def read(path: Path) -> NDArray[Any]:
-    """The array in the file, of its shape, in native byte order, C-contiguous and writable.
+    """Return the array in the file, in native byte order, C-contiguous and writable.
 
-    Raises DataError: no such file, not a file, unreadable, or anything that `parse` refuses.
+    Raises DataError if the file does not exist, is not a regular file, is unreadable, or is invalid (see
+    `parse`).
     """
     name = one_line(path)
     try:
-        # Looked at before it is opened: opening a pipe would wait for someone to write into it.
+        # Check before opening: opening a named pipe would wait for a writer.
         if not stat.S_ISREG(path.stat().st_mode):
             raise DataError(f"{name}: not a file")
         with path.open("rb") as file:
             return _unpack(file, name)
-    except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it
+    except (OSError, ValueError) as error:  # ValueError: a name that contains NUL
         raise DataError(f"{name}: {getattr(error, 'strerror', None) or 'cannot be read'}") from error
 
 
 def parse(data: bytes, name: str) -> NDArray[Any]:
-    """The array in `data`, the bytes of an IDX file, raw or gzipped; `name` is for messages.
+    """Return the array in `data`, the bytes of an IDX file, raw or gzipped; `name` is for messages.
 
-    Raises DataError: truncated, trailing bytes, no IDX header, absurd dimensions, gzip damage.
+    Raises DataError for truncated data, trailing bytes, no IDX header, invalid dimensions, or damaged gzip
+    data.
     """
     return _unpack(io.BytesIO(data), name)
 
@@ -75,7 +77,7 @@ def parse(data: bytes, name: str) -> NDArray[Any]:
 def _unpack(file: BinaryIO, name: str) -> NDArray[Any]:
     zipped = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
     file.seek(0)
-    # `read1` gives what there is and fails only afterwards, so that a message can say how far it got.
+    # `read1` returns the bytes before the damage and fails only afterwards, so the message can count them.
     stream: Any = gzip.GzipFile(fileobj=file) if zipped else file
     content = bytearray()
     try:
@@ -86,14 +88,14 @@ def _unpack(file: BinaryIO, name: str) -> NDArray[Any]:
         ) from error
     except EOFError as error:
         raise DataError(
-            f"{name}: truncated: the gzip data end after {len(content)} unpacked bytes"
+            f"{name}: truncated: the gzip data ends after {len(content)} unpacked bytes"
         ) from error
     except MemoryError as error:
         raise DataError(f"{name}: does not fit into memory") from error
 
 
 def _parse(stream: _Readable, content: bytearray, name: str) -> NDArray[Any]:
-    """Reads `stream` to its end, through `content`, which holds what was read if this raises."""
+    """Parse `stream` to its end. Appends the bytes to `content`, so that error messages can count them."""
     _fill(stream, content, 4)
     if not content:
         raise DataError(f"{name}: empty")
@@ -105,7 +107,7 @@ def _parse(stream: _Readable, content: bytearray, name: str) -> NDArray[Any]:
     if code not in _DTYPES:
         raise DataError(f"{name}: unknown IDX type 0x{code:02x}")
     if dimensions > _MAX_DIMENSIONS:
-        raise DataError(f"{name}: absurd header: {dimensions} dimensions")
+        raise DataError(f"{name}: invalid header: {dimensions} dimensions")
     start = 4 + 4 * dimensions
     _fill(stream, content, start)
     if len(content) < start:
@@ -113,22 +115,24 @@ def _parse(stream: _Readable, content: bytearray, name: str) -> NDArray[Any]:
 
     dtype = _DTYPES[code]
     shape = tuple(int(size) for size in np.frombuffer(content, ">u4", dimensions, offset=4))
-    # Zeros are left out of the product: 0 x 4294967295 x 4294967295 holds nothing, yet NumPy refuses it.
+    # Leave zeros out of the product: NumPy refuses 0 x 4294967295 x 4294967295, although it is empty.
     if math.prod(size for size in shape if size) * dtype.itemsize > _MAX_BYTES:
-        raise DataError(f"{name}: absurd header: promises {' x '.join(map(str, shape))} numbers")
+        raise DataError(f"{name}: invalid header: it declares {' x '.join(map(str, shape))} numbers")
     end = start + math.prod(shape) * dtype.itemsize
-    _fill(stream, content, end + 1)  # one more, to see that there is none, and so that gzip checks its CRC
+    _fill(
+        stream, content, end + 1
+    )  # one more byte, to detect trailing bytes and to make gzip check its CRC
     if len(content) < end:
-        raise DataError(f"{name}: truncated: {len(content)} bytes of the {end} that its header promises")
+        raise DataError(f"{name}: truncated: {len(content)} of the {end} bytes that its header declares")
     if len(content) > end:
-        raise DataError(f"{name}: trailing bytes after the {end} that its header promises")
+        raise DataError(f"{name}: trailing bytes after the {end} that its header declares")
     stored = np.frombuffer(content, dtype, offset=start).reshape(shape)
-    # A view of `content` where the order is native already: no second copy of a large file.
+    # If the byte order is already native, this is a view of `content`, not a second copy of a large file.
     return stored.astype(dtype.newbyteorder("="), copy=False)
 
 
 def _fill(stream: _Readable, content: bytearray, size: int) -> None:
-    """Appends to `content` until it has `size` bytes or the stream ends."""
+    """Append to `content` until it has `size` bytes or the stream ends."""
     while len(content) < size:
         chunk = stream.read1(min(size - len(content), _CHUNK))
         if not chunk:
@@ -136,8 +140,8 @@ def _fill(stream: _Readable, content: bytearray, size: int) -> None:
         content += chunk
 
 
-def _stored(array: NDArray[Any], name: str) -> tuple[bytes, memoryview]:
-    """The header of `array`, and the bytes of its numbers as they are stored."""
+def _encode(array: NDArray[Any], name: str) -> tuple[bytes, memoryview]:
+    """Return the IDX header of `array`, and the bytes of its numbers. Raises DataError."""
     dtype = array.dtype.newbyteorder(">")
     code = next((code for code, known in _DTYPES.items() if known == dtype), None)
     if code is None:
@@ -151,13 +155,13 @@ def _stored(array: NDArray[Any], name: str) -> tuple[bytes, memoryview]:
 
 
 def write(path: Path, array: NDArray[Any]) -> None:
-    """Writes `array`, gzipped if the name ends with `.gz`; the same array always gives the same bytes.
+    """Write `array`, gzipped if the name ends with `.gz`; the same array always gives the same bytes.
 
-    The file appears whole or not at all. Raises DataError: a type that IDX lacks, an array too large, a
-    folder that cannot be written, no space.
+    Writes the complete file or none. Raises DataError for a type that IDX lacks, an array that is too
+    large, a folder that cannot be written, or a full disk.
     """
     name = one_line(path)
-    header, numbers = _stored(array, name)
+    header, numbers = _encode(array, name)
     try:
         with written_aside(path) as part, part.open("wb") as file:
             if path.suffix == ".gz":
@@ -173,8 +177,8 @@ def write(path: Path, array: NDArray[Any]) -> None:
 
 
 def digest(array: NDArray[Any]) -> str:
-    """SHA-256 of the unpacked IDX file of `array`; no file is needed, the array says all that is in one."""
-    header, numbers = _stored(array, "array")
+    """Return the SHA-256 of the unpacked IDX file that `write` would make of `array`."""
+    header, numbers = _encode(array, "array")
     sha256 = hashlib.sha256(header)
     sha256.update(numbers)
     return sha256.hexdigest()

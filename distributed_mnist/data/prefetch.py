@@ -1,7 +1,7 @@
-"""A data set that the launcher reads while its workers are still importing torch, and hands to rank 0.
+"""Read the data set in the launcher while the workers import torch, then pass it to rank 0.
 
-Reading takes a third of a second and importing more than one: side by side the first is free, at the start
-and after every restart. What is handed over is a piece of memory, not a copy of it.
+Reading takes a third of a second, and importing more than one second. In parallel, reading costs no time,
+at the start and after every restart. The data is passed as shared memory, not as a copy.
 """
 
 import contextlib
@@ -25,12 +25,14 @@ from .datasets import Dataset, load
 from .locate import NotFoundError
 from .progress import DataProgress
 
-_CLOSING_SECONDS = 1.0  # between two pieces of a download
+_CLOSING_SECONDS = 1.0  # enough to reach the next chunk of a download, where it can be stopped
 
 
 def read(options: Run, console: Console, stopped: Callable[[], bool] = lambda: False) -> Dataset:
-    """A run's data set, with a bar on the console for what takes long. Raises `DataError`, and
-    `Interrupted` if `stopped()` becomes true meanwhile."""
+    """Load a run's data set, with a progress bar on the console for slow parts.
+
+    Raises `DataError`, and `Interrupted` if `stopped()` becomes true in the meantime.
+    """
     with DataProgress(console, stopped) as progress:
         try:
             return load(
@@ -47,26 +49,26 @@ def read(options: Run, console: Console, stopped: Callable[[], bool] = lambda: F
 
 
 class Prefetcher:
-    """In the launcher: calls `read` at once, in a thread, and tells each group's rank 0 what came of it.
+    """In the launcher: read the data set once, in a thread, for rank 0 of every group of workers.
 
-    `read(stopped)` should end soon when `stopped()` is true: nobody wants the data any more.
+    The thread calls `read(stopped)` immediately. `read` should end soon after `stopped()` becomes true,
+    because the data is no longer needed.
     """
 
     def __init__(self, read: Callable[[Callable[[], bool]], Dataset]) -> None:
         self._closing = threading.Event()
-        self._read, self._memory = read, _memory()
-        self._news: Any = None  # what a rank 0 is sent, once it is known
+        self._read, self._memory = read, _shared_memory()
+        self._message: Any = None  # for rank 0: the data set or an error, once it is known
         self._waiting: list[Connection] = []
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nobody will ask any more. A download under way is given up, and tidied away if it hears of that
-        in time."""
+        """Stop reading. A download deletes its temporary file if it notices the stop in time."""
         self._closing.set()
         self._thread.join(_CLOSING_SECONDS)
         if self._thread.is_alive():
@@ -74,54 +76,56 @@ class Prefetcher:
         else:
             self._memory.close()
 
-    def hand(self) -> "PrefetchedData":
-        """For the rank 0 of one more group."""
-        theirs, ours = Pipe(duplex=False)
+    def for_rank_zero(self) -> "PrefetchedData":
+        """Return what rank 0 of a new group needs to receive the data."""
+        receiver, sender = Pipe(duplex=False)
         with self._lock:
-            if self._news is None:
-                self._waiting.append(ours)
+            if self._message is None:
+                self._waiting.append(sender)
             else:
-                _send(ours, self._news)
-        return PrefetchedData(reduction.DupFd(self._memory.fileno()), theirs)
+                _send(sender, self._message)
+        return PrefetchedData(reduction.DupFd(self._memory.fileno()), receiver)
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         try:
-            news: Any = self._put(self._read(self._closing.is_set))
+            message: Any = self._share(self._read(self._closing.is_set))
         except Exception as error:
-            news = described(error)
+            message = described(error)
         with self._lock:
-            self._news = news
-            for one in self._waiting:
-                _send(one, news)
+            self._message = message
+            for sender in self._waiting:
+                _send(sender, message)
 
-    def _put(self, dataset: Dataset) -> tuple[Dataset, list[tuple[int, ...]]]:
-        """Write the arrays to the shared memory; the rest of the data set, and the shapes."""
+    def _share(self, dataset: Dataset) -> tuple[Dataset, list[tuple[int, ...]]]:
+        """Write the arrays to the shared memory. Return the data set without arrays, and their shapes."""
         for array in dataset.arrays().values():
             self._memory.write(array.data)
         self._memory.flush()
-        nothing = dict.fromkeys(dataset.arrays(), np.empty(0, np.uint8))
-        return replace(dataset, **nothing), [array.shape for array in dataset.arrays().values()]
+        empty = dict.fromkeys(dataset.arrays(), np.empty(0, np.uint8))
+        return replace(dataset, **empty), [array.shape for array in dataset.arrays().values()]
 
 
 class PrefetchedData:
-    """In a worker's arguments: where rank 0 finds the data set."""
+    """In rank 0's arguments: receives the data set from the launcher's `Prefetcher`."""
 
-    def __init__(self, memory: Any, news: Connection) -> None:
-        self._memory, self._news = memory, news
+    def __init__(self, memory: Any, receiver: Connection) -> None:
+        self._memory, self._receiver = memory, receiver
 
-    def take(self) -> Dataset:
-        """The data set, when the launcher has it. Raises what went wrong there."""
+    def receive(self) -> Dataset:
+        """Wait for the data set and return it. Raises the error that occurred in the launcher, if any."""
         try:
-            news = self._news.recv()
+            message = self._receiver.recv()
         except EOFError:
             raise WorkerLost("the launcher ended before it had the data") from None
-        if isinstance(news[0], type):
-            kind, text = news
-            raise kind(text)
-        dataset, shapes = news
+        if isinstance(message[0], type):
+            error_class, text = message
+            raise error_class(text)
+        dataset, shapes = message
         descriptor = self._memory.detach()
         size = os.fstat(descriptor).st_size
-        content = mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)  # ours to write to, in theory
+        content = mmap.mmap(
+            descriptor, size, access=mmap.ACCESS_COPY
+        )  # copy on write: `Dataset` is writable
         os.close(descriptor)
         arrays, start = {}, 0
         for role, shape in zip(dataset.arrays(), shapes, strict=True):
@@ -131,13 +135,13 @@ class PrefetchedData:
         return replace(dataset, **arrays)
 
 
-def _memory() -> BinaryIO:
+def _shared_memory() -> BinaryIO:
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("dmnist"), "r+b")
     return tempfile.TemporaryFile()
 
 
-def _send(connection: Connection, news: Any) -> None:
-    with contextlib.suppress(OSError):  # that group has gone
-        connection.send(news)
+def _send(connection: Connection, message: Any) -> None:
+    with contextlib.suppress(OSError):  # the group has ended
+        connection.send(message)
     connection.close()

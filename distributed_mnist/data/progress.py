@@ -1,4 +1,4 @@
-"""A bar for what takes long before training: downloads, drawing digits."""
+"""Show a progress bar while data is downloaded or drawn."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from ..errors import Interrupted
 
 
 class DataProgress:
-    """Shows a bar for each part of a download or of drawing digits that takes long enough to see."""
+    """Show a bar on the console for each part of a download, and for drawing digits."""
 
     def __init__(self, console: Console, stopped: Callable[[], bool] = lambda: False) -> None:
         self._stopped = stopped
@@ -24,7 +24,7 @@ class DataProgress:
         self._bar.stop()
 
     def __call__(self, description: str, done: int, total: int | None) -> None:
-        """`done` of `total` (None: unknown) of the part called `description`.
+        """Report `done` of `total` (None: unknown) for the part called `description`.
 
         Raises `Interrupted` once `stopped()` is true.
         """

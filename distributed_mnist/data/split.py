@@ -1,4 +1,4 @@
-"""Labelled images on a rank's device, and how pixels become a network's input."""
+"""Hold labelled images on a rank's device, and normalise pixels to a network's input."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Split:
-    """Labelled images on a device: uint8 `(n, 28, 28)` and uint8 `(n,)`."""
+    """Labelled images on a device: images uint8 `(n, 28, 28)`, labels uint8 `(n,)`."""
 
     images: Tensor
     labels: Tensor
@@ -18,5 +18,8 @@ class Split:
 
 
 def normalise(images: Tensor, mean: float, std: float) -> Tensor:
-    """Pixels `(m, 28, 28)` of 0 to 255 to float32 `(m, 1, 28, 28)`: as a fraction, less mean, over std."""
+    """Convert pixels from 0 to 255 to a network's input: `(pixel / 255 - mean) / std`.
+
+    `(m, 28, 28)` becomes float32 `(m, 1, 28, 28)`.
+    """
     return images.unsqueeze(1).to(torch.float32, copy=True).mul_(1 / (255 * std)).sub_(mean / std)

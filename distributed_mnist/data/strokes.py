@@ -1,11 +1,11 @@
-"""How digits are written: the pen's path for several ways of writing each of them.
+"""List the pen strokes of handwritten digits, with several variants of each digit.
 
-A path is one or more strokes, divided by `|`; a stroke is a run of points `xxyy` on a grid of 100 by
-100, x to the right and y downwards, in the order in which a hand makes them. A smooth curve goes through
-the points. A stroke that ends where it began is a closed loop, and a corner is two strokes that meet.
-Size, position and proportion do not matter: the drawing is fitted to its box afterwards.
+A path is one or more strokes, separated by `|`. A stroke is a sequence of points `xxyy` on a grid of 100 by
+100, x to the right and y down, in the order in which a hand draws them. A smooth curve connects the points.
+A stroke that ends where it began is a closed loop; a corner is two strokes that meet. Size, position and
+proportion do not matter, because the drawing is fitted to its box afterwards.
 
-`generated` shakes and bends these; a path listed twice is a way of writing that is twice as common.
+`generated` shakes and bends these paths. A path that is listed twice is a variant that is twice as common.
 """
 
 PATHS: tuple[tuple[str, ...], ...] = (

@@ -16,8 +16,7 @@ from ..data.datasets import Dataset
 from ..distributed.world import World
 from ..reporting.terminal import Terminal
 from ..runs.checkpoint import read_bytes
-from ..runs.layout import checkpoints_in, member_folder
-from ..runs.lock import write_json
+from ..runs.layout import checkpoints_in, member_folder, write_json
 from ..training.evaluate import evaluate
 from .trained import Found, restore
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from ..errors import OutputError, reason, write_line
-from ..runs.lock import write_json
+from ..runs.layout import write_json
 
 
 class Sink(Protocol):

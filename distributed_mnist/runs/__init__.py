@@ -1,5 +1,5 @@
-"""A run's folder on disk: where its files lie, who may write, and its checkpoints.
+"""The folder of a run on disk: where its files are, who may write to it, and its checkpoints.
 
-In: the state of a run. Out: files that are whole or absent, and the state again when a run is resumed.
-`checkpoint` is the format, `checkpoint_store` decides when to write and which to keep.
+Input: the state of a run. Output: files that are complete or absent, and the state again on resume.
+`checkpoint` is the file format; `checkpoint_store` decides when to write and which checkpoints to keep.
 """

@@ -1,8 +1,8 @@
-"""One file that holds a whole run at one step: written so that it is never torn, read so that damage and
-malice are noticed.
+"""Write and read checkpoints: one file holds the whole state of a run at one step.
 
-The file is what `torch.save` writes. It carries a digest of its own content, so a flipped bit does not
-pass, and it is loaded with `weights_only=True`, so a stranger's file cannot run code.
+Writing is atomic, and reading detects damaged and malicious files. The file is what `torch.save` writes.
+It contains a digest of its own content, so a flipped bit is detected. It is loaded with
+`weights_only=True`, so an untrusted file cannot run code.
 """
 
 import functools
@@ -24,11 +24,11 @@ from ..errors import CheckpointError, reason
 from ..optim.muon import Muon
 from ..optim.optimizers import Adam, Optimizer
 from . import original_format
-from .untrusted import require_bounded, sound
+from .untrusted import require_bounded, sanitize
 
 FORMAT = 1
 
-_NEEDED = {"step", "exp_avg", "exp_avg_sq"}  # of Adam's state of a parameter
+_ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}  # Adam's state for one parameter
 
 Content = dict[str, Any]
 """A checkpoint in memory. Keys: `format`, `model` (raw state dict), `optimizer`, `step`, `best_accuracy`,
@@ -63,7 +63,7 @@ _TOTALS_TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 def snapshot(value: Any) -> Any:
-    """A copy of a content, tensors on the CPU, that goes on being of this moment while training goes on."""
+    """Copy a content, with tensors on the CPU, so that further training does not change it."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -74,30 +74,30 @@ def snapshot(value: Any) -> Any:
 
 
 def encode(content: Content) -> bytes:
-    """The file's bytes, content digest included."""
+    """Return the bytes of a checkpoint file, including the digest of the content."""
     buffer = io.BytesIO()
     torch.save({**content, "content_sha256": digest(content)}, buffer)
     return buffer.getvalue()
 
 
 def decode(data: bytes, name: str) -> Content:
-    """The content of a file's bytes, tensors on the CPU. `name` is named in errors.
+    """Return the content of a checkpoint file, with tensors on the CPU. `name` appears in error messages.
 
-    Also reads the original script's checkpoints, see `original.from_original`.
-    Raises `CheckpointError` for anything that is not a whole checkpoint.
+    Also reads the original script's checkpoints, see `original_format.from_original`.
+    Raises `CheckpointError` for anything but a complete, undamaged checkpoint.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong with it is said once, in the error's one line
-            loaded = torch.load(io.BytesIO(sound(data)), map_location="cpu", weights_only=True)
+            warnings.simplefilter("ignore")  # the one-line error below already says what is wrong
+            loaded = torch.load(io.BytesIO(sanitize(data)), map_location="cpu", weights_only=True)
         require_bounded(loaded, len(data))
-    except Exception as error:  # torch raises many types for damaged files; all mean the same here
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+    except Exception as error:  # torch raises many types for damaged files
+        problem = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         if "weights_only" in str(error) or "Unsupported" in str(error):
-            reason = "it holds more than tensors and plain values, and loading those could run code"
-        raise CheckpointError(f"{name} is damaged or no checkpoint: {reason}") from error
+            problem = "it holds more than tensors and plain values, and loading those could run code"
+        raise CheckpointError(f"{name} is damaged or not a checkpoint: {problem}") from error
     if not isinstance(loaded, dict):
-        raise CheckpointError(f"{name} is no checkpoint: it holds a {type(loaded).__name__}")
+        raise CheckpointError(f"{name} is not a checkpoint: it holds a {type(loaded).__name__}")
     claimed = loaded.pop("content_sha256", None)
     if original_format.is_original(loaded) and claimed is None and "dmnist" not in loaded:
         return original_format.from_original(loaded, name)
@@ -106,40 +106,42 @@ def decode(data: bytes, name: str) -> Content:
     except Exception:
         damaged = True
     if damaged:
-        raise CheckpointError(f"{name} is damaged: its content does not have the digest it claims")
+        raise CheckpointError(f"{name} is damaged: its content does not match its digest")
     if original_format.is_original(loaded):
         loaded = original_format.from_original(loaded, name)
-    found = loaded.get("format")
-    if type(found) is not int or found != FORMAT:
-        shown = (
-            repr(found) if found is None or isinstance(found, int | str) else f"a {type(found).__name__}"
-        )
+    version = loaded.get("format")
+    if type(version) is not int or version != FORMAT:
+        printable = version is None or isinstance(version, int | str)
+        shown = repr(version) if printable else f"a {type(version).__name__}"
         raise CheckpointError(f"{name} has format {shown}; this version reads {FORMAT}")
     _require_types(loaded, _TYPES, name)
     _require_types(loaded["dataset"], _DATASET_TYPES, name)
     _require_types(loaded["totals"], _TOTALS_TYPES, name)
-    named = all(isinstance(label, str) for label in loaded["dataset"]["class_names"])
-    if not named or not 0 < loaded["dataset"]["std"] < math.inf:
+    valid_names = all(isinstance(class_name, str) for class_name in loaded["dataset"]["class_names"])
+    if not valid_names or not 0 < loaded["dataset"]["std"] < math.inf:
         raise CheckpointError(
-            f"{name} has impossible names of classes, or an impossible deviation of pixels"
+            f"{name} has invalid class names, or an invalid standard deviation of the pixels"
         )
     if loaded["step"] < 0 or not re.fullmatch("[0-9a-f]{64}", loaded["samples_sha256"]):
-        raise CheckpointError(f"{name} has an impossible step or digest of samples")
+        raise CheckpointError(f"{name} has an invalid step or sample digest")
     return loaded
 
 
 def _require_types(values: dict[Any, Any], types: dict[str, type | tuple[type, ...]], name: str) -> None:
-    """The digest tells that a file is whole, not that we wrote it."""
+    """Raise `CheckpointError` unless every key exists with its type.
+
+    The digest does not ensure this: it shows that a file is undamaged, not that this program wrote it.
+    """
     missing = [key for key in types if key not in values]
     if missing:
         raise CheckpointError(f"{name} lacks {', '.join(missing)}")
     for key, expected in types.items():
         if not isinstance(values[key], expected) or isinstance(values[key], bool):
-            raise CheckpointError(f"{name}: its {key} is a {type(values[key]).__name__}")
+            raise CheckpointError(f"{name}: its {key} is of type {type(values[key]).__name__}")
 
 
 def read_bytes(path: Path) -> bytes:
-    """The file's bytes. Raises `CheckpointError` naming what is wrong with the path."""
+    """Read a file. Raises `CheckpointError`, which says what is wrong with the path."""
     try:
         return path.read_bytes()
     except IsADirectoryError:
@@ -149,76 +151,76 @@ def read_bytes(path: Path) -> bytes:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Put `data` at `path` whole or not at all; it survives a power cut. Raises `OSError`."""
+    """Write `data` to `path` completely or not at all; it survives a power cut. Raises `OSError`."""
     with written_aside(path) as part:
         part.write_bytes(data)
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], name: str) -> None:
-    """Put a state dict into a model. Raises `CheckpointError` if it is another model's."""
-    mine = model.state_dict()
-    different = sorted(map(str, mine.keys() ^ weights.keys()))
+    """Load a state dict into a model. Raises `CheckpointError` if it belongs to another model."""
+    expected = model.state_dict()
+    different = sorted(map(str, expected.keys() ^ weights.keys()))
     if different:
         raise CheckpointError(
-            f"{name} is of another model: {', '.join(different[:4])} found on one side only"
+            f"{name} is of another model: only one of the two has {', '.join(different[:4])}"
         )
-    for key, value in mine.items():
+    for key, value in expected.items():
         if not isinstance(weights[key], torch.Tensor):
-            raise CheckpointError(f"{name} is of another model: {key} is no tensor")
-        if weights[key].shape != value.shape:
-            shapes = f"{tuple(weights[key].shape)} there, {tuple(value.shape)} here"
-            raise CheckpointError(f"{name} is of another model: {key} is {shapes}")
-        if weights[key].dtype != value.dtype:
-            types = f"{_name(weights[key].dtype)} there, {_name(value.dtype)} here"
-            raise CheckpointError(f"{name} is of another model: {key} is {types}")
+            raise CheckpointError(f"{name} is of another model: {key} is not a tensor")
+        shapes = tuple(weights[key].shape), tuple(value.shape)
+        for found, needed in (shapes, (weights[key].dtype, value.dtype)):
+            if found != needed:
+                raise CheckpointError(f"{name} is of another model: {key} is {found}, not {needed}")
     model.load_state_dict(weights)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def load_optimizer(optimizer: Optimizer, saved: dict[str, Any], name: str) -> None:
-    """Put an optimizer's saved state into one of the same kind; rates and the like stay the recipe's."""
+    """Load saved state into an optimizer of the same kind, but keep the recipe's learning rate and options.
+
+    Raises `CheckpointError` if the state does not fit the optimizer's parameters.
+    """
     current = optimizer.state_dict()
     try:
         count = sum(len(group["params"]) for group in saved["param_groups"])
         if count != sum(len(group["params"]) for group in current["param_groups"]):
-            raise ValueError("it has another number of parameters")
+            raise ValueError("it has a different number of parameters")
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        needed = [_needed(optimizer, group) for group in optimizer.param_groups for _ in group["params"]]
-        for i, of_one in saved["state"].items():
-            if lacking := {key for key in needed[i] if of_one.get(key) is None}:
+        required = [
+            _required_state(optimizer, group) for group in optimizer.param_groups for _ in group["params"]
+        ]
+        for i, parameter_state in saved["state"].items():
+            if lacking := {key for key in required[i] if parameter_state.get(key) is None}:
                 raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
         state = {
-            i: {k: _like(parameters[i], k, v) for k, v in s.items()} for i, s in saved["state"].items()
+            i: {key: _with_layout_of(parameters[i], key, value) for key, value in parameter_state.items()}
+            for i, parameter_state in saved["state"].items()
         }
         optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
     except (KeyError, IndexError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{name}: its optimizer state does not fit: {error}") from error
 
 
-def _needed(optimizer: Optimizer, group: dict[str, Any]) -> set[str]:
-    """What a step takes for granted in the state of this group's parameters."""
+def _required_state(optimizer: Optimizer, group: dict[str, Any]) -> set[str]:
+    """Return the state keys that `optimizer.step()` expects for the parameters of this group."""
     if isinstance(optimizer, Muon):
-        return {"momentum_buffer"} if group["matrices"] else _NEEDED
-    return _NEEDED if isinstance(optimizer, Adam) else set()
+        return {"momentum_buffer"} if group["matrices"] else _ADAM_STATE
+    return _ADAM_STATE if isinstance(optimizer, Adam) else set()
 
 
-def _like(parameter: torch.Tensor, key: str, value: Any) -> Any:
-    """Fused optimizers go through memory by the parameter's layout and check nothing."""
+def _with_layout_of(parameter: torch.Tensor, key: str, value: Any) -> Any:
+    """Return a state value in its parameter's memory layout, which fused optimizers assume unchecked."""
     if key == "step":
         return torch.as_tensor(value, dtype=torch.float32).reshape(()).clone()
     if value is None:
         return value
     if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
-        raise ValueError(f"{key} is not of its parameter's shape")
+        raise ValueError(f"{key} does not have the shape of its parameter")
     return torch.empty_like(parameter).detach().copy_(value)
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """What made a checkpoint: the same recipe can end in other bits under another build."""
+    """Return the versions to store in a checkpoint: another build can end in other bits."""
     return {
         "dmnist": installed.version("distributed-mnist"),
         "torch": str(torch.__version__),

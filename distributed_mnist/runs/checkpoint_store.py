@@ -1,7 +1,7 @@
-"""Which of a run's checkpoints are written, when, kept, found and pruned.
+"""Write, find and prune the checkpoints of a run.
 
-Writing goes on beside the training, in a thread of its own. Only some ranks have a `RunStore` (see
-`folder`); the others are given a `NullStore`, so the code that trains never asks who it is.
+A background thread writes them while training continues. Only some ranks have a `RunStore` (see
+`run_folder`). The others have a `NullStore`, so that the training code is the same on every rank.
 """
 
 import contextlib
@@ -11,158 +11,128 @@ from collections.abc import Callable
 from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from ..common.atomic_write import flush_folder, remove_leftovers
 from ..errors import CheckpointError, OutputError, reason
 from .checkpoint import Content, decode, encode, read_bytes, snapshot, write
 from .layout import checkpoint_path, checkpoints_in, step_of
 
-_LONG_SECONDS = 60.0  # for a checkpoint to be written
+_SLOW_WRITE_SECONDS = 60.0  # a write that takes longer may never finish
 Pack = Callable[[], Content]
 
 
 @dataclass(frozen=True)
-class Saved:
-    """What became of a checkpoint."""
+class SaveResult:
+    """The outcome of saving one checkpoint."""
 
     step: int
     path: str
     seconds: float
-    """From handing it over to its being safe on disk."""
+    """From the call of `save` until the file is safe on disk."""
     problem: str | None = None
-    """Why it could not be written: it costs safety, not the run."""
+    """Why the file could not be written. The run continues, with an older checkpoint to fall back on."""
 
 
-class Store(Protocol):
-    """Where checkpoints go."""
-
-    def due(self) -> bool:
-        """Whether it is time for another checkpoint, where the time between them was given in seconds."""
-        ...
-
-    def save(self, pack: Pack, *, best: bool) -> None:
-        """Take what `pack()` returns as it is now, and begin to write it, also as the best if `best`."""
-        ...
-
-    def finished(self, *, wait: bool) -> list[Saved]:
-        """What became of the checkpoints since the last call; `wait` for those still being written."""
-        ...
-
-    def last_good(self) -> str:
-        """The newest checkpoint's path, for messages; "none" before the first."""
-        ...
-
-    def resumed_from(self, path: str, step: int) -> None:
-        """Say which checkpoint the run goes on from. Those of later steps are no longer of this run."""
-        ...
-
-    def newest(self, complain: Callable[[str], None]) -> tuple[Path, bytes, int] | None:
-        """The newest whole checkpoint, its bytes and its step; `complain` hears of each damaged one."""
-        ...
-
-
-class NullStore:
-    """Of a rank that writes nothing."""
+class Store:
+    """The interface for saving checkpoints. This base class saves nothing and finds nothing."""
 
     def due(self) -> bool:
-        """Never."""
+        """Whether it is time for the next checkpoint, if the interval is given in seconds."""
         return False
 
     def save(self, pack: Pack, *, best: bool) -> None:
-        """Nothing."""
+        """Copy what `pack()` returns now and start to write it; if `best`, also as the best checkpoint."""
 
-    def finished(self, *, wait: bool) -> list[Saved]:
-        """Nothing."""
+    def finished(self, *, wait: bool) -> list[SaveResult]:
+        """Return the results of saves that ended since the last call; `wait` for those still running."""
         return []
 
     def last_good(self) -> str:
-        """Nothing is known here."""
+        """Return the path of the newest saved checkpoint for messages, "none" before the first."""
         return "none"
 
     def resumed_from(self, path: str, step: int) -> None:
-        """Nothing."""
+        """Record which checkpoint the run resumes from. Those of later steps no longer belong to it."""
 
-    def newest(self, complain: Callable[[str], None]) -> tuple[Path, bytes, int] | None:
-        """Nothing is known here."""
+    def newest(self, warn: Callable[[str], None]) -> tuple[Path, bytes, int] | None:
+        """Return path, bytes and step of the newest undamaged checkpoint; `warn` of each damaged one."""
         return None
 
 
-class BackgroundStore(ABC):
-    """Writes one checkpoint at a time in a thread; a subclass says where (`path_of`) and how (`write`)."""
+class NullStore(Store):
+    """The store of a rank that writes no checkpoints."""
+
+
+class BackgroundStore(Store, ABC):
+    """Write one checkpoint at a time in a thread. A subclass says where (`path_of`) and how (`write`)."""
 
     def __init__(self, every_seconds: float | None) -> None:
-        self._every = every_seconds
+        self._every_seconds = every_seconds
         self._writer = futures.ThreadPoolExecutor(1, "checkpoint")
-        self._pending: list[futures.Future[Saved]] = []
-        self._since = time.monotonic()
+        self._pending: list[futures.Future[SaveResult]] = []
+        self._last_save = time.monotonic()
         self._last_good = "none"
 
     def due(self) -> bool:
-        """See `Store`. While one is being written no other is due, until that takes suspiciously long: then
-        `save` waits for it, where a disk that never answers is found out."""
-        if self._every is None:
+        """See `Store`. Not due during a write, unless that takes suspiciously long: the next `save` then
+        waits for it, and the watchdog notices a disk that never answers."""
+        if self._every_seconds is None:
             return False
-        busy = any(not future.done() for future in self._pending)
-        return time.monotonic() - self._since >= (max(self._every, _LONG_SECONDS) if busy else self._every)
+        writing = any(not future.done() for future in self._pending)
+        interval = max(self._every_seconds, _SLOW_WRITE_SECONDS) if writing else self._every_seconds
+        return time.monotonic() - self._last_save >= interval
 
     def save(self, pack: Pack, *, best: bool) -> None:
-        """See `Store`. Waits for the one before it: copies of the state must not pile up."""
+        """See `Store`. Waits for the previous write, so that copies of the state do not pile up."""
         futures.wait(self._pending)
-        self._since = time.monotonic()
-        self._pending.append(self._writer.submit(self._write, snapshot(pack()), best, self._since))
+        self._last_save = time.monotonic()
+        self._pending.append(self._writer.submit(self._write, snapshot(pack()), best, self._last_save))
 
-    def _write(self, content: Content, best: bool, began: float) -> Saved:
-        path = self.path_of(content)
+    def _write(self, content: Content, best: bool, began: float) -> SaveResult:
+        path, problem = self.path_of(content), None
         try:
             self.write(path, content, best=best)
         except OSError as error:
             problem = f"{path} could not be saved: {reason(error)}"
-            return Saved(content["step"], str(path), time.monotonic() - began, problem)
-        return Saved(content["step"], str(path), time.monotonic() - began)
+        return SaveResult(content["step"], str(path), time.monotonic() - began, problem)
 
     @abstractmethod
     def path_of(self, content: Content) -> Path:
-        """Where a checkpoint goes."""
+        """Return the path to write this checkpoint to."""
 
     @abstractmethod
     def write(self, path: Path, content: Content, *, best: bool) -> None:
-        """Put a checkpoint on disk. Raises `OSError`."""
+        """Write a checkpoint to disk. Raises `OSError`."""
 
-    def finished(self, *, wait: bool) -> list[Saved]:
+    def finished(self, *, wait: bool) -> list[SaveResult]:
         """See `Store`."""
-        done = []
+        results = []
         while self._pending and (wait or self._pending[0].done()):
-            saved = self._pending.pop(0).result()
-            if saved.problem is None:
-                self._last_good = saved.path
-            done.append(saved)
-        return done
+            result = self._pending.pop(0).result()
+            if result.problem is None:
+                self._last_good = result.path
+            results.append(result)
+        return results
 
     def last_good(self) -> str:
         """See `Store`."""
         return self._last_good
 
     def resumed_from(self, path: str, step: int) -> None:
-        """See `Store`. Until the next one it is the last good."""
+        """See `Store`. Until the next save this checkpoint is the last good one."""
         self._last_good = path
-
-    def newest(self, complain: Callable[[str], None]) -> tuple[Path, bytes, int] | None:
-        """See `Store`. Nothing is looked for here."""
-        return None
 
 
 class RunStore(BackgroundStore):
-    """`checkpoints/` of a run's folder: `step_00000470.pt` …, of which the newest `keep` stay, and
-    `best.pt`."""
+    """The `checkpoints/` folder of a run: `best.pt`, and the newest `keep` of `step_00000470.pt` …."""
 
     def __init__(self, folder: Path, keep: int, every_seconds: float | None = None) -> None:
         super().__init__(every_seconds)
         self._folder, self._keep = folder / "checkpoints", keep
-        self._owed: bytes | None = None
+        self._unwritten_best: bytes | None = None
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            flush_folder(folder)  # or a power cut could take the new folder with all that is in it
+            flush_folder(folder)  # or a power cut could remove the new folder and everything in it
             remove_leftovers(self._folder)
         except OSError as error:
             raise OutputError(f"{self._folder}: {reason(error)}") from None
@@ -174,31 +144,31 @@ class RunStore(BackgroundStore):
     def write(self, path: Path, content: Content, *, best: bool) -> None:
         """See `BackgroundStore`."""
         data = encode(content)
-        # The best first: the other file says that this accuracy was reached, and must not say so while
-        # nothing holds its weights. One that a full disk refused is owed until there is room.
+        # Write the best first. The other file records that this accuracy was reached, and must not do so
+        # while no file holds those weights. If a full disk refuses the best, try again at the next save.
         if best:
-            self._owed = data
-        if self._owed is not None:
-            write(self._folder / "best.pt", self._owed)
-            self._owed = None
+            self._unwritten_best = data
+        if self._unwritten_best is not None:
+            write(self._folder / "best.pt", self._unwritten_best)
+            self._unwritten_best = None
         write(path, data)
         self._prune(content["step"])
 
-    def newest(self, complain: Callable[[str], None]) -> tuple[Path, bytes, int] | None:
+    def newest(self, warn: Callable[[str], None]) -> tuple[Path, bytes, int] | None:
         """See `Store`."""
         for path in reversed(checkpoints_in(self._folder)):
             try:
                 data = read_bytes(path)
                 step = decode(data, str(path))["step"]
             except CheckpointError as error:
-                complain(f"{error}; trying the one before it")
+                warn(f"{error}; trying the one before it")
             else:
                 return path, data, step
         return None
 
     def resumed_from(self, path: str, step: int) -> None:
-        """See `Store`. Checkpoints that were passed over as damaged, or that the user went back before, are
-        put aside: a restart must not take them for this run's newest."""
+        """See `Store`. Renames checkpoints of later steps (damaged ones, or those that the user went back
+        from), so that a restart does not take one of them for this run's newest."""
         super().resumed_from(path, step)
         for later in checkpoints_in(self._folder):
             if step_of(later) > step:
@@ -207,7 +177,7 @@ class RunStore(BackgroundStore):
 
     def _prune(self, step: int) -> None:
         earlier = [path for path in checkpoints_in(self._folder) if step_of(path) <= step]
-        with contextlib.suppress(OSError):  # one too many harms nothing; the newest is saved
+        with contextlib.suppress(OSError):  # an extra file does no harm, and the newest is saved
             for path in earlier[: -self._keep]:
                 path.unlink()
             flush_folder(self._folder)

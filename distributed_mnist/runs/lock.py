@@ -1,7 +1,6 @@
-"""One writer a run: the lock on a run's folder, and the small JSON files in it."""
+"""Lock a run's folder, so that one process at a time writes to it."""
 
 import fcntl
-import json
 import os
 import shutil
 import socket
@@ -9,19 +8,20 @@ import time
 from pathlib import Path
 
 from ..errors import OutputError, reason
-from .checkpoint import write
 
-_GLANCE = 0.1  # seconds: `is_live` of another process holds a lock for an instant
+_PROBE_SECONDS = 0.1  # `is_live` in another process holds the lock for a moment
+_POLL_SECONDS = 0.05
 
 
 class RunLock:
-    """Held by the one process that writes into a run's folder, for as long as it lives.
+    """The lock of the one process that writes to a run's folder. It holds until that process ends.
 
-    The kernel drops the lock with the process, however it dies, so there is no stale lock to remove. A
-    group that was started again may have to wait up to `patience` seconds for the last of the dead.
+    The kernel releases the lock when the process ends, however that happens, so there are no stale locks.
+    After a restart, the last processes of the old group may still be ending: the new owner waits for the
+    lock for up to `timeout` seconds. Raises `OutputError` if the folder cannot be locked.
     """
 
-    def __init__(self, folder: Path, *, patience: float = 0.0) -> None:
+    def __init__(self, folder: Path, *, timeout: float = 0.0) -> None:
         path = folder / ".lock"
         self._folder, self._is_new = folder, not folder.exists()
         try:
@@ -30,7 +30,7 @@ class RunLock:
         except OSError as error:
             raise OutputError(f"--out {folder}: {reason(error)}") from None
         try:
-            self._take(time.monotonic() + max(patience, _GLANCE))
+            self._acquire(time.monotonic() + max(timeout, _PROBE_SECONDS))
         except OSError as error:
             self._file.seek(0)
             owner = self._file.read().strip() or "unknown"
@@ -40,13 +40,13 @@ class RunLock:
             raise OutputError(f"--out {folder} cannot be locked: {reason(error)}") from None
         try:
             os.ftruncate(self._file.fileno(), 0)
-            # Not through the buffer of the file, which would be written again, and fail, when it is closed.
+            # Not through the file's buffer: after an error, `close` would write it again and fail again.
             os.write(self._file.fileno(), f"pid {os.getpid()} on {socket.gethostname()}".encode())
         except OSError as error:
             self.abandon()
             raise OutputError(f"--out {folder}: {reason(error)}") from None
 
-    def _take(self, deadline: float) -> None:
+    def _acquire(self, deadline: float) -> None:
         while True:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -54,21 +54,21 @@ class RunLock:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise
-            time.sleep(0.05)
+            time.sleep(_POLL_SECONDS)
 
     def release(self) -> None:
-        """Let others in."""
+        """Release the lock."""
         self._file.close()
 
     def abandon(self) -> None:
-        """Let others in, and leave no trace of a folder that was made for nothing."""
+        """Release the lock, and delete the folder if this lock created it."""
         if self._is_new:
             shutil.rmtree(self._folder, ignore_errors=True)
         self.release()
 
 
 def is_live(folder: Path) -> bool:
-    """Whether a process holds the lock of the run in `folder`: it trains, or is about to."""
+    """Whether a process holds the lock of the run in `folder`, so that it trains or is about to."""
     try:
         with (folder / ".lock").open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -77,11 +77,3 @@ def is_live(folder: Path) -> bool:
     except OSError:  # no such file, or a file system without locks
         return False
     return False
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a small JSON file whole or not at all. Raises `OutputError`."""
-    try:
-        write(path, (json.dumps(value, indent=2) + "\n").encode())
-    except OSError as error:
-        raise OutputError(f"{path}: {reason(error)}") from None

@@ -1,8 +1,8 @@
-"""The original script's checkpoints, both ways.
+"""Convert checkpoints from and to the format of the original script.
 
-It writes `epoch` (the next one), `state_dict` (of the wrapped model: `module.fc.weight`,
-`module.fc.bias`), `best_acc` and `optimizer`. A file of ours in that form has the same four and, under
-`dmnist`, what an exact resume needs besides.
+The original writes `epoch` (the next one), `state_dict` (of the wrapped model: `module.fc.weight`,
+`module.fc.bias`), `best_acc` and `optimizer`. A file that we write in this format has the same four keys
+and, under `dmnist`, what an exact resume needs in addition.
 """
 
 from typing import Any
@@ -14,29 +14,29 @@ _PREFIX = "module."
 
 
 def is_original(loaded: dict[Any, Any]) -> bool:
-    """Whether a loaded file has the original's form."""
+    """Whether a loaded file has the original's format."""
     return all(key in loaded for key in _KEYS)
 
 
 def to_original(content: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of ours at the end of an epoch, in the original's form."""
+    """Convert one of our checkpoints, taken at the end of an epoch, to the original's format."""
     rest = {key: value for key, value in content.items() if key not in ("model", "optimizer")}
     groups = [{**group, "fused": None} for group in content["optimizer"]["param_groups"]]
     return {
         "epoch": content["step"] // content["steps_per_epoch"],
         "state_dict": {_PREFIX + key: value for key, value in content["model"].items()},
         "best_acc": content["best_accuracy"],
-        # Fused is how we compute Adam, not what it is: the reader's torch may not have it on its device.
+        # `fused` selects an implementation of Adam. The reader's torch may not have it for its device.
         "optimizer": {"state": content["optimizer"]["state"], "param_groups": groups},
         "dmnist": rest,
     }
 
 
 def from_original(loaded: dict[str, Any], name: str) -> dict[str, Any]:
-    """A file in the original's form as a checkpoint of ours; `recipe` and `dataset` are None in one that
-    the original wrote itself, and `step` is then -1: only the epoch is known.
+    """Convert a file in the original's format to one of our checkpoints.
 
-    Raises `CheckpointError` if the values are not of the types the original writes.
+    If the original itself wrote the file, only the epoch is known: `recipe` and `dataset` are then None,
+    and `step` is -1. Raises `CheckpointError` if the values do not have the types that the original writes.
     """
     weights, epoch = loaded["state_dict"], loaded["epoch"]
     if (
@@ -46,7 +46,7 @@ def from_original(loaded: dict[str, Any], name: str) -> dict[str, Any]:
         or not isinstance(epoch, int)
         or not isinstance(loaded["best_acc"], float | int)
     ):
-        raise CheckpointError(f"{name} has the original script's keys, but not its values")
+        raise CheckpointError(f"{name} has the original script's keys, but values of other types")
     rest = loaded.get("dmnist") or {"step": -1, "recipe": None, "dataset": None, "samples_sha256": None}
     return {
         **rest,

@@ -1,7 +1,7 @@
-"""What a run's folder tells of it, at any time: while it runs, after it ended, after it was killed.
+"""Read a run's folder at any time: during the run, after its end, or after it was killed.
 
-`metrics.jsonl` is appended to and never rewritten: what was trained again after a crash stands there twice,
-and the later counts.
+`metrics.jsonl` is only ever appended to. Steps that were trained again after a crash appear twice, and the
+later entry counts.
 """
 
 import json
@@ -13,72 +13,72 @@ from ..errors import UsageError, reason
 from .lock import is_live
 
 Event = dict[str, Any]
-"""A line of `metrics.jsonl`: `event`, `time` (seconds since 1970), and fields of its own."""
+"""A line of `metrics.jsonl`: `event`, `time` (seconds since 1970), and the fields of that kind of event."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """A run as its files tell it."""
+    """The content of a run's files."""
 
     path: Path
     config: dict[str, Any]
     """`config.json`: `recipe`, `run`, `dataset`, `versions`."""
     events: list[Event]
-    """All of them, in the order of time."""
+    """All events, oldest first."""
     steps: list[Event]
-    """The `steps` events of what counts, by step."""
+    """The `steps` events, by step, without steps that were trained again."""
     evaluations: list[Event]
-    """The `evaluation` events of what counts, by step."""
+    """The `evaluation` events, by step, without steps that were trained again."""
     result: dict[str, Any] | None
     """`result.json`; None for a run that has not ended."""
     mistakes: dict[str, Any] | None
     """`mistakes.json`: the `step` of the latest evaluation and its `mistakes`."""
 
     def class_name(self, label: int) -> str:
-        """What a class is called; its number where `config.json` does not tell."""
+        """Return the name of a class, or its number if `config.json` has no name for it."""
         names = self.config.get("dataset", {}).get("class_names", [])
         return names[label] if label < len(names) else str(label)
 
     @property
     def state(self) -> str:
-        """finished, running, or stopped: it can be gone on with."""
+        """`finished`, `running`, or `stopped` (the run can be resumed)."""
         if self.events and self.events[-1]["event"] == "end":
             return "finished"
         if is_live(self.path):
             return "running"
-        # A full disk ends the record before the run.
-        whole = self.result and self.starts and self.result.get("steps") == self.starts[-1].get("steps")
-        return "finished" if whole else "stopped"
+        # A full disk can end metrics.jsonl before the run ends.
+        complete = self.result and self.starts and self.result.get("steps") == self.starts[-1].get("steps")
+        return "finished" if complete else "stopped"
 
     @property
     def starts(self) -> list[Event]:
-        """A `start` event for each time that the processes of the run were started."""
+        """The `start` events: one for each start of the run's processes."""
         return [event for event in self.events if event["event"] == "start"]
 
 
 def read(folder: Path) -> Record:
-    """The run in `folder`. Raises `UsageError` where there is none, or its files are no run's."""
+    """Read the run in `folder`. Raises `UsageError` if there is none, or if its files are not a run's."""
     try:
-        lines = (folder / "metrics.jsonl").read_bytes().split(b"\n")[:-1]  # the last may not be whole yet
+        lines = (folder / "metrics.jsonl").read_bytes().split(b"\n")[:-1]  # the last may be incomplete
     except OSError as error:
-        told = f"no run: it has no metrics.jsonl ({reason(error)})"
-        if seeds := sorted(folder.glob("seed-*")):
-            told = f"an ensemble: name one of its networks, such as {seeds[0]}"
-        raise UsageError(f"{folder} is {told}") from None
+        problem = f"not a run: it has no metrics.jsonl ({reason(error)})"
+        if members := sorted(folder.glob("seed-*")):
+            problem = f"an ensemble: name one of its members, such as {members[0]}"
+        raise UsageError(f"{folder} is {problem}") from None
     events = [event for line in lines if (event := event_of(line)) is not None]
     return Record(
         path=folder,
-        config=_json(folder / "config.json") or {},
+        config=_read_json(folder / "config.json") or {},
         events=events,
-        steps=_counting(events, "steps"),
-        evaluations=_counting(events, "evaluation"),
-        result=_json(folder / "result.json"),
-        mistakes=_json(folder / "mistakes.json"),
+        steps=_without_repeated_steps(events, "steps"),
+        evaluations=_without_repeated_steps(events, "evaluation"),
+        result=_read_json(folder / "result.json"),
+        mistakes=_read_json(folder / "mistakes.json"),
     )
 
 
 def event_of(line: bytes) -> Event | None:
-    """A line as an event; None for one that a full disk or a crash has spoiled."""
+    """Parse a line of `metrics.jsonl`; None if a full disk or a crash has damaged it."""
     try:
         event = json.loads(line)
     except ValueError:
@@ -86,19 +86,19 @@ def event_of(line: bytes) -> Event | None:
     return event if isinstance(event, dict) and {"event", "time"} <= set(event) else None
 
 
-def _counting(events: list[Event], kind: str) -> list[Event]:
-    """Events of a kind without those of steps that a later start has taken again."""
-    found: list[Event] = []
+def _without_repeated_steps(events: list[Event], kind: str) -> list[Event]:
+    """Return the events of a kind, without those of steps that a later start trained again."""
+    kept: list[Event] = []
     for event in events:
         if event["event"] == "start":
-            while found and found[-1]["step"] > event["step"]:
-                found.pop()
+            while kept and kept[-1]["step"] > event["step"]:
+                kept.pop()
         elif event["event"] == kind:
-            found.append(event)
-    return found
+            kept.append(event)
+    return kept
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:

@@ -1,7 +1,7 @@
 """Choose and lock a run's folder, and open its checkpoint store.
 
-Rank 0 touches the files and tells the other ranks the result. On a host that does not see rank 0's folder
-one rank keeps a copy of the checkpoints, so that losing a host loses none.
+Rank 0 chooses the folder and broadcasts the result. If a host does not see rank 0's folder (no shared file
+system), one rank on it keeps a copy of the checkpoints, so that losing a host loses no checkpoint.
 """
 
 import dataclasses
@@ -18,106 +18,119 @@ from ..config import DATA_OPTIONS, Recipe, Run
 from ..distributed.world import World
 from ..errors import OutputError
 from .checkpoint_store import NullStore, RunStore, Store
-from .layout import RUNS, checkpoints_in, new_folder
-from .lock import RunLock, write_json
+from .layout import RUNS, checkpoints_in, new_folder, write_json
+from .lock import RunLock
 
-_PATIENCE = 30.0  # seconds for the processes of a group that was started again to be gone
+_LOCK_TIMEOUT = 30.0  # seconds for the last processes of a restarted group to end
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run's files are."""
+    """The folder of a run, and how it was opened."""
 
     path: Path
-    again: bool
-    """The launcher started this run before: it goes on where it was."""
-    mark: str
-    """What a rank finds there if it sees the same folder as rank 0."""
-    what: str
-    """Digest of recipe and data: one launcher may start several runs."""
+    restarted: bool
+    """The launcher has started this run before, so it continues from its newest checkpoint."""
+    token: str
+    """A random text that rank 0 writes into the folder: a rank that reads it there sees the same folder."""
+    run_id: str
+    """Digest of recipe and data. It identifies the run, because one launcher may start several."""
     lock: RunLock | None = None
-    """On rank 0."""
+    """On rank 0 only."""
 
 
 def open_folder(world: World, options: Run, recipe: Recipe, title: str) -> RunFolder:
-    """The run's folder, the same on every rank; on rank 0 locked, and refused if it holds another run."""
-    what = digest([recipe.to_dict(), *(str(getattr(options, name)) for name in DATA_OPTIONS)])
-    known = _opened_before(world, options, what)
+    """Return the run's folder, the same on every rank, locked by rank 0.
+
+    Raises `OutputError` if the folder cannot be used, or if it holds another run.
+    """
+    run_id = digest([recipe.to_dict(), *(str(getattr(options, name)) for name in DATA_OPTIONS)])
+    earlier = _folder_before_restart(world, options, run_id)
     locks: list[RunLock] = []
 
-    def choose() -> RunFolder:
-        path = known or options.out or new_folder(title)
-        lock = RunLock(path, patience=_PATIENCE if known else 0.0)
-        folder = RunFolder(path, known is not None, secrets.token_hex(8), what)
+    def choose_and_lock() -> RunFolder:
+        path = earlier or options.out or new_folder(title)
+        lock = RunLock(path, timeout=_LOCK_TIMEOUT if earlier else 0.0)
+        folder = RunFolder(path, earlier is not None, secrets.token_hex(8), run_id)
         try:
-            if not known:
+            if not earlier:
                 _refuse_used(path, options)
-            _leave_word(folder, world)
+            _write_group_file(folder, world)
         except OutputError:
             lock.abandon()
             raise
         locks.append(lock)
         return folder
 
-    with world.status.during("opening the run's folder", 2 * _PATIENCE):
-        folder = world.on_rank_zero(choose)
+    with world.status.during("opening the run's folder", 2 * _LOCK_TIMEOUT):
+        folder = world.on_rank_zero(choose_and_lock)
     return dataclasses.replace(folder, lock=locks[0]) if locks else folder
 
 
-def _opened_before(world: World, options: Run, what: str) -> Path | None:
-    """The folder that this run had before its launcher started it again, if it did."""
-    # Each rank knows its own launcher, and looks on its own host: rank 0 may have come anew.
-    starter = world.peers[world.rank].starter
-    mine = lambda word: word["what"] == what and starter in word["starters"]  # noqa: E731
-    found = next((path for path in _candidates(options) if mine(_word_in(path))), None)
-    has = world.all_gather(torch.tensor([found is not None], device=world.device)).flatten()
-    return Path(world.broadcast_object(str(found), int(has.int().argmax()))) if has.any() else None
+def _folder_before_restart(world: World, options: Run, run_id: str) -> Path | None:
+    """Return the folder that this run used before its launcher restarted it; None for a new run."""
+    # Every rank searches on its own host for its own launcher: rank 0 may be on a new host.
+    launcher_id = world.peers[world.rank].starter
+    candidates = [options.out] if options.out else sorted(RUNS.glob("*"), reverse=True)
+    found = next((path for path in candidates if _was_opened_by(path, run_id, launcher_id)), None)
+    has_found = world.all_gather(torch.tensor([found is not None], device=world.device)).flatten()
+    if not has_found.any():
+        return None
+    return Path(world.broadcast_object(str(found), int(has_found.int().argmax())))
 
 
-def _candidates(options: Run) -> list[Path]:
-    return [options.out] if options.out else sorted(RUNS.glob("*"), reverse=True)
+def _was_opened_by(path: Path, run_id: str, launcher_id: str) -> bool:
+    group = _read_group_file(path)
+    return group["what"] == run_id and launcher_id in group["starters"]
 
 
-def _word_in(path: Path) -> dict[str, Any]:
-    """What the last group that opened a folder left there: its mark, its run, who started its processes."""
+def _read_group_file(path: Path) -> dict[str, Any]:
+    """Read `.group`, which the last group to open the folder wrote: token, run ID and launcher IDs.
+
+    Without a valid file the values are empty and match nothing.
+    """
     try:
-        word = json.loads((path / ".group").read_text())
-        starters = [name for name in word["starters"] if name]
-        return {"mark": word["mark"], "what": word["what"], "starters": starters}
+        group = json.loads((path / ".group").read_text())
+        launcher_ids = [launcher_id for launcher_id in group["starters"] if launcher_id]
+        return {"mark": group["mark"], "what": group["what"], "starters": launcher_ids}
     except (OSError, ValueError, KeyError, TypeError):
         return {"mark": "", "what": "", "starters": []}
 
 
-def _leave_word(folder: RunFolder, world: World) -> None:
-    starters = sorted({peer.starter for peer in world.peers})
-    word = {"mark": folder.mark, "what": folder.what, "starters": starters}
-    write_json(folder.path / ".group", word)
+def _write_group_file(folder: RunFolder, world: World) -> None:
+    launcher_ids = sorted({peer.starter for peer in world.peers})
+    group = {"mark": folder.token, "what": folder.run_id, "starters": launcher_ids}
+    write_json(folder.path / ".group", group)
 
 
 def _refuse_used(path: Path, options: Run) -> None:
-    mine = (path / "checkpoints").resolve()
-    resuming_here = options.resume is not None and Path(options.resume).resolve().parent == mine
-    if checkpoints_in(mine) and options.resume != "auto" and not resuming_here:
+    """Raise `OutputError` if the folder has checkpoints and the run does not resume from them."""
+    checkpoints = (path / "checkpoints").resolve()
+    resuming_here = options.resume is not None and Path(options.resume).resolve().parent == checkpoints
+    if checkpoints_in(checkpoints) and options.resume != "auto" and not resuming_here:
         raise OutputError(
             f"--out {path} already holds a run: add --resume auto to go on, or choose another folder"
         )
 
 
 def open_store(world: World, options: Run, folder: RunFolder, every_seconds: float | None) -> Store:
-    """Rank 0's writes into the folder, and so does one rank's on each host that does not see it."""
+    """Return a `RunStore` on rank 0 and on one rank of each host that does not see rank 0's folder.
+
+    All other ranks get a `NullStore`.
+    """
 
     def make() -> Store:
         if world.rank == 0:
             return RunStore(folder.path, options.keep, every_seconds)
-        if world.local_rank != 0 or _word_in(folder.path)["mark"] == folder.mark:
+        if world.local_rank != 0 or _read_group_file(folder.path)["mark"] == folder.token:
             return NullStore()
-        if not folder.again:
+        if not folder.restarted:
             _refuse_used(folder.path, options)
         try:
             store = RunStore(folder.path, options.keep, every_seconds)
-            _leave_word(dataclasses.replace(folder, mark=""), world)
+            _write_group_file(dataclasses.replace(folder, token=""), world)
             return store
-        except OutputError:  # a host where nothing can be written: there are others
+        except OutputError:  # nothing can be written on this host, but other hosts have the checkpoints
             return NullStore()
 
     return world.on_every_rank(make)

@@ -66,7 +66,7 @@ def resume(
     gave. `refuse` raises for a checkpoint that does not belong to this run.
     """
     found = (options.resume or "", named) if named is not None else None
-    if options.resume == "auto" or folder.again:
+    if options.resume == "auto" or folder.restarted:
         found = _newest(world, store, complain) or found
         if found is None:
             complain("there is no checkpoint yet: starting from the beginning")

@@ -22,7 +22,8 @@ from ..reporting.events import JsonLines, MistakesFile, MultiSink, Notices, Null
 from ..reporting.terminal import Terminal
 from ..runs import layout
 from ..runs.checkpoint_store import NullStore, Store
-from ..runs.lock import RunLock, write_json
+from ..runs.layout import write_json
+from ..runs.lock import RunLock
 from ..runs.record import read as read_record
 from ..runs.run_folder import RunFolder, open_folder, open_store
 from .batches import Batches
@@ -105,7 +106,7 @@ def run(
         step=state.step,
         steps=total,
         epochs=recipe.epochs,
-        again=folder.again,
+        again=folder.restarted,
         ranks=[{"rank": peer.rank, "host": peer.host, "pid": peer.pid} for peer in world.peers],
     )
     gone_on = f"resumed from {resumed} at step {state.step} of {total}"
@@ -132,8 +133,8 @@ def run(
 
 def remarks(world: World, recipe: Recipe, data: Data, threads: int, folder: RunFolder) -> list[str]:
     """What a person should know before it starts."""
-    lines = [] if folder.again else oversubscription(world, threads)
-    if world.restarts and not folder.again:
+    lines = [] if folder.restarted else oversubscription(world, threads)
+    if world.restarts and not folder.restarted:
         lines.append(f"{world.launcher} has started this again, but no run of its is known here")
     if recipe.batch_size > len(data.train):
         images = f"the {len(data.train):,} training images"

@@ -140,9 +140,9 @@ def test_bad_flags_of_train(
         (["evaluate", "a.pt", "--nproc", "0"], ["--nproc", "at least 1"]),
         (["data"], ["data fetch, data check or data generate", "--help"]),
         (["data", "fetsh"], ["there is no command 'data fetsh'; there are data fetch, data check,"]),
-        (["data", "fetch", "generated"], ["they have no files"]),
+        (["data", "fetch", "generated"], ["have no files"]),
         (["data", "fetch", "--mirror", "http://a", "http://b"], ["there is no data set 'http://b'"]),
-        (["data", "check", "."], ["there is no data set '.': for a folder of your own, idx --data ."]),
+        (["data", "check", "."], ["there is no data set '.': for your own files, use idx --data ."]),
         (["data", "check", "cifar"], ["there is no data set 'cifar'; there are mnist"]),
         (
             ["data", "fetch", "--mirror", "a", "b", "--jsno"],

@@ -1,4 +1,4 @@
-"""Data sets found in every layout, untangled, and refused with one clear line when they are wrong."""
+"""Data sets: found in every layout, converted to one form, and refused with a one-line error if wrong."""
 
 import gzip
 import hashlib
@@ -54,7 +54,7 @@ def refusal(name: str, root: Path) -> str:
 
 
 def publish(monkeypatch: pytest.MonkeyPatch, name: str, arrays: Arrays) -> None:
-    """Makes `arrays` the content that `name` is known to have."""
+    """Make `arrays` the published content of `name`."""
     entry = ENTRIES[name]
     files = tuple(replace(entry.file(role), sha256=idx.digest(arrays[role])) for role in ROLES)
     monkeypatch.setitem(catalog.ENTRIES, name, replace(entry, files=files))
@@ -62,7 +62,7 @@ def publish(monkeypatch: pytest.MonkeyPatch, name: str, arrays: Arrays) -> None:
 
 @pytest.fixture
 def mnist(monkeypatch: pytest.MonkeyPatch) -> Arrays:
-    """A small set that passes for MNIST."""
+    """A small set that is accepted as MNIST."""
     arrays = small(train=41)
     publish(monkeypatch, "mnist", arrays)
     return arrays
@@ -167,7 +167,7 @@ def test_torchvisions_layout(
             assert array.flags.writeable
 
 
-def test_emnists_own_folder_gzip(tmp_path: Path) -> None:
+def test_emnists_gzip_folder(tmp_path: Path) -> None:
     entry = ENTRIES["emnist-letters"]
     put(tmp_path / "EMNIST/raw/gzip", entry, small(26, first_label=1), ".gz")
     loaded = datasets.load("emnist-letters", tmp_path, download=False)
@@ -207,7 +207,9 @@ def test_other_spellings_are_found(tmp_path: Path, rename: Callable[[str], str])
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_mnist_in_a_bare_folder_is_known_by_its_content(tmp_path: Path, mnist: Arrays, suffix: str) -> None:
+def test_mnist_in_a_plain_folder_is_identified_by_its_content(
+    tmp_path: Path, mnist: Arrays, suffix: str
+) -> None:
     put(tmp_path, ENTRIES["mnist"], mnist, suffix)
     assert datasets.load("mnist", tmp_path, download=False).source == str(tmp_path)
     assert datasets.load("auto", tmp_path, download=False).name == "mnist"
@@ -230,12 +232,12 @@ def test_other_content_under_mnists_names_is_refused(
 
 
 @pytest.mark.parametrize("folder", [".", "KMNIST/raw"])
-def test_mnist_is_not_taken_for_another_set(tmp_path: Path, mnist: Arrays, folder: str) -> None:
+def test_mnist_is_not_accepted_as_another_set(tmp_path: Path, mnist: Arrays, folder: str) -> None:
     paths = put(tmp_path / folder, ENTRIES["mnist"], mnist)
     assert f"{paths['train_images']}: holds mnist, not kmnist" in refusal("kmnist", tmp_path)
 
 
-def test_files_of_another_set_are_known_by_their_md5(
+def test_files_of_another_set_are_identified_by_their_md5(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = put(tmp_path, ENTRIES["kmnist"], small(), ".gz")
@@ -251,7 +253,7 @@ def test_files_of_another_set_are_known_by_their_md5(
     assert "(it holds kmnist)" in refusal("mnist", tmp_path)
 
 
-def test_unpacked_files_in_a_bare_folder_are_believed_unless_known(tmp_path: Path) -> None:
+def test_unknown_unpacked_files_in_a_plain_folder_are_accepted(tmp_path: Path) -> None:
     put(tmp_path, ENTRIES["fashion-mnist"], small())
     assert datasets.load("fashion-mnist", tmp_path, download=False).class_names[9] == "Ankle boot"
     verdicts = {finding.verdict for finding in datasets.check("fashion-mnist", tmp_path)}
@@ -275,7 +277,7 @@ def test_classes_are_counted_over_both_splits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["i1", "i2", "i4"])
-def test_labels_of_other_integer_types_are_taken(tmp_path: Path, dtype: str) -> None:
+def test_labels_of_other_integer_types_are_accepted(tmp_path: Path, dtype: str) -> None:
     arrays = small()
     expected = arrays["train_labels"]
     arrays["train_labels"] = expected.astype(dtype)
@@ -318,7 +320,7 @@ BAD: list[tuple[Role, NDArray[Any], str]] = [
 
 
 @pytest.mark.parametrize(("role", "array", "expected"), BAD)
-def test_bad_content_is_named_with_its_file(
+def test_invalid_content_names_its_file(
     tmp_path: Path, role: Role, array: NDArray[Any], expected: str
 ) -> None:
     arrays = small()
@@ -329,7 +331,7 @@ def test_bad_content_is_named_with_its_file(
     assert verdicts[paths[role]] == expected
 
 
-def test_letters_count_from_one(tmp_path: Path) -> None:
+def test_emnist_letters_start_at_one(tmp_path: Path) -> None:
     paths = put(tmp_path, ENTRIES["emnist-letters"], small(26))
     expected = f"{paths['train_labels']}: label 0 in row 0, but emnist-letters has labels from 1 to 26"
     assert refusal("emnist-letters", tmp_path) == expected
@@ -340,14 +342,14 @@ def test_a_damaged_file_is_named(tmp_path: Path, mnist: Arrays) -> None:
     whole = paths["train_images"].read_bytes()
     paths["train_images"].write_bytes(whole[: len(whole) // 2])
     assert refusal("auto", tmp_path).startswith(
-        f"{paths['train_images']}: truncated: the gzip data end after"
+        f"{paths['train_images']}: truncated: the gzip data ends after"
     )
     finding = datasets.check("mnist", tmp_path)[0]
     assert (finding.ok, finding.rows, finding.sha256) == (False, None, None)
     assert finding.verdict.startswith("truncated")
 
 
-def test_what_is_missing_is_said(tmp_path: Path, mnist: Arrays) -> None:
+def test_missing_files_are_named(tmp_path: Path, mnist: Arrays) -> None:
     assert refusal("mnist", tmp_path / "none") == f"mnist is not in {tmp_path / 'none'}/ (no such folder)"
     assert refusal("mnist", tmp_path / "no\nne").endswith(r"no\nne/' (no such folder)")
     (tmp_path / "file").touch()
@@ -362,8 +364,8 @@ def test_what_is_missing_is_said(tmp_path: Path, mnist: Arrays) -> None:
     paths["test_labels"].unlink()
     partial = f"mnist is not in {tmp_path}/ ({tmp_path / 'MNIST/raw'} lacks t10k-labels-idx1-ubyte)"
     assert refusal("mnist", tmp_path) == partial
-    # One file is enough to show what was meant: nothing else is drawn in its place.
-    said = f"{partial}; --dataset auto draws digits only where none of MNIST's files is"
+    # One existing file shows that MNIST was meant, so no digits are drawn.
+    said = f"{partial}; --dataset auto draws digits only if none of MNIST's files exist"
     assert refusal("auto", tmp_path) == said
     assert [finding.verdict for finding in datasets.check("mnist", tmp_path)] == [
         "ok",
@@ -373,7 +375,7 @@ def test_what_is_missing_is_said(tmp_path: Path, mnist: Arrays) -> None:
     ]
 
 
-def test_names_that_are_no_data_set(tmp_path: Path) -> None:
+def test_unknown_names(tmp_path: Path) -> None:
     names = "there are mnist, fashion-mnist, .*, idx, generated, auto$"
     with pytest.raises(UsageError, match=rf"^there is no data set 'cifar'; {names}"):
         datasets.load("cifar", tmp_path)
@@ -382,7 +384,7 @@ def test_names_that_are_no_data_set(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"^there is no data set 'minst'; did you mean mnist\? there are "):
         datasets.fetch("minst", tmp_path)
     for call in (datasets.check, datasets.fetch):
-        with pytest.raises(UsageError, match="they have no files"):
+        with pytest.raises(UsageError, match="have no files"):
             call("generated", tmp_path)
 
 
@@ -425,7 +427,7 @@ def test_auto_without_mnist_draws_and_says_why(tmp_path: Path) -> None:
     )
 
 
-def test_written_sets_are_read_back_and_never_replace_others(tmp_path: Path) -> None:
+def test_written_files_are_read_back_and_never_replace_others(tmp_path: Path) -> None:
     drawn = datasets.load("generated", tmp_path, train_size=30, test_size=20)
     seen: list[tuple[str, int, int | None]] = []
     paths = datasets.write(drawn, tmp_path / "new" / "folder", lambda *args: seen.append(args))
@@ -442,7 +444,7 @@ def test_written_sets_are_read_back_and_never_replace_others(tmp_path: Path) -> 
     other = datasets.load("generated", tmp_path, seed=1, train_size=30, test_size=20)
     with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz: holds other data"):
         datasets.write(other, tmp_path / "new" / "folder")
-    # Unpacked files are found first, so packed ones written beside them would never be read.
+    # Unpacked files are found first, so gzipped files next to them would never be read.
     shutil.rmtree(tmp_path / "new")
     put(tmp_path / "new", ENTRIES["idx"], small())
     with pytest.raises(DataError, match=r"train-images-idx3-ubyte: holds other data"):
@@ -468,6 +470,6 @@ def test_raw_gzip_content_without_the_suffix(tmp_path: Path) -> None:
 
 
 def test_importing_does_nothing_heavy() -> None:
-    program = "import sys, distributed_mnist.datasets; print(*sys.modules)"
+    program = "import sys, distributed_mnist.data.datasets; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert not {"torch", "requests", "pooch", "urllib3"} & set(done.stdout.split())

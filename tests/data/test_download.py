@@ -1,4 +1,4 @@
-"""Downloads from real servers on this machine: mirrors that are dead, wrong, or right."""
+"""Downloads from local HTTP servers: mirrors that are dead, wrong or correct."""
 
 import gzip
 import hashlib
@@ -27,14 +27,14 @@ Arrays = dict[Role, NDArray[Any]]
 
 @dataclass
 class Mirror:
-    """A server of `files`, with its address, and what it was asked for."""
+    """A server of `files`, with its address and the names that were requested."""
 
     base: str
     files: dict[str, bytes]
     asked: list[str] = field(default_factory=list)
     status: int = 200
-    cut: dict[str, int] = field(default_factory=dict)  # how many more times a transfer breaks off
-    sized: bool = True  # whether it says how long a file is
+    cut: dict[str, int] = field(default_factory=dict)  # remaining number of transfers that break off
+    sized: bool = True  # whether it sends Content-Length
 
     @property
     def host(self) -> str:
@@ -57,7 +57,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str, bytes
                 if mirror.sized:
                     self.send_header("Content-Length", str(len(body)))
                 if "gzip" in self.headers.get("Accept-Encoding", ""):
-                    # As many servers label a .gz; the client would then unpack it on the way.
+                    # Many servers send this for a .gz file; the client would then unpack it in transit.
                     self.send_header("Content-Encoding", "gzip")
                 self.end_headers()
                 if mirror.cut.get(name, 0) > 0:
@@ -84,7 +84,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str, bytes
 
 @pytest.fixture
 def dead() -> Iterator[Mirror]:
-    """An address where connections are refused: the port is taken, but nobody listens."""
+    """An address that refuses connections: the port is bound, but nothing listens."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield Mirror(f"http://127.0.0.1:{taken.getsockname()[1]}/data/", {})
@@ -106,12 +106,12 @@ def packed(array: NDArray[Any], level: int = 6) -> bytes:
 
 
 def published(entry: Entry, arrays: Arrays, level: int = 6) -> dict[str, bytes]:
-    """The files as a server has them, by name."""
+    """Return the files on a server, by name."""
     return {f"{entry.file(role).name}.gz": packed(arrays[role], level) for role in ROLES}
 
 
 def register(monkeypatch: pytest.MonkeyPatch, name: str, arrays: Arrays) -> Entry:
-    """Makes `arrays` the content that the table of data sets has for `name`."""
+    """Make `arrays` the published content of `name`."""
     entry = ENTRIES[name]
     files = []
     for role in ROLES:
@@ -132,7 +132,7 @@ def failure(entry: Entry, root: Path, *mirrors: Mirror) -> str:
 
 
 def leftovers(root: Path) -> list[Path]:
-    """Everything under `root` that is not the final name of a data set's file."""
+    """Return the temporary files under `root`."""
     return [path for path in root.rglob("*") if path.is_file() and path.name.startswith(".")]
 
 
@@ -170,7 +170,7 @@ def test_mnist_is_verified_by_content_not_by_compression(
     assert datasets.load("auto", tmp_path, mirrors=[mirror.base]).name == "mnist"
 
 
-def test_a_dead_mirror_is_asked_once(
+def test_a_dead_mirror_is_tried_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve, dead: Mirror
 ) -> None:
     entry = register(monkeypatch, "mnist", content())
@@ -203,7 +203,7 @@ def test_wrong_content_goes_on_to_the_next_mirror(
     assert leftovers(tmp_path) == []
 
 
-def test_when_all_fail_one_line_has_every_reason(
+def test_the_error_has_the_reason_of_every_mirror(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve, dead: Mirror
 ) -> None:
     entry = register(monkeypatch, "mnist", content())
@@ -238,7 +238,7 @@ def test_a_broken_transfer_is_tried_again(
     assert len(mirror.asked) == 5
 
 
-def test_a_server_that_tells_no_length(
+def test_a_server_without_content_length(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve
 ) -> None:
     entry = register(monkeypatch, "kmnist", content())
@@ -271,10 +271,10 @@ def test_only_what_is_missing_is_downloaded(
     assert len(mirror.asked) == 3
 
 
-def test_files_of_another_set_in_the_way_are_left_alone(
+def test_files_of_another_set_are_not_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve
 ) -> None:
-    """A folder with MNIST's four files, and KMNIST wanted: it is downloaded beside them."""
+    """KMNIST is downloaded next to the four files of MNIST in the same folder."""
     register(monkeypatch, "mnist", content(1))
     entry = register(monkeypatch, "kmnist", content())
     for name, data in published(entry, content(1)).items():
@@ -294,7 +294,7 @@ def test_auto_draws_when_no_mirror_answers(
     assert leftovers(tmp_path) == []
 
 
-def test_auto_does_not_draw_in_place_of_half_of_mnist(
+def test_auto_does_not_draw_if_some_of_mnist_exists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dead: Mirror
 ) -> None:
     monkeypatch.setenv("NO_PROXY", "*")
@@ -305,12 +305,12 @@ def test_auto_does_not_draw_in_place_of_half_of_mnist(
     lacking = ", ".join(file.name for file in entry.files[1:])
     assert str(caught.value) == (
         f"mnist is not in {tmp_path}/ ({tmp_path} lacks {lacking}) and no mirror could be reached: "
-        f"{dead.host} (connection failed); --dataset auto draws digits only where none of MNIST's files is"
+        f"{dead.host} (connection failed); --dataset auto draws digits only if none of MNIST's files exist"
     )
     assert not isinstance(caught.value, NotFoundError)
 
 
-def test_mirrors_that_share_a_reason_share_its_mention(
+def test_mirrors_with_the_same_reason_are_grouped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve, dead: Mirror
 ) -> None:
     monkeypatch.setenv("NO_PROXY", "*")
@@ -321,7 +321,7 @@ def test_mirrors_that_share_a_reason_share_its_mention(
     root = tmp_path / "none"
     for call, said in (
         (datasets.load, f"mnist is not in {root}/ (no such folder) and {reached}"),
-        (datasets.fetch, f"mnist cannot be downloaded: {reached}"),
+        (datasets.fetch, f"mnist is not in {root}/ (no such folder) and {reached}"),
     ):
         with pytest.raises(DataError) as caught:
             call("mnist", root, mirrors=[dead.base, other.base])
@@ -332,7 +332,9 @@ def test_mirrors_that_share_a_reason_share_its_mention(
     assert failure(entry, tmp_path, *empty) == said
 
 
-def test_emnist_comes_out_of_one_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve) -> None:
+def test_emnist_is_extracted_from_one_zip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve
+) -> None:
     splits = ("emnist-digits", "emnist-mnist")
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
@@ -350,7 +352,7 @@ def test_emnist_comes_out_of_one_zip(tmp_path: Path, monkeypatch: pytest.MonkeyP
         np.testing.assert_array_equal(loaded.train_images, stored.transpose(0, 2, 1))
         assert len(list(folder.iterdir())) == 1 + 4 * (shift + 1)  # only the split that was wanted
     assert mirror.asked == ["gzip.zip"]
-    # A damaged zip is replaced; one that lacks a file is named.
+    # A damaged zip is replaced. A zip that lacks a file gives an error that names the zip.
     (folder / "gzip.zip").write_bytes(b"half")
     (folder / "emnist-mnist-test-labels-idx1-ubyte.gz").unlink()
     datasets.fetch("emnist-mnist", tmp_path, mirrors=[mirror.base])
@@ -368,7 +370,7 @@ def test_a_zip_with_the_wrong_checksum_is_refused(tmp_path: Path, serve: Serve) 
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_a_folder_that_cannot_be_made(
+def test_a_folder_that_cannot_be_created(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve
 ) -> None:
     entry = register(monkeypatch, "mnist", content())
@@ -379,8 +381,8 @@ def test_a_folder_that_cannot_be_made(
     assert mirror.asked == []
 
 
-def test_no_room_for_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve) -> None:
-    """A limit on the size of files stands in for a full disk: it fails in the same place."""
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve) -> None:
+    """A limit on the file size simulates a full disk: writes fail in the same place."""
     resource = pytest.importorskip("resource")
     entry = register(monkeypatch, "mnist", content())
     mirror = serve(published(entry, content()))
@@ -422,7 +424,7 @@ def test_fetching_twice_at_once_is_harmless(
 
 
 @pytest.mark.parametrize("base", ["ftp://host/", "host/path", "", "file:///etc", "http//x"])
-def test_addresses_that_are_none(tmp_path: Path, base: str) -> None:
+def test_invalid_addresses(tmp_path: Path, base: str) -> None:
     with pytest.raises(DataError, match="a mirror's address starts with http"):
         download.fetch(ENTRIES["mnist"], tmp_path, mirrors=[base])
 
@@ -430,7 +432,7 @@ def test_addresses_that_are_none(tmp_path: Path, base: str) -> None:
 @pytest.mark.parametrize(
     "base", ["http://[bad/", "http://", "http://a..b/", "http://x:port/", "http://user:pw@[/"]
 )
-def test_addresses_that_cannot_be_used(tmp_path: Path, base: str) -> None:
+def test_unusable_addresses(tmp_path: Path, base: str) -> None:
     with pytest.raises(DataError) as caught:
         download.fetch(ENTRIES["mnist"], tmp_path, mirrors=[base])
     assert str(caught.value).startswith("no mirror could be reached: ")

@@ -1,4 +1,4 @@
-"""Generated digits: the same bits everywhere, reachable in any order, like MNIST enough to learn from."""
+"""Generated digits: the same bits everywhere, drawn in any order, similar enough to MNIST to train on."""
 
 import hashlib
 from functools import cache
@@ -14,7 +14,7 @@ Images = NDArray[np.uint8]
 
 @cache
 def sample() -> tuple[Images, Images]:
-    """6,000 digits; callers only read them."""
+    """6,000 digits, which callers must not change."""
     images, labels = generated.draw(6_000, "sample", 0)
     images.setflags(write=False)
     labels.setflags(write=False)
@@ -30,7 +30,7 @@ def sha256(array: Images) -> str:
 
 
 def test_every_bit_is_pinned():
-    """Runs on all machines are compared by the data's digest. If this fails, the drawings have changed."""
+    """Runs on different machines are compared by this digest. If it changes, the drawings have changed."""
     images, labels = generated.draw(1_000, "golden", 0)
     assert sha256(images) == "19cd84db89bb5a913e05a94c125e28c6b46b4a92a999743f61992effc8326329"
     assert sha256(labels) == "5f65bc2bb1bee582e52b0f44625668c4e35b5590e6eb1ae813822ada0f3f063c"
@@ -47,20 +47,20 @@ def test_format():
     ("count", "start"),
     [(1, 0), (1, 1), (1, 5_999), (3, 254), (256, 256), (257, 255), (700, 77), (6_000 - 5_001, 5_001)],
 )
-def test_any_part_equals_that_part_of_the_whole(count: int, start: int):
+def test_any_part_equals_the_same_part_of_the_whole(count: int, start: int):
     images, labels = sample()
     part = generated.draw(count, "sample", 0, start=start)
     assert equal(part, (images[start : start + count], labels[start : start + count]))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1_000])
-def test_chunk_size_is_no_part_of_the_answer(chunk: int, monkeypatch: pytest.MonkeyPatch):
+def test_chunk_size_does_not_matter(chunk: int, monkeypatch: pytest.MonkeyPatch):
     images, labels = sample()
     monkeypatch.setattr(generated, "_CHUNK", chunk)
     assert equal(generated.draw(300, "sample", 0), (images[:300], labels[:300]))
 
 
-def test_a_set_has_no_end():
+def test_indices_may_be_very_large():
     images, labels = generated.draw(50, "sample", 0, start=10**12)
     assert (images.reshape(50, -1).max(axis=1) > 200).all()
     assert len(np.unique(labels)) > 5
@@ -74,7 +74,7 @@ def test_another_key_gives_other_digits(key: tuple[int | str, ...]):
     assert not (other_images == images[:200]).all(axis=(1, 2)).any()
 
 
-def test_none_at_all():
+def test_zero_digits():
     images, labels = generated.draw(0, "sample", 0, start=9)
     assert images.shape == (0, 28, 28)
     assert labels.shape == (0,)
@@ -98,8 +98,8 @@ def test_no_two_digits_are_equal():
     assert len({image.tobytes() for image in images}) == len(images)
 
 
-def test_ink_is_like_mnists():
-    """MNIST has mean 33, deviation 79, 19 % of pixels inked, and most of that ink nearly white."""
+def test_ink_is_similar_to_mnist():
+    """MNIST has mean 33, standard deviation 79, and ink on 19 % of the pixels, most of it nearly white."""
     images, _ = sample()
     assert 30 < images.mean() < 38
     assert 74 < images.std() < 86
@@ -129,14 +129,14 @@ def test_each_digit_fills_a_box_of_20_pixels_about_its_centre_of_mass():
 
 @pytest.mark.parametrize("digit", [0, 1, 2, 3, 6, 8])
 def test_lines_have_no_gaps(digit: int):
-    """These digits are written without lifting the pen, or with strokes that meet: the ink is one piece."""
+    """These digits have one stroke, or strokes that meet, so the ink is one connected piece."""
     images, labels = sample()
     for image in images[labels == digit][:200]:
         assert pieces(image > 60) == 1
 
 
 def pieces(inked: NDArray[np.bool_]) -> int:
-    """Number of connected pieces, neighbours by a corner included."""
+    """Count the connected pieces; diagonal neighbours are connected."""
     left = {(int(y), int(x)) for y, x in np.argwhere(inked)}
     count = 0
     while left:
@@ -151,7 +151,8 @@ def pieces(inked: NDArray[np.bool_]) -> int:
 
 
 def test_digits_of_a_class_resemble_each_other_but_are_not_separable_by_their_means():
-    """The nearest class mean gets 82 % of MNIST right; far more or less here would rank no models."""
+    """Classification by the nearest class mean is 82 % right on MNIST. A very different value would make
+    these digits useless for ranking models."""
     images, labels = sample()
     pixels = images.reshape(len(images), -1).astype(np.float64)
     train, test = slice(0, 4_000), slice(4_000, None)
@@ -162,8 +163,8 @@ def test_digits_of_a_class_resemble_each_other_but_are_not_separable_by_their_me
     assert min(right[labels[test] == digit].mean() for digit in range(10)) > 0.4
 
 
-def test_sums_that_must_be_exact_are():
-    """Ink and curves are sums of integers below the limit of float32: no order of adding matters."""
+def test_sums_are_exact():
+    """Ink and curves are sums of integers that float32 holds exactly, so the order does not matter."""
     limit = 2**24
     touches = generated._SAMPLES * generated._MAX_WEIGHT
     assert touches * generated._PEN_PEAK**2 < limit

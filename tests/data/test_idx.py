@@ -1,4 +1,4 @@
-"""IDX files: what is written is read back, and any other bytes give an array or one clear line."""
+"""IDX files: arrays are written and read back, and any other bytes give an array or a one-line error."""
 
 import gzip
 import os
@@ -22,19 +22,19 @@ arrays = st.sampled_from(list(CODES)).flatmap(
     lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=5, min_side=0, max_side=6))
 )
 
-# On a busy machine an example may take any time; that is no failure.
+# No deadline: on a busy machine an example may take any time.
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def encoded(array: NDArray[Any]) -> bytes:
-    """The format as its author describes it, written down a second time."""
+    """A second, independent implementation of the format."""
     header = bytes([0, 0, CODES[array.dtype.str[1:]], array.ndim])
     sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
     return header + sizes + array.astype(array.dtype.newbyteorder(">")).tobytes()
 
 
 def packed(data: bytes) -> bytes:
-    """gzip without a time stamp: pytest-xdist wants the same test names in every worker."""
+    """gzip without a time stamp, because pytest-xdist needs the same test names in every worker."""
     return gzip.compress(data, mtime=0)
 
 
@@ -72,7 +72,7 @@ def test_written_files_are_the_format_and_are_read_back(tmp_path: Path, dtype: s
         np.testing.assert_array_equal(idx.read(path), array)
 
 
-def test_gzip_is_told_by_content_not_by_name(tmp_path: Path) -> None:
+def test_gzip_is_detected_by_content_not_by_name(tmp_path: Path) -> None:
     array = np.arange(10, dtype=np.uint8)
     (tmp_path / "packed").write_bytes(gzip.compress(encoded(array)))
     (tmp_path / "plain.gz").write_bytes(encoded(array))
@@ -108,25 +108,28 @@ GOOD = encoded(np.arange(24, dtype=np.uint8).reshape(2, 3, 4))  # 16 bytes of he
         (b"<!DOCTYPE html>", "not an IDX file: starts with 3c 21 44 4f, not with 00 00"),
         (b"PK\x03\x04", "not an IDX file"),
         (b"\0\0\x0a\x01", "unknown IDX type 0x0a"),
-        (b"\0\0\x08\xff" + bytes(1020), "absurd header: 255 dimensions"),
+        (b"\0\0\x08\xff" + bytes(1020), "invalid header: 255 dimensions"),
         (GOOD[:10], "truncated: 10 bytes, its header has 16"),
-        (GOOD[:30], "truncated: 30 bytes of the 40 that its header promises"),
-        (packed(GOOD[:30]), "truncated: 30 bytes of the 40 that its header promises"),
-        (GOOD + b"\0", "trailing bytes after the 40 that its header promises"),
+        (GOOD[:30], "truncated: 30 of the 40 bytes that its header declares"),
+        (packed(GOOD[:30]), "truncated: 30 of the 40 bytes that its header declares"),
+        (GOOD + b"\0", "trailing bytes after the 40 that its header declares"),
         (packed(GOOD + b"\0"), "trailing bytes after the 40"),
-        (b"\0\0\x08\x03" + b"\xff" * 12, "absurd header: promises 4294967295 x 4294967295 x 4294967295"),
+        (
+            b"\0\0\x08\x03" + b"\xff" * 12,
+            "invalid header: it declares 4294967295 x 4294967295 x 4294967295",
+        ),
         (b"\0\0\x08\x02" + bytes(4) + b"\xff" * 4 + b"!", "trailing bytes after the 12"),
-        (packed(GOOD)[:-9], "truncated: the gzip data end after"),
+        (packed(GOOD)[:-9], "truncated: the gzip data ends after"),
         (
             packed(GOOD)[:-8] + bytes(8),
             "damaged gzip data after 40 unpacked bytes (CRC check failed",
         ),
-        (packed(GOOD)[:5], "truncated: the gzip data end after 0 unpacked bytes"),
+        (packed(GOOD)[:5], "truncated: the gzip data ends after 0 unpacked bytes"),
         (packed(GOOD)[:10] + b"\xff" * 20, "damaged gzip data"),
         (packed(GOOD) + b"junk", "damaged gzip data"),
     ],
 )
-def test_each_kind_of_damage_has_its_own_line(data: bytes, expected: str) -> None:
+def test_each_kind_of_damage_has_its_own_message(data: bytes, expected: str) -> None:
     assert problem(data).startswith(expected)
 
 
@@ -137,26 +140,26 @@ def test_a_header_alone_allocates_nothing() -> None:
     text = problem(b"\0\0\x08\x01" + (4_000_000_000).to_bytes(4, "big") + b"abc")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert text == "truncated: 11 bytes of the 4000000008 that its header promises"
+    assert text == "truncated: 11 of the 4000000008 bytes that its header declares"
     assert peak < 10 << 20
 
 
-@pytest.mark.parametrize("promised", [100, 4_294_967_295])
-def test_a_gzip_bomb_is_not_unfolded(monkeypatch: pytest.MonkeyPatch, promised: int) -> None:
-    """64 MiB of zeros in 64 KiB, behind a small promise, or behind one larger than the cap."""
+@pytest.mark.parametrize("declared", [100, 4_294_967_295])
+def test_a_gzip_bomb_is_not_unpacked(monkeypatch: pytest.MonkeyPatch, declared: int) -> None:
+    """64 MiB of zeros in 64 KiB, after a header that declares little, or more than the limit."""
     import tracemalloc
 
     monkeypatch.setattr(idx, "_MAX_BYTES", 1 << 20)
-    bomb = gzip.compress(b"\0\0\x08\x01" + promised.to_bytes(4, "big") + bytes(64 << 20))
+    bomb = gzip.compress(b"\0\0\x08\x01" + declared.to_bytes(4, "big") + bytes(64 << 20))
     tracemalloc.start()
     text = problem(bomb)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert text.startswith("trailing bytes" if promised == 100 else "absurd header")
+    assert text.startswith("trailing bytes" if declared == 100 else "invalid header")
     assert peak < 10 << 20
 
 
-def test_what_is_not_a_readable_file_says_so(tmp_path: Path) -> None:
+def test_paths_that_are_not_readable_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     cases = {
         tmp_path / "absent": "No such file or directory",
@@ -181,7 +184,7 @@ def test_a_name_with_a_newline_stays_on_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
-def test_an_unreadable_file_says_so(tmp_path: Path) -> None:
+def test_an_unreadable_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(GOOD)
     path.chmod(0)
@@ -192,14 +195,14 @@ def test_an_unreadable_file_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "array", [np.arange(3), np.zeros(2, bool), np.zeros(2, "c8"), np.zeros((1,) * 33, "u1")]
 )
-def test_arrays_that_the_format_has_no_place_for_are_refused(tmp_path: Path, array: NDArray[Any]) -> None:
+def test_arrays_that_the_format_cannot_hold_are_refused(tmp_path: Path, array: NDArray[Any]) -> None:
     with pytest.raises(DataError, match=r"no type for|too many"):
         idx.write(tmp_path / "file", array)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
-    """A full disk is not at hand; a limit on the size of files is, and fails in the same place."""
+    """A limit on the file size simulates a full disk: writes fail in the same place."""
     resource = pytest.importorskip("resource")
     path = tmp_path / "file"
     old = np.arange(10, dtype=np.uint8)
@@ -216,7 +219,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_writing_where_no_folder_can_be_says_so(tmp_path: Path) -> None:
+def test_writing_to_a_folder_that_cannot_exist(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"file/in: cannot be written: (Not a directory|File exists)"):
         idx.write(tmp_path / "file" / "in", np.zeros(1, np.uint8))

@@ -1,4 +1,4 @@
-"""Data read by the launcher and handed to rank 0: the same data each time, and what goes wrong is told."""
+"""Data that the launcher reads for rank 0: the same each time, and errors reach rank 0."""
 
 import dataclasses
 import io
@@ -29,45 +29,45 @@ def drawn(stopped: Stopped | None = None) -> Dataset:
     return datasets.load("generated", Path(), train_size=50, test_size=7)
 
 
-def taken(handed: PrefetchedData) -> tuple[dict[Any, Any], str]:
-    """In another process: the arrays, and what else there is."""
-    dataset = handed.take()
+def received(prefetched: PrefetchedData) -> tuple[dict[Any, Any], str]:
+    """Receive the data, change it, and return the arrays and the name. Runs in another process."""
+    dataset = prefetched.receive()
     for array in dataset.arrays().values():
-        array.flat[0] ^= 1  # a copy of one's own
+        array.flat[0] ^= 1  # must not affect others
     return dataset.arrays(), dataset.name
 
 
-def _answer(writer: Any, handed: PrefetchedData) -> None:
+def _answer(writer: Any, prefetched: PrefetchedData) -> None:
     try:
-        writer.send(taken(handed))
+        writer.send(received(prefetched))
     except DmnistError as error:
         writer.send(error)
     writer.close()
 
 
-def in_a_worker(supply: Prefetcher) -> Any:
-    """What a worker that is handed the data makes of it."""
+def in_a_worker(prefetcher: Prefetcher) -> Any:
+    """Return what a worker process receives."""
     context = server()
     reader, writer = context.Pipe(duplex=False)
-    worker = context.Process(target=_answer, args=(writer, supply.hand()))
+    worker = context.Process(target=_answer, args=(writer, prefetcher.for_rank_zero()))
     worker.start()
     writer.close()
     with reader:
-        answer = reader.recv() if reader.poll(60) else "nothing came"
+        answer = reader.recv() if reader.poll(60) else "no answer"
     worker.join(60)
     return answer
 
 
-def test_every_worker_gets_what_was_read_once() -> None:
+def test_data_is_read_once_for_all_restarts() -> None:
     calls: list[int] = []
 
     def count(stopped: Stopped) -> Dataset:
         calls.append(1)
         return drawn()
 
-    with Prefetcher(count) as supply:
-        for _ in range(2):  # the second after a restart, the first one's changes being its own
-            arrays, name = in_a_worker(supply)
+    with Prefetcher(count) as prefetcher:
+        for _ in range(2):  # the second call is a restart; changes by the first worker must not be visible
+            arrays, name = in_a_worker(prefetcher)
             assert name == "generated"
             for role, array in drawn().arrays().items():
                 expected = array.copy()
@@ -76,57 +76,57 @@ def test_every_worker_gets_what_was_read_once() -> None:
     assert len(calls) == 1
 
 
-def test_a_worker_that_comes_early_waits() -> None:
+def test_an_early_worker_waits() -> None:
     go = threading.Event()
 
     def late(stopped: Stopped) -> Dataset:
         assert go.wait(60)
         return drawn()
 
-    with Prefetcher(late) as supply:
+    with Prefetcher(late) as prefetcher:
         threading.Timer(0.2, go.set).start()
-        arrays, _ = in_a_worker(supply)
+        arrays, _ = in_a_worker(prefetcher)
     assert arrays["train_images"].shape == (50, 28, 28)
 
 
 @pytest.mark.parametrize(
     ("error", "kind"), [(DataError("there is none"), DataError), (ValueError("a bug"), DmnistError)]
 )
-def test_what_went_wrong_is_raised_in_the_worker(error: Exception, kind: type[Exception]) -> None:
+def test_errors_are_raised_in_the_worker(error: Exception, kind: type[Exception]) -> None:
     def fail(stopped: Stopped) -> Dataset:
         raise error
 
-    with Prefetcher(fail) as supply:
-        answer = in_a_worker(supply)
+    with Prefetcher(fail) as prefetcher:
+        answer = in_a_worker(prefetcher)
     assert isinstance(answer, kind)
     assert str(error) in str(answer)
 
 
-def test_a_launcher_that_ended_is_named() -> None:
-    theirs, ours = Pipe(duplex=False)
-    ours.close()
-    with theirs, pytest.raises(WorkerLost, match="the launcher ended"):
-        PrefetchedData(None, theirs).take()
+def test_a_launcher_that_ended() -> None:
+    receiver, sender = Pipe(duplex=False)
+    sender.close()
+    with receiver, pytest.raises(WorkerLost, match="the launcher ended"):
+        PrefetchedData(None, receiver).receive()
 
 
 def _open_files() -> int:
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
-def test_nothing_stays_open() -> None:
+def test_no_file_stays_open() -> None:
     before = _open_files()
-    with Prefetcher(drawn) as supply:
-        in_a_worker(supply)
+    with Prefetcher(drawn) as prefetcher:
+        in_a_worker(prefetcher)
     assert _open_files() <= before
 
 
-def test_read_says_what_to_do_where_there_is_none(tmp_path: Path) -> None:
+def test_read_suggests_a_flag_if_data_is_missing(tmp_path: Path) -> None:
     options = dataclasses.replace(Run(), dataset="idx", data=tmp_path / "nothing")
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="give --data DIR"):
         read(options, Console(quiet=True))
 
 
-def test_what_nobody_wants_any_more_is_given_up_and_tidied_away(tmp_path: Path) -> None:
+def test_an_unneeded_download_is_stopped_and_removed(tmp_path: Path) -> None:
     begun = threading.Event()
 
     def download(stopped: Stopped) -> Dataset:

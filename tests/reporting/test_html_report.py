@@ -103,9 +103,7 @@ def test_many_evaluations_are_told_together(runs: list[Path], tmp_path: Path) ->
     many = [{**one, "step": step, "test_accuracy": step / 100} for step in range(1, 31)]
     start, end = record.events[0], record.events[-1]
     told = [event.text for event in timeline(dataclasses.replace(record, events=[start, *many, end]))]
-    assert told[1:-1] == [
-        "30 evaluations, at steps 1 to 30: test accuracy 30.00% at the last, 30.00% at best"
-    ]
+    assert told[1:-1] == ["30 evaluations, at steps 1 to 30: last test accuracy 30.00%, best 30.00%"]
     few = [event.kind for event in timeline(dataclasses.replace(record, events=[start, *many[:5], end]))]
     assert few == ["start", *["evaluation"] * 5, "end"]
 
@@ -116,7 +114,7 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
 
 
 def test_errors(tmp_path: Path, runs: list[Path]) -> None:
-    assert "no run" in dmnist("report", tmp_path).stderr
+    assert "not a run" in dmnist("report", tmp_path).stderr
     assert "report needs a run's folder" in dmnist("report").stderr
     (tmp_path / "file").write_text("")
     ended = dmnist("report", runs[0], "--out", tmp_path / "file" / "page.html")

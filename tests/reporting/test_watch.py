@@ -65,7 +65,7 @@ def test_a_table_of_many_ranks_fits() -> None:
 
 def test_only_what_is_new_and_whole(tmp_path: Path) -> None:
     tail = Tail(tmp_path)
-    with pytest.raises(UsageError, match="no run"):
+    with pytest.raises(UsageError, match="not a run"):
         tail.new()
     path = tmp_path / "metrics.jsonl"
     one, two = (json.dumps({"event": "notice", "time": 1, "text": text}) + "\n" for text in ("one", "two"))
@@ -136,7 +136,7 @@ def test_a_run_that_has_not_begun_is_waited_for(
     assert told.count(f"no run in {tmp_path / 'later'} yet") == 1
     assert "weights sha256" in told
     monkeypatch.setattr(watch, "_PATIENCE", 0.3)
-    with pytest.raises(UsageError, match="is no run"):
+    with pytest.raises(UsageError, match="is not a run"):
         watch.run(run=tmp_path / "never", as_json=False)
 
 

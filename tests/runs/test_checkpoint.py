@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or refused, harmless whoever made them, and never torn by a failed write."""
+"""Checkpoint files: complete or refused, harmless even if untrusted, and intact after a failed write."""
 
 import errno
 import io
@@ -47,7 +47,7 @@ def trained(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 2) 
 
 
 def content(**changes: Any) -> dict[str, Any]:
-    """What a run would put into a file, with every kind of value in it."""
+    """Return the content of a checkpoint, with every kind of value in it."""
     model = network().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = make_optimizer(Recipe(), model)
     trained(model, optimizer)
@@ -109,7 +109,7 @@ def test_special_numbers_survive() -> None:
     assert after["train_seconds"] == float("inf")
 
 
-def test_a_flipped_byte_is_noticed_or_harms_nothing() -> None:
+def test_a_flipped_bit_is_detected_or_harmless() -> None:
     expected = digest(content())
     rng = np.random.default_rng(0)
     # All over the file, and closely at its ends, where the archive and the pickle have their structure.
@@ -128,10 +128,10 @@ def test_a_flipped_byte_is_noticed_or_harms_nothing() -> None:
     assert harmless < len(places) / 2
 
 
-def test_a_cut_file_is_refused() -> None:
+def test_a_truncated_file_is_refused() -> None:
     lengths = {*range(40), *range(0, len(WHOLE), len(WHOLE) // 150), *range(len(WHOLE) - 40, len(WHOLE))}
     for length in sorted(lengths):
-        assert refused(WHOLE[:length]).startswith("is damaged or no checkpoint: ")
+        assert refused(WHOLE[:length]).startswith("is damaged or not a checkpoint: ")
 
 
 def test_zeros_where_a_disk_lost_a_block() -> None:
@@ -140,7 +140,7 @@ def test_zeros_where_a_disk_lost_a_block() -> None:
 
 
 class Malice:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -149,7 +149,7 @@ class Malice:
         return open, (str(self.path), "w")
 
 
-def test_a_strangers_file_runs_no_code(tmp_path: Path) -> None:
+def test_an_untrusted_file_runs_no_code(tmp_path: Path) -> None:
     trace = tmp_path / "was-here"
     honest = content()
     files = [
@@ -169,8 +169,8 @@ def test_a_strangers_file_runs_no_code(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [None, 3, "text", [], torch.zeros(2), (1, 2)])
-def test_what_is_no_dictionary(value: object) -> None:
-    assert refused(saved(value)) == f"is no checkpoint: it holds a {type(value).__name__}"
+def test_values_other_than_dictionaries(value: object) -> None:
+    assert refused(saved(value)) == f"is not a checkpoint: it holds a {type(value).__name__}"
 
 
 def recursive() -> dict[str, Any]:
@@ -210,8 +210,8 @@ STRANGE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", STRANGE)
-def test_whatever_else_torch_can_save_is_refused(name: str) -> None:
-    """Nobody's file may end the program with a traceback."""
+def test_other_things_that_torch_saves_are_refused(name: str) -> None:
+    """No file may end the program with a traceback."""
     refused(saved(STRANGE[name]))
 
 
@@ -232,10 +232,10 @@ def test_a_missing_part(key: str) -> None:
 @pytest.mark.parametrize(
     ("field", "value"), [("std", 0.0), ("std", float("nan")), ("class_names", [0, 1, 2, 3, 4, 5])]
 )
-def test_an_impossible_data_set(field: str, value: Any) -> None:
+def test_an_invalid_data_set(field: str, value: Any) -> None:
     strange = content()
     strange["dataset"] = {**strange["dataset"], field: value}
-    assert "impossible names of classes, or an impossible deviation" in refused(encode(strange))
+    assert "invalid class names, or an invalid standard deviation" in refused(encode(strange))
 
 
 def test_reading(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_reading(tmp_path: Path) -> None:
     assert read_bytes(path) == WHOLE
 
 
-def test_weights_are_taken_over_exactly() -> None:
+def test_weights_are_loaded_exactly() -> None:
     source, target = network(), network()
     trained(source, make_optimizer(Recipe(), source))
     assert digest(dict(target.state_dict())) != digest(dict(source.state_dict()))
@@ -262,10 +262,10 @@ def test_weights_of_another_model() -> None:
     renamed = {key.replace("2.", "5."): value for key, value in weights.items()}
     fewer = {key: value for key, value in weights.items() if key != "0.bias"}
     for wrong, said in (
-        (renamed, "is of another model: 2.bias, 2.weight, 5.bias, 5.weight found on one side only"),
-        (fewer, "is of another model: 0.bias found on one side only"),
-        ({**weights, "extra": torch.zeros(1)}, "is of another model: extra found on one side only"),
-        (network(7).state_dict(), "is of another model: 2.weight is (7, 1352) there, (6, 1352) here"),
+        (renamed, "is of another model: only one of the two has 2.bias, 2.weight, 5.bias, 5.weight"),
+        (fewer, "is of another model: only one of the two has 0.bias"),
+        ({**weights, "extra": torch.zeros(1)}, "is of another model: only one of the two has extra"),
+        (network(7).state_dict(), "is of another model: 2.weight is (7, 1352), not (6, 1352)"),
     ):
         with pytest.raises(CheckpointError) as caught:
             load_weights(model, wrong, "file.pt")
@@ -274,7 +274,7 @@ def test_weights_of_another_model() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
-def test_a_restored_optimizer_goes_on_bit_for_bit(optimizer: Any) -> None:
+def test_a_restored_optimizer_continues_bit_for_bit(optimizer: Any) -> None:
     recipe = Recipe(optimizer=optimizer)
     straight = network()
     its = make_optimizer(recipe, straight)
@@ -292,7 +292,7 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(optimizer: Any) -> None:
     assert digest(restored.state_dict()) == digest(its.state_dict())
 
 
-def test_rates_stay_the_recipes() -> None:
+def test_learning_rates_stay_the_recipes() -> None:
     saved_state = make_optimizer(Recipe(lr=0.5, beta1=0.1), network()).state_dict()
     optimizer = make_optimizer(Recipe(lr=0.25, beta1=0.2), network())
     load_optimizer(optimizer, saved_state, "file.pt")
@@ -323,8 +323,8 @@ def test_an_optimizer_of_another_size() -> None:
     ],
     ids=str,
 )
-def test_something_else_for_an_optimizer(wrong: Any) -> None:
-    """The original's form carries no digest: what stands there may be anything."""
+def test_invalid_optimizer_state(wrong: Any) -> None:
+    """The original's format has no digest, so the values may be anything."""
     with pytest.raises(CheckpointError, match=r"^file\.pt: its optimizer state does not fit: "):
         load_optimizer(make_optimizer(Recipe(), network()), wrong, "file.pt")
 
@@ -336,7 +336,7 @@ def channels_last() -> nn.Module:
 
 
 def adam_state(model: nn.Module) -> dict[str, Any]:
-    """What Adam has saved after one step."""
+    """Return the state that Adam saves after one step."""
     optimizer = torch.optim.Adam(model.parameters())
     for p in model.parameters():
         p.grad = torch.randn_like(p)
@@ -345,7 +345,7 @@ def adam_state(model: nn.Module) -> dict[str, Any]:
 
 
 def with_averages(state: dict[str, Any], change: Callable[[torch.Tensor], Any]) -> dict[str, Any]:
-    """The same with its two averages of each parameter changed."""
+    """Return the state with both averages of each parameter changed."""
     changed = {
         i: {**of_one, "exp_avg": change(of_one["exp_avg"]), "exp_avg_sq": change(of_one["exp_avg_sq"])}
         for i, of_one in state["state"].items()
@@ -364,7 +364,7 @@ SPOILT: dict[str, Callable[[torch.Tensor], Any]] = {
 
 @pytest.mark.parametrize("how", SPOILT)
 def test_optimizer_state_of_other_shapes_is_refused(how: str) -> None:
-    """torch's fused steps trust the shapes: they would write beyond the end of what a file brought."""
+    """torch's fused steps do not check shapes: they would write past the end of a smaller tensor."""
     model = channels_last()
     wrong = with_averages(adam_state(model), SPOILT[how])
     with pytest.raises(CheckpointError, match=r"^file\.pt: its optimizer state does not fit: "):
@@ -376,8 +376,8 @@ def test_optimizer_state_of_other_shapes_is_refused(how: str) -> None:
     [torch.Tensor.contiguous, lambda average: torch.zeros(1).expand(average.shape)],
     ids=["other strides", "one number for all"],
 )
-def test_optimizer_state_is_laid_out_as_its_parameter(change: Callable[[torch.Tensor], Any]) -> None:
-    """torch's fused steps go through memory, not through indices: other strides would be other numbers."""
+def test_optimizer_state_has_the_layout_of_its_parameter(change: Callable[[torch.Tensor], Any]) -> None:
+    """torch's fused steps use memory order, not indices: with other strides they would mix up numbers."""
     model = channels_last()
     saved_state = with_averages(adam_state(model), change)
     optimizer = make_optimizer(Recipe(), model)
@@ -389,15 +389,15 @@ def test_optimizer_state_is_laid_out_as_its_parameter(change: Callable[[torch.Te
             assert average.stride() == parameter.stride()
 
 
-def test_weights_that_are_no_tensors() -> None:
+def test_weights_that_are_not_tensors() -> None:
     model = network()
-    with pytest.raises(CheckpointError, match=r"^file\.pt is of another model: 0\.bias"):
+    with pytest.raises(CheckpointError, match=r"^file\.pt is of another model: 0\.bias is not a tensor"):
         load_weights(model, {**model.state_dict(), "0.bias": 5}, "file.pt")  # type: ignore[dict-item]
 
 
 @contextmanager
 def little_room(size: int) -> Iterator[None]:
-    """No file can grow beyond `size` bytes: a write ends part-way with an OSError, as on a full disk."""
+    """Limit files to `size` bytes: a write then fails part-way with an OSError, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -406,7 +406,7 @@ def little_room(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_written_whole(tmp_path: Path) -> None:
+def test_written_completely(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "a.pt"
     write(path, b"first")
     write(path, WHOLE)
@@ -427,7 +427,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path, existi
 
 
 def test_a_failed_flush_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some file systems tell of a full disk only when they must put the data down."""
+    """Some file systems report a full disk only on flush."""
     path = tmp_path / "a.pt"
     write(path, b"the old one")
 

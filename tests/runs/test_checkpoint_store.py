@@ -1,4 +1,4 @@
-"""A run's folder: what stays in it, what is found again, and who may write to it."""
+"""A run's folder: which checkpoints stay in it and are found again, and who may write to it."""
 
 import resource
 import signal
@@ -16,12 +16,12 @@ import torch
 from distributed_mnist.errors import OutputError
 from distributed_mnist.runs.checkpoint import decode, encode
 from distributed_mnist.runs.checkpoint_store import NullStore, RunStore
-from distributed_mnist.runs.layout import checkpoints_in, newest_step
-from distributed_mnist.runs.lock import RunLock, write_json
+from distributed_mnist.runs.layout import checkpoints_in, newest_step, write_json
+from distributed_mnist.runs.lock import RunLock
 
 
 def pack(step: int) -> Callable[[], dict[str, Any]]:
-    """A checkpoint of some kilobytes."""
+    """Return a function that returns a checkpoint of some kilobytes."""
     return lambda: {
         "format": 1,
         "model": {"w": torch.full((4000,), float(step))},
@@ -39,7 +39,7 @@ def pack(step: int) -> Callable[[], dict[str, Any]]:
 
 
 def save(store: RunStore, step: int, *, best: bool = False) -> str | None:
-    """Save a checkpoint and wait for it; what went wrong."""
+    """Save a checkpoint and wait for it. Return the problem, if any."""
     store.save(pack(step), best=best)
     (saved,) = store.finished(wait=True)
     assert saved.step == step
@@ -55,7 +55,7 @@ def file(folder: Path, step: int) -> Path:
 
 
 def silence(text: str) -> None:
-    raise AssertionError(f"complained: {text}")
+    raise AssertionError(f"unexpected warning: {text}")
 
 
 def step_in(path: Path) -> int:
@@ -64,7 +64,7 @@ def step_in(path: Path) -> int:
 
 @contextmanager
 def little_room() -> Iterator[None]:
-    """No file can grow beyond 1,000 bytes: a write ends part-way with an OSError, as on a full disk."""
+    """Limit files to 1,000 bytes: a write then fails part-way with an OSError, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
@@ -74,7 +74,7 @@ def little_room() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("keep", [1, 3])
-def test_the_newest_stay_and_the_best(tmp_path: Path, keep: int) -> None:
+def test_the_newest_and_the_best_are_kept(tmp_path: Path, keep: int) -> None:
     store = RunStore(tmp_path, keep)
     assert store.last_good() == "none"
     for step in (5, 10, 15, 100_000_000, 200_000_000):  # the last two are too long for their names
@@ -87,7 +87,7 @@ def test_the_newest_stay_and_the_best(tmp_path: Path, keep: int) -> None:
     assert [step_in(file(tmp_path, step)) for step in kept] == kept
 
 
-def test_other_files_are_left_alone(tmp_path: Path) -> None:
+def test_other_files_are_not_deleted(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     others = ["notes.txt", "step_1.pt.bak", "my_step_2.pt", "step_x.pt"]
     for name in others:
@@ -114,7 +114,7 @@ def test_the_newest_is_found(tmp_path: Path) -> None:
     assert reader.last_good() == str(file(tmp_path, 11))
 
 
-def test_damaged_ones_are_passed_over_aloud(tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_skipped_with_a_warning(tmp_path: Path) -> None:
     writer = RunStore(tmp_path, 4)
     for step in (1, 2, 3, 4):
         save(writer, step)
@@ -142,8 +142,8 @@ def test_all_damaged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_a_save_after_passing_over_damage_stays(tmp_path: Path, keep: int) -> None:
-    """Damaged files of later steps must not push out what is written now."""
+def test_a_save_after_skipping_damaged_checkpoints_is_kept(tmp_path: Path, keep: int) -> None:
+    """Damaged files of later steps must not cause newly saved ones to be pruned."""
     writer = RunStore(tmp_path, 3)
     for step in (10, 20, 30):
         save(writer, step)
@@ -159,7 +159,7 @@ def test_a_save_after_passing_over_damage_stays(tmp_path: Path, keep: int) -> No
     assert found[0] == file(tmp_path, 12)
 
 
-def test_a_full_disk_is_told_and_harms_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_harms_nothing(tmp_path: Path) -> None:
     store = RunStore(tmp_path, keep=1)
     save(store, 1, best=True)
     before = {path.name: path.read_bytes() for path in (tmp_path / "checkpoints").iterdir()}
@@ -172,21 +172,21 @@ def test_a_full_disk_is_told_and_harms_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == ["best.pt", file(tmp_path, 3).name]
 
 
-def test_a_folder_that_went_away_is_made_again(tmp_path: Path) -> None:
+def test_a_deleted_folder_is_created_again(tmp_path: Path) -> None:
     store = RunStore(tmp_path, keep=1)
     (tmp_path / "checkpoints").rmdir()
     assert save(store, 1) is None
     assert names(tmp_path) == [file(tmp_path, 1).name]
 
 
-def test_what_killed_writers_left_is_removed(tmp_path: Path) -> None:
+def test_temporary_files_of_killed_writers_are_removed(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / ".step_00000001.pt.0badcafe.part").write_bytes(b"half")
     RunStore(tmp_path, 3)
     assert names(tmp_path) == []
 
 
-def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
     for make in (lambda: RunStore(tmp_path / "taken", 3), lambda: RunLock(tmp_path / "taken")):
         with pytest.raises(OutputError, match="taken"):
@@ -195,7 +195,7 @@ def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
 
 def test_the_null_store_writes_nothing() -> None:
     def unpacked() -> dict[str, Any]:
-        raise AssertionError("packed for nothing")
+        raise AssertionError("pack() was called unnecessarily")
 
     store = NullStore()
     store.save(unpacked, best=True)
@@ -204,8 +204,8 @@ def test_the_null_store_writes_nothing() -> None:
     assert store.last_good() == "none"
 
 
-def test_what_is_saved_is_the_moment_of_saving(tmp_path: Path) -> None:
-    """Training goes on in the same tensors while they are written."""
+def test_a_save_holds_the_state_at_the_time_of_the_call(tmp_path: Path) -> None:
+    """Training changes the same tensors while they are written."""
     store = RunStore(tmp_path, 3)
     content = pack(7)()
     store.save(lambda: content, best=False)
@@ -217,7 +217,7 @@ def test_what_is_saved_is_the_moment_of_saving(tmp_path: Path) -> None:
     assert written["totals"]["loss"] == 1.5
 
 
-def test_all_that_were_handed_over_are_written_in_their_order(tmp_path: Path) -> None:
+def test_all_saves_are_written_in_order(tmp_path: Path) -> None:
     store = RunStore(tmp_path, 2)
     for step in range(1, 6):
         store.save(pack(step), best=False)
@@ -227,8 +227,8 @@ def test_all_that_were_handed_over_are_written_in_their_order(tmp_path: Path) ->
     assert newest_step(tmp_path / "nowhere") == -1
 
 
-def test_who_goes_back_does_not_jump_ahead_again(tmp_path: Path) -> None:
-    """A run resumed from an earlier checkpoint, that dies before its first own one, goes on from there."""
+def test_a_run_that_went_back_does_not_resume_from_later_steps(tmp_path: Path) -> None:
+    """A run resumes from an earlier checkpoint and dies before it saves one. It resumes there again."""
     writer = RunStore(tmp_path, 5)
     for step in (80, 160, 320):
         save(writer, step)
@@ -243,7 +243,7 @@ def test_who_goes_back_does_not_jump_ahead_again(tmp_path: Path) -> None:
 
 
 def test_copies_of_the_state_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the disk is slower than the checkpoints come, the training waits for it."""
+    """If the disk is too slow for the checkpoints, training waits for it."""
     room = threading.Event()
     store = RunStore(tmp_path, 3, every_seconds=1e-9)
     written = store.write
@@ -264,8 +264,8 @@ def test_copies_of_the_state_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.
     assert [saved.step for saved in store.finished(wait=True)] == [1, 2]
 
 
-def test_another_is_due_by_the_clock(tmp_path: Path) -> None:
-    assert not RunStore(tmp_path, 1).due()  # where steps decide, never
+def test_due_after_an_interval_in_seconds(tmp_path: Path) -> None:
+    assert not RunStore(tmp_path, 1).due()  # never, if the interval is given in steps
     assert not RunStore(tmp_path, 1, every_seconds=3600).due()
     store = RunStore(tmp_path, 1, every_seconds=1e-9)
     assert store.due()
@@ -277,14 +277,14 @@ def test_another_is_due_by_the_clock(tmp_path: Path) -> None:
 HOLDER = """
 import sys
 from pathlib import Path
-from distributed_mnist.lock import RunLock
+from distributed_mnist.runs.lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()
 """
 
 
-def test_one_run_at_a_time_however_the_other_ends(tmp_path: Path) -> None:
+def test_a_killed_process_releases_its_lock(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -292,7 +292,7 @@ def test_one_run_at_a_time_however_the_other_ends(tmp_path: Path) -> None:
         try:
             assert holder.stdout is not None
             assert holder.stdout.readline() == b"held\n"
-            for _ in range(2):  # and asking does not loosen it
+            for _ in range(2):  # an attempt does not release it
                 with pytest.raises(OutputError) as caught:
                     RunLock(folder)
                 said = str(caught.value)
@@ -303,14 +303,14 @@ def test_one_run_at_a_time_however_the_other_ends(tmp_path: Path) -> None:
     RunLock(folder).release()
 
 
-def test_released_is_free(tmp_path: Path) -> None:
+def test_a_released_lock_can_be_taken(tmp_path: Path) -> None:
     first = RunLock(tmp_path)
     first.release()
     second = RunLock(tmp_path)
     second.release()
 
 
-def test_abandoning_takes_a_new_folder_away_and_leaves_an_old_one(tmp_path: Path) -> None:
+def test_abandon_deletes_a_new_folder_but_not_an_old_one(tmp_path: Path) -> None:
     RunLock(tmp_path / "new").abandon()
     assert not (tmp_path / "new").exists()
     (tmp_path / "old").mkdir()
@@ -319,7 +319,7 @@ def test_abandoning_takes_a_new_folder_away_and_leaves_an_old_one(tmp_path: Path
     assert (tmp_path / "old" / "mine.txt").read_text() == "mine"
 
 
-def test_json_is_written_whole_or_refused(tmp_path: Path) -> None:
+def test_json_is_written_completely_or_not_at_all(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"a": [1, 2.5, None, "ü"]})
     with pytest.raises(OutputError, match=r"a\.json: file too large$"), little_room():
         write_json(tmp_path / "a.json", {"a": "x" * 5000})

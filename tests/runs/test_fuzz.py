@@ -1,4 +1,4 @@
-"""What `fuzz.py` does to a million files by hand, done to some: refused in one line, or read as it was."""
+"""Fuzzing with a few files (`fuzz.py` by hand does a million): refused in one line, or read correctly."""
 
 import random
 import subprocess
@@ -21,7 +21,7 @@ from distributed_mnist.data.catalog import ENTRIES, MNIST_NAMES, ROLES
 from distributed_mnist.errors import DataError, DmnistError
 from distributed_mnist.runs import checkpoint
 
-# On a busy machine an example may take any time; that is no failure.
+# No deadline: on a busy machine an example may take any time.
 patient = settings(
     deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
@@ -31,7 +31,7 @@ damaged_by = st.randoms(use_true_random=False)
 @settings(patient, max_examples=400)
 @given(damaged_by)
 def test_damaged_idx_files(rng: random.Random) -> None:
-    """No other error than ours, and no array that is not what the file says."""
+    """No error but DataError, and no array that differs from the file."""
     fuzz.judge_idx(*fuzz.idx_file(rng))
 
 
@@ -42,7 +42,7 @@ def test_damaged_checkpoints(rng: random.Random) -> None:
 
 
 def test_every_single_bit_of_a_small_idx_file() -> None:
-    """A flipped bit of a header cannot pass, because the numbers that follow are counted."""
+    """A flipped bit in a header is always detected, because the numbers that follow are counted."""
     data = fuzz.encoded(np.arange(40, dtype=np.uint8).reshape(5, 8))
     header = 4 + 2 * 4
     for bit in range(len(data) * 8):
@@ -89,7 +89,7 @@ def small_mnist() -> dict[catalog.Role, bytes]:
 def test_a_published_set_is_itself_or_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rng: random.Random
 ) -> None:
-    """Also where a damaged file is still a good one: a pixel, a label."""
+    """Even if the damaged file is still a valid file, with another pixel or label."""
     files = small_mnist()
     with monkeypatch.context() as patch:
         entry = ENTRIES["mnist"]
@@ -115,8 +115,8 @@ def test_a_published_set_is_itself_or_refused(
 # ---- The harness itself ----------------------------------------------------------------------------------
 
 
-def test_a_wrong_reading_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The judges judge: readers that believe what they should not are caught."""
+def test_the_harness_detects_wrong_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness works: it catches readers that accept wrong files."""
     data, expected = fuzz.checkpoint_files()["ours"]
     monkeypatch.setattr(checkpoint, "digest", lambda value: "always the same")
     forged = checkpoint.encode({**fuzz.content(), "step": 8})
@@ -134,7 +134,7 @@ def test_a_wrong_reading_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", fuzz.KINDS)
-def test_the_long_run_in_short(kind: str) -> None:
+def test_a_short_fuzzing_run(kind: str) -> None:
     command = [sys.executable, fuzz.__file__, kind, "600", "--seed", "3"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 0, ended
@@ -151,7 +151,7 @@ def test_the_long_run_in_short(kind: str) -> None:
         ("bytearray(64 << 20)", "it took"),
     ],
 )
-def test_a_crash_a_stall_and_greed_are_seen_and_can_be_seen_again(body: str, said: str) -> None:
+def test_crashes_stalls_and_memory_use_are_detected_and_reproducible(body: str, said: str) -> None:
     program = (
         "import os, sys, time, fuzz\n"
         "def read(rng):\n"
@@ -189,8 +189,8 @@ ODD += [{1: {}}, torch.zeros(0), torch.zeros(3, dtype=torch.float64), torch.full
 
 @settings(patient, max_examples=200)
 @given(damaged_by)
-def test_odd_values_under_a_right_digest(rng: random.Random) -> None:
-    """Anyone can compute a digest: what a file holds is looked at besides."""
+def test_odd_values_with_a_correct_digest(rng: random.Random) -> None:
+    """Anyone can compute a digest, so the values are checked as well."""
     value: Any = fuzz.content()
     whole = value
     path = []

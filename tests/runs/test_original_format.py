@@ -1,4 +1,4 @@
-"""The original script's checkpoints, read and written: against torch alone, as that script uses it."""
+"""The original script's checkpoints, read and written: tested against torch, used as in that script."""
 
 import io
 from collections import OrderedDict
@@ -21,7 +21,7 @@ CLASSIC = load_recipe("classic")
 
 
 class Net(nn.Module):
-    """The original's network, under its names."""
+    """The original's network, with its names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def saved(value: object) -> bytes:
 def theirs(
     epoch: int = 3, best_acc: float = 0.9213
 ) -> tuple[Wrapped, torch.optim.Optimizer, dict[str, Any]]:
-    """The original after some training, and the dictionary it saves."""
+    """Return the original's model after some training, and the dictionary that it saves."""
     torch.manual_seed(0)
     model = Wrapped(Net())
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -75,7 +75,7 @@ def theirs(
 
 
 def ours() -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Any]]:
-    """This program after some training, and its checkpoint at the end of epoch 2 of 7 steps each."""
+    """Return our model after some training, and its checkpoint after 2 epochs of 7 steps."""
     model = build("linear", 10, seed=0)
     optimizer = make_optimizer(CLASSIC, model)
     trained(model, optimizer, range(14))
@@ -112,8 +112,9 @@ def test_the_originals_own_file_is_read(best_acc: float) -> None:
 
 
 @pytest.mark.parametrize("step_is_number", [False, True])
-def test_training_goes_on_from_the_originals_file(step_is_number: bool) -> None:
-    """Its Adam goes on in ours: equal but for the rounding of the fused form. Old torch counted in ints."""
+def test_training_continues_from_the_originals_file(step_is_number: bool) -> None:
+    """Our Adam continues from its state: equal except for rounding in the fused version. Old torch versions
+    counted steps with ints."""
     model, optimizer, checkpoint = theirs()
     if step_is_number:
         checkpoint["optimizer"] = {
@@ -139,7 +140,7 @@ def test_training_goes_on_from_the_originals_file(step_is_number: bool) -> None:
 
 
 def test_our_file_is_read_by_the_original() -> None:
-    """By the lines it resumes with, and it trains on as if it had never left."""
+    """The lines that the original resumes with read it, and training continues as if never interrupted."""
     mine, its, content = ours()
     checkpoint = torch.load(io.BytesIO(encode(to_original(content))), weights_only=True)
     assert {"epoch", "state_dict", "best_acc", "optimizer"} <= checkpoint.keys()
@@ -177,14 +178,14 @@ def test_round_trip_is_exact() -> None:
     assert digest(dict(again.state_dict())) == digest(dict(model.state_dict()))
 
 
-def test_writing_the_originals_form_leaves_the_content_alone() -> None:
+def test_writing_the_originals_format_does_not_change_the_content() -> None:
     _, _, content = ours()
     before = digest(content)
     to_original(content)
     assert digest(content) == before
 
 
-def test_a_changed_file_of_ours_in_the_originals_form_is_refused() -> None:
+def test_a_changed_file_of_ours_in_the_originals_format_is_refused() -> None:
     _, _, content = ours()
     data = bytearray(encode(to_original(content)))
     weights = content["model"]["fc.weight"].numpy().tobytes()
@@ -193,7 +194,7 @@ def test_a_changed_file_of_ours_in_the_originals_form_is_refused() -> None:
         decode(bytes(data), "file")
 
 
-def test_forms_are_told_apart() -> None:
+def test_formats_are_distinguished() -> None:
     _, _, checkpoint = theirs()
     _, _, content = ours()
     assert is_original(checkpoint)
@@ -204,14 +205,14 @@ def test_forms_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("keys", [("module.fc.weight", "module.fc.bias"), ("fc.weight", "fc.bias")])
-def test_with_and_without_the_wrapper(keys: tuple[str, str]) -> None:
+def test_names_with_and_without_the_wrapper(keys: tuple[str, str]) -> None:
     weights = OrderedDict(zip(keys, (torch.zeros(10, 784), torch.ones(10)), strict=True))
     content = from_original({"epoch": 1, "state_dict": weights, "best_acc": 0.5, "optimizer": {}}, "file")
     assert list(content["model"]) == ["fc.weight", "fc.bias"]
     assert torch.equal(content["model"]["fc.bias"], torch.ones(10))
 
 
-def test_only_a_wrappers_prefix_is_taken_off() -> None:
+def test_only_the_wrappers_prefix_is_removed() -> None:
     weights = {"module.module.x": torch.zeros(1), "submodule.y": torch.zeros(1)}
     content = from_original({"epoch": 1, "state_dict": weights, "best_acc": 0.5, "optimizer": {}}, "file")
     assert list(content["model"]) == ["module.x", "submodule.y"]
@@ -223,7 +224,9 @@ def test_only_a_wrappers_prefix_is_taken_off() -> None:
 )
 def test_the_originals_keys_with_other_values(wrong: dict[str, Any]) -> None:
     _, _, checkpoint = theirs()
-    with pytest.raises(CheckpointError, match=r"^file has the original script's keys, but not its values$"):
+    with pytest.raises(
+        CheckpointError, match=r"^file has the original script's keys, but values of other types$"
+    ):
         decode(saved({**checkpoint, **wrong}), "file")
 
 

@@ -1,4 +1,4 @@
-"""A run's folder read back: what counts after restarts, spoiled lines, and folders that are no run's."""
+"""Reading a run's folder: steps after restarts, damaged lines, and folders without a run."""
 
 import base64
 import json
@@ -34,7 +34,7 @@ def steps(step: int, loss: float = 0.0) -> dict[str, Any]:
     return {"event": "steps", "step": step, "loss": loss}
 
 
-def test_what_was_trained_again_counts_once(tmp_path: Path) -> None:
+def test_repeated_steps_count_once(tmp_path: Path) -> None:
     evaluation = {"event": "evaluation", "step": 20}
     lost = [start(0), steps(10, 1.0), steps(20, 2.0), evaluation, steps(30, 3.0)]
     run = read(written(tmp_path, *lost, start(10), steps(15, 4.0), start(15), steps(20, 5.0)))
@@ -45,7 +45,7 @@ def test_what_was_trained_again_counts_once(tmp_path: Path) -> None:
     assert run.result is run.mistakes is None
 
 
-def test_lines_that_a_crash_has_spoiled(tmp_path: Path) -> None:
+def test_lines_damaged_by_a_crash(tmp_path: Path) -> None:
     folder = written(tmp_path, start(0), steps(1), tail='{"event": "st')
     assert len(read(folder).events) == 2
     with (folder / "metrics.jsonl").open("a") as file:
@@ -53,11 +53,11 @@ def test_lines_that_a_crash_has_spoiled(tmp_path: Path) -> None:
     assert [event["step"] for event in read(folder).steps] == [1, 2]
 
 
-def test_folders_that_are_no_run(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"no run: it has no metrics\.jsonl"):
+def test_folders_without_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"is not a run: it has no metrics\.jsonl"):
         read(tmp_path)
     (tmp_path / "seed-3").mkdir()
-    with pytest.raises(UsageError, match=r"an ensemble: name one of its networks, such as .*seed-3"):
+    with pytest.raises(UsageError, match=r"an ensemble: name one of its members, such as .*seed-3"):
         read(tmp_path)
     written(tmp_path)
     (tmp_path / "result.json").write_text("{")
@@ -66,7 +66,7 @@ def test_folders_that_are_no_run(tmp_path: Path) -> None:
 
 
 def test_a_real_run_at_two_sizes(digits: Path, tmp_path: Path) -> None:
-    """The mistakes and the confusion matrix are the same, and agree with each other and the accuracy."""
+    """Mistakes and confusion matrix are the same at both sizes, and match each other and the accuracy."""
     records = []
     for nproc in (1, 3):
         out = tmp_path / str(nproc)
@@ -106,7 +106,7 @@ def test_a_real_run_at_two_sizes(digits: Path, tmp_path: Path) -> None:
     )
 
 
-def test_a_full_disk_costs_the_mistakes_and_not_the_run(digits: Path, tmp_path: Path) -> None:
+def test_a_full_disk_loses_the_mistakes_but_not_the_run(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "mistakes.json").mkdir(parents=True)  # nothing can be put in its place
     options = ["--dataset", "idx", "--data", digits, "--model", "linear", "--epochs", "2"]
     ended = dmnist("train", *options, "--out", tmp_path / "out", "--nproc", "1", "--device", "cpu")
@@ -114,7 +114,7 @@ def test_a_full_disk_costs_the_mistakes_and_not_the_run(digits: Path, tmp_path: 
     assert ended.stdout.count("mistakes.json: ") == 1  # once for two evaluations
 
 
-def test_a_record_that_a_full_disk_ended_before_the_run(digits: Path, tmp_path: Path) -> None:
+def test_metrics_that_end_before_the_run_on_a_full_disk(digits: Path, tmp_path: Path) -> None:
     words = ("--dataset", "idx", "--data", digits, "--recipe", "fast", "--steps", 3)
     train(*words, nproc=1, out=tmp_path)
     path = tmp_path / "metrics.jsonl"
@@ -124,7 +124,7 @@ def test_a_record_that_a_full_disk_ended_before_the_run(digits: Path, tmp_path: 
     assert read(tmp_path).state == "stopped"
 
 
-def test_the_surest_mistakes_first() -> None:
+def test_the_most_confident_mistakes_first() -> None:
     class Guess(nn.Module):
         """Reads guess and confidence off two pixels."""
 

@@ -1,4 +1,4 @@
-"""Whose run a folder holds: a launcher that starts a group again does not say so to its processes."""
+"""Recognising a restarted run by its folder, because a launcher does not tell processes about a restart."""
 
 from pathlib import Path
 
@@ -13,9 +13,9 @@ from distributed_mnist.runs.checkpoint import encode
 from distributed_mnist.runs.run_folder import RunFolder, open_folder
 
 
-def opened(starter: str, out: Path | None = None, seed: int = 0) -> RunFolder:
-    """A group of one opens its folder, leaves a checkpoint there, and dies: its lock is gone with it."""
-    world = World(Placement(starter=starter), torch.device("cpu"), "none")
+def opened(launcher_id: str, out: Path | None = None, seed: int = 0) -> RunFolder:
+    """Open a folder as a group of one process, write a checkpoint, and release the lock, as if killed."""
+    world = World(Placement(starter=launcher_id), torch.device("cpu"), "none")
     folder = open_folder(world, Run(out=out), Recipe(seed=seed), "mine")
     assert folder.lock is not None
     folder.lock.release()
@@ -25,38 +25,38 @@ def opened(starter: str, out: Path | None = None, seed: int = 0) -> RunFolder:
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_a_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("out", [None, Path("here")])
-def test_the_same_launcher_goes_on(out: Path | None) -> None:
-    for number in range(30):  # whatever else lies there, of whatever name
+def test_a_restart_by_the_same_launcher_is_recognised(out: Path | None) -> None:
+    for number in range(30):  # other folders must not matter
         Path(f"runs/slurm-{number}").mkdir(parents=True)
     first = opened("launcher 1", out)
-    assert not first.again
+    assert not first.restarted
     second = opened("launcher 1", out)
-    assert second.again
+    assert second.restarted
     assert second.path == first.path
-    assert second.mark != first.mark
+    assert second.token != first.token
 
 
-def test_another_launcher_does_not() -> None:
+def test_another_launcher_starts_a_new_run() -> None:
     first = opened("launcher 1")
-    assert not opened("launcher 2").again
+    assert not opened("launcher 2").restarted
     assert opened("launcher 1").path == first.path
     with pytest.raises(OutputError, match="already holds a run"):
         opened("launcher 3", first.path)
 
 
-def test_one_that_starts_nothing_again_is_never_known() -> None:
-    assert {opened("").again for _ in range(3)} == {False}
+def test_a_launcher_without_restarts_is_never_recognised() -> None:
+    assert {opened("").restarted for _ in range(3)} == {False}
 
 
 def test_two_runs_of_one_launcher() -> None:
-    """As in a batch file that trains with one seed after the other."""
+    """As in a batch script that trains with several seeds in turn."""
     first, second = opened("launcher", seed=0), opened("launcher", seed=1)
-    assert not second.again
+    assert not second.restarted
     assert second.path != first.path
     assert opened("launcher", seed=0).path == first.path
     with pytest.raises(OutputError, match="already holds a run"):

@@ -1,7 +1,7 @@
-"""Disks that are full or read-only, writers killed at every system call, files made to do harm.
+"""Full and read-only disks, writers killed at every system call, and malicious files.
 
-What was good before is good after, what went wrong is said in one line, and a run goes on from the newest
-checkpoint that is whole.
+Good files stay good, every problem is reported in one line, and a run resumes from the newest undamaged
+checkpoint.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ PATIENCE = 120.0
 
 
 def refused(ended: Finished, code: int, *words: str) -> None:
-    """By one line and the documented exit code."""
+    """Assert one line on standard error and the documented exit code."""
     assert ended.code == code, ended
     assert ended.stdout == ""
     lines = ended.stderr.splitlines()
@@ -49,12 +49,12 @@ def refused(ended: Finished, code: int, *words: str) -> None:
 # ---- Disks -----------------------------------------------------------------------------------------------
 
 RECIPE = ("--recipe", "classic", "--batch-size", 11, "--epochs", 1)
-"""100 steps; a checkpoint of it has about 95 kB."""
+"""100 steps; a checkpoint has about 95 kB."""
 
 
 @dataclass(frozen=True)
 class Disk:
-    """A small file system of its own."""
+    """A small, separate file system."""
 
     path: Path
 
@@ -73,7 +73,7 @@ class Disk:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[[str], Disk]]:
-    """Makes small disks, with these options of `mount`, in memory."""
+    """Create small disks in memory, with the given options of `mount`."""
     made: list[Path] = []
 
     def make(options: str) -> Disk:
@@ -101,7 +101,7 @@ def flags(digits: Path) -> tuple[object, ...]:
 
 @pytest.fixture(scope="module")
 def whole(flags: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an undisturbed run, with checkpoints after steps 60, 80 and 100."""
+    """Return the folder of an undisturbed run, with checkpoints after steps 60, 80 and 100."""
     out = tmp_path_factory.mktemp("whole") / "out"
     train(*flags, "--checkpoint-every", 20, nproc=1, out=out)
     return out
@@ -134,7 +134,7 @@ def start(flags: tuple[object, ...], out: Path, *more: object) -> Finished:
 
 
 def steps_saved(out: Path) -> list[int]:
-    """Those of the checkpoints of a run, all of which must be whole."""
+    """Return the steps of a run's checkpoints, all of which must be undamaged."""
     found = []
     for path in sorted((out / "checkpoints").glob("step_*.pt")):
         content = decode(path.read_bytes(), str(path))
@@ -146,7 +146,7 @@ def steps_saved(out: Path) -> list[int]:
 def test_a_disk_that_fills_up(
     disk: Callable[[str], Disk], flags: tuple[object, ...], whole: Path, tmp_path: Path
 ) -> None:
-    """There is room for two checkpoints: training goes on without more of them, and says so once."""
+    """There is space for two checkpoints: training continues without more, and says so once."""
     small = disk("size=256k")
     out = small.path / "out"
     ended = start(flags, out)
@@ -169,8 +169,8 @@ def test_a_disk_that_fills_up(
     assert steps_saved(out) == [60, 80, 100]
 
 
-def test_what_was_in_the_way_once(flags: tuple[object, ...], whole: Path, tmp_path: Path) -> None:
-    """What was said of one checkpoint is taken back by the next: the run ends well."""
+def test_a_single_failed_save(flags: tuple[object, ...], whole: Path, tmp_path: Path) -> None:
+    """If one save fails but the next succeeds, the run ends well."""
     out = tmp_path / "out"
     in_the_way = out / "checkpoints" / "step_00000040.pt"
     in_the_way.mkdir(parents=True)
@@ -182,20 +182,18 @@ def test_what_was_in_the_way_once(flags: tuple[object, ...], whole: Path, tmp_pa
     assert [path.name for path in in_the_way.iterdir()] == ["mine.txt"]
 
 
-def test_a_disk_without_any_room(
-    disk: Callable[[str], Disk], flags: tuple[object, ...], tmp_path: Path
-) -> None:
+def test_a_full_disk(disk: Callable[[str], Disk], flags: tuple[object, ...], tmp_path: Path) -> None:
     small = disk("size=64k")
     ballast = small.fill()
     out = small.path / "out"
     refused(start(flags, out), OUTPUT, str(out), "no space left on device")
-    assert list(small.path.iterdir()) == [ballast]  # nothing half made is left
+    assert list(small.path.iterdir()) == [ballast]  # no incomplete file is left
 
 
-def test_a_disk_without_room_under_a_run(
+def test_a_disk_that_is_full_before_a_resume(
     disk: Callable[[str], Disk], flags: tuple[object, ...], whole: Path
 ) -> None:
-    """A run that cannot go on for lack of room leaves what there was as it was."""
+    """A run that cannot continue on a full disk does not change existing files."""
     small = disk("size=700k")
     out = small.path / "out"
     shutil.copytree(whole, out)
@@ -216,7 +214,7 @@ def test_a_disk_without_room_under_a_run(
 def test_a_read_only_disk(
     disk: Callable[[str], Disk], flags: tuple[object, ...], whole: Path, digits: Path, tmp_path: Path
 ) -> None:
-    """Nothing can be written into it, not even by root; what is in it can be used."""
+    """Not even root can write to it, but its files can be used."""
     only = disk("size=4m")
     out = only.path / "out"
     shutil.copytree(whole, out)
@@ -231,7 +229,7 @@ def test_a_read_only_disk(
     assert scored.code == 0, scored
 
 
-def test_a_folder_in_the_place_of_the_newest(
+def test_a_folder_instead_of_the_newest_checkpoint(
     flags: tuple[object, ...], whole: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -245,7 +243,7 @@ def test_a_folder_in_the_place_of_the_newest(
     assert f"{newest} is a folder, not a checkpoint; trying the one before it" in notes[0]
     assert "step_00000080.pt at step 80 of 100" in notes[1]
     assert ended.code == 0, ended
-    aside = newest.with_name(f"{newest.name}.before")  # out of the way, and as it was
+    aside = newest.with_name(f"{newest.name}.before")  # renamed, but not changed
     assert (aside / "mine.txt").read_text() == "mine"
     same_answer(out, whole)
 
@@ -257,7 +255,7 @@ def test_a_folder_in_the_place_of_the_newest(
 def test_a_checkpoint_of_another_run_among_ours(
     flag: str, value: object, said: str, flags: tuple[object, ...], whole: Path, tmp_path: Path
 ) -> None:
-    """It is whole, so it is not passed over in silence; what to do about it is the user's to say."""
+    """It is undamaged, so it must not be skipped silently: the user has to decide what to do."""
     other, out = tmp_path / "other", tmp_path / "out"
     train(*flags, flag, value, nproc=1, out=other)
     shutil.copytree(whole, out)
@@ -269,7 +267,7 @@ def test_a_checkpoint_of_another_run_among_ours(
 
 
 def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """A checkpoint with other content and a right digest, as anyone can make it."""
+    """Change the content of a checkpoint and give it a correct digest, as anyone can."""
     content = decode(path.read_bytes(), str(path))
     change(content)
     path.write_bytes(encode(content))
@@ -308,8 +306,8 @@ def transposed(content: dict[str, Any]) -> None:
     ("change", "code", "said"),
     [
         (not_a_number, TRAINING, "not finite"),
-        (double, CHECKPOINT, "float64 there, float32 here"),
-        (transposed, CHECKPOINT, "(784, 10) there, (10, 784) here"),
+        (double, CHECKPOINT, "torch.float64, not torch.float32"),
+        (transposed, CHECKPOINT, "(784, 10), not (10, 784)"),
     ],
 )
 def test_weights_that_do_not_fit(
@@ -331,11 +329,13 @@ def test_weights_that_do_not_fit(
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.complex64], ids=str)
-def test_weights_of_other_types_are_not_rounded_in_silence(dtype: torch.dtype) -> None:
+def test_weights_of_other_types_are_not_rounded_silently(dtype: torch.dtype) -> None:
     model = nn.Linear(3, 2)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     other = {key: value.to(dtype) for key, value in before.items()}
-    with pytest.raises(CheckpointError, match=r"^file is of another model: weight is \w+ there, float32"):
+    with pytest.raises(
+        CheckpointError, match=r"^file is of another model: weight is torch\.\w+, not torch\.float32"
+    ):
         load_weights(model, other, "file")
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
 
@@ -368,7 +368,7 @@ def test_odd_optimizer_state_is_refused_before_the_first_step(odd: str) -> None:
         load_optimizer(adam(model), saved, "file")
 
 
-# ---- Malice ----------------------------------------------------------------------------------------------
+# ---- Malicious files -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -383,7 +383,7 @@ class Calls:
 
 
 def hostile(trace: Path) -> dict[str, bytes]:
-    """Files each of which would leave a file at `trace` if what is in it ran."""
+    """Return files that each create a file at `trace` if their code runs."""
     touch = f"open({str(trace)!r}, 'w').close()"
     kinds = {
         "exec": Calls(exec, (touch,)),
@@ -405,8 +405,8 @@ def hostile(trace: Path) -> dict[str, bytes]:
     return {**files, "pickle alone": pickle.dumps(kinds["exec"], protocol=4)}
 
 
-def test_a_strangers_file_in_a_runs_folder(flags: tuple[object, ...], whole: Path, tmp_path: Path) -> None:
-    """Read by itself because it is the newest there: passed over, and nothing ran."""
+def test_an_untrusted_file_in_a_runs_folder(flags: tuple[object, ...], whole: Path, tmp_path: Path) -> None:
+    """It is read automatically because it is the newest: skipped, and no code ran."""
     trace, out = tmp_path / "was-here", tmp_path / "out"
     shutil.copytree(whole, out)
     files = hostile(trace)
@@ -420,11 +420,11 @@ def test_a_strangers_file_in_a_runs_folder(flags: tuple[object, ...], whole: Pat
     assert all("loading those could run code" in line for line in passed[1:]), passed
     same_answer(out, whole)
     pickle.loads(files["pickle alone"])
-    assert trace.exists()  # it is as hostile as it should be
+    assert trace.exists()  # the file is really malicious
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
-def test_a_strangers_file_that_is_named(
+def test_an_untrusted_file_given_by_name(
     command: str, flags: tuple[object, ...], digits: Path, tmp_path: Path
 ) -> None:
     trace, path = tmp_path / "was-here", tmp_path / "stranger.pt"
@@ -438,7 +438,7 @@ def test_a_strangers_file_that_is_named(
 
 
 def archived(file: bytes, /, compression: int = zipfile.ZIP_STORED, **replaced: bytes) -> bytes:
-    """The archive written anew with some records replaced, by their last names."""
+    """Return the archive with some records, given by the last part of their names, replaced."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(file)) as old, zipfile.ZipFile(buffer, "w", compression) as new:
         for name in old.namelist():
@@ -447,13 +447,13 @@ def archived(file: bytes, /, compression: int = zipfile.ZIP_STORED, **replaced: 
 
 
 def number(value: int) -> bytes:
-    """As a pickle has it."""
+    """Return the pickled number."""
     return b"\x8a\x09" + value.to_bytes(9, "little")
 
 
 @cache
 def greedy() -> dict[str, bytes]:
-    """Small files that would take half a gigabyte or more, or for ever."""
+    """Return small files that need half a gigabyte or more, or never end."""
     good = encode(fuzz.content())
     with zipfile.ZipFile(io.BytesIO(good)) as archive:
         program = archive.read("archive/data.pkl")
@@ -487,7 +487,7 @@ GREED = """
 import sys
 from pathlib import Path
 from fuzz import memory
-from distributed_mnist.checkpoint import decode
+from distributed_mnist.runs.checkpoint import decode
 from distributed_mnist.errors import CheckpointError
 for path in sys.argv[1:]:
     before = memory()
@@ -528,8 +528,8 @@ def test_a_torchscript_program_is_refused_in_one_line(flags: tuple[object, ...],
     refused(start(flags, tmp_path / "out", "--resume", path), CHECKPOINT, str(path))
 
 
-def test_a_record_marked_as_a_folder_is_read_all_the_same() -> None:
-    """torch's reader gives whatever the memory held for it, and the original's files have no digest."""
+def test_a_record_marked_as_a_folder_is_read_correctly() -> None:
+    """torch's reader returns uninitialised memory for it, and the original's files have no digest."""
     data, expected = fuzz.checkpoint_files()["the original's"]
     for i in range(4):
         marked = bytearray(data)
@@ -539,14 +539,14 @@ def test_a_record_marked_as_a_folder_is_read_all_the_same() -> None:
         assert fuzz.judge_checkpoint(bytes(marked), expected) == "equal"
 
 
-def test_a_digest_cannot_be_lost_from_a_file_of_ours(whole: Path) -> None:
-    """In the original's form a file without a digest is taken for the original's own: not if it is ours."""
+def test_the_digest_cannot_be_removed_from_our_files(whole: Path) -> None:
+    """A file in the original's format may have no digest, but not if this program wrote it."""
     data, _ = fuzz.checkpoint_files()["ours as the original's"]
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         program = archive.read("archive/data.pkl")
     renamed = archived(data, data=program.replace(b"content_sha256", b"content_sha257"))
     assert renamed != archived(data)
-    with pytest.raises(CheckpointError, match="does not have the digest it claims"):
+    with pytest.raises(CheckpointError, match="does not match its digest"):
         decode(renamed, "file")
 
 
@@ -556,17 +556,17 @@ WRITER = """
 import os, sys
 from pathlib import Path
 from fuzz import content
-from distributed_mnist.store import RunStore
+from distributed_mnist.runs.checkpoint_store import RunStore
 os.chdir(sys.argv[1])
 for line in sys.stdin:
     folder, reader = Path(line.strip()), os.pipe()
     child = os.fork()
     if child == 0:
         store = RunStore(folder, keep=2)
-        store.save(lambda: {**content(), "step": 2}, best=False)  # the writer's thread is there from now on
+        store.save(lambda: {**content(), "step": 2}, best=False)  # creates the writer thread
         store.finished(wait=True)
         os.close(reader[1])
-        os.read(reader[0], 1)  # until somebody looks on
+        os.read(reader[0], 1)  # until strace is attached
         store.save(lambda: {**content(), "step": 3}, best=True)
         saved = store.finished(wait=True)
         os._exit(0 if saved[0].problem is None else 1)
@@ -586,7 +586,7 @@ LINE = re.compile(r"(?P<pid>\d+)\s+(?P<name>\w+)\((?P<arguments>.*)\)\s+= (?P<va
 
 @dataclass
 class Warm:
-    """A process that has imported torch, and forks writers of a run's third checkpoint."""
+    """A process that has imported torch, and forks processes that write a run's third checkpoint."""
 
     folder: Path
     process: subprocess.Popen[str]
@@ -602,7 +602,7 @@ class Warm:
         return self.process.stdout.readline()
 
     def write(self, *inject: str) -> tuple[Path, int, list[str]]:
-        """Have a checkpoint written under strace; the run's folder, how the writer ended, the calls."""
+        """Write a checkpoint under strace. Return the run's folder, the writer's exit code and trace."""
         self.made += 1
         out, trace = self.folder / str(self.made), self.folder / f"{self.made}.trace"
         store = RunStore(out, keep=2)
@@ -653,25 +653,25 @@ def writer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
 
 @dataclass(frozen=True)
 class Call:
-    """A system call of the writer's."""
+    """A system call by the writer."""
 
     name: str
     arguments: str
 
     def on(self, path: Path) -> bool:
-        """Whether it is made on this open file."""
+        """Whether it uses this open file."""
         return f"<{path}>" in self.arguments
 
 
 def calls(trace: list[str]) -> list[Call]:
-    """Those that succeeded, in order."""
+    """Return the calls that succeeded, in order."""
     found = [match for line in trace if (match := LINE.match(line))]
     return [Call(match["name"], match["arguments"]) for match in found if int(match["value"]) >= 0]
 
 
-def test_data_before_its_name_and_the_new_before_the_old_goes(writer: Warm) -> None:
-    """So that a power cut at any moment leaves a whole newest checkpoint: written, flushed, renamed, the
-    folder flushed, and only then the oldest removed."""
+def test_order_of_flush_rename_and_removal(writer: Warm) -> None:
+    """A checkpoint is written, flushed and renamed, then the folder is flushed, and only then the oldest is
+    removed. So a power cut at any moment leaves an undamaged newest checkpoint."""
     out, code, trace = writer.write()
     assert code == 0
     folder = out / "checkpoints"
@@ -702,7 +702,7 @@ def test_data_before_its_name_and_the_new_before_the_old_goes(writer: Warm) -> N
 
 
 def number_of_calls(trace: list[str]) -> dict[str, int]:
-    """How often the thread that writes made each call, from when it was looked at."""
+    """Count the writer thread's calls by name since strace was attached."""
     names: dict[str, dict[str, int]] = {}
     for line in trace:
         if (match := re.match(r"(\d+)\s+(\w+)\(", line)) is not None:
@@ -712,7 +712,7 @@ def number_of_calls(trace: list[str]) -> dict[str, int]:
 
 
 def judge(out: Path) -> tuple[int, int]:
-    """Look at a folder whose writer was killed; the steps of its newest and its best checkpoint."""
+    """Check a folder whose writer was killed. Return the steps of its newest and its best checkpoint."""
     saved = steps_saved(out)
     assert saved in ([1, 2], [1, 2, 3], [2, 3]), saved
     best = decode((out / "checkpoints" / "best.pt").read_bytes(), "best.pt")["step"]
@@ -732,7 +732,7 @@ def judge(out: Path) -> tuple[int, int]:
 
 @pytest.mark.slow
 def test_a_writer_killed_at_every_system_call(writer: Warm) -> None:
-    """The folder holds the newest checkpoint or the one before, and what was good before is still there."""
+    """The folder holds the newest checkpoint or the one before, and the earlier good files still exist."""
     _, code, trace = writer.write()
     assert code == 0
     ends: dict[str, list[tuple[int, int]]] = {}
