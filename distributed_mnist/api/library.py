@@ -31,7 +31,7 @@ from ..errors import CheckpointError, UsageError
 from ..inference import score as assess
 from ..inference import trained
 from ..inference.trained import Trained
-from ..models.zoo import known_as
+from ..models.zoo import temporary_model
 from ..runs import layout
 from ..training import run as job
 from ..training.evaluate import Evaluation
@@ -252,7 +252,7 @@ def _plain(value: Any) -> Any:
 
 
 def _factory_known(name: str | None, factory: Factory | None) -> contextlib.AbstractContextManager[None]:
-    return known_as(name, factory) if name and factory else contextlib.nullcontext()
+    return temporary_model(name, factory) if name and factory else contextlib.nullcontext()
 
 
 def _recipe(recipe: str | Recipe, settings: dict[str, Any], model: str | None) -> tuple[Recipe, str]:

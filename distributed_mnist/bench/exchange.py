@@ -15,8 +15,8 @@ import torch
 
 from ..common.placement import Placement
 from ..distributed.world import World
-from ..gradients.cost_model import How
-from ..gradients.subtree_exchange import SubtreeExchange, is_even
+from ..gradients.cost_model import ExchangeMethod
+from ..gradients.subtree_exchange import SubtreeExchange, has_equal_subtrees
 from ..gradients.tree_sum import BinaryCounter, owned_shards
 from ..launcher import spawn
 from ..launcher.rank_process import run_in_group
@@ -55,7 +55,9 @@ def messages(world: World) -> list[dict[str, float]]:
 
 def exchanges(world: World) -> list[dict[str, Any]]:
     """One sum of everybody's vectors, by way and bytes."""
-    ways: list[How] = ["doubling", "halving", "slices"] if is_even(world.size, world.size) else ["slices"]
+    ways: list[ExchangeMethod] = ["slices"]
+    if has_equal_subtrees(world.size, world.size):
+        ways = ["doubling", "halving", "slices"]
     found = []
     for count in NUMBERS[1:]:
         for how in ways:
@@ -65,7 +67,7 @@ def exchanges(world: World) -> list[dict[str, Any]]:
             def once(finish: SubtreeExchange = finish, vector: torch.Tensor = vector) -> None:
                 counter = BinaryCounter()
                 counter.push(0, owned_shards(world.rank, world.size, world.size).start, vector.clone())
-                finish.total(counter)
+                finish.all_reduce(counter)
 
             found.append({"how": how, "bytes": 4 * count, "seconds": timed(world, once)})
     return found

@@ -14,7 +14,7 @@ from rich.table import Table
 from ..common.placement import usable_cores
 from ..config import Recipe, load_recipe
 from ..data import datasets, generated
-from ..gradients.cost_model import exchange_seconds, fitted, table_of
+from ..gradients.cost_model import exchange_seconds, fit_link, prediction_table
 from ..launcher.default_nproc import MICROSECONDS_PER_IMAGE
 from .timed_runs import Sample, Trained, output, seconds_of, train
 
@@ -216,7 +216,7 @@ def exchange(bench: Bench) -> dict[str, Any]:
     ]
     if not found:
         return {}
-    link = fitted([(m["bytes"], m["seconds"]) for m in found[0]["messages"]])
+    link = fit_link([(m["bytes"], m["seconds"]) for m in found[0]["messages"]])
     rows = [
         {
             **made,
@@ -242,7 +242,7 @@ def exchange(bench: Bench) -> dict[str, Any]:
         ),
         f"two processes here: {1e6 * link.latency:.0f} µs a message, {link.bandwidth / 1e9:.1f} GB/s",
     )
-    return {"link": vars(link), "rows": rows, "predictions": table_of(link)}
+    return {"link": vars(link), "rows": rows, "predictions": prediction_table(link)}
 
 
 def time_to_99(bench: Bench) -> dict[str, Any]:

@@ -26,8 +26,9 @@ from ..runs.checkpoint_store import BackgroundStore, NullStore
 from ..runs.original_format import to_original
 from ..training.batches import Batches
 from ..training.evaluate import evaluate
-from ..training.loop import NO_TOTALS, Job, State, require_same_weights, train
+from ..training.loop import require_same_weights, train
 from ..training.setup import make_gradients, make_model, pack, use_threads
+from ..training.state import ZERO_TOTALS, State, TrainingContext
 from .original_script import Options
 
 FOLDER = Path("checkpoints")  # in the current folder, as the original has it
@@ -81,7 +82,7 @@ def run(world: World, options: Options, signals: StopSignals) -> None:
         say(f"test loss: {result.loss:.6f}, test acc: {result.accuracy:.2%}.")
         return
 
-    job = Job(
+    job = TrainingContext(
         recipe=recipe,
         world=world,
         batches=batches,
@@ -92,7 +93,7 @@ def run(world: World, options: Options, signals: StopSignals) -> None:
         sink=EpochLines(options.epochs) if world.rank == 0 else NullSink(),
         pack=partial(pack, state, recipe, data, Run(), batches.steps_per_epoch),
         stop_requested=signals.requested,
-        evaluation={**scoring, "precision": "fp32"},
+        evaluation_options={**scoring, "precision": "fp32"},
         save_every=batches.steps_per_epoch,
         eval_every=batches.steps_per_epoch,
     )
@@ -188,7 +189,7 @@ def _complete(content: Content, steps_per_epoch: int, data: Data, name: str) -> 
         return content
     if content["recipe"] is not None and content["step"] % content["steps_per_epoch"]:
         raise CheckpointError(f"{name} is of the middle of an epoch: go on with the same --batch-size")
-    fresh = {"samples_sha256": START_OF_CHAIN, "train_seconds": 0.0, "totals": dict(NO_TOTALS)}
+    fresh = {"samples_sha256": START_OF_CHAIN, "train_seconds": 0.0, "totals": dict(ZERO_TOTALS)}
     return {**content, **fresh, "step": content["epoch"] * steps_per_epoch}
 
 

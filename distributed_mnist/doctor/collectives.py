@@ -168,7 +168,7 @@ def _tree(world: World) -> bool:
     counter.push(
         0, owned_shards(world.rank, world.size, world.size).start, _values(world, world.rank).float()
     )
-    return torch.equal(finish.total(counter), _all(world).sum(0).float())
+    return torch.equal(finish.all_reduce(counter), _all(world).sum(0).float())
 
 
 def _ddp(world: World) -> bool:

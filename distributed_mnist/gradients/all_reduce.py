@@ -1,8 +1,8 @@
-"""The gradient of a global batch, added up over shards and ranks: in one fixed tree, or by DDP.
+"""Sum the gradient of a global batch over shards and ranks: in one fixed tree, or with DDP.
 
-`TreeGradients` always adds the `V` shards' gradients in the same binary tree, whoever computed them; its
-result has the same bits for every number of processes. `DdpGradients` leaves the order to
-DistributedDataParallel and its all-reduce; its result is equal to rounding.
+`TreeGradients` always adds the gradients of the `V` shards in the same binary tree, on whichever ranks they
+were computed. Its result has the same bits for every number of processes. `DdpGradients` leaves the order
+of additions to DistributedDataParallel and its all-reduce. Its result is equal up to rounding.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -14,32 +14,34 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..distributed.world import World
-from .per_shard import Layers, Places, by_chain_rule
+from .per_shard import GradientViews, HookedLayers, backpropagate
 from .subtree_exchange import SubtreeExchange
 from .tree_sum import BinaryCounter, owned_shards
 
-PassOf = Callable[[nn.Module, range], tuple[Tensor, Tensor]]
-"""`pass_of(module, shards)`: the logits of these contiguous shards, which hold some samples, through
-`module`, and the gradient by them of the loss: summed over the samples and divided by the global batch."""
+ForwardShards = Callable[[nn.Module, range], tuple[Tensor, Tensor]]
+"""`forward_shards(module, shards)` runs contiguous shards with at least one sample through `module`.
+
+Returns the logits, and the gradient by them of the loss, which is summed over the samples and divided by
+the size of the global batch."""
 
 
 class Gradients(Protocol):
-    """Leaves the gradient of a whole global batch in every parameter's `grad`, on every rank."""
+    """Computes the gradient of a whole global batch into every parameter's `grad`, on every rank."""
 
-    def compute(self, pass_of: PassOf, sizes: Sequence[int]) -> None:
-        """One step's gradient, of a global batch of shards of these sizes. Every rank calls it."""
+    def compute(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
+        """Compute the gradient of one step; `sizes` are the shards' sizes. Every rank must call it."""
         ...
 
 
 class TreeGradients:
-    """The same bits for every number of processes from 1 to the number of shards.
+    """Sums gradients with the same bits for every number of processes from 1 to the number of shards.
 
-    Each shard has a gradient of its own. A rank adds the complete subtrees among its shards, the
-    ranks exchange the roots of those, and every rank finishes the same tree.
+    Each shard has its own gradient. A rank adds the complete subtrees among its shards, the ranks exchange
+    the roots of these subtrees, and every rank finishes the same tree.
 
-    `layers` take the gradients of a model that they understand, autograd those of any other. With them,
-    consecutive shards whose sizes are in `together` go through the model in one pass: it is known that each
-    one's gradient then has the bits that it has alone.
+    `layers` compute the gradients of a model that they support; without them autograd does, one shard per
+    pass. With them, consecutive shards whose sizes are in `invariant_sizes` go through the model in one
+    pass: each shard's gradient then has the bits that it has alone (see `batch_invariance`).
     """
 
     def __init__(
@@ -47,58 +49,62 @@ class TreeGradients:
         model: nn.Module,
         world: World,
         shards: int,
-        layers: Layers | None = None,
-        together: Collection[Sequence[int]] = (),
+        layers: HookedLayers | None = None,
+        invariant_sizes: Collection[Sequence[int]] = (),
     ) -> None:
         self._model, self._world, self._layers = model, world, layers
-        self._together = {tuple(sizes) for sizes in together}
+        self._invariant_sizes = {tuple(sizes) for sizes in invariant_sizes}
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._owned = owned_shards(world.rank, world.size, shards)
         self._gradient = torch.zeros(sum(p.numel() for p in self._parameters), device=world.device)
         self._rows = torch.zeros((len(self._owned), len(self._gradient)), device=world.device)
-        self._places: dict[range, Places] = {}
-        self._finish = SubtreeExchange(world, shards, len(self._gradient))
-        for p, view in zip(self._parameters, self._views(self._gradient), strict=True):
+        self._layer_views: dict[range, list[GradientViews]] = {}
+        self._exchange = SubtreeExchange(world, shards, len(self._gradient))
+        for p, view in zip(self._parameters, self._parameter_views(self._gradient), strict=True):
             p.grad = view
 
-    def compute(self, pass_of: PassOf, sizes: Sequence[int]) -> None:
-        """One step's gradient; see the class."""
+    def compute(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
+        """Compute the gradient of one step; see `Gradients`."""
         counter = BinaryCounter()
-        for shard, gradient in enumerate(self._of_shards(pass_of, sizes), start=self._owned.start):
+        gradients = self._shard_gradients(forward_shards, sizes)
+        for shard, gradient in enumerate(gradients, start=self._owned.start):
             counter.push(0, shard, gradient)
-        self._gradient.copy_(self._finish.total(counter))
+        self._gradient.copy_(self._exchange.all_reduce(counter))
 
-    def _of_shards(self, pass_of: PassOf, sizes: Sequence[int]) -> Iterator[Tensor]:
-        """The flat gradient of each of this rank's shards."""
+    def _shard_gradients(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> Iterator[Tensor]:
+        """Yield the flat gradient of each of this rank's shards, in order."""
         start = self._owned.start
         while start < self._owned.stop:
-            run = self._longest_run(sizes, start)
-            start = run.stop
-            rows = self._rows[run.start - self._owned.start : run.stop - self._owned.start]
-            if sum(sizes[run.start : run.stop]) == 0:  # a batch with fewer samples than shards
+            shards = self._shards_of_next_pass(sizes, start)
+            start = shards.stop
+            rows = self._rows[shards.start - self._owned.start : shards.stop - self._owned.start]
+            if sum(sizes[shards.start : shards.stop]) == 0:  # a batch with fewer samples than shards
                 rows.zero_()
             elif self._layers is None:
-                logits, outer = pass_of(self._model, run)
-                rows.zero_()  # where a parameter is not used
-                found = by_chain_rule(logits, self._parameters, outer)
-                used = [(v, g) for v, g in zip(self._views(rows[0]), found, strict=True) if g is not None]
+                logits, grad_logits = forward_shards(self._model, shards)
+                rows.zero_()  # for parameters that are not used
+                gradients = backpropagate(logits, self._parameters, grad_logits)
+                views = self._parameter_views(rows[0])
+                used = [(v, g) for v, g in zip(views, gradients, strict=True) if g is not None]
                 torch._foreach_copy_([v for v, _ in used], [g for _, g in used])
             else:
-                if run not in self._places:
-                    self._places[run] = self._layers.places(rows)
-                with self._layers.watched():
-                    logits, outer = pass_of(self._model, run)
-                self._layers.gradients(logits, outer, sizes[run.start : run.stop], self._places[run])
+                if shards not in self._layer_views:
+                    self._layer_views[shards] = self._layers.views(rows)
+                with self._layers.recording():
+                    logits, grad_logits = forward_shards(self._model, shards)
+                self._layers.write_gradients(
+                    logits, grad_logits, sizes[shards.start : shards.stop], self._layer_views[shards]
+                )
             yield from rows.unbind()
 
-    def _longest_run(self, sizes: Sequence[int], start: int) -> range:
-        """The shards from `start` on that go through the model together."""
+    def _shards_of_next_pass(self, sizes: Sequence[int], start: int) -> range:
+        """Return the longest run of shards from `start` that can go through the model in one pass."""
         stops = range(self._owned.stop, start + 1, -1)
-        found = (stop for stop in stops if tuple(sizes[start:stop]) in self._together)
-        return range(start, next(found, start + 1))
+        invariant = (stop for stop in stops if tuple(sizes[start:stop]) in self._invariant_sizes)
+        return range(start, next(invariant, start + 1))
 
-    def _views(self, flat: Tensor) -> list[Tensor]:
-        """The pieces of a flat vector that belong to each parameter, laid out in memory as it is."""
+    def _parameter_views(self, flat: Tensor) -> list[Tensor]:
+        """Cut a flat vector into one view per parameter, with the parameter's shape and memory layout."""
         views, offset = [], 0
         for p in self._parameters:
             views.append(flat.as_strided(p.shape, p.stride(), flat.storage_offset() + offset))
@@ -107,11 +113,11 @@ class TreeGradients:
 
 
 class DdpGradients:
-    """DistributedDataParallel's sum: the field's standard way, equal to rounding.
+    """Sums gradients with DistributedDataParallel, the standard way, equal up to rounding.
 
-    A rank's shards go through the model together, in as few passes as `micro_batch` (images at a time)
-    allows; gradients of all but the last pass are only accumulated. A model that draws random numbers
-    gets one shard a pass, so that its dropout masks do not depend on the number of processes.
+    A rank's shards go through the model together, in as few passes as `micro_batch` (the most images per
+    pass) allows. All passes but the last only accumulate gradients. If `one_shard_per_pass`, which is for
+    models that draw random numbers, dropout masks do not depend on the number of processes.
     """
 
     def __init__(
@@ -121,7 +127,7 @@ class DdpGradients:
         shards: int,
         *,
         shard_size: int,
-        one_by_one: bool,
+        one_shard_per_pass: bool,
         micro_batch: int | None,
     ) -> None:
         self._world = world
@@ -134,39 +140,45 @@ class DdpGradients:
                     model, device_ids=device_ids, gradient_as_bucket_view=True
                 )
             if world.device.type == "cpu":
-                # gloo's thread would wait for a core, see `mesh`. Without annotations: torch wants its own.
+                # gloo's thread would compete for a core, see `socket_collectives`. A lambda, because torch
+                # accepts only its own type annotations on a hook.
                 self._module.register_comm_hook(None, lambda _, bucket: _mean_over(world, bucket))
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         owned = owned_shards(world.rank, world.size, shards)
-        at_once = 1 if one_by_one else micro_batch // shard_size if micro_batch else len(owned)
-        self._passes = [owned[i : i + at_once] for i in range(0, len(owned), at_once)]
+        if one_shard_per_pass:
+            per_pass = 1
+        elif micro_batch:
+            per_pass = micro_batch // shard_size
+        else:
+            per_pass = len(owned)
+        self._passes = [owned[i : i + per_pass] for i in range(0, len(owned), per_pass)]
 
-    def compute(self, pass_of: PassOf, sizes: Sequence[int]) -> None:
-        """One step's gradient; see the class."""
+    def compute(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
+        """Compute the gradient of one step; see `Gradients`."""
         for p in self._parameters:
             p.grad = None
         for shards in self._passes[:-1]:
             with nullcontext() if self._world.size == 1 else self._module.no_sync():  # type: ignore[operator]
-                self._pass(pass_of, shards, sizes).backward()
-        last = self._pass(pass_of, self._passes[-1], sizes)
+                self._surrogate_loss(forward_shards, shards, sizes).backward()
+        last = self._surrogate_loss(forward_shards, self._passes[-1], sizes)
         with self._world.communicating("a gradient sum", only=False):
             last.backward()
 
-    def _pass(self, pass_of: PassOf, shards: range, sizes: Sequence[int]) -> Tensor:
-        """A number whose gradient is the loss's: see `by_chain_rule`."""
+    def _surrogate_loss(self, forward_shards: ForwardShards, shards: range, sizes: Sequence[int]) -> Tensor:
+        """Return a scalar whose gradient is that of the loss; see `backpropagate`."""
         if sum(sizes[shards.start : shards.stop]) == 0:
-            return self._nothing()
-        logits, outer = pass_of(self._module, shards)
+            return self._zero_loss()
+        logits, grad_logits = forward_shards(self._module, shards)
         # DDP divides by the number of processes; ours is already a share of the global gradient.
-        return (logits * (outer * self._world.size if self._world.size > 1 else outer)).sum()
+        return (logits * (grad_logits * self._world.size if self._world.size > 1 else grad_logits)).sum()
 
-    def _nothing(self) -> Tensor:
-        """Of a pass without effect that depends on every parameter: DDP waits for all their gradients."""
+    def _zero_loss(self) -> Tensor:
+        """Return a zero that depends on every parameter: DDP waits for the gradients of all of them."""
         return self._module(torch.zeros((1, 1, 28, 28), device=self._world.device)).sum() * 0
 
 
 def _mean_over(world: World, bucket: Any) -> torch.futures.Future[Tensor]:
-    """What DDP's all-reduce does: the mean of the ranks' gradients. `bucket` is torch's `GradBucket`."""
+    """Average gradients over the ranks, as DDP's all-reduce does. `bucket` is torch's `GradBucket`."""
     mean: torch.futures.Future[Tensor] = torch.futures.Future()
     mean.set_result(world.all_reduce_sum_(bucket.buffer().div_(world.size)))
     return mean

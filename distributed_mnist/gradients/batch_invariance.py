@@ -1,9 +1,10 @@
-"""Whether a shard has the same gradient, to the bit, in company as alone: tried, on this machine, with the
-very sizes, before it is relied on.
+"""Test whether a shard's gradient has the same bits in a larger batch as alone.
 
-Kernels may add in another order for other sizes. On usual numbers that changes a last bit here and there,
-and none that shows where results are rounded to bf16: a trial could pass by luck. So each layer is also
-tried on numbers whose sums are zero: what comes out is rounding alone, and changes with the order.
+Kernels may add in another order for another batch size. So the program relies on batch invariance only
+where it holds in a test on this machine with exactly these sizes. On ordinary numbers another order changes
+a last bit here and there, and rounding to bf16 mostly hides even that, so such a test could pass by luck.
+Therefore each layer is also tested on numbers whose sums are zero: its results are then pure rounding
+error, which changes with the order.
 """
 
 import copy
@@ -13,134 +14,147 @@ import torch
 from torch import Tensor, nn
 
 from .loss import cross_entropy
-from .per_shard import Layers, by_chain_rule, gradient
+from .per_shard import HookedLayers, backpropagate, write_layer_gradients
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
-"""Logits of images, as training computes them."""
+"""Returns the logits of images, as training computes them."""
 
 
-def understood(model: nn.Module, shape: Sequence[int]) -> bool:
-    """Whether `Layers` finds the gradients that autograd finds, on images of this shape.
+def matches_autograd(model: nn.Module, shape: Sequence[int]) -> bool:
+    """Return whether `HookedLayers` computes autograd's gradients, on images of this shape.
 
-    Tried rather than looked up: a model may do more with its parameters than to convolve and multiply.
+    This is tested and not deduced from the types of the layers, because a model may use its parameters in
+    other ways than to convolve and multiply.
     """
     try:
         return _gradients_agree(model, shape)
-    except Exception:  # a stranger's model: it may not be copied, or use a layer in a way not known here
+    except Exception:  # a user's model may refuse to be copied, or use a layer in an unknown way
         return False
 
 
 def _gradients_agree(model: nn.Module, shape: Sequence[int]) -> bool:
-    model, noise = _tried_copy(model)
-    layers = Layers(model)
-    if not layers.hold_all():
+    model, generator = _perturbed_copy(model)
+    layers = HookedLayers(model)
+    if not layers.hold_all_parameters():
         return False
-    images = torch.randn(2, *shape, generator=noise).to(layers.parameters[0].device)
-    with layers.watched():
+    images = torch.randn(2, *shape, generator=generator).to(layers.parameters[0].device)
+    with layers.recording():
         logits = model(images)
-    outer = torch.randn(logits.shape, generator=noise).to(logits.device)
-    by_hand = torch.empty(1, sum(p.numel() for p in layers.parameters), device=logits.device)
-    layers.gradients(logits, outer, [len(images)], layers.places(by_hand))
-    by_autograd = by_chain_rule(model(images), layers.parameters, outer)
-    exact = 1e-4 if images.device.type == "cpu" else 1e-2  # other devices may round to fewer bits
-    parts = by_hand[0].split([p.numel() for p in layers.parameters])
+    grad_logits = torch.randn(logits.shape, generator=generator).to(logits.device)
+    row = torch.empty(1, sum(p.numel() for p in layers.parameters), device=logits.device)
+    layers.write_gradients(logits, grad_logits, [len(images)], layers.views(row))
+    expected = backpropagate(model(images), layers.parameters, grad_logits)
+    tolerance = 1e-4 if images.device.type == "cpu" else 1e-2  # other devices may round to fewer bits
+    parts = row[0].split([p.numel() for p in layers.parameters])
     return all(
-        torch.allclose(part, (flat := _as_in_memory(g, p)), rtol=0, atol=exact * float(flat.abs().max()))
-        for part, g, p in zip(parts, by_autograd, layers.parameters, strict=True)
+        torch.allclose(
+            part, (flat := _in_memory_order(g, p)), rtol=0, atol=tolerance * float(flat.abs().max())
+        )
+        for part, g, p in zip(parts, expected, layers.parameters, strict=True)
     )
 
 
-def same_bits(model: nn.Module, forward: Forward, shape: Sequence[int], sizes: Sequence[int]) -> bool:
-    """Whether shards of these sizes, images of this shape, have the same gradients together and apart."""
-    model, noise = _tried_copy(model)
-    layers = Layers(model)
+def is_batch_invariant(
+    model: nn.Module, forward: Forward, shape: Sequence[int], sizes: Sequence[int]
+) -> bool:
+    """Return whether shards of these sizes get the same gradients in one pass as in a pass each.
+
+    `shape` is that of one image.
+    """
+    model, generator = _perturbed_copy(model)
+    layers = HookedLayers(model)
     count = sum(p.numel() for p in layers.parameters)
-    images = torch.randn(sum(sizes), *shape, generator=noise).to(layers.parameters[0].device)
+    images = torch.randn(sum(sizes), *shape, generator=generator).to(layers.parameters[0].device)
 
     def gradients(images: Tensor, sizes: Sequence[int]) -> Tensor:
-        with layers.watched():
+        with layers.recording():
             logits = forward(model, images.clone())
         rows = torch.empty(len(sizes), count, device=logits.device)
-        outer = cross_entropy(logits, logits.argmin(1))[1]
-        layers.gradients(logits, outer, sizes, layers.places(rows))
+        grad_logits = cross_entropy(logits, logits.argmin(1))[1]
+        layers.write_gradients(logits, grad_logits, sizes, layers.views(rows))
         return rows
 
-    apart = [gradients(shard, [len(shard)]) for shard in images.split(list(sizes))]
-    if not torch.equal(gradients(images, sizes), torch.cat(apart)):
+    separate = [gradients(shard, [len(shard)]) for shard in images.split(list(sizes))]
+    if not torch.equal(gradients(images, sizes), torch.cat(separate)):
         return False
-    with layers.watched():
+    with layers.recording():
         logits = forward(model, images.clone())
-    noted = layers.noted(logits, torch.ones_like(logits))
-    return all(_keeps_order(layer, x, g, sizes, noise) for layer, x, g in noted)
+    recorded = layers.inputs_and_output_gradients(logits, torch.ones_like(logits))
+    return all(_keeps_order(layer, x, grad_output, sizes, generator) for layer, x, grad_output in recorded)
 
 
 def _keeps_order(
-    layer: nn.Module, x: Tensor, g: Tensor, sizes: Sequence[int], noise: torch.Generator
+    layer: nn.Module, x: Tensor, grad_output: Tensor, sizes: Sequence[int], generator: torch.Generator
 ) -> bool:
-    """Whether the layer's three products add in one order: on numbers that cancel, in the layout of
-    these. All shards of a size are given the same numbers."""
-    rows_each = len(x) // sum(sizes)
-    bf16 = g.dtype == torch.bfloat16
+    """Return whether the layer's three products add in the same order for one shard as for all.
+
+    The three are the output, the gradient of the input and that of the weight. They are computed from
+    numbers that cancel, in the memory layout of `x` and `grad_output`. All shards of one size get the same
+    numbers.
+    """
+    rows_per_sample = len(x) // sum(sizes)
+    bf16 = grad_output.dtype == torch.bfloat16
 
     def wild(*shape: int) -> Tensor:
-        """Of many magnitudes, so that every addition rounds."""
-        return torch.randn(shape, generator=noise).pow_(3).to(x)
+        """Return numbers of many magnitudes, so that every addition rounds."""
+        return torch.randn(shape, generator=generator).pow_(3).to(x)
 
     def cancelling(count: int, *shape: int) -> Tensor:
-        """The second half takes back what the first half gave."""
+        """Return numbers whose second half is the first half with the opposite sign."""
         first = wild(count // 2, *shape)
         return torch.cat([first, -first, first.new_zeros(count % 2, *shape)])
 
-    def passed(part: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
-        """The output, and the gradient of the input."""
+    def output_and_grad_input(part: Tensor, part_grad: Tensor) -> tuple[Tensor, Tensor]:
         part.requires_grad_(x.requires_grad)
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=bf16):
             output = layer(part)
-        found = by_chain_rule(output, [part], outer)[0] if x.requires_grad else output
-        return output.detach(), found.detach()
+        grad_input = backpropagate(output, [part], part_grad)[0] if x.requires_grad else output
+        return output.detach(), grad_input.detach()
 
     def joined(parts: dict[int, Tensor], like: Tensor) -> Tensor:
-        return _laid_out(torch.cat([parts[size] for size in sizes]), like)
+        return _in_layout_of(like, torch.cat([parts[size] for size in sizes]))
 
     weight = layer.get_parameter("weight")
     with torch.no_grad():
         for p in layer.parameters():
             p.zero_()
-        # Sums to zero over inputs, for the output, and over outputs, for the input's gradient.
-        across = cancelling(weight.flatten(1).shape[1], len(weight)).t().float().contiguous()
-        half = len(across) // 2
-        across[half : 2 * half] = -across[:half]
-        across[2 * half :] = 0
-        weight.copy_(across.view(weight.shape))
-    inputs, outer = {}, {}
+        # Cancels over the inputs, for the output, and over the outputs, for the input's gradient.
+        cancelling_weight = cancelling(weight.flatten(1).shape[1], len(weight)).t().float().contiguous()
+        half = len(cancelling_weight) // 2
+        cancelling_weight[half : 2 * half] = -cancelling_weight[:half]
+        cancelling_weight[2 * half :] = 0
+        weight.copy_(cancelling_weight.view(weight.shape))
+    inputs, grads = {}, {}
     for size in set(sizes):
-        count, ones = size * rows_each, [1] * (x.ndim - 1)
-        inputs[size] = _laid_out(wild(count, *ones).expand(count, *x.shape[1:]), x)
-        outer[size] = _laid_out(wild(count, *ones).expand(count, *g.shape[1:]), g)
-    alone = {size: passed(inputs[size].clone(), outer[size]) for size in inputs}
-    whole = passed(joined(inputs, x), joined(outer, g))
-    if not all(torch.equal(whole[i], torch.cat([alone[size][i] for size in sizes])) for i in (0, 1)):
-        return False
+        count, ones = size * rows_per_sample, [1] * (x.ndim - 1)
+        inputs[size] = _in_layout_of(x, wild(count, *ones).expand(count, *x.shape[1:]))
+        grads[size] = _in_layout_of(grad_output, wild(count, *ones).expand(count, *grad_output.shape[1:]))
+    separate = {size: output_and_grad_input(inputs[size].clone(), grads[size]) for size in inputs}
+    together = output_and_grad_input(joined(inputs, x), joined(grads, grad_output))
+    for i in (0, 1):
+        if not torch.equal(together[i], torch.cat([separate[size][i] for size in sizes])):
+            return False
     for size in set(sizes):
-        count = size * rows_each
-        inputs[size] = _laid_out(cancelling(count, *x.shape[1:]), x)
-        outer[size] = _laid_out(wild(count, *g.shape[1:]), g)
-        outer[size][count // 2 : count // 2 * 2] = outer[size][: count // 2]  # the same for both halves
-    apart = {size: _rows(layer, inputs[size], outer[size], [size]) for size in inputs}
-    together = _rows(layer, joined(inputs, x), joined(outer, g), sizes)
-    return torch.equal(together, torch.cat([apart[size] for size in sizes]))
+        count = size * rows_per_sample
+        inputs[size] = _in_layout_of(x, cancelling(count, *x.shape[1:]))
+        grads[size] = _in_layout_of(grad_output, wild(count, *grad_output.shape[1:]))
+        grads[size][count // 2 : count // 2 * 2] = grads[size][: count // 2]  # the same for both halves
+    separate_rows = {size: _gradient_rows(layer, inputs[size], grads[size], [size]) for size in inputs}
+    rows = _gradient_rows(layer, joined(inputs, x), joined(grads, grad_output), sizes)
+    return torch.equal(rows, torch.cat([separate_rows[size] for size in sizes]))
 
 
 @torch.no_grad()
-def _rows(layer: nn.Module, x: Tensor, g: Tensor, sizes: Sequence[int]) -> Tensor:
+def _gradient_rows(layer: nn.Module, x: Tensor, grad_output: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return the gradients of the layer's weight and bias, one row per shard."""
     count = layer.get_parameter("weight").numel()
     rows = torch.zeros(len(sizes), sum(p.numel() for p in layer.parameters()), device=x.device)
-    gradient(layer, x, g, sizes, rows[:, :count], rows[:, count:])
+    write_layer_gradients(layer, x, grad_output, sizes, rows[:, :count], rows[:, count:])
     return rows
 
 
-def _laid_out(values: Tensor, like: Tensor) -> Tensor:
-    """A copy, rows or columns or channels together in memory as they are in `like`."""
+def _in_layout_of(like: Tensor, values: Tensor) -> Tensor:
+    """Copy `values` into the memory layout of `like`: contiguous rows, columns or channels."""
     if values.ndim == 2 and not like.is_contiguous():
         return values.t().clone(memory_format=torch.contiguous_format).t()
     if values.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
@@ -148,18 +162,18 @@ def _laid_out(values: Tensor, like: Tensor) -> Tensor:
     return values.clone(memory_format=torch.contiguous_format)
 
 
-def _tried_copy(model: nn.Module) -> tuple[nn.Module, torch.Generator]:
-    """A copy with its weights moved a little: a layer of zeros would hide what is behind it."""
-    noise = torch.Generator().manual_seed(0)
+def _perturbed_copy(model: nn.Module) -> tuple[nn.Module, torch.Generator]:
+    """Copy the model and change its weights a little: a layer of zeros would hide the layers behind it."""
+    generator = torch.Generator().manual_seed(0)
     model = copy.deepcopy(model)
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=noise).to(p.device), alpha=0.05)
-    return model, noise
+            p.add_(torch.randn(p.shape, generator=generator).to(p.device), alpha=0.05)
+    return model, generator
 
 
-def _as_in_memory(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """A gradient's values in the order in which its parameter's lie in memory."""
+def _in_memory_order(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """Return a gradient's values in the order in which its parameter's values lie in memory."""
     flat = gradient.new_empty(gradient.numel())
     flat.as_strided(parameter.shape, parameter.stride()).copy_(gradient)
     return flat

@@ -1,8 +1,8 @@
-"""What an exchange costs, by a small model: so long a message takes to begin, so long each byte takes.
+"""Predict what a gradient exchange costs: each message takes a fixed time plus a time per byte.
 
 After Hockney, "The communication challenge for MPP: Intel Paragon and Meiko CS-2", 1994, with one more
-number for what a process itself does for each message. `subtree_exchange` chooses by it, and
-docs/explanation/performance.md predicts by it.
+parameter: the time that a process itself spends on each message. `subtree_exchange` uses the model to
+choose a method, and docs/explanation/performance.md uses it for predictions.
 """
 
 import math
@@ -10,68 +10,80 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-How = Literal["doubling", "halving", "slices", "ring"]
-"""See `topology`; a ring is what an all-reduce of large tensors commonly is, for comparison."""
+ExchangeMethod = Literal["doubling", "halving", "slices", "ring"]
+"""See `subtree_exchange`. "ring" is the usual all-reduce of large tensors, for comparison only."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """Between two processes."""
+    """The speed of the connection between two processes."""
 
     latency: float
-    """Seconds in which two processes send each other a few bytes, both at once."""
+    """Seconds that two processes take to send each other a few bytes at the same time."""
     overhead: float
-    """Seconds that each further message of one call adds."""
+    """Seconds that each further message in one call adds."""
     bandwidth: float
-    """Bytes a second, each way."""
+    """Bytes per second, in each direction."""
 
 
 LOOPBACK = Link(latency=60e-6, overhead=12e-6, bandwidth=3e9)
-"""Between processes of one host, with the cost of a round beside its message: see
+"""Between processes of one host. The latency includes the other costs of a round, see
 docs/explanation/performance.md."""
 
 
-def exchange_seconds(how: How, size: int, nbytes: int, link: Link, *, roots: int = 1) -> float:
-    """For one sum over `size` ranks of `nbytes` each (`roots` of them with slices)."""
+def exchange_seconds(
+    method: ExchangeMethod, size: int, nbytes: int, link: Link, *, roots: int = 1
+) -> float:
+    """Predict the seconds of one sum over `size` ranks with `nbytes` bytes each.
+
+    With "slices", `roots` is the number of subtree roots of a rank, each of `nbytes` bytes.
+    """
     if size == 1:
         return 0.0
     rounds, share = math.ceil(math.log2(size)), (size - 1) / size
     byte = 1 / link.bandwidth
-    if how == "doubling":
+    if method == "doubling":
         return rounds * (link.latency + nbytes * byte)
-    if how == "halving":
+    if method == "halving":
         return 2 * (rounds * link.latency + share * nbytes * byte)
-    if how == "ring":
+    if method == "ring":
         return 2 * (size - 1) * (link.latency + nbytes / size * byte)
     direct = link.latency + (size - 2) * link.overhead + roots * share * nbytes * byte
     return direct + rounds * link.latency + share * nbytes * byte
 
 
-def exchange_bytes(how: How, size: int, nbytes: int, *, roots: int = 1) -> int:
-    """What each rank sends for one sum."""
+def exchange_bytes(method: ExchangeMethod, size: int, nbytes: int, *, roots: int = 1) -> int:
+    """Return the number of bytes that each rank sends for one sum; see `exchange_seconds`."""
     if size == 1:
         return 0
     share = (size - 1) / size
-    if how == "doubling":
+    if method == "doubling":
         return math.ceil(math.log2(size)) * nbytes
-    return round(share * nbytes * (1 + (roots if how == "slices" else 1)))
+    return round(share * nbytes * (1 + (roots if method == "slices" else 1)))
 
 
-def fitted(messages: Sequence[tuple[float, float]]) -> Link:
-    """The link on which messages of (bytes, seconds) took what they took.
+def fit_link(messages: Sequence[tuple[float, float]]) -> Link:
+    """Estimate a link from the measured (bytes, seconds) of messages.
 
-    Latency is the smallest message's; the bandwidth is what the largest one adds to it.
+    The latency is the time of the smallest message. The bandwidth follows from the time that the largest
+    message takes in addition.
     """
     (_, latency), (nbytes, seconds) = min(messages), max(messages)
     bandwidth = nbytes / max(seconds - latency, 1e-9)
     return Link(latency, LOOPBACK.overhead, bandwidth)
 
 
-def table_of(link: Link, sizes: Sequence[int] = tuple(2**k for k in range(1, 11))) -> list[dict[str, Any]]:
-    """Predicted seconds of an exchange over so many ranks, by way and bytes."""
-    ways: tuple[How, ...] = ("doubling", "halving", "slices", "ring")
+def prediction_table(
+    link: Link, sizes: Sequence[int] = tuple(2**k for k in range(1, 11))
+) -> list[dict[str, Any]]:
+    """Predict the seconds of an exchange by each method, one row for each number of bytes and of ranks."""
+    methods: tuple[ExchangeMethod, ...] = ("doubling", "halving", "slices", "ring")
     return [
-        {"size": size, "bytes": nbytes, **{how: exchange_seconds(how, size, nbytes, link) for how in ways}}
+        {
+            "size": size,
+            "bytes": nbytes,
+            **{method: exchange_seconds(method, size, nbytes, link) for method in methods},
+        }
         for nbytes in (31_400, 107_048, 860_776, 100_000_000)  # linear, cnn-small, cnn, a ResNet-50's
         for size in sizes
     ]

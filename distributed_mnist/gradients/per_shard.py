@@ -1,11 +1,14 @@
-"""Several shards in one pass through a model, with a gradient for each of them.
+"""Compute a gradient for each of several shards that go through a model in one pass.
 
-A pass over one small shard spends much of its time getting started: casts, layouts, the choice of kernels,
-Python. Shards that go through together share that. Autograd is asked for the gradients of the layers'
-outputs only; from those and the layers' inputs each shard's gradient of the parameters is one product a
-layer, as in backpropagation by hand.
+A pass over one small shard spends much of its time on fixed costs: casts, memory layouts, the choice of
+kernels, Python. Shards that go through the model together share these. Autograd only computes the gradients
+of the layers' outputs. From these and the layers' inputs, each shard's parameter gradients are one product
+per layer, as in backpropagation by hand.
 
-Whether a kernel gives an image the same bits in larger company is nowhere promised: see `company`.
+No kernel promises that an image gets the same bits in a larger batch: see `batch_invariance`.
+
+Names follow torch: `grad_logits` is the gradient of the loss by the logits, `grad_output` that by a layer's
+output, and so on.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,134 +18,168 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Places = list[tuple[Tensor, Tensor]]
-"""Of each layer, its weight's gradients `(shards, numbers)` and its bias's."""
+GradientViews = tuple[Tensor, Tensor]
+"""Where one layer's gradients are written: its weight's `(shards, numbers)` and its bias's."""
 
 
-class Layers:
-    """The convolutions and linear layers of a model, which hold all of its parameters: see `understood`."""
+class HookedLayers:
+    """The convolutions and linear layers of a model, with hooks that record their inputs and outputs.
+
+    They compute the gradients of some models only: see `batch_invariance.matches_autograd`.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
         self._sizes = [sum(p.numel() for p in layer.parameters()) for layer in self._layers]
-        self._noted: dict[nn.Module, tuple[Tensor, Tensor]] | None = None
+        self._recording: dict[nn.Module, tuple[Tensor, Tensor]] | None = None
         for layer in self._layers:
-            layer.register_forward_hook(self._note)
+            layer.register_forward_hook(self._record)
 
-    def hold_all(self) -> bool:
-        """Whether there are no other trained parameters, and none stands in two places."""
+    def hold_all_parameters(self) -> bool:
+        """Return whether there are no other trained parameters, and none belongs to two layers."""
         held = [id(p) for layer in self._layers for p in layer.parameters()]
         return held == [id(p) for p in self.parameters]
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Inside, the layers' inputs and outputs are noted."""
-        self._noted = {}
+    def recording(self) -> Iterator[None]:
+        """Record the layers' inputs and outputs inside this context.
+
+        Raises `ValueError` if a layer is used twice or is called by keyword.
+        """
+        self._recording = {}
         try:
             yield
         finally:
-            self._seen, self._noted = self._noted, None
+            self._recorded, self._recording = self._recording, None
 
-    def _note(self, layer: nn.Module, inputs: Any, output: Tensor) -> None:
-        if self._noted is None:
+    def _record(self, layer: nn.Module, inputs: Any, output: Tensor) -> None:
+        if self._recording is None:
             return
-        if layer in self._noted:
+        if layer in self._recording:
             raise ValueError("a layer is used twice")
         if len(inputs) != 1:
             raise ValueError("a layer is called by keyword")
-        self._noted[layer] = (inputs[0], output)
+        self._recording[layer] = (inputs[0], output)
 
-    def places(self, rows: Tensor) -> Places:
-        """Where in `rows`, `(shards, parameters)`, each layer's gradients belong.
+    def views(self, rows: Tensor) -> list[GradientViews]:
+        """Return, for each layer, the parts of `rows`, `(shards, parameters)`, for its gradients.
 
-        A row holds the parameters' gradients one after the other, each laid out as its parameter is.
+        A row holds the gradients of all parameters one after another, each laid out as its parameter is.
         """
         parts = rows.split(self._sizes, dim=1)
-        places: Places = []
+        views: list[GradientViews] = []
         for layer, part in zip(self._layers, parts, strict=True):
             count = layer.weight.numel()
-            places.append((part[:, :count], part[:, count:]))
-        return places
+            views.append((part[:, :count], part[:, count:]))
+        return views
 
-    def noted(self, logits: Tensor, outer: Tensor) -> list[tuple[nn.Module, Tensor, Tensor]]:
-        """Each layer with its input and the gradient of its output, in the latter's type.
+    def inputs_and_output_gradients(
+        self, logits: Tensor, grad_logits: Tensor
+    ) -> list[tuple[nn.Module, Tensor, Tensor]]:
+        """Return each layer with its input and the gradient of its output, both in the dtype of the latter.
 
-        The pass that gave the logits was watched; `outer` is the loss's gradient by them.
+        The pass that computed `logits` must have been recorded. The recorded tensors are released.
         """
-        seen = [self._seen.pop(layer) for layer in self._layers]
-        if len(seen) == 1 and seen[0][1] is logits:
-            inner: Sequence[Tensor] = [outer]  # nothing to ask autograd for
+        recorded = [self._recorded.pop(layer) for layer in self._layers]
+        if len(recorded) == 1 and recorded[0][1] is logits:
+            grad_outputs: Sequence[Tensor] = [grad_logits]  # nothing is left for autograd
         else:
-            inner = by_chain_rule(logits, [output for _, output in seen], outer)
+            grad_outputs = backpropagate(logits, [output for _, output in recorded], grad_logits)
         return [
-            (layer, x.to(g.dtype), g) for layer, (x, _), g in zip(self._layers, seen, inner, strict=True)
+            (layer, x.to(grad_output.dtype), grad_output)
+            for layer, (x, _), grad_output in zip(self._layers, recorded, grad_outputs, strict=True)
         ]
 
-    def gradients(self, logits: Tensor, outer: Tensor, sizes: Sequence[int], places: Places) -> None:
-        """Put each shard's gradient into its row; for `logits` and `outer` see `noted`."""
-        noted = self.noted(logits, outer)
+    def write_gradients(
+        self, logits: Tensor, grad_logits: Tensor, sizes: Sequence[int], views: Sequence[GradientViews]
+    ) -> None:
+        """Write the gradients of shards of these sizes into `views`.
+
+        For `logits` and `grad_logits` see `inputs_and_output_gradients`.
+        """
+        recorded = self.inputs_and_output_gradients(logits, grad_logits)
         with torch.no_grad():
-            for (layer, x, g), place in zip(noted, places, strict=True):
-                gradient(layer, x, g, sizes, *place)
+            for (layer, x, grad_output), (grad_weight, grad_bias) in zip(recorded, views, strict=True):
+                write_layer_gradients(layer, x, grad_output, sizes, grad_weight, grad_bias)
 
 
-def by_chain_rule(logits: Tensor, inputs: Sequence[Tensor], outer: Tensor) -> tuple[Tensor, ...]:
-    """The loss's gradients by `inputs`, None where there is none, from `outer`, those by the logits.
+def backpropagate(logits: Tensor, inputs: Sequence[Tensor], grad_logits: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients of the loss by `inputs`, None for those that it does not depend on.
 
-    By way of a scalar: given `outer` itself, torch imports a library of symbolic algebra to compare two
-    shapes, for a third of a second. The numbers are the same: `outer` is multiplied by one.
+    Autograd differentiates a scalar: if it gets `grad_logits` itself, torch imports a library for symbolic
+    algebra to compare two shapes, which takes a third of a second. The numbers are the same, because
+    `grad_logits` is multiplied by one.
     """
-    return torch.autograd.grad((logits * outer).sum(), inputs, allow_unused=True)
+    return torch.autograd.grad((logits * grad_logits).sum(), inputs, allow_unused=True)
 
 
-def gradient(
-    layer: nn.Module, x: Tensor, g: Tensor, sizes: Sequence[int], of_weight: Tensor, of_bias: Tensor
+def write_layer_gradients(
+    layer: nn.Module,
+    x: Tensor,
+    grad_output: Tensor,
+    sizes: Sequence[int],
+    grad_weight: Tensor,
+    grad_bias: Tensor,
 ) -> None:
-    """One layer's gradients, a row a shard, from its input and the gradient of its output."""
+    """Write one layer's gradients, one row per shard, from its input `x` and its output's gradient."""
     if isinstance(layer, nn.Linear):
-        _linear(layer, x, g, sizes, of_weight, of_bias)
+        _write_linear(layer, x, grad_output, sizes, grad_weight, grad_bias)
     elif isinstance(layer, nn.Conv2d):
-        _convolution(layer, x, g, sizes, of_weight, of_bias)
+        _write_convolution(layer, x, grad_output, sizes, grad_weight, grad_bias)
 
 
-def _linear(
-    layer: nn.Linear, x: Tensor, g: Tensor, sizes: Sequence[int], of_weight: Tensor, of_bias: Tensor
+def _write_linear(
+    layer: nn.Linear,
+    x: Tensor,
+    grad_output: Tensor,
+    sizes: Sequence[int],
+    grad_weight: Tensor,
+    grad_bias: Tensor,
 ) -> None:
-    """The layer's input `x` and the gradient `g` of its output: `(samples * rows of each, features)`."""
-    x, g = x.reshape(-1, layer.in_features), g.reshape(-1, layer.out_features)
-    if len(set(sizes)) > 1:  # one after the other, by the very calls that each would get alone
-        cuts = [size * (len(x) // sum(sizes)) for size in sizes]
-        places = zip(of_weight.split(1), of_bias.split(1), strict=True)
-        for part_x, part_g, place in zip(x.split(cuts), g.split(cuts), places, strict=True):
-            _linear(layer, part_x, part_g, [1], *place)
+    """`x` and `grad_output` are `(samples, …, features)`; a sample may have several rows of features."""
+    x, grad_output = x.reshape(-1, layer.in_features), grad_output.reshape(-1, layer.out_features)
+    if len(set(sizes)) > 1:  # one shard after another, by the same calls that each would get alone
+        rows = [size * (len(x) // sum(sizes)) for size in sizes]
+        shards = zip(
+            x.split(rows), grad_output.split(rows), grad_weight.split(1), grad_bias.split(1), strict=True
+        )
+        for shard_x, shard_grad, weight_row, bias_row in shards:
+            _write_linear(layer, shard_x, shard_grad, [1], weight_row, bias_row)
         return
-    weights = of_weight.view(len(sizes), *layer.weight.shape)
-    g = g.view(len(sizes), -1, layer.out_features)
+    grad_weight = grad_weight.view(len(sizes), *layer.weight.shape)
+    grad_output = grad_output.view(len(sizes), -1, layer.out_features)
     if x.is_contiguous():
         x = x.view(len(sizes), -1, layer.in_features)
-        if g.dtype == weights.dtype:
-            torch.bmm(g.transpose(1, 2), x, out=weights)
+        if grad_output.dtype == grad_weight.dtype:
+            torch.bmm(grad_output.transpose(1, 2), x, out=grad_weight)
         else:
-            weights.copy_(torch.bmm(g.transpose(1, 2), x))
-    else:  # columns in a row, as `patches` makes them of one channel
+            grad_weight.copy_(torch.bmm(grad_output.transpose(1, 2), x))
+    else:  # columns are contiguous, as `patches` makes them from one channel
         columns = x.t().unflatten(1, (len(sizes), -1)).transpose(0, 1)
-        weights.copy_(torch.bmm(columns, g).transpose(1, 2))
+        grad_weight.copy_(torch.bmm(columns, grad_output).transpose(1, 2))
     if layer.bias is not None:
-        of_bias.copy_(g.sum(1))
+        grad_bias.copy_(grad_output.sum(1))
 
 
-def _convolution(
-    layer: nn.Conv2d, x: Tensor, g: Tensor, sizes: Sequence[int], of_weight: Tensor, of_bias: Tensor
+def _write_convolution(
+    layer: nn.Conv2d,
+    x: Tensor,
+    grad_output: Tensor,
+    sizes: Sequence[int],
+    grad_weight: Tensor,
+    grad_bias: Tensor,
 ) -> None:
-    """The layer's input `x` and the gradient `g` of its output: `(samples, channels, h, w)`."""
-    weight = layer.weight.to(g.dtype)
-    for i, (shard_x, shard_g) in enumerate(zip(x.split(list(sizes)), g.split(list(sizes)), strict=True)):
-        _, w, _ = torch.ops.aten.convolution_backward(
-            shard_g, shard_x, weight, None, layer.stride, layer.padding,
+    """`x` and `grad_output` are `(samples, channels, height, width)`."""
+    weight = layer.weight.to(grad_output.dtype)
+    shards = zip(x.split(list(sizes)), grad_output.split(list(sizes)), strict=True)
+    for i, (shard_x, shard_grad) in enumerate(shards):
+        _, shard_grad_weight, _ = torch.ops.aten.convolution_backward(
+            shard_grad, shard_x, weight, None, layer.stride, layer.padding,
             layer.dilation, False, [0, 0], layer.groups, [False, True, False],
         )  # fmt: skip
-        row = of_weight[i]
-        row.as_strided(weight.shape, layer.weight.stride(), row.storage_offset()).copy_(w)
-        if layer.bias is not None:  # apart from the weight's, which would take longer with it
-            torch.sum(shard_g, (0, 2, 3), dtype=of_bias.dtype, out=of_bias[i])
+        row = grad_weight[i]
+        view = row.as_strided(weight.shape, layer.weight.stride(), row.storage_offset())
+        view.copy_(shard_grad_weight)
+        if layer.bias is not None:  # not by the same call as the weight's, which would take longer with it
+            torch.sum(shard_grad, (0, 2, 3), dtype=grad_bias.dtype, out=grad_bias[i])

@@ -1,5 +1,5 @@
-"""The networks, and the layers that they need beside torch's.
+"""The networks, and the layers that they need in addition to torch's.
 
-In: a model's name and the number of classes. Out: a `torch.nn.Module` with weights drawn from the seed.
-A new model is an entry of `zoo.MODELS`.
+In: a model's name, the number of classes and a seed. Out: a `torch.nn.Module` with weights drawn from the
+seed. To add a model, add an entry to `zoo.MODELS`.
 """

@@ -1,4 +1,4 @@
-"""A network's answer from several looks at an image: their mean logits.
+"""Evaluate a network on several crops of each image and average the logits.
 
 After Krizhevsky and others, "ImageNet classification with deep convolutional neural networks", 2012.
 """
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 
 def five_crops(layers: nn.Module, images: Tensor, sides: tuple[int, int]) -> Tensor:
-    """Mean logits, float32, of the middle of the images and of four crops one pixel off it: above, below,
-    to the left and to the right.
+    """Return the mean logits, float32, of five crops: the centre, and one pixel up, down, left and right.
 
-    `images` are two pixels larger than what `layers` takes, in the dimensions `sides`.
+    `sides` are the dimensions of height and width. In both, `images` are two pixels larger than what
+    `layers` takes.
     """
     height, width = (images.shape[side] - 2 for side in sides)
-    corners = [(1, 1), (0, 1), (2, 1), (1, 0), (1, 2)]
-    crops = (images.narrow(sides[0], y, height).narrow(sides[1], x, width) for y, x in corners)
-    return torch.stack([layers(crop).float() for crop in crops]).mean(0)  # a mean in bf16 is full of ties
+    offsets = [(1, 1), (0, 1), (2, 1), (1, 0), (1, 2)]
+    crops = (images.narrow(sides[0], y, height).narrow(sides[1], x, width) for y, x in offsets)
+    return torch.stack([layers(crop).float() for crop in crops]).mean(0)  # bf16 means would have many ties

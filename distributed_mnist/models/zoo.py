@@ -1,7 +1,7 @@
-"""The networks. Each takes normalised images `(n, 1, 28, 28)` and gives logits `(n, classes)`.
+"""The networks. Each maps normalised images `(n, 1, 28, 28)` to logits `(n, classes)`.
 
-No layer may mix samples: batch statistics would make the answer depend on how a batch is cut.
-`inspect` finds out whether a model keeps to that, and whether it draws random numbers (dropout).
+No layer may mix samples: with batch statistics the result would depend on how a batch is cut into shards.
+`inspect` tests whether a model obeys this rule, and whether it draws random numbers (dropout).
 """
 
 import contextlib
@@ -31,18 +31,18 @@ class Linear(nn.Module):
 
     def __init__(self, classes: int) -> None:
         super().__init__()
-        self.fc = Narrow(28 * 28, classes)
+        self.fc = NarrowLinear(28 * 28, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `(n, classes)` of images `(n, 1, 28, 28)`."""
         return self.fc(images.flatten(1))
 
 
-class Narrow(nn.Linear):
-    """A linear layer of few outputs: written as weight times samples it takes half the time on CPU."""
+class NarrowLinear(nn.Linear):
+    """A linear layer with few outputs. On CPU, weight times samples takes half as long as the reverse."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """`(n, in)` to `(n, out)`."""
+        """Map `(n, in)` to `(n, out)`."""
         return torch.addmm(self.bias.unsqueeze(1), self.weight, input.t()).t().contiguous()
 
 
@@ -59,11 +59,11 @@ def mlp(classes: int) -> nn.Module:
 
 
 def cnn(classes: int) -> nn.Module:
-    """Two convolutions, each pooled, and one hidden layer: 215,194 parameters for ten classes."""
+    """Two convolutions with pooling, and one hidden layer: 215,194 parameters for ten classes."""
     return nn.Sequential(
         nn.Conv2d(1, 24, kernel_size=5),
         nn.MaxPool2d(2),
-        nn.ReLU(),  # after the pooling: the same numbers, a quarter of the work
+        nn.ReLU(),  # after the pooling: the same numbers for a quarter of the work
         nn.Conv2d(24, 32, kernel_size=3),
         nn.MaxPool2d(2),
         nn.ReLU(),
@@ -77,10 +77,10 @@ def cnn(classes: int) -> nn.Module:
 class CnnSmall(nn.Module):
     """Three convolutions on the middle 23 by 23 pixels: 26,762 parameters for ten classes.
 
-    Large strides and few channels at first, so that little is computed where there are many places; written
-    as products of matrices (`patches`). Orthogonal weights keep the first signals and gradients at one size
-    (Saxe and others, 2014); a last layer of zeros begins from even odds. In evaluation it gives the mean
-    logits of five crops (`crops`).
+    The first layers have large strides and few channels, so that little is computed where there are many
+    pixels. The convolutions are matrix products (`patch_conv`). Orthogonal initial weights keep signals and
+    gradients at one size (Saxe and others, 2014). The last layer starts at zero, so that all classes first
+    have the same probability. In evaluation the model returns the mean logits of five crops (`multi_crop`).
     """
 
     def __init__(self, classes: int) -> None:
@@ -108,8 +108,8 @@ class CnnSmall(nn.Module):
 class CnnLarge(nn.Module):
     """Five convolutions, the first with a large stride: 298,538 parameters for ten classes.
 
-    Initialised and evaluated as `CnnSmall` is; around the image its outermost pixels are repeated once, for
-    the crops.
+    It is initialised and evaluated as `CnnSmall` is. For the crops, the outermost pixels are repeated once
+    around the image.
     """
 
     def __init__(self, classes: int) -> None:
@@ -139,7 +139,7 @@ class CnnLarge(nn.Module):
 
 
 def _initialise(layers: nn.Sequential) -> None:
-    """Orthogonal weights, scaled for the ReLUs behind them; zeros in the last layer and in all biases."""
+    """Set orthogonal weights, scaled for the ReLUs after them; zero the last layer and all biases."""
     for layer in layers.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             nn.init.orthogonal_(layer.weight, math.sqrt(2))
@@ -157,20 +157,21 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
 
 
 @dataclass(frozen=True)
-class Traits:
-    """What `inspect` found out about a model."""
+class ModelProperties:
+    """The properties of a model that `inspect` measures."""
 
     parameters: int
+    """How many numbers are trained."""
     draws_random_numbers: bool
     unused: tuple[str, ...]
-    """Parameters that the logits do not depend on."""
+    """Names of the parameters that the logits do not depend on."""
 
 
 def build(name: str, classes: int, seed: int) -> nn.Module:
-    """A model on the CPU, its initial weights decided by `seed` alone.
+    """Build a model on the CPU. Its initial weights depend on `seed` alone.
 
     `name` is one of `MODELS` or `package.module:factory`, where `factory(classes)` returns a module.
-    Raises `UsageError` where there is no such factory or it fails.
+    Raises `UsageError` if there is no such factory or if it fails.
     """
     factory = find_factory(name)
     torch.manual_seed(torch_seed("init", seed))
@@ -186,16 +187,17 @@ def build(name: str, classes: int, seed: int) -> nn.Module:
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model on a device, its convolutions' weights with channels last: on CPU twice as fast.
+    """Move a model to a device and its convolutions' weights to channels-last layout.
 
-    The layout chooses kernels, and so the last bits: whatever runs a model places it with this.
+    On CPU this layout is twice as fast. It decides which kernels run, and so the last bits. Therefore all
+    code that runs a model must use this function.
     """
     return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 @contextlib.contextmanager
-def known_as(name: str, factory: Callable[[int], Any]) -> Iterator[None]:
-    """Within it, `name` is a model: for a function that cannot be imported."""
+def temporary_model(name: str, factory: Callable[[int], Any]) -> Iterator[None]:
+    """Make `name` a model inside this context, for a factory that cannot be imported."""
     before = dict(MODELS)
     MODELS[name] = factory
     try:
@@ -206,35 +208,35 @@ def known_as(name: str, factory: Callable[[int], Any]) -> Iterator[None]:
 
 
 def find_factory(name: str) -> Callable[[int], Any]:
-    """The function that makes models of this name. Raises `UsageError` if there is none."""
+    """Return the function that makes models of this name. Raises `UsageError` if there is none."""
     if name in MODELS:
         return MODELS[name]
     module_name, _, attribute = name.partition(":")
     if not attribute:
         raise UsageError(unknown("model", name, MODELS, ", or package.module:factory"))
-    here = str(Path.cwd())
-    if here not in sys.path:  # `dmnist` is an installed script: unlike `python -m`, it leaves this out
-        sys.path.append(here)
+    current_folder = str(Path.cwd())
+    if current_folder not in sys.path:  # an installed script like `dmnist` lacks it, unlike `python -m`
+        sys.path.append(current_folder)
     try:
         factory: Any = getattr(importlib.import_module(module_name), attribute)
     except Exception as error:
         raise UsageError(f"--model {name}: {type(error).__name__}: {error}") from error
     if not callable(factory):
         raise UsageError(f"--model {name}: {attribute} is not callable")
-    return factory  # what it returns is looked at by `build`
+    return factory  # `build` checks what it returns
 
 
 @torch.no_grad()
-def inspect(model: nn.Module, name: str, classes: int, device: torch.device) -> Traits:
-    """Try a model on made-up images. Raises `UsageError` if it cannot be trained exactly.
+def inspect(model: nn.Module, name: str, classes: int, device: torch.device) -> ModelProperties:
+    """Run a model on random images and return its properties.
 
-    Looks at what the model does rather than at the types of its layers, so that a user's own batch
-    statistics or functional dropout is found as well.
+    Raises `UsageError` if it cannot be trained exactly. This tests what the model does, not which types its
+    layers have. So it also finds batch statistics or functional dropout in a user's own code.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UsageError(f"--model {name}: it has no parameters to train")
-    noise = torch.Generator().manual_seed(0)
-    first, second, third = (torch.randn(1, *IMAGE_SHAPE, generator=noise).to(device) for _ in range(3))
+    generator = torch.Generator().manual_seed(0)
+    first, second, third = (torch.randn(1, *IMAGE_SHAPE, generator=generator).to(device) for _ in range(3))
     buffers = {key: value.clone() for key, value in model.named_buffers()}
     model.train()
 
@@ -247,29 +249,29 @@ def inspect(model: nn.Module, name: str, classes: int, device: torch.device) -> 
             raise UsageError(f"--model {name}: it fails on images {shape}: {error}") from error
 
     torch.manual_seed(0)
-    seeded = _generator_state(device)
+    state_before = _generator_state(device)
     logits = forward(first, second)
-    draws = not torch.equal(seeded, _generator_state(device))
+    draws_random_numbers = not torch.equal(state_before, _generator_state(device))
     if not isinstance(logits, Tensor):
         raise UsageError(f"--model {name}: it returns a {type(logits).__name__}, not a tensor of logits")
     if logits.shape != (2, classes):
         raise UsageError(
-            f"--model {name}: it gives {tuple(logits.shape)} for 2 images, not (2, {classes}): "
+            f"--model {name}: it returns shape {tuple(logits.shape)} for 2 images, not (2, {classes}): "
             f"the data has {classes} classes"
         )
     changed = [key for key, value in model.named_buffers() if not torch.equal(value, buffers[key])]
-    mixes = not torch.equal(logits[0], forward(first, third)[0])
-    if mixes or changed:
-        why = "one image's logits depend on the others in its batch"
+    mixes_samples = not torch.equal(logits[0], forward(first, third)[0])
+    if mixes_samples or changed:
+        problem = "one image's logits depend on the others in its batch"
         if changed:
-            why = f"its buffer {changed[0]} changes in the forward pass"
+            problem = f"its buffer {changed[0]} changes in the forward pass"
         raise UsageError(
-            f"--model {name}: {why}; batch statistics cannot be trained exactly, use per-sample norms"
+            f"--model {name}: {problem}; batch statistics cannot be trained exactly, use per-sample norms"
         )
     model.eval()
-    before = _generator_state(device)
+    state_before = _generator_state(device)
     pair = torch.cat((first, second))
-    if not torch.equal(model(pair), model(pair)) or not torch.equal(before, _generator_state(device)):
+    if not torch.equal(model(pair), model(pair)) or not torch.equal(state_before, _generator_state(device)):
         raise UsageError(f"--model {name}: it draws random numbers in evaluation")
     model.train()
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
@@ -279,11 +281,11 @@ def inspect(model: nn.Module, name: str, classes: int, device: torch.device) -> 
             raise UsageError(f"--model {name}: its logits do not depend on its parameters")
         gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
     unused = tuple(key for key, gradient in zip(trained, gradients, strict=True) if gradient is None)
-    return Traits(sum(p.numel() for p in trained.values()), draws, unused)
+    return ModelProperties(sum(p.numel() for p in trained.values()), draws_random_numbers, unused)
 
 
 def _generator_state(device: torch.device) -> Tensor:
-    """The state of the global generator that layers on this device draw from."""
+    """Return the state of the global generator from which layers on this device draw."""
     if device.type == "cpu":
         return torch.get_rng_state()
     return torch.get_device_module(device).get_rng_state(device)

@@ -1,11 +1,11 @@
-"""Muon: momentum whose matrices are made orthogonal before they move the weights.
+"""The Muon optimizer: momentum that is made orthogonal, matrix by matrix, before it updates the weights.
 
-A gradient's few largest directions drown the rest; with all singular values brought to about one, every
+In a gradient a few large directions dominate the rest. If all singular values are about one, every
 direction gets its share of the step, and a network needs a fraction of the steps that Adam needs. Source:
-Keller Jordan and others, "Muon: An optimizer for hidden layers in neural networks", 2024. As there, the
-biases and the last layer are left to Adam (Kingma and Ba, 2015).
+Keller Jordan and others, "Muon: An optimizer for hidden layers in neural networks", 2024. As in that
+source, Adam (Kingma and Ba, 2015) updates the biases and the last layer.
 
-torch's own `torch.optim.Muon` takes matrices only; most weights here are convolutions.
+torch's own `torch.optim.Muon` accepts matrices only, but most weights here are convolutions.
 """
 
 import math
@@ -17,35 +17,36 @@ from torch import Tensor
 
 from .optimizers import Optimizer, adam_step
 
-# A quintic that brings singular values between 0 and 1 near one (source: as above, where it takes five
-# rounds; the small networks here learn as well with three, see docs/explanation/performance.md).
+# The coefficients of a quintic that maps singular values between 0 and 1 to about one, from the source
+# above. There it is applied five times. The small networks here learn as well with three, see
+# docs/explanation/performance.md.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
-_ROUNDS = 3
+_ITERATIONS = 3
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """float32 `(rows, columns)` with the same singular vectors and all singular values about one.
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """Return float32 `(rows, columns)` with the same singular vectors and all singular values about one.
 
-    By Newton-Schulz iteration, which needs nothing but products of matrices. A zero matrix stays zero.
+    This is Newton-Schulz iteration, which needs only products of matrices. A zero matrix stays zero.
     """
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = x / (x.norm() + 1e-7)
-    for _ in range(_ROUNDS):
+    for _ in range(_ITERATIONS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
     return x.T if tall else x
 
 
 class Muon(Optimizer):
-    """Muon for every weight but the last layer's, Adam for that one and for all vectors.
+    """Muon for every weight except that of the last layer; Adam for that one and for all vectors.
 
-    `lr` is Muon's rate: the spectral norm of a step is about `lr * sqrt(max(1, rows / columns))`. Adam's
-    is `lr * adam_ratio`, so that one schedule moves both. Weights of more than two dimensions count as
-    `(first, all others)`.
+    `lr` is Muon's learning rate: the spectral norm of a step is about `lr * sqrt(max(1, rows / columns))`.
+    Adam's learning rate is `lr * adam_ratio`, so that one schedule controls both. A weight of more than two
+    dimensions counts as the matrix `(first, all others)`.
 
-    Muon's weights keep their Frobenius norm: they turn and do not grow, so a step of one size stays one
-    angle. Weight decay, decoupled, is for the rest.
+    Muon's weights keep their Frobenius norm. They rotate and do not grow, so steps of one size are always
+    rotations by one angle. Decoupled weight decay applies to the other parameters only.
     """
 
     def __init__(
@@ -58,23 +59,23 @@ class Muon(Optimizer):
         betas: tuple[float, float],
         weight_decay: float,
     ) -> None:
-        chosen = list(parameters)
-        matrices = [p for p in chosen if p.ndim >= 2][:-1]
-        hidden = {id(p) for p in matrices}
-        rest = [p for p in chosen if id(p) not in hidden]
+        parameters = list(parameters)
+        matrices = [p for p in parameters if p.ndim >= 2][:-1]
+        matrix_ids = {id(p) for p in matrices}
+        rest = [p for p in parameters if id(p) not in matrix_ids]
         adam = {"lr": lr, "weight_decay": weight_decay, "adam_ratio": adam_ratio, "betas": betas}
         groups: list[dict[str, Any]] = [{"params": rest, "matrices": False, **adam}]
         if matrices:
             groups.append({"params": matrices, "matrices": True, "momentum": momentum, "lr": lr})
         super().__init__(groups, {})
 
-    def move(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
-        """See `Optimizer`."""
+    def update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        """Update the parameters of one group; see `Optimizer`."""
         if group["matrices"]:
             self._orthogonal_step(parameters, gradients, group)
         else:
-            rate = group["lr"] * group["adam_ratio"]
-            adam_step(torch._fused_adamw_, self.state, parameters, gradients, lr=rate, group=group)
+            lr = group["lr"] * group["adam_ratio"]
+            adam_step(torch._fused_adamw_, self.state, parameters, gradients, lr=lr, group=group)
 
     def _orthogonal_step(
         self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]
@@ -83,14 +84,14 @@ class Muon(Optimizer):
         for p in parameters:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        means = [self.state[p]["momentum_buffer"] for p in parameters]
-        torch._foreach_lerp_(means, gradients, 1 - momentum)
-        ahead = torch._foreach_lerp(gradients, means, momentum)  # Nesterov's look ahead
-        sizes = torch.stack(torch._foreach_norm(parameters))
-        for p, direction in zip(parameters, ahead, strict=True):
-            step = orthogonalised(direction.flatten(1))
+        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        directions = torch._foreach_lerp(gradients, buffers, momentum)  # Nesterov's momentum
+        norms = torch.stack(torch._foreach_norm(parameters))
+        for p, direction in zip(parameters, directions, strict=True):
+            step = orthogonalise(direction.flatten(1))
             rows, columns = step.shape
             p.add_(step.reshape(p.shape), alpha=-lr * math.sqrt(max(1, rows / columns)))
-        kept = sizes / torch.stack(torch._foreach_norm(parameters))
-        kept = torch.where(sizes > 0, kept, 1)  # one that begins at zero may leave it
-        torch._foreach_mul_(parameters, list(kept.unbind()))
+        scales = norms / torch.stack(torch._foreach_norm(parameters))
+        scales = torch.where(norms > 0, scales, 1)  # a weight that is all zeros may become nonzero
+        torch._foreach_mul_(parameters, list(scales.unbind()))

@@ -1,7 +1,8 @@
-"""Adam, AdamW and SGD by torch's fused kernels, in the state format of torch's own optimizers.
+"""Adam, AdamW and SGD with torch's fused kernels, in the state format of torch's own optimizers.
 
-torch's own import its compiler when they are made, to tell it to keep away: a second or more of every
-start (docs/explanation/performance.md). These three steps are short enough to be written here.
+torch's own optimizers import torch's compiler when they are made, only to exclude themselves from it. This
+takes a second or more of every start (docs/explanation/performance.md). The three steps are short enough to
+be written here.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,37 +12,40 @@ import torch
 from torch import Tensor
 
 
-def _plain(method: Any) -> Any:
-    """A method of torch's base class without the wrapper that imports the compiler."""
+def _unwrapped(method: Any) -> Any:
+    """Return a method of torch's base class without the wrapper that imports the compiler."""
     return getattr(method, "__wrapped__", method)
 
 
 class Optimizer(torch.optim.Optimizer):
-    """torch's base class, whose parameter groups and state are the format of checkpoints."""
+    """torch's base class, whose parameter groups and state are the format of checkpoints.
 
-    add_param_group = _plain(torch.optim.Optimizer.add_param_group)
-    state_dict = _plain(torch.optim.Optimizer.state_dict)
-    load_state_dict = _plain(torch.optim.Optimizer.load_state_dict)
-    zero_grad = _plain(torch.optim.Optimizer.zero_grad)
+    A subclass implements `update`.
+    """
+
+    add_param_group = _unwrapped(torch.optim.Optimizer.add_param_group)
+    state_dict = _unwrapped(torch.optim.Optimizer.state_dict)
+    load_state_dict = _unwrapped(torch.optim.Optimizer.load_state_dict)
+    zero_grad = _unwrapped(torch.optim.Optimizer.zero_grad)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step along every parameter's `grad`; `closure` is not used."""
+        """Update every parameter that has a `grad`. `closure` is not used."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:
-                self.move(parameters, [p.grad for p in parameters], group)
+                self.update(parameters, [p.grad for p in parameters], group)
 
-    # Else torch would wrap it, for a profiler's mark and for step hooks, which are not called here: 20 µs.
+    # Without this, torch wraps `step` for profiler marks and step hooks, which are not used here: 20 µs.
     step.hooked = True  # type: ignore[attr-defined]
 
-    def move(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
-        """A step of one group's parameters."""
+    def update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        """Update the parameters of one group, which holds its hyperparameters."""
         raise NotImplementedError
 
 
 class Adam(Optimizer):
-    """Adam (Kingma and Ba, 2015), or with `decoupled` AdamW (Loshchilov and Hutter, 2019)."""
+    """Adam (Kingma and Ba, 2015), or AdamW (Loshchilov and Hutter, 2019) if `decoupled`."""
 
     def __init__(
         self,
@@ -52,12 +56,12 @@ class Adam(Optimizer):
         weight_decay: float,
         decoupled: bool = False,
     ) -> None:
-        same = {"eps": 1e-8, "amsgrad": False, "maximize": False}
-        super().__init__(parameters, {"lr": lr, "betas": betas, "weight_decay": weight_decay, **same})
+        fixed = {"eps": 1e-8, "amsgrad": False, "maximize": False}
+        super().__init__(parameters, {"lr": lr, "betas": betas, "weight_decay": weight_decay, **fixed})
         self._kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
 
-    def move(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
-        """See `Optimizer`."""
+    def update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        """Update the parameters of one group; see `Optimizer`."""
         adam_step(self._kernel, self.state, parameters, gradients, lr=group["lr"], group=group)
 
 
@@ -70,7 +74,7 @@ def adam_step(
     lr: float,
     group: dict[str, Any],
 ) -> None:
-    """Adam's step by one of torch's kernels; `group` holds betas and weight decay."""
+    """Take Adam's step with one of torch's kernels. `group` holds the betas and the weight decay."""
     for p in parameters:
         if "step" not in state[p]:
             state[p]["step"] = torch.zeros((), device=p.device)
@@ -78,7 +82,7 @@ def adam_step(
     means, squares, steps = (
         [state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq", "step")
     )
-    if steps[0].is_cpu:  # where one call for all of them takes longer
+    if steps[0].is_cpu:  # on CPU one call for all of them takes longer
         for step in steps:
             step.add_(1)
     else:
@@ -91,22 +95,22 @@ def adam_step(
 
 
 class SGD(Optimizer):
-    """Stochastic gradient descent with Nesterov's momentum (Sutskever and others, 2013)."""
+    """Stochastic gradient descent with Nesterov momentum (Sutskever and others, 2013)."""
 
     def __init__(
         self, parameters: Iterable[Tensor], *, lr: float, momentum: float, weight_decay: float
     ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
-    def move(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
-        """See `Optimizer`."""
-        first = "momentum_buffer" not in self.state[parameters[0]]
-        if first and group["momentum"]:
+    def update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        """Update the parameters of one group; see `Optimizer`."""
+        is_first_step = "momentum_buffer" not in self.state[parameters[0]]
+        if is_first_step and group["momentum"]:
             for p in parameters:
                 self.state[p]["momentum_buffer"] = torch.empty_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in parameters] if group["momentum"] else []
         torch._fused_sgd_(
             parameters, gradients, buffers, weight_decay=group["weight_decay"], momentum=group["momentum"],
             lr=group["lr"], dampening=0.0, nesterov=group["momentum"] > 0, maximize=False,
-            is_first_step=first,
+            is_first_step=is_first_step,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The optimizer, and the learning rate as a pure function of the step."""
+"""Make the recipe's optimizer, and its learning rate as a pure function of the step."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from .optimizers import SGD, Adam, Optimizer
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
-    """The recipe's optimizer for this model."""
+    """Make the recipe's optimizer for this model."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     lr, betas, decay = recipe.lr, (recipe.beta1, recipe.beta2), recipe.weight_decay
     if recipe.optimizer == "sgd":
@@ -25,19 +25,19 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
 
 
 def make_schedule(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
-    """`lr_at(step)` for steps `0 .. recipe.total_steps(steps_per_epoch) - 1`.
+    """Return the learning rate as a function of the step, `0 .. recipe.total_steps(steps_per_epoch) - 1`.
 
     - constant: `lr`.
-    - step: `lr * decay_factor ** (epoch // decay_every)`, the original script's rule.
-    - cosine: a linear rise over the first `warmup` of the steps, then half a cosine down to zero
+    - step: `lr * decay_factor ** (epoch // decay_every)`, the rule of the original script.
+    - cosine: a linear rise over the fraction `warmup` of the steps, then half a cosine down to zero
       (Loshchilov and Hutter, "SGDR", 2017).
-    - one-cycle: a linear rise from `lr / 10`, then a linear fall to `lr / final_div`
-      (after Smith, "A disciplined approach to neural network hyper-parameters", 2018), where it stays for
-      the steps that are averaged.
+    - one-cycle: a linear rise from `lr / 10` over the fraction `warmup` of the steps, then a linear fall to
+      `lr / final_div` (after Smith, "A disciplined approach to neural network hyper-parameters", 2018). The
+      rate stays there for the steps whose weights are averaged.
     """
-    total = recipe.total_steps(steps_per_epoch)
-    rising = recipe.warmup * total
-    fallen = total - max(1, recipe.averaged_steps(total))  # the first step at the last rate
+    total_steps = recipe.total_steps(steps_per_epoch)
+    warmup_steps = recipe.warmup * total_steps
+    final_rate_start = total_steps - max(1, recipe.averaged_steps(total_steps))
 
     def constant(step: int) -> float:
         return recipe.lr
@@ -46,18 +46,20 @@ def make_schedule(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float
         return recipe.lr * recipe.decay_factor ** (step // steps_per_epoch // recipe.decay_every)
 
     def cosine(step: int) -> float:
-        if step < rising:
-            return recipe.lr * (step + 1) / (rising + 1)
-        return recipe.lr * (1 + math.cos(math.pi * (step - rising) / max(total - rising, 1))) / 2
+        if step < warmup_steps:
+            return recipe.lr * (step + 1) / (warmup_steps + 1)
+        falling_steps = max(total_steps - warmup_steps, 1)
+        return recipe.lr * (1 + math.cos(math.pi * (step - warmup_steps) / falling_steps)) / 2
 
     def one_cycle(step: int) -> float:
-        low, end = recipe.lr / 10, recipe.lr / recipe.final_div
-        if step < rising:
-            return low + (recipe.lr - low) * step / rising
-        falling = fallen - rising
-        if falling <= 0:  # so few steps that the peak is among the last
+        first_rate, final_rate = recipe.lr / 10, recipe.lr / recipe.final_div
+        if step < warmup_steps:
+            return first_rate + (recipe.lr - first_rate) * step / warmup_steps
+        falling_steps = final_rate_start - warmup_steps
+        if falling_steps <= 0:  # so few steps that the rate is at its peak until the end
             return recipe.lr
-        return recipe.lr + (end - recipe.lr) * min(step - rising, falling) / falling
+        steps_since_peak = min(step - warmup_steps, falling_steps)
+        return recipe.lr + (final_rate - recipe.lr) * steps_since_peak / falling_steps
 
     return {"constant": constant, "step": stepwise, "cosine": cosine, "one-cycle": one_cycle}[
         recipe.schedule
@@ -65,6 +67,6 @@ def make_schedule(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Use this rate for the next step."""
+    """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = lr

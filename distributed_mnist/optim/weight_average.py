@@ -1,7 +1,7 @@
-"""The mean of the weights of a run's last steps, which does better than the weights of any of them.
+"""Average the weights of a run's last steps: the mean does better than the weights of any single step.
 
-At a rate that does not end at zero, the weights go on moving about a place without coming to rest there;
-their mean lies nearer to it. Sources: Polyak and Juditsky, "Acceleration of stochastic approximation by
+If the learning rate does not end at zero, the weights keep moving around a point and do not settle. Their
+mean is nearer to that point. Sources: Polyak and Juditsky, "Acceleration of stochastic approximation by
 averaging", 1992; for networks Izmailov and others, "Averaging weights leads to wider optima and better
 generalization", 2018.
 """
@@ -12,32 +12,34 @@ from torch import Tensor
 from ..errors import CheckpointError
 from .optimizers import Optimizer
 
-_NAME = "average"  # in the optimizer's state of a parameter, and so in a checkpoint
+_STATE_KEY = "average"  # in the optimizer's state of a parameter, and so in a checkpoint
 
 
 @torch.no_grad()
-def join(optimizer: Optimizer, before: int) -> None:
-    """Take the weights of this moment into the mean of the `before` ones that came earlier."""
+def update(optimizer: Optimizer, count: int) -> None:
+    """Add the present weights to the running mean, which is that of `count` earlier ones."""
     weights = _weights(optimizer)
-    if before == 0:
+    if count == 0:
         for p in weights:
-            optimizer.state[p][_NAME] = p.detach().clone()
+            optimizer.state[p][_STATE_KEY] = p.detach().clone()
     else:
-        means = [optimizer.state[p][_NAME] for p in weights]
-        torch._foreach_lerp_(means, weights, 1 / (before + 1))
+        means = [optimizer.state[p][_STATE_KEY] for p in weights]
+        torch._foreach_lerp_(means, weights, 1 / (count + 1))
 
 
 @torch.no_grad()
-def adopt(optimizer: Optimizer) -> None:
-    """Let the weights be their mean, and forget it."""
+def apply_mean(optimizer: Optimizer) -> None:
+    """Replace the weights by their running mean, and delete the mean."""
     for p in _weights(optimizer):
-        p.copy_(optimizer.state[p].pop(_NAME))
+        p.copy_(optimizer.state[p].pop(_STATE_KEY))
 
 
-def require(optimizer: Optimizer) -> None:
-    """Raise `CheckpointError` if a checkpoint's state was put in and there is no mean to go on with."""
-    if any(optimizer.state[p].get(_NAME) is None for p in _weights(optimizer)):
-        raise CheckpointError("the checkpoint that was gone on from lacks the mean of its weights")
+def require_mean(optimizer: Optimizer) -> None:
+    """Raise `CheckpointError` if the optimizer's state, which is from a checkpoint, lacks the mean."""
+    if any(optimizer.state[p].get(_STATE_KEY) is None for p in _weights(optimizer)):
+        raise CheckpointError(
+            "the checkpoint lacks the running mean of its weights, so it cannot be resumed"
+        )
 
 
 def _weights(optimizer: Optimizer) -> list[Tensor]:

@@ -1,7 +1,7 @@
-"""Random shifts, rotations and zooms of whole batches: `(images, key) -> images`, pure.
+"""Shift, rotate and zoom whole batches at random: `(images, key) -> images`, pure functions.
 
-The parameters of a step are drawn for its whole global batch, a few numbers an image, and each rank
-takes its rows: an image gets the same distortion whichever rank or shard it falls to.
+The parameters of a step are drawn for its whole global batch, four numbers per image, and each rank takes
+its own rows. So an image is distorted in the same way on whichever rank and in whichever shard it is.
 """
 
 import math
@@ -18,10 +18,10 @@ _SIDE = 28
 
 
 def draw_transforms(recipe: Recipe, step: int, count: int) -> NDArray[np.float32] | None:
-    """The maps from output to input coordinates for the `count` images of a step.
+    """Draw the maps from output to input coordinates for the `count` images of a step.
 
-    Returns float32 `(count, 2, 3)` as `torch.nn.functional.affine_grid` takes them, or None where the
-    recipe asks for no augmentation.
+    Returns float32 `(count, 2, 3)` in the form that `torch.nn.functional.affine_grid` takes, or None if
+    the recipe has no augmentation.
     """
     if recipe.shift == recipe.rotate == recipe.scale == 0:
         return None
@@ -37,7 +37,7 @@ def draw_transforms(recipe: Recipe, step: int, count: int) -> NDArray[np.float32
 
 
 def apply_transforms(images: Tensor, transforms: Tensor) -> Tensor:
-    """Bilinear resampling of float images `(n, 1, 28, 28)`; outside is 0, the paper's black."""
+    """Resample float images `(n, 1, 28, 28)` bilinearly; pixels from outside are 0, the paper's black."""
     if not len(images):  # affine_grid refuses an empty batch
         return images
     grid = F.affine_grid(transforms, list(images.shape), align_corners=False)

@@ -1,7 +1,8 @@
-"""Exact metrics: every sample once, for any number of processes.
+"""Compute exact metrics: each sample counts once, at any number of processes.
 
-The set is cut into chunks of a fixed size; ranks take contiguous runs of whole chunks. A chunk's loss is
-the same number whoever computes it, and the chunks' losses are added in one order, so the total is too.
+The data is cut into chunks of a fixed size, and each rank takes contiguous whole chunks. The loss of a
+chunk is the same number on whichever rank it is computed. The losses of the chunks are added in one fixed
+order, so their total is the same too.
 """
 
 import math
@@ -21,7 +22,7 @@ CHUNK = 250  # divides 10,000 into 40: fits a core's cache, and leaves each of 8
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model does on a labelled set."""
+    """The metrics of a model on labelled images."""
 
     loss: float
     """Mean cross-entropy in nats."""
@@ -30,13 +31,13 @@ class Evaluation:
     confusion: list[list[int]]
     """Row: true class; column: predicted class."""
     predicted: Tensor = field(compare=False)
-    """`(n,)` int64 on the CPU: the class of the highest logit, by index of the image."""
+    """`(n,)` int64 on the CPU: the class with the highest logit, by index of the image."""
     confidence: Tensor = field(compare=False)
-    """`(n,)` float32 on the CPU: the probability that the model gives to that class."""
+    """`(n,)` float32 on the CPU: the probability of that class, according to the model."""
 
     @property
     def accuracy(self) -> float:
-        """Fraction of the images whose highest logit is their label's."""
+        """The fraction of images whose highest logit is that of their label."""
         return self.correct / self.images
 
 
@@ -51,7 +52,11 @@ def evaluate(
     std: float,
     precision: Precision,
 ) -> Evaluation:
-    """Run the model in evaluation mode over a split that every rank holds; all get the same answer."""
+    """Evaluate the model on a split that every rank holds; every rank returns the same metrics.
+
+    `mean` and `std` normalise the images. The model runs in evaluation mode and is put back into its former
+    mode. Raises `UsageError` if the model does not return logits `(n, classes)`.
+    """
     chunks = -(-len(split) // CHUNK)
     losses = torch.zeros(chunks, device=world.device)
     predicted = torch.zeros(len(split), dtype=torch.int64, device=world.device)
@@ -64,12 +69,14 @@ def evaluate(
         images, labels = split.images[rows].clone(), split.labels[rows].long()
         logits = forward(model, normalise(images, mean, std), precision)
         if logits.shape != (len(images), classes):
-            got, wanted = tuple(logits.shape), (len(images), classes)
-            raise UsageError(f"the network gives {got} for {wanted[0]} images, not logits {wanted}")
+            shape, expected = tuple(logits.shape), (len(images), classes)
+            raise UsageError(
+                f"the model returns shape {shape} for {len(images)} images; expected logits {expected}"
+            )
         losses[chunk] = F.cross_entropy(logits, labels, reduction="sum")
         confidence[rows], predicted[rows] = logits.softmax(1).max(1)
     model.train(was_training)
-    # In each place at most one rank has something other than zero: the sums are exact.
+    # At each position at most one rank has something other than zero, so the sums are exact.
     total = math.fsum(world.all_reduce_sum_(losses).tolist())
     predicted, confidence = world.all_reduce_sum_(predicted).cpu(), world.all_reduce_sum_(confidence).cpu()
     labels = split.labels.long().cpu()
@@ -85,12 +92,15 @@ def evaluate(
 
 
 def forward(model: nn.Module, images: Tensor, precision: Precision) -> Tensor:
-    """float32 logits `(n, classes)` of normalised images, computed in the given precision."""
+    """Return float32 logits `(n, classes)` of normalised images, computed in the given precision.
+
+    Raises `UsageError` if the model does not return a tensor.
+    """
     if precision == "fp32":
         logits = model(images)
     else:
         with torch.autocast(images.device.type, dtype=torch.bfloat16):
             logits = model(images)
     if not isinstance(logits, Tensor):
-        raise UsageError(f"the network gives a {type(logits).__name__}, not a tensor of logits")
+        raise UsageError(f"the model returns a {type(logits).__name__}, not a tensor of logits")
     return logits.float()

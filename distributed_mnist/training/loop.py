@@ -1,283 +1,258 @@
-"""The loop. A run is a function of the step: resuming is the same range with another start."""
+"""The training loop.
+
+A run is a function of the step number, so resuming a run is the same loop with another first step. Read
+`train` first. It takes one step after another and stops at sync points. There the ranks combine their
+metrics, evaluate the model, save checkpoints, and agree whether to stop.
+"""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from ..common.digest import START_OF_CHAIN, digest
+from ..common.digest import digest
 from ..common.random_keys import torch_seed
-from ..config import Recipe
-from ..data.split import Split
 from ..distributed.world import World
 from ..errors import Interrupted, TrainingError
-from ..gradients.all_reduce import Gradients
 from ..gradients.loss import cross_entropy
 from ..optim import weight_average
-from ..optim.optimizers import Optimizer
 from ..optim.schedule import make_schedule, set_learning_rate
-from ..reporting.events import Sink
-from ..runs.checkpoint import Content, load_optimizer, load_weights
-from ..runs.checkpoint_store import Store
-from .batches import Batches
 from .evaluate import Evaluation, evaluate, forward
-from .ledger import Ledger
+from .ledger import IntervalRecord, Ledger
 from .mistakes import mistakes
-from .sync_points import PhaseTimer, SyncPoints, advice
+from .state import ZERO_TOTALS, State, TrainingContext
+from .sync_points import PhaseTimer, SyncPoints, suggest_fewer_processes
 
-_DISK_SECONDS = 300.0  # a slow disk is not a hang
-_READER_SECONDS = 3600.0  # nor is a terminal that somebody holds with Ctrl-S
-_ENOUGH_STEPS = 20  # to tell what a step takes
-NO_TOTALS: dict[str, float] = {"loss": 0.0, "correct": 0, "images": 0}
-
-
-@dataclass
-class State:
-    """Everything that a step changes; the same on every rank."""
-
-    model: nn.Module
-    optimizer: Optimizer
-    step: int = 0
-    """Steps done."""
-    best_accuracy: float = -1.0
-    samples_sha256: str = START_OF_CHAIN
-    """Digest of the sample ids consumed so far, in order."""
-    train_seconds: float = 0.0
-    """Spent in steps, evaluation and saving left out."""
-    unsaved: str | None = None
-    """What went wrong with the latest checkpoint, where one could not be written."""
-    totals: dict[str, float] = field(default_factory=lambda: dict(NO_TOTALS))
-    """Since the last evaluation: sum of losses, hits, images."""
-
-    def to_content(self) -> Content:
-        """The part of a checkpoint that is state."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "best_accuracy": self.best_accuracy,
-            "samples_sha256": self.samples_sha256,
-            "train_seconds": self.train_seconds,
-            "totals": dict(self.totals),
-        }
-
-    def restore(self, content: Content, name: str) -> None:
-        """Take over a checkpoint's state. Raises `CheckpointError` if it is another model's."""
-        load_weights(self.model, content["model"], name)
-        load_optimizer(self.optimizer, content["optimizer"], name)
-        self.step = content["step"]
-        self.best_accuracy = content["best_accuracy"]
-        self.samples_sha256 = content["samples_sha256"]
-        self.train_seconds = content["train_seconds"]
-        self.totals = dict(content["totals"])
+_DISK_PATIENCE_SECONDS = 300.0  # a slow disk is not a hang
+_OUTPUT_PATIENCE_SECONDS = 3600.0  # nor is a terminal that somebody has paused with Ctrl-S
+_MIN_STEPS_TO_JUDGE_SPEED = 20
 
 
-@dataclass(frozen=True)
-class Job:
-    """What the loop works with; none of it changes while it runs."""
-
-    recipe: Recipe
-    world: World
-    batches: Batches
-    test: Split
-    gradients: Gradients
-    reseed: bool
-    """The model draws random numbers: key them before each pass."""
-    store: Store
-    sink: Sink
-    pack: Callable[[], Content]
-    """The checkpoint of this moment."""
-    stop_requested: Callable[[], bool]
-    evaluation: dict[str, Any]
-    """Keyword arguments of `evaluate`."""
-    save_every: int | None
-    """Steps between checkpoints; None where the store's clock decides."""
-    eval_every: int
-    """Steps between evaluations."""
-
-
-def train(state: State, job: Job) -> Evaluation:
+def train(state: State, context: TrainingContext) -> Evaluation:
     """Train to the end of the recipe and return the last evaluation.
 
-    Raises `Interrupted` after saving a checkpoint if any rank was asked to stop, and `TrainingError` if
-    the loss is not finite.
+    Raises `Interrupted`, after a checkpoint is saved, if any rank was asked to stop; and `TrainingError` if
+    the loss or the weights are not finite, or if the ranks' weights differ.
     """
-    recipe, world = job.recipe, job.world
-    total = recipe.total_steps(job.batches.steps_per_epoch)
-    lr_at = make_schedule(recipe, job.batches.steps_per_epoch)
-    unaveraged = total - recipe.averaged_steps(total)
-    if unaveraged < state.step < total:
-        weight_average.require(state.optimizer)
-    largest = job.batches.size(0)
-    room = max(1, min(256, 2**20 // largest))  # steps a ledger holds: about 8 MiB of sample ids
-    ledger = Ledger(room, largest, world.device)
-    pace, laps = SyncPoints(world, state.step, room), PhaseTimer(world)
-    result, advised = None, world.size == 1
+    recipe, world, batches = context.recipe, context.world, context.batches
+    total_steps = recipe.total_steps(batches.steps_per_epoch)
+    lr_at = make_schedule(recipe, batches.steps_per_epoch)
+    averaging_start = total_steps - recipe.averaged_steps(total_steps)
+    averages_weights = averaging_start < total_steps
+    if averaging_start < state.step < total_steps:
+        weight_average.require_mean(state.optimizer)
+
+    max_interval = max(1, min(256, 2**20 // batches.size(0)))  # steps: about 8 MiB of sample ids
+    ledger = Ledger(max_interval, batches.size(0), world.device)
+    sync_points = SyncPoints(world, state.step, max_interval)
+    timer = PhaseTimer(world)
+    evaluation = None
+    speed_judged = world.size == 1
+
     state.model.train()
     world.status.enter("training")
-    pace.start()
-    for step in range(state.step, total):
+    sync_points.start()
+    for step in range(state.step, total_steps):
         world.status.at(step + 1)
         set_learning_rate(state.optimizer, lr_at(step))
-        train_step(state, job, ledger, laps, step)
+        train_step(state, context, ledger, timer, step)
         state.step = step + 1
-        last = state.step == total
-        if step >= unaveraged:
-            with laps.lap("optimizer"):
-                weight_average.join(state.optimizer, step - unaveraged)
-        if last and unaveraged < total:
-            weight_average.adopt(state.optimizer)
-        evaluating = state.step % job.eval_every == 0 or last
-        saving = last or (job.save_every is not None and state.step % job.save_every == 0)
-        if not (evaluating or saving or pace.due(state.step)):
+        is_last = state.step == total_steps
+        if step >= averaging_start:
+            with timer.phase("optimizer"):
+                weight_average.update(state.optimizer, step - averaging_start)
+        if is_last and averages_weights:
+            weight_average.apply_mean(state.optimizer)
+
+        must_evaluate = is_last or state.step % context.eval_every == 0
+        must_save = is_last or (context.save_every is not None and state.step % context.save_every == 0)
+        if not (must_evaluate or must_save or sync_points.due(state.step)):
             continue
-        stopping, due = pace.sync(state.step, stop=job.stop_requested(), save=job.store.due())
-        stopping = stopping and not last
-        close_interval(state, job, ledger, pace, laps, lr_at(step))
-        if not advised and pace.steps >= _ENOUGH_STEPS:
-            advised = True
-            if text := advice(world.size, pace.seconds / pace.steps, pace.exchange_seconds / pace.steps):
-                report(job, "notice", text=text)
-        best = False
-        if evaluating:
+
+        stop_requested, save_due = sync_points.sync(
+            state.step, stop=context.stop_requested(), save=context.store.due()
+        )
+        stopping = stop_requested and not is_last
+        close_interval(state, context, ledger, sync_points, timer, lr_at(step))
+        if not speed_judged and sync_points.steps >= _MIN_STEPS_TO_JUDGE_SPEED:
+            speed_judged = True
+            report_speed_hint(context, sync_points)
+        is_best = False
+        if must_evaluate:
             world.status.enter("evaluating")
-            result = evaluate(state.model, job.test, world, **job.evaluation)
-            best = log_evaluation(state, job, result) or (last and unaveraged < total)
-        if saving or due or stopping or best:
-            save(state, job, best=best)
-        note_saved(state, job, wait=stopping or last)
+            evaluation = evaluate(state.model, context.test, world, **context.evaluation_options)
+            is_best = report_evaluation(state, context, evaluation) or (is_last and averages_weights)
+        if must_save or save_due or stopping or is_best:
+            save(state, context, best=is_best)
+        report_saved(state, context, wait=stopping or is_last)
         if stopping:
-            world.barrier()  # nobody leaves before the checkpoint is on disk: a launcher would end the rest
-            saved = f"but {state.unsaved}" if state.unsaved else "checkpoint saved"
-            raise Interrupted(f"stopped by a signal after step {state.step} of {total}, {saved}")
+            stop(state, world, total_steps)
         world.status.enter("training")
-        pace.start()
-    return result or evaluate(state.model, job.test, world, **job.evaluation)
+        sync_points.start()
+    return evaluation or evaluate(state.model, context.test, world, **context.evaluation_options)
 
 
-def train_step(state: State, job: Job, ledger: Ledger, laps: PhaseTimer, step: int) -> None:
-    """One step on one global batch. Nothing waits for the device, but for what is drawn of distortions."""
-    recipe, size = job.recipe, job.batches.size(step)
+def train_step(
+    state: State, context: TrainingContext, ledger: Ledger, timer: PhaseTimer, step: int
+) -> None:
+    """Take one step on one global batch.
+
+    Nothing waits for the device, except the copy of random transforms to it.
+    """
+    recipe, size = context.recipe, context.batches.size(step)
     ledger.open(step, size)
 
-    def pass_of(module: nn.Module, shards: range) -> tuple[Tensor, Tensor]:
-        with laps.lap("data"):
-            batch = job.batches.take(step, shards)
-        if job.reseed:
+    def forward_shards(module: nn.Module, shards: range) -> tuple[Tensor, Tensor]:
+        with timer.phase("data"):
+            batch = context.batches.take(step, shards)
+        if context.reseed:
             torch.manual_seed(torch_seed("noise", recipe.seed, step, shards.start))
-        with laps.lap("forward"):
+        with timer.phase("forward"):
             logits = forward(module, batch.images, recipe.precision)
-            losses, gradient = cross_entropy(logits, batch.labels, recipe.label_smoothing)
+            losses, grad_logits = cross_entropy(logits, batch.labels, recipe.label_smoothing)
         ledger.record(batch, losses, logits)
-        return logits, gradient.div_(size)
+        return logits, grad_logits.div_(size)
 
-    with laps.lap("backward"):
-        job.gradients.compute(pass_of, job.batches.shard_sizes(step))
-    with laps.lap("optimizer"):
+    with timer.phase("backward"):
+        context.gradients.compute(forward_shards, context.batches.shard_sizes(step))
+    with timer.phase("optimizer"):
         state.optimizer.step()
 
 
-def require_same_weights(state: State, world: World) -> None:
-    """Raise `TrainingError` naming the ranks whose weights are not rank 0's: the promise, looked at.
-
-    Bad memory, another processor, or a model whose factory rolls its own dice would break it silently.
-    """
-    if world.size > 1 and (ranks := world.differing(digest(dict(state.model.state_dict())))):
-        raise TrainingError(
-            f"rank {', '.join(map(str, ranks))} holds other weights than rank 0 after step {state.step}: "
-            "the model is random by other means than torch's generator, or that host computes differently"
-        )
-
-
-def save(state: State, job: Job, *, best: bool) -> None:
-    """Begin to write a checkpoint of this moment; the training goes on meanwhile."""
-    require_same_weights(state, job.world)
-    with job.world.status.during("saving a checkpoint", _DISK_SECONDS):
-        job.store.save(job.pack, best=best)
-
-
-def note_saved(state: State, job: Job, *, wait: bool) -> None:
-    """Report checkpoints that have been written; one that could not be costs safety, not the run."""
-    with job.world.status.during("saving a checkpoint", _DISK_SECONDS if wait else 0):
-        finished = job.store.finished(wait=wait)
-    for saved in finished:
-        told, state.unsaved = state.unsaved is not None, saved.problem
-        if saved.problem and told:
-            continue  # a disk that stays full is told of once
-        if saved.problem:
-            text = f"{saved.problem}; training goes on, last good checkpoint: {job.store.last_good()}"
-            report(job, "notice", text=text)
-        else:
-            report(job, "checkpoint", step=saved.step, path=saved.path, seconds=saved.seconds)
-
-
 def close_interval(
-    state: State, job: Job, ledger: Ledger, pace: SyncPoints, laps: PhaseTimer, lr: float
+    state: State,
+    context: TrainingContext,
+    ledger: Ledger,
+    sync_points: SyncPoints,
+    timer: PhaseTimer,
+    lr: float,
 ) -> None:
-    """At a sync point: complete the record of the steps since the last one, and look at the losses."""
-    page, state.samples_sha256 = ledger.close(job.world, state.samples_sha256)
-    state.train_seconds += pace.seconds
-    if (bad := page.first_bad_step()) is not None:
-        raise TrainingError(
-            f"the loss is not finite at step {bad + 1}: a smaller --lr may help; last good checkpoint: "
-            f"{job.store.last_good()}"
-        )
-    if not all(bool(parameter.isfinite().all()) for parameter in state.model.parameters()):
-        raise TrainingError(
-            f"the weights are not finite after step {state.step}: a smaller --lr may help; last good "
-            f"checkpoint: {job.store.last_good()}"
-        )
-    totals = state.totals
-    totals["loss"] += page.loss_sum
-    totals["correct"] += page.correct
-    totals["images"] += page.images
+    """Combine, check and report the ranks' records of the steps since the last sync point."""
+    interval, state.samples_sha256 = ledger.close(context.world, state.samples_sha256)
+    state.train_seconds += sync_points.seconds
+    require_finite(state, context, interval)
+    state.totals["loss"] += interval.loss_sum
+    state.totals["correct"] += interval.correct
+    state.totals["images"] += interval.images
     report(
-        job,
+        context,
         "steps",
         step=state.step,
-        epoch=state.step / job.batches.steps_per_epoch,
-        loss=page.loss_sum / page.images,
+        epoch=state.step / context.batches.steps_per_epoch,
+        loss=interval.loss_sum / interval.images,
         lr=lr,
-        images_per_second=page.images / pace.seconds,
+        images_per_second=interval.images / sync_points.seconds,
         seconds={
-            "step": pace.seconds / max(pace.steps, 1),
-            "exchange": pace.exchange_seconds / max(pace.steps, 1),
-            **laps.close(pace.steps),
+            "step": sync_points.seconds / max(sync_points.steps, 1),
+            "exchange": sync_points.exchange_seconds / max(sync_points.steps, 1),
+            **timer.reset(sync_points.steps),
         },
-        ranks={"busy": pace.busy, "exchange": pace.communicating},
-        first_step=page.first_step + 1,
-        losses=page.losses,
+        ranks={"busy": sync_points.compute_per_step, "exchange": sync_points.exchange_per_step},
+        first_step=interval.first_step + 1,
+        losses=interval.losses,
     )
 
 
-def report(job: Job, event: str, **fields: Any) -> None:
-    """Tell an event."""
-    with job.world.status.during("reporting", _READER_SECONDS):
-        job.sink.log(event, **fields)
+def require_finite(state: State, context: TrainingContext, interval: IntervalRecord) -> None:
+    """Raise `TrainingError` if a loss of this interval or a weight is not finite."""
+    if (bad_step := interval.first_bad_step()) is not None:
+        problem = f"the loss is not finite at step {bad_step + 1}"
+    elif not all(bool(parameter.isfinite().all()) for parameter in state.model.parameters()):
+        problem = f"the weights are not finite after step {state.step}"
+    else:
+        return
+    raise TrainingError(
+        f"{problem}: a smaller --lr may help; last good checkpoint: {context.store.last_good()}"
+    )
 
 
-def log_evaluation(state: State, job: Job, result: Evaluation) -> bool:
-    """Report an evaluation and start new totals; whether it is the best so far."""
+def require_same_weights(state: State, world: World) -> None:
+    """Raise `TrainingError` if some ranks' weights differ from rank 0's, and name those ranks.
+
+    Faulty memory, another processor, or a model whose factory draws random numbers of its own would make
+    the weights differ without any other sign.
+    """
+    if world.size > 1 and (ranks := world.differing(digest(dict(state.model.state_dict())))):
+        raise TrainingError(
+            f"rank {', '.join(map(str, ranks))} has other weights than rank 0 after step {state.step}: "
+            "the model draws random numbers from another generator than torch's, or that host computes "
+            "differently"
+        )
+
+
+def save(state: State, context: TrainingContext, *, best: bool) -> None:
+    """Start to write a checkpoint of the present state. Training goes on while it is written."""
+    require_same_weights(state, context.world)
+    with context.world.status.during("saving a checkpoint", _DISK_PATIENCE_SECONDS):
+        context.store.save(context.pack, best=best)
+
+
+def report_saved(state: State, context: TrainingContext, *, wait: bool) -> None:
+    """Report the checkpoints written since the last call; `wait` for those still being written.
+
+    If one cannot be written, the run goes on: it has less to fall back on, but its result is the same.
+    """
+    with context.world.status.during("saving a checkpoint", _DISK_PATIENCE_SECONDS if wait else 0):
+        written = context.store.finished(wait=wait)
+    for saved in written:
+        failed_before, state.unsaved = state.unsaved is not None, saved.problem
+        if saved.problem is None:
+            report(context, "checkpoint", step=saved.step, path=saved.path, seconds=saved.seconds)
+        elif not failed_before:  # a disk that stays full is reported once
+            last_good = context.store.last_good()
+            text = f"{saved.problem}; training goes on, last good checkpoint: {last_good}"
+            report(context, "notice", text=text)
+
+
+def stop(state: State, world: World, total_steps: int) -> NoReturn:
+    """Wait for all ranks and raise `Interrupted`.
+
+    If a rank left before the checkpoint is on disk, a launcher would end the other ranks.
+    """
+    world.barrier()
+    outcome = f"but {state.unsaved}" if state.unsaved else "checkpoint saved"
+    raise Interrupted(f"stopped by a signal after step {state.step} of {total_steps}, {outcome}")
+
+
+def report_evaluation(state: State, context: TrainingContext, result: Evaluation) -> bool:
+    """Report an evaluation, reset the totals, and return whether the accuracy is the best so far.
+
+    Raises `TrainingError` if the test loss is not finite.
+    """
     if not math.isfinite(result.loss):
         raise TrainingError(f"the test loss is not finite after step {state.step}: a smaller --lr may help")
-    best = result.accuracy > state.best_accuracy
+    is_best = result.accuracy > state.best_accuracy
     state.best_accuracy = max(state.best_accuracy, result.accuracy)
-    totals, state.totals = state.totals, dict(NO_TOTALS)
+    totals, state.totals = state.totals, dict(ZERO_TOTALS)
     report(
-        job,
+        context,
         "evaluation",
         step=state.step,
-        epoch=state.step / job.batches.steps_per_epoch,
+        epoch=state.step / context.batches.steps_per_epoch,
         train_loss=totals["loss"] / totals["images"],
         train_accuracy=totals["correct"] / totals["images"],
         test_loss=result.loss,
         test_accuracy=result.accuracy,
         test_images=result.images,
         confusion=result.confusion,
-        best=best,
+        best=is_best,
     )
-    report(job, "mistakes", step=state.step, mistakes=mistakes(result, job.test))
-    return best
+    report(context, "mistakes", step=state.step, mistakes=mistakes(result, context.test))
+    return is_best
+
+
+def report_speed_hint(context: TrainingContext, sync_points: SyncPoints) -> None:
+    """Report a notice if fewer processes would train at least as fast."""
+    steps = sync_points.steps
+    hint = suggest_fewer_processes(
+        context.world.size, sync_points.seconds / steps, sync_points.exchange_seconds / steps
+    )
+    if hint:
+        report(context, "notice", text=hint)
+
+
+def report(context: TrainingContext, event: str, **fields: Any) -> None:
+    """Send an event to the sink, which may be a terminal that blocks."""
+    with context.world.status.during("reporting", _OUTPUT_PATIENCE_SECONDS):
+        context.sink.log(event, **fields)

@@ -1,4 +1,4 @@
-"""The test images that a model takes for something else: what a person wants to see of them."""
+"""List the test images that a model classifies wrongly, for people to look at."""
 
 import base64
 from typing import Any
@@ -8,15 +8,15 @@ import torch
 from ..data.split import Split
 from .evaluate import Evaluation
 
-MOST = 200
-"""How many are kept."""
+MAX_MISTAKES = 200
+"""The most mistakes that are listed."""
 
 
 def mistakes(result: Evaluation, split: Split) -> list[dict[str, Any]]:
-    """What went wrong in an evaluation of `split`, the surest first, at most `MOST`; plain values.
+    """Return the mistakes of an evaluation of `split` as plain values, the most confident ones first.
 
-    Each has `index` in the split, `label`, `predicted`, `confidence` (of the wrong class, 0 to 1) and
-    `image`, the 28 by 28 bytes in base64.
+    There are at most `MAX_MISTAKES`. Each has `index` in the split, `label`, `predicted`, `confidence` (in
+    the wrong class, 0 to 1) and `image`, the 28 by 28 bytes in base64.
     """
     labels = split.labels.cpu().long()
     wrong = (result.predicted != labels).nonzero().flatten()
@@ -29,5 +29,5 @@ def mistakes(result: Evaluation, split: Split) -> list[dict[str, Any]]:
             "confidence": float(result.confidence[index]),
             "image": base64.b64encode(split.images[index].cpu().numpy().tobytes()).decode(),
         }
-        for index in wrong[order][:MOST].tolist()
+        for index in wrong[order][:MAX_MISTAKES].tolist()
     ]

@@ -1,4 +1,4 @@
-"""Resume a run: find its checkpoint, refuse one of another run, restore the state.
+"""Resume a run: find its checkpoint, refuse one of another run, and restore the state.
 
 Rank 0 reads the files and sends the checkpoint to the other ranks.
 """
@@ -19,34 +19,41 @@ from ..runs.checkpoint import Content, decode, read_bytes, versions
 from ..runs.checkpoint_store import Store
 from ..runs.layout import resume_flags
 from ..runs.run_folder import RunFolder
-from .loop import State
+from .state import State
 
 
-def require_one_recipe(world: World, recipe: Recipe) -> None:
-    """Raise `UsageError` if ranks were started with different flags, for they would wait for each other,
-    and for a recipe that has no work for so many."""
+def require_same_recipe(world: World, recipe: Recipe) -> None:
+    """Raise `UsageError` if ranks have different recipes, or if the recipe has too few shards for them.
+
+    Ranks with different recipes would wait for each other for ever.
+    """
     if others := world.differing(digest(recipe.to_dict())):
-        told = f"rank {others[0]} was given another recipe than rank 0"
-        hint = "; where rank 0 alone sees the run that goes on, that means --recipe and the data too"
-        raise UsageError(f"{told}: start all with the same flags{hint}")
+        raise UsageError(
+            f"rank {others[0]} was given another recipe than rank 0: start all ranks with the same flags; "
+            "if only rank 0 sees the run that is resumed, these include --recipe and the data"
+        )
     recipe.check_size(world.size)
 
 
-def _named(path: Path) -> bytes:
+def read_requested_checkpoint(world: World, options: Run) -> bytes | None:
+    """Return the checkpoint that `--resume` names, on every rank. Only rank 0's host needs to have it.
+
+    Returns None if `--resume` is not given or is "auto". Raises `CheckpointError` if it cannot be read.
+    """
+    if options.resume is None or options.resume == "auto":
+        return None
+    path = Path(options.resume)
+    raw = world.on_rank_zero(lambda: _read_file(path))
+    decode(raw, options.resume)
+    return raw
+
+
+def _read_file(path: Path) -> bytes:
     if path.is_dir():
         raise CheckpointError(
-            f"{path} is a folder: --resume names a checkpoint; a run goes on with {resume_flags(path)}"
+            f"{path} is a folder, but --resume takes a checkpoint; to resume a run use {resume_flags(path)}"
         )
     return read_bytes(path)
-
-
-def read_named(world: World, options: Run) -> bytes | None:
-    """The checkpoint that `--resume` names, on every rank. Only rank 0's host needs to have it."""
-    if options.resume in (None, "auto"):
-        return None
-    raw = world.on_rank_zero(lambda: _named(Path(options.resume or "")))
-    decode(raw, str(options.resume))
-    return raw
 
 
 def resume(
@@ -54,82 +61,90 @@ def resume(
     options: Run,
     folder: RunFolder,
     store: Store,
-    named: bytes | None,
+    requested: bytes | None,
     state: State,
     *,
-    refuse: Callable[[Content, str], None],
+    check: Callable[[Content, str], None],
     complain: Callable[[str], None],
 ) -> str | None:
-    """Take the state from the checkpoint asked for, if any; its path.
+    """Restore the state from a checkpoint, if there is one to resume from, and return its path.
 
-    Of a run that was started again that is the newest, whatever was asked for. `named` is what `read_named`
-    gave. `refuse` raises for a checkpoint that does not belong to this run.
+    If a launcher has restarted the run, this is the run's newest checkpoint, whatever `--resume` says.
+    `requested` is the result of `read_requested_checkpoint`. `check` raises for a checkpoint that does not
+    belong to this run. `complain` is called with each notice for the user.
     """
-    found = (options.resume or "", named) if named is not None else None
+    found = (options.resume or "", requested) if requested is not None else None
     if options.resume == "auto" or folder.restarted:
-        found = _newest(world, store, complain) or found
+        found = _newest_of_all_ranks(world, store, complain) or found
         if found is None:
             complain("there is no checkpoint yet: starting from the beginning")
     if found is None:
         return None
     name, raw = found
     content = decode(raw, name)
-    refuse(content, name)
+    check(content, name)
     state.restore(content, name)
     store.resumed_from(name, state.step)
-    here, there = versions(), content["versions"]
-    changed = [
-        f"{key} {there[key]} then, {here[key]} now"
-        for key in here
-        if there.get(key, here[key]) != here[key]
+    now, then = versions(), content["versions"]
+    changes = [
+        f"{package} {then[package]} then, {now[package]} now"
+        for package in now
+        if then.get(package, now[package]) != now[package]
     ]
-    if changed:
-        told = "; ".join(changed)
-        complain(f"{name} was made by other versions ({told}): the last bits may come out different")
+    if changes:
+        complain(f"{name} was made by other versions ({'; '.join(changes)}): the last bits may differ")
     return name
 
 
-def _newest(world: World, store: Store, complain: Callable[[str], None]) -> tuple[str, bytes] | None:
-    """The newest whole checkpoint of all hosts and where it was found."""
+def _newest_of_all_ranks(
+    world: World, store: Store, complain: Callable[[str], None]
+) -> tuple[str, bytes] | None:
+    """Return the newest intact checkpoint on any host and where it is, or None if there is none."""
     mine = world.on_every_rank(lambda: store.newest(complain))
     steps = world.all_gather(torch.tensor([mine[2] if mine else -1], device=world.device)).flatten()
     holder = int(steps.argmax())
     if steps[holder] < 0:
         return None
-    where = "" if holder == 0 else f" on {world.peers[holder].host}"
-    name = world.broadcast_object(f"{mine[0]}{where}" if mine else "", holder)
+    host = "" if holder == 0 else f" on {world.peers[holder].host}"
+    name = world.broadcast_object(f"{mine[0]}{host}" if mine else "", holder)
     return name, world.broadcast_bytes(mine[1] if mine else None, holder)
 
 
-def refuse_mismatch(content: Content, name: str, recipe: Recipe, data: Data) -> None:
-    """Raise `CheckpointError` if a checkpoint is of another recipe or of other data, showing how."""
+def require_same_run(content: Content, name: str, recipe: Recipe, data: Data) -> None:
+    """Raise `CheckpointError`, with the differences, if a checkpoint is of another recipe or other data."""
     if content["recipe"] is None:
         raise CheckpointError(
-            f"{name} is the original script's: go on with multi_proc_single_gpu.py --resume {name}"
+            f"{name} is from the original script: resume it with multi_proc_single_gpu.py --resume {name}"
         )
     differences = Recipe.from_dict(content["recipe"], name).differences(recipe)
     if differences:
         shown = ", ".join(f"{flag(key)} {old} there, {new} here" for key, (old, new) in differences.items())
-        ahead = {"epochs", "steps"} & differences.keys()
-        hint = "; this recipe's rate or average of weights looks ahead to the end" if ahead else ""
+        hint = ""
+        if {"epochs", "steps"} & differences.keys():
+            hint = "; this recipe's learning rate or average of weights looks ahead to the end"
         raise CheckpointError(
-            f"{name} is of another recipe: {shown}{hint}; go on with its flags, or choose another --out"
+            f"{name} is of another recipe: {shown}{hint}; resume it with its own flags, or choose another "
+            "--out"
         )
     if content["step"] > recipe.total_steps(content["steps_per_epoch"]):
         limit = f", --steps {recipe.steps}" if recipe.steps else ""
         raise CheckpointError(
-            f"{name} is past the end: step {content['step']}, --epochs {recipe.epochs}{limit} here"
+            f"{name} is past the end of this run: it is of step {content['step']}, but here is --epochs "
+            f"{recipe.epochs}{limit}"
         )
-    theirs = content["dataset"]
-    if theirs["sha256"] != data.sha256:
+    trained_on = content["dataset"]
+    if trained_on["sha256"] != data.sha256:
         raise CheckpointError(
-            f"{name} is of other data: {theirs['name']} {theirs['sha256'][:12]}… there, "
+            f"{name} is of other data: {trained_on['name']} {trained_on['sha256'][:12]}… there, "
             f"{data.name} {data.sha256[:12]}… here"
         )
 
 
-def described(recipe: Recipe, options: Run, data: Data) -> dict[str, Any]:
-    """`config.json`: what was asked for and what it was taken to mean, in plain values."""
-    run = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()}
-    found = {**data.to_dict(), "source": data.source}
-    return {"recipe": recipe.to_dict(), "run": run, "dataset": found, "versions": versions()}
+def run_config(recipe: Recipe, options: Run, data: Data) -> dict[str, Any]:
+    """Return the content of `config.json`: recipe, options, data set and versions, as plain values."""
+    run = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in dataclasses.asdict(options).items()
+    }
+    dataset = {**data.to_dict(), "source": data.source}
+    return {"recipe": recipe.to_dict(), "run": run, "dataset": dataset, "versions": versions()}

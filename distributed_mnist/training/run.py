@@ -1,4 +1,4 @@
-"""One rank's life in a `dmnist train`: connect, get the data, make or resume the state, train, report."""
+"""Run `dmnist train` on one rank: get the data, make or resume the state, train, write the results."""
 
 import contextlib
 import time
@@ -16,7 +16,7 @@ from ..data.datasets import Dataset
 from ..distributed.world import World
 from ..errors import DmnistError, Interrupted, OutputError, WorkerLost, reason
 from ..launcher.signals import StopRequests
-from ..models.zoo import Traits, find_factory
+from ..models.zoo import ModelProperties, find_factory
 from ..optim.schedule import make_optimizer
 from ..reporting.events import JsonLines, MistakesFile, MultiSink, Notices, NullSink, Sink
 from ..reporting.terminal import Terminal
@@ -28,9 +28,10 @@ from ..runs.record import read as read_record
 from ..runs.run_folder import RunFolder, open_folder, open_store
 from .batches import Batches
 from .evaluate import Evaluation
-from .loop import Job, State, require_same_weights, train
-from .resume import described, read_named, refuse_mismatch, require_one_recipe, resume
-from .setup import make_gradients, make_model, oversubscription, pack, use_threads
+from .loop import require_same_weights, train
+from .resume import read_requested_checkpoint, require_same_recipe, require_same_run, resume, run_config
+from .setup import make_gradients, make_model, oversubscription_warnings, pack, use_threads
+from .state import State, TrainingContext
 
 
 def run(
@@ -47,49 +48,56 @@ def run(
 ) -> dict[str, Any]:
     """Train, and return what `--json` prints.
 
-    `title` is the recipe's name, for people; `read` gives the data set, and is called on rank 0 alone.
-    `resume_flags` are the flags with which a person goes on, where they are not just this run's.
+    `title` is the name of the recipe in messages. `read` returns the data set and is called on rank 0 only.
+    `resume_flags` are the flags that resume the run, if they are not those of its folder. Raises
+    `DmnistError`; its subclasses say what went wrong.
     """
     began = time.perf_counter()
-    require_one_recipe(world, recipe)
-    find_factory(recipe.model)  # what is cheap to refuse is refused before waiting for the data
-    named = read_named(world, options)
+    require_same_recipe(world, recipe)
+    find_factory(recipe.model)  # cheap checks come first: reading the data takes long
+    requested = read_requested_checkpoint(world, options)
     threads = use_threads(world, recipe)
     data = broadcast_dataset(world, read)
-    model, traits = world.on_every_rank(lambda: make_model(recipe, len(data.class_names), world))
+    model, properties = world.on_every_rank(lambda: make_model(recipe, len(data.class_names), world))
     batches = Batches(data.train, recipe, data.mean, data.std)
     state = State(model, make_optimizer(recipe, model))
-    gradients = make_gradients(recipe, options, world, model, traits)
+    gradients = make_gradients(recipe, options, world, model, properties)
     folder = open_folder(world, options, recipe, title)
-    notices = remarks(world, recipe, data, threads, folder)
+    notices = start_notices(world, recipe, data, threads, folder)
     save_steps, save_seconds = checkpoint_interval(options.checkpoint_every, batches.steps_per_epoch)
     try:
         store = open_store(world, options, folder, save_seconds)
-        refuse = partial(refuse_mismatch, recipe=recipe, data=data)
         resumed = resume(
-            world, options, folder, store, named, state, refuse=refuse, complain=notices.append
+            world,
+            options,
+            folder,
+            store,
+            requested,
+            state,
+            check=partial(require_same_run, recipe=recipe, data=data),
+            complain=notices.append,
         )
         require_same_weights(state, world)
-        board = partial(make_tensorboard, folder.path, recipe, data, state.step)
-        sink = make_sink(world, folder.path, store, console, board if tensorboard else None)
-        config = described(recipe, options, data)
+        tensorboard_sink = partial(make_tensorboard, folder.path, recipe, data, state.step)
+        sink = make_sink(world, folder.path, store, console, tensorboard_sink if tensorboard else None)
+        config = run_config(recipe, options, data)
         world.on_rank_zero(lambda: write_json(folder.path / "config.json", config))
     except DmnistError:
         if folder.lock is not None:
             folder.lock.abandon()
         raise
-    job = Job(
+    context = TrainingContext(
         recipe=recipe,
         world=world,
         batches=batches,
         test=data.test,
         gradients=gradients,
-        reseed=traits.draws_random_numbers,
+        reseed=properties.draws_random_numbers,
         store=store,
         sink=sink,
         pack=partial(pack, state, recipe, data, options, batches.steps_per_epoch),
         stop_requested=signals.requested,
-        evaluation={
+        evaluation_options={
             "classes": len(data.class_names),
             "mean": data.mean,
             "std": data.std,
@@ -98,53 +106,54 @@ def run(
         save_every=save_steps,
         eval_every=steps_between(options.eval_every, batches.steps_per_epoch, "eval_every"),
     )
-    total = recipe.total_steps(batches.steps_per_epoch)
+    total_steps = recipe.total_steps(batches.steps_per_epoch)
     sink.log(
         "start",
-        lines=describe(world, recipe, data, traits, title, threads, folder.path),
+        lines=start_lines(world, recipe, data, properties, title, threads, folder.path),
         world_size=world.size,
         step=state.step,
-        steps=total,
+        steps=total_steps,
         epochs=recipe.epochs,
         again=folder.restarted,
         ranks=[{"rank": peer.rank, "host": peer.host, "pid": peer.pid} for peer in world.peers],
     )
-    gone_on = f"resumed from {resumed} at step {state.step} of {total}"
-    for text in [*notices, gone_on] if resumed else notices:
+    if resumed:
+        notices.append(f"resumed from {resumed} at step {state.step} of {total_steps}")
+    for text in notices:
         sink.log("notice", text=text)
     signals.arm(resume_flags := resume_flags or layout.resume_flags(folder.path))
-    with released_on_failure(folder.lock):
+    with lock_released_on_failure(folder.lock):
         try:
-            result = train_and_sum_up(state, job, data, folder.path, began)
+            result = train_and_summarise(state, context, data, folder.path, began)
             sink.log("end", result=result)
         except Interrupted as error:
             sink.log("stop", step=state.step)
-            raise Interrupted(f"{error}; go on with {resume_flags}") from None
+            raise Interrupted(f"{error}; resume with {resume_flags}") from None
         except WorkerLost as error:
-            by_itself = "torchrun may start it again; else " if world.launcher == "torchrun" else ""
-            raise WorkerLost(f"{error}; {by_itself}go on with {resume_flags}") from error
+            torchrun = "torchrun may restart it; otherwise " if world.launcher == "torchrun" else ""
+            raise WorkerLost(f"{error}; {torchrun}resume with {resume_flags}") from error
         finally:
-            store.finished(wait=True)  # what is being written is kept, however this ends
+            store.finished(wait=True)  # however the run ends, keep the checkpoint that is being written
             sink.close()
-    if folder.lock is not None:  # else it is another rank's to write
-        finish(folder.path, folder.lock, state, result, partial(console.print, soft_wrap=True))
+    if folder.lock is not None:  # only rank 0 has it
+        write_results(folder.path, folder.lock, state, result, partial(console.print, soft_wrap=True))
     return result
 
 
-def remarks(world: World, recipe: Recipe, data: Data, threads: int, folder: RunFolder) -> list[str]:
-    """What a person should know before it starts."""
-    lines = [] if folder.restarted else oversubscription(world, threads)
+def start_notices(world: World, recipe: Recipe, data: Data, threads: int, folder: RunFolder) -> list[str]:
+    """Return what the user should know before training starts."""
+    notices = [] if folder.restarted else oversubscription_warnings(world, threads)
     if world.restarts and not folder.restarted:
-        lines.append(f"{world.launcher} has started this again, but no run of its is known here")
+        notices.append(f"{world.launcher} has restarted this run, but its folder was not found")
     if recipe.batch_size > len(data.train):
         images = f"the {len(data.train):,} training images"
-        lines.append(f"--batch-size {recipe.batch_size} is more than {images}")
-    return lines
+        notices.append(f"--batch-size {recipe.batch_size} is more than {images}")
+    return notices
 
 
 @contextlib.contextmanager
-def released_on_failure(lock: RunLock | None) -> Iterator[None]:
-    """Let others into the run's folder if it fails: this process may live on."""
+def lock_released_on_failure(lock: RunLock | None) -> Iterator[None]:
+    """Release the lock of the run's folder after an exception, because this process may live on."""
     try:
         yield
     except BaseException:
@@ -153,16 +162,21 @@ def released_on_failure(lock: RunLock | None) -> Iterator[None]:
         raise
 
 
-def finish(
+def write_results(
     path: Path, lock: RunLock, state: State, result: dict[str, Any], say: Callable[[str], None]
 ) -> None:
-    """Write the result and let others in. Raises `OutputError` if the final weights are not on disk."""
-    from ..reporting import html_report  # noqa: PLC0415 - imports what only the end needs
+    """Write `result.json` and `report.html`, and release the lock of the run's folder.
+
+    A report that cannot be written is only mentioned. Raises `OutputError` if the result cannot be written,
+    or if the final weights are not on disk.
+    """
+    from ..reporting import html_report  # noqa: PLC0415 - only the end of a run needs what it imports
 
     try:
         write_json(path / "result.json", result)
     except OutputError as error:
-        raise OutputError(f"trained, but {error}; make room, then {layout.resume_flags(path)}") from None
+        flags = layout.resume_flags(path)
+        raise OutputError(f"trained, but {error}; make room, then resume with {flags}") from None
     finally:
         lock.release()
     try:
@@ -173,16 +187,18 @@ def finish(
         raise OutputError(f"trained, but {state.unsaved}")
 
 
-def train_and_sum_up(state: State, job: Job, data: Data, folder: Path, began: float) -> dict[str, Any]:
-    """Train to the end; what the run came to, and how fast it was since this process started."""
+def train_and_summarise(
+    state: State, context: TrainingContext, data: Data, folder: Path, began: float
+) -> dict[str, Any]:
+    """Train to the end. Return the result of the run, and its speed since this process started."""
     steps_before, seconds_before = state.step, state.train_seconds
-    evaluation = train(state, job)
-    images = job.batches.images_before(state.step) - job.batches.images_before(steps_before)
+    evaluation = train(state, context)
+    images = context.batches.images_before(state.step) - context.batches.images_before(steps_before)
     seconds_here = state.train_seconds - seconds_before
     return {
-        **outcome(state, job.recipe, data, evaluation),
-        "world_size": job.world.size,
-        "device": job.world.device.type,
+        **summary(state, context.recipe, data, evaluation),
+        "world_size": context.world.size,
+        "device": context.world.device.type,
         "steps_here": state.step - steps_before,
         "seconds_here": seconds_here,
         "images_per_second": images / seconds_here if images else None,
@@ -191,8 +207,8 @@ def train_and_sum_up(state: State, job: Job, data: Data, folder: Path, began: fl
     }
 
 
-def outcome(state: State, recipe: Recipe, data: Data, evaluation: Evaluation) -> dict[str, Any]:
-    """What a run came to, as it is the same wherever and however it ran (but for the seconds)."""
+def summary(state: State, recipe: Recipe, data: Data, evaluation: Evaluation) -> dict[str, Any]:
+    """Return the part of the result that, apart from `train_seconds`, does not depend on where it ran."""
     return {
         "dataset": data.name,
         "model": recipe.model,
@@ -214,10 +230,13 @@ def make_sink(
     folder: Path,
     store: Store,
     console: Console,
-    board: Callable[[Callable[[str], None]], Sink] | None = None,
+    make_tensorboard_sink: Callable[[Callable[[str], None]], Sink] | None = None,
 ) -> Sink:
-    """Rank 0 tells the terminal, the run's files, and what `board` makes; the others nothing, or what goes
-    wrong with a copy."""
+    """Make this rank's sink.
+
+    Rank 0's writes to the terminal, to the run's files, and to TensorBoard if there is a factory for it.
+    Another rank's prints notices if it keeps a copy of the checkpoints, and nothing otherwise.
+    """
     if world.rank != 0:
         return NullSink() if isinstance(store, NullStore) else Notices(str(world.peers[world.rank]))
     terminal = Terminal(console)
@@ -227,14 +246,16 @@ def make_sink(
 
     lines = JsonLines(folder / "metrics.jsonl", complain)
     sinks: list[Sink] = [lines, MistakesFile(folder / "mistakes.json", complain), terminal]
-    return MultiSink(*sinks, *([board(complain)] if board else []))
+    if make_tensorboard_sink is not None:
+        sinks.append(make_tensorboard_sink(complain))
+    return MultiSink(*sinks)
 
 
 def make_tensorboard(
     folder: Path, recipe: Recipe, data: Data, step: int, complain: Callable[[str], None]
 ) -> Sink:
-    """A sink for TensorBoard. Raises `OutputError`."""
-    from ..reporting.tensorboard import TensorBoard  # noqa: PLC0415 - an extra
+    """Make a sink for TensorBoard. Raises `OutputError`."""
+    from ..reporting.tensorboard import TensorBoard  # noqa: PLC0415 - an optional dependency
 
     try:
         return TensorBoard(folder / "tensorboard", recipe, data.class_names, step, complain)
@@ -242,27 +263,33 @@ def make_tensorboard(
         raise OutputError(f"{folder}: {reason(error)}") from None
 
 
-def describe(
-    world: World, recipe: Recipe, data: Data, traits: Traits, title: str, threads: int, folder: Path
+def start_lines(
+    world: World,
+    recipe: Recipe,
+    data: Data,
+    properties: ModelProperties,
+    title: str,
+    threads: int,
+    folder: Path,
 ) -> dict[str, str]:
-    """The lines a run begins with."""
-    how = "tree" if recipe.sync == "tree" else "DistributedDataParallel"
-    group = _count(world.size, "process", "processes")
+    """Return the labelled lines that a run prints when it starts."""
+    sync = "tree" if recipe.sync == "tree" else "DistributedDataParallel"
+    processes = _count(world.size, "process", "processes")
     if world.size > 1:
-        group += f" ({world.launcher}, {world.backend})"
+        processes += f" ({world.launcher}, {world.backend})"
     length = _count(recipe.epochs, "epoch")
     if recipe.steps:
         length = f"at most {_count(recipe.steps, 'step')} or {length}"
-    per = f", {_count(threads, 'thread')} each" if world.device.type == "cpu" else ""
+    per_process = f", {_count(threads, 'thread')} each" if world.device.type == "cpu" else ""
     return {
-        "recipe": f"{title}: {recipe.model} with {traits.parameters:,} parameters, "
+        "recipe": f"{title}: {recipe.model} with {properties.parameters:,} parameters, "
         f"{length} in batches of {recipe.batch_size}, "
-        f"{how} over {_count(recipe.shards, 'shard')}, {recipe.precision}, seed {recipe.seed}",
+        f"{sync} over {_count(recipe.shards, 'shard')}, {recipe.precision}, seed {recipe.seed}",
         "data": f"{data.name}, {len(data.train):,} + {len(data.test):,} images, {data.source}",
-        "world": f"{group} on {world.device.type}{per}",
+        "world": f"{processes} on {world.device.type}{per_process}",
         "out": str(folder),
     }
 
 
-def _count(number: int, one: str, several: str = "") -> str:
-    return f"{number} {one if number == 1 else several or one + 's'}"
+def _count(number: int, singular: str, plural: str = "") -> str:
+    return f"{number} {singular if number == 1 else plural or singular + 's'}"

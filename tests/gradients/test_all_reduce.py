@@ -1,4 +1,4 @@
-"""One process's part of adding gradients up: the tree is the tree, whoever adds which part of it."""
+"""Test how one process adds gradients: the tree is the same, whichever ranks add which part."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from distributed_mnist.common.placement import ALONE
 from distributed_mnist.distributed.world import World
 from distributed_mnist.gradients.all_reduce import DdpGradients, TreeGradients
-from distributed_mnist.gradients.per_shard import Layers
+from distributed_mnist.gradients.per_shard import HookedLayers
 from distributed_mnist.gradients.tree_sum import BinaryCounter, owned_shards, subtree_roots
 from distributed_mnist.training.batches import shard_sizes
 
@@ -22,12 +22,12 @@ WORLD = World(ALONE, torch.device("cpu"), "none")
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """As in a tree: two would add in another order, and wait for each other where cores are few."""
+    """Use one thread, as with `tree`: two would add in another order, and compete for few cores."""
     torch.set_num_threads(1)
 
 
 def tree_sum(leaves: list[Tensor]) -> Tensor:
-    """The tree, written down from the top: the left part is the largest power of two below the whole."""
+    """Add the tree from the top: the left part is the largest power of two smaller than the whole."""
     if len(leaves) == 1:
         return leaves[0].clone()
     left = 1
@@ -37,7 +37,7 @@ def tree_sum(leaves: list[Tensor]) -> Tensor:
 
 
 def made_leaves(count: int) -> list[Tensor]:
-    """Numbers of many magnitudes and both signs, so that every order of additions rounds differently."""
+    """Return numbers of many magnitudes and both signs: every order of additions rounds differently."""
     rng = np.random.default_rng(count)
     values = rng.standard_normal((count, 200)) * 10.0 ** rng.integers(-4, 4, (count, 200))
     return list(torch.from_numpy(values.astype(np.float32)))
@@ -121,7 +121,7 @@ def network(kind: str) -> nn.Module:
 
 
 class Passes:
-    """`pass_of` as the program defines it, samples `i * n // V` up; the loss's gradient by autograd."""
+    """A `ForwardShards` as in the program, with the loss's gradient computed by autograd."""
 
     def __init__(self, images: Tensor, labels: Tensor, shards: int) -> None:
         self._images, self._labels, self._shards = images, labels, shards
@@ -154,17 +154,24 @@ def batch(n: int) -> tuple[Tensor, Tensor]:
 
 
 def of_the_mean(model: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:
-    """torch's own gradient of the whole batch's mean loss, in float64."""
+    """Return torch's own gradient of the whole batch's mean loss, in float64."""
     wide = [p.detach().double().requires_grad_() for p in model.parameters()]
     named = dict(zip([name for name, _ in model.named_parameters()], wide, strict=True))
     logits = torch.func.functional_call(model, named, (images.double(),))
     return list(torch.autograd.grad(F.cross_entropy(logits, labels), wide))
 
 
-def ddp_alone(micro_batch: int | None, one_by_one: bool) -> Callable[[nn.Module, int], DdpGradients]:
+def ddp_alone(
+    micro_batch: int | None, one_shard_per_pass: bool
+) -> Callable[[nn.Module, int], DdpGradients]:
     def make(model: nn.Module, shards: int) -> DdpGradients:
         return DdpGradients(
-            model, WORLD, shards, shard_size=4, one_by_one=one_by_one, micro_batch=micro_batch
+            model,
+            WORLD,
+            shards,
+            shard_size=4,
+            one_shard_per_pass=one_shard_per_pass,
+            micro_batch=micro_batch,
         )
 
     return make
@@ -172,13 +179,17 @@ def ddp_alone(micro_batch: int | None, one_by_one: bool) -> Callable[[nn.Module,
 
 WAYS: dict[str, Callable[[nn.Module, int], TreeGradients | DdpGradients]] = {
     "tree": lambda model, shards: TreeGradients(model, WORLD, shards),
-    "tree by layers": lambda model, shards: TreeGradients(model, WORLD, shards, Layers(model)),
+    "tree by layers": lambda model, shards: TreeGradients(model, WORLD, shards, HookedLayers(model)),
     "tree, shards together": lambda model, shards: TreeGradients(
-        model, WORLD, shards, Layers(model), [(4, 4, 4, 4), (3, 4, 3, 4), (4, 4, 4), (3, 4, 4), (1, 1)]
+        model,
+        WORLD,
+        shards,
+        HookedLayers(model),
+        [(4, 4, 4, 4), (3, 4, 3, 4), (4, 4, 4), (3, 4, 4), (1, 1)],
     ),
-    "ddp": ddp_alone(None, one_by_one=False),
-    "ddp in small passes": ddp_alone(9, one_by_one=False),
-    "ddp shard by shard": ddp_alone(None, one_by_one=True),
+    "ddp": ddp_alone(None, one_shard_per_pass=False),
+    "ddp in small passes": ddp_alone(9, one_shard_per_pass=False),
+    "ddp shard by shard": ddp_alone(None, one_shard_per_pass=True),
 }
 
 
@@ -186,7 +197,7 @@ WAYS: dict[str, Callable[[nn.Module, int], TreeGradients | DdpGradients]] = {
 @pytest.mark.parametrize("kind", ["linear", "conv", "channels last"])
 @pytest.mark.parametrize(("n", "shards"), [(32, 8), (29, 8), (30, 7), (3, 8), (1, 8), (5, 1)])
 def test_one_process_has_the_gradient_of_the_mean(way: str, kind: str, n: int, shards: int) -> None:
-    """Uneven shards, and fewer samples than shards, weigh what they should."""
+    """Uneven shards, and fewer samples than shards, get the right weights."""
     model = network(kind)
     gradients = WAYS[way](model, shards)
     for images, labels in (batch(n), batch(n + 100), batch(n)):  # what a step leaves is not in the next
@@ -200,8 +211,8 @@ def test_one_process_has_the_gradient_of_the_mean(way: str, kind: str, n: int, s
         assert float((p.grad.double() - expected).abs().max()) <= 2e-5 * scale
 
 
-def of_each_shard(model: nn.Module, passes: Passes, layers: Layers | None) -> list[list[Tensor]]:
-    """Every shard's gradient, each of a pass of its own: by autograd from the loss, or by `layers`."""
+def of_each_shard(model: nn.Module, passes: Passes, layers: HookedLayers | None) -> list[list[Tensor]]:
+    """Return every shard's gradient, one pass each, by autograd from the loss or by `layers`."""
     parameters = list(model.parameters())
     leaves: list[list[Tensor]] = []
     for v, size in enumerate(passes.sizes):
@@ -212,9 +223,9 @@ def of_each_shard(model: nn.Module, passes: Passes, layers: Layers | None) -> li
             leaves.append(list(torch.autograd.grad(loss, parameters)))
         else:
             row = torch.full((1, sum(p.numel() for p in parameters)), torch.nan)
-            with layers.watched():
+            with layers.recording():
                 logits, outer = passes(model, range(v, v + 1))
-            layers.gradients(logits, outer, [size], layers.places(row))
+            layers.write_gradients(logits, outer, [size], layers.views(row))
             pieces = zip(row[0].split([p.numel() for p in parameters]), parameters, strict=True)
             leaves.append([piece.as_strided(p.shape, p.stride()) for piece, p in pieces])
     return leaves
@@ -228,7 +239,7 @@ def test_the_tree_adds_shards_gradients_in_the_tree(
 ) -> None:
     passes = Passes(*batch(n), shards)
     model = network(kind)
-    layers = Layers(model) if by_layers else None
+    layers = HookedLayers(model) if by_layers else None
     TreeGradients(model, WORLD, shards, layers).compute(passes, passes.sizes)
     assert passes.taken == [range(v, v + 1) for v, size in enumerate(passes.sizes) if size]
     got = [p.grad for p in model.parameters()]
@@ -241,7 +252,7 @@ def test_the_tree_adds_shards_gradients_in_the_tree(
 
 
 class Exact(nn.Module):
-    """Whole numbers in whole numbers out: sums are exact in any company and order."""
+    """A model with integer inputs and outputs: sums are exact in any batch and order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -266,12 +277,12 @@ RUNS: dict[str, tuple[int, int, list[Sequence[int]], list[int]]] = {
     "with empty ones": (3, 8, [(0, 0, 1, 0), (1, 0, 1)], [4, 1, 3]),
     "more than there are": (32, 8, [(4,) * 9, (4,) * 7], [7, 1]),
 }
-"""Samples, shards, what may go together, and how many shards each pass has."""
+"""(Samples, shards, sizes that may share a pass, expected number of shards in each pass)."""
 
 
 @pytest.mark.parametrize("case", RUNS)
 def test_shards_that_may_go_together_do(case: str) -> None:
-    """And get the gradients that they have alone: to the bit where nothing is rounded."""
+    """They get the gradients that they have alone, to the bit because nothing is rounded."""
     n, shards, together, lengths = RUNS[case]
     noise = torch.Generator().manual_seed(n)
     images = torch.randint(-3, 4, (n, 1, 3, 4), generator=noise).float()
@@ -279,15 +290,15 @@ def test_shards_that_may_go_together_do(case: str) -> None:
     model, sizes = Exact(), shard_sizes(n, shards)
     taken: list[range] = []
 
-    def pass_of(module: nn.Module, part: range) -> tuple[Tensor, Tensor]:
+    def forward_shards(module: nn.Module, part: range) -> tuple[Tensor, Tensor]:
         taken.append(part)
         rows = slice(part.start * n // shards, part.stop * n // shards)
         return module(images[rows]), outer[rows]
 
-    gradients = TreeGradients(model, WORLD, shards, Layers(model), together)
+    gradients = TreeGradients(model, WORLD, shards, HookedLayers(model), together)
     for _ in range(2):
         taken.clear()
-        gradients.compute(pass_of, sizes)
+        gradients.compute(forward_shards, sizes)
         cuts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
         runs = [range(a, b) for a, b in pairwise(cuts)]
         assert taken == [run for run in runs if sum(sizes[run.start : run.stop])]
@@ -332,7 +343,7 @@ def test_nothing_is_added_to_what_was_there(way: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("micro_batch", "one_by_one", "lengths"),
+    ("micro_batch", "one_shard_per_pass", "lengths"),
     [
         (None, False, [8]),
         (9, False, [2, 2, 2, 2]),
@@ -343,9 +354,9 @@ def test_nothing_is_added_to_what_was_there(way: str) -> None:
     ],
 )
 def test_ddp_passes_have_as_many_shards_as_fit(
-    micro_batch: int | None, one_by_one: bool, lengths: list[int]
+    micro_batch: int | None, one_shard_per_pass: bool, lengths: list[int]
 ) -> None:
     model, passes = network("linear"), Passes(*batch(32), 8)
-    ddp_alone(micro_batch, one_by_one)(model, 8).compute(passes, passes.sizes)
+    ddp_alone(micro_batch, one_shard_per_pass)(model, 8).compute(passes, passes.sizes)
     assert list(map(len, passes.taken)) == lengths
     assert [v for part in passes.taken for v in part] == list(range(8))

@@ -1,4 +1,4 @@
-"""Gradients and exact metrics in real groups: against a plain reference, and between sizes to the bit."""
+"""Test gradients and metrics in real groups, against a plain reference and, to the bit, between sizes."""
 
 import os
 import re
@@ -22,13 +22,13 @@ from distributed_mnist.config import Precision, Recipe
 from distributed_mnist.data.split import Split
 from distributed_mnist.distributed.world import World
 from distributed_mnist.errors import WorkerLost
-from distributed_mnist.gradients.all_reduce import DdpGradients, Gradients, PassOf, TreeGradients
+from distributed_mnist.gradients.all_reduce import DdpGradients, ForwardShards, Gradients, TreeGradients
 from distributed_mnist.gradients.loss import cross_entropy
-from distributed_mnist.gradients.per_shard import Layers
+from distributed_mnist.gradients.per_shard import HookedLayers
 from distributed_mnist.models.zoo import build, inspect, place
 from distributed_mnist.training.batches import Batches
 from distributed_mnist.training.evaluate import Evaluation, evaluate, forward
-from distributed_mnist.training.setup import make_tree
+from distributed_mnist.training.setup import make_tree_gradients
 
 SIZES = (2, 3, 4)
 MANY = tuple(pytest.param(size, marks=pytest.mark.slow) for size in (7, 8))
@@ -42,7 +42,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """As the ranks have."""
+    """Use one thread, as the ranks do."""
     torch.set_num_threads(1)
 
 
@@ -54,7 +54,7 @@ def split(count: int) -> Split:
 
 @dataclass(frozen=True)
 class Case:
-    """A gradient to compute: of which model, how cut, added up in which way."""
+    """A gradient to compute: the model, the shards, and the way to add them."""
 
     sync: str
     model: str
@@ -92,20 +92,23 @@ class Case:
         if self.sync == "tree":
             return TreeGradients(model, world, self.shards)
         if self.sync == "together":
-            return make_tree(self.recipe, world, model, inspect(model, self.model, 10, CPU))
+            return make_tree_gradients(self.recipe, world, model, inspect(model, self.model, 10, CPU))
         if self.sync == "apart":
-            return TreeGradients(model, world, self.shards, Layers(model))
+            return TreeGradients(model, world, self.shards, HookedLayers(model))
         shard_size = -(-self.batch // self.shards)
         return DdpGradients(
-            model, world, self.shards, shard_size=shard_size, one_by_one=self.draws,
+            model, world, self.shards, shard_size=shard_size, one_shard_per_pass=self.draws,
             micro_batch=self.micro_batch,
         )  # fmt: skip
 
 
-def pass_for(case: Case, batches: Batches, step: int) -> PassOf:
-    """As the training's; the loss's gradient by autograd where the model's is."""
+def pass_for(case: Case, batches: Batches, step: int) -> ForwardShards:
+    """Return a `ForwardShards` like that of training.
 
-    def pass_of(module: nn.Module, shards: range) -> tuple[Tensor, Tensor]:
+    Autograd computes the loss's gradient, except in the cases that test the tree as the program sets it up.
+    """
+
+    def forward_shards(module: nn.Module, shards: range) -> tuple[Tensor, Tensor]:
         first, end = batches.span(step, shards)
         assert first < end, "a pass over nothing"
         batch = batches.take(step, shards)
@@ -117,7 +120,7 @@ def pass_for(case: Case, batches: Batches, step: int) -> PassOf:
         loss = F.cross_entropy(logits, batch.labels, reduction="sum") / batches.size(step)
         return logits, torch.autograd.grad(loss, logits, retain_graph=True)[0]
 
-    return pass_of
+    return forward_shards
 
 
 def flat(model: nn.Module) -> NDArray[np.float32]:
@@ -152,11 +155,11 @@ FEW = [
     for model in ("linear", "cnn-small")
     for shards, batch in ((8, 5), (11, 2), (8, 1))
 ]
-"""Batches that are never whole: shards without samples, and ranks."""
+"""Cases in which some shards, and some ranks, have no samples."""
 
 
 def compute(world: World, cases: list[Case]) -> list[list[NDArray[np.float32]]]:
-    """The gradients of the first and of the last, short batch in every case."""
+    """Return the gradients of the first and of the last, short batch in every case."""
     found = []
     for case in cases:
         if world.size > case.shards:
@@ -173,29 +176,29 @@ def compute(world: World, cases: list[Case]) -> list[list[NDArray[np.float32]]]:
 
 @cache
 def all_ranks(size: int, cases: tuple[Case, ...]) -> dict[Case, list[list[NDArray[np.float32]]]]:
-    """Every case's gradients on every rank."""
+    """Return every case's gradients on every rank."""
     ranks = run_ranks(compute, size, list(cases))
     return {case: [rank[i] for rank in ranks] for i, case in enumerate(cases)}
 
 
 def computed(size: int) -> dict[Case, list[list[NDArray[np.float32]]]]:
-    """Of the ways that know nothing of layers."""
+    """The gradients of the ways that do not use `HookedLayers`."""
     return all_ranks(size, (*TREE, *DDP))
 
 
 def together(size: int) -> dict[Case, list[list[NDArray[np.float32]]]]:
-    """Of the tree as the program sets it up."""
+    """The gradients of the tree as the program sets it up."""
     return all_ranks(size, tuple(TOGETHER))
 
 
 def few(size: int) -> dict[Case, list[list[NDArray[np.float32]]]]:
-    """Of the same, where there are fewer samples than shards."""
+    """The same, with fewer samples than shards."""
     return all_ranks(size, tuple(FEW))
 
 
 @cache
 def apart() -> dict[Case, list[NDArray[np.float32]]]:
-    """The same gradients on one process, with no shard in company."""
+    """The same gradients on one process, with one shard per pass."""
     (rank,) = run_ranks(compute, 1, [replace(case, sync="apart") for case in (*TOGETHER, *FEW)])
     return dict(zip((*TOGETHER, *FEW), rank, strict=True))
 
@@ -215,7 +218,7 @@ def test_the_tree_gives_the_same_bits_at_every_size(size: int) -> None:
 @pytest.mark.parametrize("size", [1, *SIZES, *MANY])
 @pytest.mark.parametrize("case", TOGETHER, ids=str)
 def test_shards_that_go_together_change_no_bit(case: Case, size: int) -> None:
-    """The tree as the program sets it up, against one process that takes every shard by itself."""
+    """Compare the tree as the program sets it up with one process that has one shard per pass."""
     assert [bits(each) for each in together(size)[case]] == [bits(apart()[case])] * size
 
 
@@ -230,13 +233,16 @@ def test_some_do_go_together() -> None:
     found = set()
     for case in TOGETHER:
         model, batches = case.made_model(), case.batches()
-        pass_of, taken = pass_for(case, batches, 0), list[int]()
+        forward_shards, taken = pass_for(case, batches, 0), list[int]()
 
         def noted(
-            module: nn.Module, shards: range, pass_of: PassOf = pass_of, taken: list[int] = taken
+            module: nn.Module,
+            shards: range,
+            forward_shards: ForwardShards = forward_shards,
+            taken: list[int] = taken,
         ) -> tuple[Tensor, Tensor]:
             taken.append(len(shards))
-            return pass_of(module, shards)
+            return forward_shards(module, shards)
 
         gradients = case.gradients(model, World(ALONE, CPU, "none"))
         gradients.compute(noted, batches.shard_sizes(0))
@@ -246,7 +252,7 @@ def test_some_do_go_together() -> None:
 
 
 def shard_gradient(case: Case, step: int, shard: int) -> NDArray[np.float32]:
-    """By autograd from the loss."""
+    """Return the gradients that autograd computes from the loss."""
     batches, model = case.batches(), case.made_model()
     batch = batches.take(step, range(shard, shard + 1))
     if not len(batch.labels):
@@ -298,7 +304,7 @@ def test_ddp_gives_all_ranks_the_same(size: int) -> None:
 
 @pytest.mark.parametrize("size", [1, *SIZES, *MANY])
 def test_ddp_draws_the_dropout_of_the_tree(size: int) -> None:
-    """Masks are keyed by step and shard, so both ways train through the same ones."""
+    """Masks are keyed by step and shard, so both ways use the same ones."""
     for case in DDP:
         if case.draws:
             tree = computed(1)[replace(case, sync="tree", micro_batch=None)][0]
@@ -307,18 +313,18 @@ def test_ddp_draws_the_dropout_of_the_tree(size: int) -> None:
 
 
 def lose_one(world: World, victim: int, noticed: Barrier) -> None:
-    """The victim leaves after some steps; the others go on until they notice."""
+    """One rank leaves after some steps; the others continue until they notice."""
     case = Case("ddp", "mlp", 8, 64, 64)
     batches, model = case.batches(), case.made_model()
     gradients = case.gradients(model, world)
-    pass_of = pass_for(case, batches, 0)
+    forward_shards = pass_for(case, batches, 0)
     for _ in range(3):
-        gradients.compute(pass_of, batches.shard_sizes(0))
+        gradients.compute(forward_shards, batches.shard_sizes(0))
     if world.rank == victim:
         os._exit(9)
     try:
         while True:
-            gradients.compute(pass_of, batches.shard_sizes(0))
+            gradients.compute(forward_shards, batches.shard_sizes(0))
     except WorkerLost:
         noticed.wait(PATIENCE)  # who leaves at once would be lost to the next in turn
         raise
@@ -340,7 +346,7 @@ COUNTS = (1, 10, 250, 300, 1_007)  # chunks: 1, 1, 1, 2, 5; fewer than ranks, an
 
 
 def plain(evaluation: Evaluation) -> dict[str, Any]:
-    """As values that compare whole, and that can be sent from a process that ends."""
+    """Return values that can be compared, and sent from a process that ends."""
     tensors = {name: getattr(evaluation, name).tolist() for name in ("predicted", "confidence")}
     return {**vars(evaluation), **tensors}
 

@@ -1,4 +1,4 @@
-"""Cross-entropy by the formula: torch's own in float64, with its gradient by autograd, and row by row."""
+"""Test the cross-entropy formula against torch's and autograd in float64, and row by row."""
 
 import math
 
@@ -15,7 +15,7 @@ SMOOTHING = (0.0, 0.1, 0.5, 1.0)
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """As in a tree."""
+    """Use one thread, as with `tree`."""
     torch.set_num_threads(1)
 
 
@@ -26,7 +26,7 @@ def drawn(n: int, classes: int, scale: float = 3.0) -> tuple[Tensor, Tensor]:
 
 
 def reference(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """torch's losses and autograd's gradient of their sum, in float64."""
+    """Return torch's losses and autograd's gradient of their sum, in float64."""
     wide = logits.double().requires_grad_()
     losses = F.cross_entropy(wide, labels, reduction="none", label_smoothing=smoothing)
     (gradient,) = torch.autograd.grad(losses.sum(), wide)
@@ -57,7 +57,7 @@ def test_without_smoothing_unless_asked() -> None:
 @pytest.mark.parametrize("smoothing", SMOOTHING)
 @pytest.mark.parametrize("scale", [200.0, 1e4])
 def test_extreme_logits_are_finite_and_right(scale: float, smoothing: float) -> None:
-    """Where `exp` alone would overflow, or `log` of it be minus infinity."""
+    """Here `exp` alone would overflow, or its `log` would be minus infinity."""
     labels = torch.arange(10).repeat(3)
     logits = torch.full((30, 10), -scale)
     logits[:10].fill_diagonal_(scale)  # sure and right
@@ -77,7 +77,7 @@ def test_extreme_logits_are_finite_and_right(scale: float, smoothing: float) -> 
 @pytest.mark.parametrize("smoothing", SMOOTHING)
 @pytest.mark.parametrize("classes", CLASSES)
 def test_even_odds(classes: int, smoothing: float) -> None:
-    """What a last layer of zeros begins with."""
+    """These are the first logits of a last layer of zeros."""
     losses, gradient = cross_entropy(torch.zeros(3, classes), torch.tensor([0, 1, classes - 1]), smoothing)
     assert losses.tolist() == pytest.approx([math.log(classes)] * 3, rel=1e-6)
     expected = torch.full(
@@ -90,7 +90,7 @@ def test_even_odds(classes: int, smoothing: float) -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("classes", CLASSES)
 def test_a_row_is_the_same_in_any_company(classes: int, smoothing: float) -> None:
-    """To the bit: a shard that goes with others must have the gradient that it has alone."""
+    """To the bit: a shard in a larger batch must have the gradient that it has alone."""
     logits, labels = drawn(1_000, classes)
     losses, gradient = cross_entropy(logits, labels, smoothing)
     for size in (1, 2, 3, 5, 8, 13, 16, 17, 31, 32, 33, 64, 65, 100, 250):

@@ -1,4 +1,4 @@
-"""Several shards in one pass: each has autograd's gradient; what is not understood is not tried."""
+"""Test several shards in one pass: each has autograd's gradient, and unsupported models are found."""
 
 import gc
 import threading
@@ -14,25 +14,25 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from distributed_mnist.config import Precision
-from distributed_mnist.gradients.batch_invariance import same_bits, understood
+from distributed_mnist.gradients.batch_invariance import is_batch_invariant, matches_autograd
 from distributed_mnist.gradients.loss import cross_entropy
-from distributed_mnist.gradients.per_shard import Layers
+from distributed_mnist.gradients.per_shard import HookedLayers
 from distributed_mnist.models.patch_conv import PatchConv
-from distributed_mnist.models.zoo import IMAGE_SHAPE, MODELS, Narrow, build, place
+from distributed_mnist.models.zoo import IMAGE_SHAPE, MODELS, NarrowLinear, build, place
 from distributed_mnist.training.evaluate import forward
 
 SMALL = (2, 8, 9)
-"""Channels, height, width; four classes."""
+"""Channels, height and width of small images; they have four classes."""
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """As in a tree."""
+    """Use one thread, as with `tree`."""
     torch.set_num_threads(1)
 
 
 class Corner(nn.Module):
-    """The first channel's corner."""
+    """Crops the corner of the first channel."""
 
     def __init__(self, side: int) -> None:
         super().__init__()
@@ -43,14 +43,14 @@ class Corner(nn.Module):
 
 
 class LastChannels(nn.Module):
-    """Images with their channels last, as `PatchConv` wants them."""
+    """Puts the channels last, as `PatchConv` needs them."""
 
     def forward(self, images: Tensor) -> Tensor:
         return images.permute(0, 2, 3, 1)
 
 
 class Rows(nn.Module):
-    """Linear layers on each row of the image and on each column: many rows a sample."""
+    """Applies linear layers to each row and each column of an image: many rows per sample."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Rows(nn.Module):
 
 
 def convolved(features: int, *layers: nn.Module) -> nn.Module:
-    """These layers, and a linear one."""
+    """Return a model of these layers and a linear one."""
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, 4))
 
 
@@ -73,12 +73,12 @@ def channels_last(model: nn.Module) -> nn.Module:
     return model
 
 
-UNDERSTOOD: dict[str, Callable[[], nn.Module]] = {
+SUPPORTED: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Sequential(nn.Flatten(), nn.Linear(144, 4)),
     "two linear": lambda: nn.Sequential(
         nn.Flatten(), nn.Linear(144, 7), nn.ReLU(), nn.Linear(7, 4, bias=False)
     ),
-    "narrow": lambda: nn.Sequential(nn.Flatten(), Narrow(144, 4)),
+    "narrow": lambda: nn.Sequential(nn.Flatten(), NarrowLinear(144, 4)),
     "linear on rows": Rows,
     "conv": lambda: convolved(5 * 6 * 7, nn.Conv2d(2, 5, 3), nn.ReLU()),
     "conv without bias": lambda: convolved(5 * 6 * 7, nn.Conv2d(2, 5, 3, bias=False), nn.ReLU()),
@@ -117,7 +117,7 @@ SIZES = [(4, 4, 4), (1, 1), (5,), (3, 4, 3, 4), (1, 6, 2), (16, 16)]
 
 def made(kind: str) -> nn.Module:
     torch.manual_seed(3)
-    return UNDERSTOOD[kind]()
+    return SUPPORTED[kind]()
 
 
 def drawn(n: int, shape: Sequence[int] = SMALL, classes: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -130,19 +130,19 @@ def plain(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def rows_of(
-    model: nn.Module, layers: Layers, images: Tensor, labels: Tensor, sizes: Sequence[int],
+    model: nn.Module, layers: HookedLayers, images: Tensor, labels: Tensor, sizes: Sequence[int],
     forward_pass: Callable[[nn.Module, Tensor], Tensor] = plain,
 ) -> Tensor:  # fmt: skip
-    """Each shard's gradient, `(shards, parameters)`, from one pass."""
-    with layers.watched():
+    """Return each shard's gradient, `(shards, parameters)`, from one pass."""
+    with layers.recording():
         logits = forward_pass(model, images)
     rows = torch.full((len(sizes), sum(p.numel() for p in layers.parameters)), torch.nan)
-    layers.gradients(logits, cross_entropy(logits, labels)[1], sizes, layers.places(rows))
+    layers.write_gradients(logits, cross_entropy(logits, labels)[1], sizes, layers.views(rows))
     return rows
 
 
 def in_memory_order(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """Its numbers in the order in which the parameter's lie: a parameter's strides sort its elements."""
+    """Return its numbers in the parameter's memory order, which its strides give."""
     place = torch.zeros(parameter.shape, dtype=torch.int64)
     for axis, stride in enumerate(parameter.stride()):
         shape = [-1 if axis == other else 1 for other in range(parameter.ndim)]
@@ -151,7 +151,7 @@ def in_memory_order(gradient: Tensor, parameter: Tensor) -> Tensor:
 
 
 def by_autograd(model: nn.Module, images: Tensor, labels: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The same by torch, shard by shard, in float64."""
+    """Return the same from autograd, shard by shard, in float64."""
     wide = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
     found = []
     for x, y in zip(images.split(list(sizes)), labels.split(list(sizes)), strict=True):
@@ -164,12 +164,12 @@ def by_autograd(model: nn.Module, images: Tensor, labels: Tensor, sizes: Sequenc
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("kind", UNDERSTOOD)
+@pytest.mark.parametrize("kind", SUPPORTED)
 def test_each_shard_has_autograds_gradient(kind: str, sizes: tuple[int, ...]) -> None:
     model = made(kind)
     images, labels = drawn(sum(sizes))
     expected = by_autograd(model, images, labels, sizes)
-    got = rows_of(model, Layers(model), images, labels, sizes)
+    got = rows_of(model, HookedLayers(model), images, labels, sizes)
     assert got.shape == expected.shape
     for mine, its in zip(got, expected, strict=True):
         assert float((mine.double() - its).abs().max()) <= 5e-6 * float(its.abs().max())
@@ -180,16 +180,16 @@ def test_in_bfloat16_it_is_autograds_too(kind: str) -> None:
     model, sizes = made(kind), (3, 4)
     images, labels = drawn(7)
     bf16 = partial(forward, precision="bf16")
-    got = rows_of(model, Layers(model), images, labels, sizes, bf16)
+    got = rows_of(model, HookedLayers(model), images, labels, sizes, bf16)
     expected = by_autograd(model, images, labels, sizes)
     assert float((got - expected).abs().max()) <= 0.03 * float(expected.abs().max())
     assert float((got - expected).abs().max()) > 0
 
 
 def test_every_pass_is_by_itself() -> None:
-    """What one left behind is not in the next, whose shards may be of other sizes."""
+    """No numbers of one pass stay for the next, whose shards may have other sizes."""
     model = made("conv")
-    layers = Layers(model)
+    layers = HookedLayers(model)
     images, labels = drawn(12)
     first = rows_of(model, layers, images, labels, (4, 4, 4))
     rows_of(model, layers, *drawn(5, seed=1), (2, 3))
@@ -198,7 +198,7 @@ def test_every_pass_is_by_itself() -> None:
 
 def test_a_shard_without_another_reads_nothing_of_it() -> None:
     model = made("conv, channels last")
-    layers = Layers(model)
+    layers = HookedLayers(model)
     images, labels = drawn(9)
     before = rows_of(model, layers, images, labels, (2, 3, 4))
     images[2:5] = torch.nan
@@ -207,11 +207,11 @@ def test_a_shard_without_another_reads_nothing_of_it() -> None:
     assert after[1].isnan().any()
 
 
-# ---- What is understood ----------------------------------------------------------------------------------
+# ---- Which models are supported --------------------------------------------------------------------------
 
 
 class Head(nn.Module):
-    """Two linear layers on the pixels, for others to spoil."""
+    """Two linear layers on the pixels; subclasses add something unsupported."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -222,7 +222,7 @@ class Head(nn.Module):
 
 
 class Loose(Head):
-    """A parameter of its own, beside its layers'."""
+    """Has a parameter that belongs to none of its layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -243,7 +243,7 @@ class Twice(Head):
 
 
 class Tied(Head):
-    """One matrix in two layers, as word embeddings are."""
+    """Shares one matrix between two layers, as with word embeddings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -256,14 +256,14 @@ class Tied(Head):
 
 
 class Elsewhere(Head):
-    """A layer's weight does more than its layer does."""
+    """Uses a layer's weight outside its layer too."""
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images) + self.last.weight.sum()
 
 
 class ALittleElsewhere(Head):
-    """The same, where gradients are far smaller than those of other layers."""
+    """Does the same, with gradients far smaller than those of other layers."""
 
     def forward(self, images: Tensor) -> Tensor:
         pixels = images.flatten(1)
@@ -277,7 +277,7 @@ class ByKeyword(Head):
 
 
 class Locked(Head):
-    """It cannot be copied."""
+    """Cannot be copied."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -285,7 +285,7 @@ class Locked(Head):
 
 
 class Keeping(Head):
-    """It keeps what it computed: it cannot be copied once it has."""
+    """Keeps an activation, and cannot be copied after that."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -297,7 +297,7 @@ class Keeping(Head):
 
 
 class OnlyElsewhere(Head):
-    """A layer is not called, but what it holds is used."""
+    """Does not call a layer, but uses its parameters."""
 
     def forward(self, images: Tensor) -> Tensor:
         return F.linear(self.first(images.flatten(1)).relu(), self.last.weight, self.last.bias)
@@ -310,7 +310,7 @@ class Unused(Head):
 
 
 class InVain(Head):
-    """A layer is called, and nothing is made of it."""
+    """Calls a layer and ignores its output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -322,14 +322,14 @@ class InVain(Head):
 
 
 class Overwritten(Head):
-    """What a layer gave is changed where it lies: its gradient is no longer that of the layer's output."""
+    """Changes a layer's output in place: its gradient is no longer that of the layer's output."""
 
     def forward(self, images: Tensor) -> Tensor:
         return self.last(self.first(images.flatten(1)).mul_(0.5).relu_())
 
 
 class Scaled(Head):
-    """A weight that is made anew from its parameter in each pass."""
+    """Computes a weight from its parameter in each pass."""
 
     def __init__(self, wrap: Callable[[nn.Module], nn.Module], *, bias: bool = True) -> None:
         super().__init__()
@@ -357,7 +357,7 @@ def padded(mode: Any) -> nn.Module:
     return convolved(5 * 8 * 9, nn.Conv2d(2, 5, 3, padding=1, padding_mode=mode), nn.ReLU())
 
 
-NOT_UNDERSTOOD: dict[str, Callable[[], nn.Module]] = {
+UNSUPPORTED: dict[str, Callable[[], nn.Module]] = {
     "layer norm": lambda: convolved(144, nn.LayerNorm(9)),
     "group norm": lambda: convolved(4 * 6 * 7, nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4)),
     "slopes to learn": lambda: convolved(144, nn.Flatten(), nn.Linear(144, 144), nn.PReLU()),
@@ -398,51 +398,51 @@ class Squared(nn.Module):
         return self.pairs(images[:, 0, 0].contiguous(), images[:, 1, 0].contiguous())
 
 
-@pytest.mark.parametrize("kind", UNDERSTOOD)
-def test_what_is_understood(kind: str) -> None:
-    assert understood(made(kind), SMALL)
+@pytest.mark.parametrize("kind", SUPPORTED)
+def test_supported_models(kind: str) -> None:
+    assert matches_autograd(made(kind), SMALL)
 
 
-@pytest.mark.parametrize("kind", NOT_UNDERSTOOD)
-def test_what_is_not(kind: str) -> None:
+@pytest.mark.parametrize("kind", UNSUPPORTED)
+def test_unsupported_models(kind: str) -> None:
     torch.manual_seed(3)
-    model = NOT_UNDERSTOOD[kind]()
+    model = UNSUPPORTED[kind]()
     assert model(drawn(2)[0]).shape[0] == 2  # it works; only not so
-    assert not understood(model, SMALL)
+    assert not matches_autograd(model, SMALL)
 
 
 @pytest.mark.parametrize("kind", ["a weight used elsewhere", "circular", "an output overwritten"])
 def test_a_last_layer_of_zeros_hides_nothing(kind: str) -> None:
-    """Through it no gradient comes back, and nothing equals nothing."""
+    """No gradient passes through it, and all-zero gradients would agree."""
     torch.manual_seed(3)
-    model = NOT_UNDERSTOOD[kind]()
+    model = UNSUPPORTED[kind]()
     last = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1]
     for p in last.parameters():
         nn.init.zeros_(p)
-    assert not understood(model, SMALL)
+    assert not matches_autograd(model, SMALL)
 
 
 @pytest.mark.parametrize("kind", ["a loose parameter", "tied weights", "a frozen weight", "layer norm"])
-def test_who_holds_the_parameters_is_known(kind: str) -> None:
-    assert not Layers(NOT_UNDERSTOOD[kind]()).hold_all()
-    assert Layers(made("conv")).hold_all()
+def test_parameters_outside_the_layers_are_noticed(kind: str) -> None:
+    assert not HookedLayers(UNSUPPORTED[kind]()).hold_all_parameters()
+    assert HookedLayers(made("conv")).hold_all_parameters()
 
 
-def test_padding_by_name_is_not_understood_wrongly() -> None:
-    """`_convolution` gets numbers; should that change, the gradient must be right."""
+def test_padding_by_name_is_right_if_supported() -> None:
+    """`_write_convolution` expects numbers; if this is ever supported, the gradient must be right."""
     model = convolved(5 * 8 * 9, nn.Conv2d(2, 5, 3, padding="same"), nn.ReLU())
-    if understood(model, SMALL):
+    if matches_autograd(model, SMALL):
         images, labels = drawn(6)
-        got = rows_of(model, Layers(model), images, labels, (3, 3))
+        got = rows_of(model, HookedLayers(model), images, labels, (3, 3))
         torch.testing.assert_close(got.double(), by_autograd(model, images, labels, (3, 3)))
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_programs_own_models_are_understood(name: str) -> None:
-    """Also `cnn-small`, whose last layer begins at zero and hides what is before it."""
+def test_the_programs_own_models_are_supported(name: str) -> None:
+    """This includes `cnn-small`, whose last layer starts at zero and hides the layers before it."""
     model = place(build(name, 10, seed=0), torch.device("cpu"))
     before = [p.clone() for p in model.parameters()]
-    assert understood(model, IMAGE_SHAPE)
+    assert matches_autograd(model, IMAGE_SHAPE)
     assert all(map(torch.equal, before, model.parameters()))
     assert all(p.grad is None for p in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
@@ -458,8 +458,8 @@ def differing(
     model: nn.Module, forward_pass: Callable[[nn.Module, Tensor], Tensor], shape: Sequence[int],
     classes: int, sizes: Sequence[int], rounds: int,
 ) -> list[int]:  # fmt: skip
-    """The rounds, each with other images, in which a shard had other bits alone than with the others."""
-    layers, found = Layers(model), []
+    """Return the rounds, each with other images, in which a shard's bits differ alone and together."""
+    layers, found = HookedLayers(model), []
     for seed in range(1, rounds + 1):
         images, labels = drawn(sum(sizes), shape, classes, seed)
         together = rows_of(model, layers, images, labels, sizes, forward_pass)
@@ -471,7 +471,7 @@ def differing(
 
 
 def curved(activation: type[nn.Module]) -> nn.Module:
-    """A user's own: torch computes the last few numbers of these in another way than the others."""
+    """A user's own model: torch computes the last few numbers of these activations in another way."""
     return nn.Sequential(nn.Flatten(), nn.Linear(784, 33), activation(), nn.Linear(33, 10))
 
 
@@ -481,10 +481,10 @@ CURVES = {each.__name__: each for each in (nn.GELU, nn.Sigmoid, nn.SiLU, nn.Tanh
 @pytest.mark.parametrize("sizes", COMPANY, ids=str)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", [*MODELS, *CURVES])
-def test_what_is_said_to_have_the_same_bits_has_them(
+def test_what_is_said_to_be_batch_invariant_is(
     name: str, precision: Precision, sizes: tuple[int, ...]
 ) -> None:
-    """On images that were not the ones tried; where the answer is no, nothing is promised."""
+    """The images are other ones than the test used; if the answer is no, nothing is promised."""
     torch.manual_seed(1)
     model = curved(CURVES[name]) if name in CURVES else build(name, 10, seed=0)
     model = place(model, torch.device("cpu"))
@@ -492,18 +492,18 @@ def test_what_is_said_to_have_the_same_bits_has_them(
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.02)
     forward_pass = partial(forward, precision=precision)
-    if same_bits(model, forward_pass, IMAGE_SHAPE, sizes):
+    if is_batch_invariant(model, forward_pass, IMAGE_SHAPE, sizes):
         assert not differing(model, forward_pass, IMAGE_SHAPE, 10, sizes, ROUNDS)
 
 
 def test_the_fast_recipes_shards_go_together() -> None:
-    """That makes it fast; and if none did, the test above would have nothing to look at."""
+    """This makes it fast. If no shards went together, the test above would test nothing."""
     model = place(build("cnn-small", 10, seed=0), torch.device("cpu"))
-    assert same_bits(model, partial(forward, precision="bf16"), IMAGE_SHAPE, [64] * 8)
+    assert is_batch_invariant(model, partial(forward, precision="bf16"), IMAGE_SHAPE, [64] * 8)
 
 
 class Company(Head):
-    """Rounds otherwise in company: the mean over the batch is taken off and put on again."""
+    """Rounds differently in a larger batch: subtracts the batch's mean and adds it again."""
 
     def forward(self, images: Tensor) -> Tensor:
         pixels = images.flatten(1)
@@ -512,14 +512,14 @@ class Company(Head):
 
 
 class Crowd(Head):
-    """A little more where there are many, as if another kernel were chosen."""
+    """Gives slightly larger logits for many images, as if another kernel were chosen."""
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images * (1 + 2**-20 * (len(images) > 16)))
 
 
 class Backwards(Head):
-    """The same logits in any company; only their gradient is not."""
+    """Gives the same logits in any batch, but another gradient."""
 
     def forward(self, images: Tensor) -> Tensor:
         logits = super().forward(images)
@@ -529,7 +529,7 @@ class Backwards(Head):
 
 
 class RowsFirst(nn.Module):
-    """Its layer's input has the samples in its second dimension: shards cannot be told apart there."""
+    """Its layer's input has the samples in the second dimension, so shards cannot be separated."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -542,21 +542,21 @@ class RowsFirst(nn.Module):
 
 @pytest.mark.parametrize("kind", [Company, Crowd, Backwards, RowsFirst])
 @pytest.mark.parametrize("sizes", [(16, 16), (9, 10), (6, 6, 6)])
-def test_company_that_changes_the_last_bits_is_noticed(
+def test_a_batch_that_changes_the_last_bits_is_noticed(
     kind: Callable[[], nn.Module], sizes: tuple[int, ...]
 ) -> None:
     torch.manual_seed(3)
     model = kind()
-    assert understood(model, SMALL)
+    assert matches_autograd(model, SMALL)
     images, _ = drawn(sum(sizes))
     in_company, alone = model(images), torch.cat([model(x) for x in images.split(list(sizes))])
     assert torch.allclose(in_company, alone, rtol=1e-4, atol=1e-5)
     assert differing(model, plain, SMALL, 4, sizes, 2) == [1, 2]
-    assert not same_bits(model, plain, SMALL, sizes)
+    assert not is_batch_invariant(model, plain, SMALL, sizes)
 
 
 class Reordered(nn.Linear):
-    """Adds in another order in company, as the kernel of another size may, and rounds to bfloat16."""
+    """Adds in another order in a larger batch, as another kernel may, and rounds to bfloat16."""
 
     def forward(self, input: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
@@ -570,26 +570,26 @@ class Reordered(nn.Linear):
 
 
 def test_an_order_that_rounding_hides_is_noticed() -> None:
-    """In bfloat16 other sums look the same nearly always: one trial on usual numbers says nothing."""
+    """In bfloat16 other sums nearly always round to the same: one test on ordinary numbers says nothing."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Flatten(), Reordered(144, 4))
     bf16 = partial(forward, precision="bf16")
     assert not differing(model, bf16, SMALL, 4, (16, 16), 5)
-    assert not same_bits(model, bf16, SMALL, (16, 16))
-    assert same_bits(model, bf16, SMALL, (8, 8))
+    assert not is_batch_invariant(model, bf16, SMALL, (16, 16))
+    assert is_batch_invariant(model, bf16, SMALL, (8, 8))
 
 
 @pytest.mark.parametrize("kind", [Company, Crowd, Backwards])
-def test_alone_there_is_no_company(kind: Callable[[], nn.Module]) -> None:
+def test_one_shard_alone_is_batch_invariant(kind: Callable[[], nn.Module]) -> None:
     torch.manual_seed(3)
-    assert same_bits(kind(), plain, SMALL, [16])
+    assert is_batch_invariant(kind(), plain, SMALL, [16])
 
 
 def test_trying_leaves_the_model_alone() -> None:
     model = made("conv")
     before = [p.clone() for p in model.parameters()]
     state = torch.get_rng_state()
-    same_bits(model, plain, SMALL, [4, 4])
+    is_batch_invariant(model, plain, SMALL, [4, 4])
     assert all(map(torch.equal, before, model.parameters()))
     assert all(p.grad is None for p in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
@@ -600,7 +600,7 @@ def test_trying_leaves_the_model_alone() -> None:
 
 
 class Outputs:
-    """Weak references to all that a model's layers take and give."""
+    """Weak references to the outputs of a model's layers."""
 
     def __init__(self, model: nn.Module) -> None:
         self.seen: list[weakref.ref[Tensor]] = []
@@ -616,10 +616,10 @@ class Outputs:
         return sum(each() is not None for each in self.seen)
 
 
-def test_outside_of_a_watched_pass_nothing_is_kept() -> None:
-    """A hook that noted every pass would hold an evaluation's activations for ever."""
+def test_outside_of_a_recorded_pass_nothing_is_kept() -> None:
+    """A hook that recorded every pass would keep an evaluation's activations for ever."""
     model = made("conv, channels last")
-    layers, outputs = Layers(model), Outputs(model)
+    layers, outputs = HookedLayers(model), Outputs(model)
     images, labels = drawn(6)
     model(images)
     assert len(outputs.seen) == 3
@@ -632,21 +632,21 @@ def test_outside_of_a_watched_pass_nothing_is_kept() -> None:
     assert outputs.alive() == 0
 
 
-def test_a_watched_pass_keeps_what_it_needs() -> None:
+def test_a_recorded_pass_keeps_what_it_needs() -> None:
     """Otherwise the test above could not fail."""
     model = made("conv, channels last")
-    layers, outputs = Layers(model), Outputs(model)
-    with layers.watched():
+    layers, outputs = HookedLayers(model), Outputs(model)
+    with layers.recording():
         logits = model(drawn(6)[0])
         del logits
     assert outputs.alive() == 3
 
 
-def test_a_layer_used_twice_is_told() -> None:
+def test_a_layer_used_twice_is_refused() -> None:
     torch.manual_seed(3)
     model = Twice()
-    layers = Layers(model)
+    layers = HookedLayers(model)
     model(drawn(2)[0])
-    with layers.watched(), pytest.raises(ValueError, match="a layer is used twice"):
+    with layers.recording(), pytest.raises(ValueError, match="a layer is used twice"):
         model(drawn(2)[0])
     model(drawn(2)[0])  # outside it may

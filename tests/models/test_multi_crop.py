@@ -1,4 +1,4 @@
-"""Several looks at an image: where the crops lie, and that their logits are averaged."""
+"""Test where the crops of an image are, and that their logits are averaged."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ IMAGES = torch.arange(2 * 6 * 7, dtype=torch.float32).view(2, 1, 6, 7)
 
 
 class Seen(nn.Module):
-    """Notes what it is shown, and answers with one pixel."""
+    """Records its inputs and returns one pixel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ def test_five_crops_are_the_middle_and_one_pixel_to_each_side() -> None:
 
 
 def test_the_mean_is_not_rounded_to_what_the_network_computes_in() -> None:
-    """1 and 1 + 2**-7 are neighbours in bf16; one of five in between is not."""
+    """1 and 1 + 2**-7 are neighbours in bf16, so their mean over five crops is not a bf16 number."""
 
     class Half(nn.Module):
         def forward(self, crop: Tensor) -> Tensor:

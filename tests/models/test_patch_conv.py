@@ -1,4 +1,4 @@
-"""Convolutions as products of matrices: torch's `conv2d` in float64, forward and backward."""
+"""Test convolutions as matrix products against torch's `conv2d` in float64, forward and backward."""
 
 from typing import Any
 
@@ -30,12 +30,12 @@ SHAPES = [
     (6, 3, 5, 3, 7, 6),
     (2, 3, 3, 3, 3, 3),
 ]
-"""Sides that strides divide and not, patches that tile the image, overlap, leave gaps, or are all of it."""
+"""Strides that divide the sides or not; patches that tile the image, overlap, leave gaps, or cover it."""
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """As in a tree; several would wait for each other where cores are few."""
+    """Use one thread, as with `tree`; several would compete for few cores."""
     torch.set_num_threads(1)
 
 
@@ -49,7 +49,7 @@ def drawn(*shape: int) -> Tensor:
 
 
 def reference(conv: PatchConv, x: Tensor, outer: Tensor | None = None) -> list[Tensor]:
-    """torch's convolution in float64: its output, and the gradients by weight, bias and input."""
+    """Return the output of torch's convolution in float64, and the gradients of weight, bias and input."""
     kernel, wide = conv.kernel, [p.detach().double() for p in (conv.product.weight, conv.product.bias, x)]
     weight, bias, image = (each.requires_grad_() for each in wide)
     weights = weight.view(len(weight), kernel, kernel, x.shape[3]).permute(0, 3, 1, 2)
@@ -60,7 +60,7 @@ def reference(conv: PatchConv, x: Tensor, outer: Tensor | None = None) -> list[T
 
 
 def assert_near(got: Tensor, expected: Tensor, ratio: float) -> None:
-    """Equal up to a fraction of the largest number."""
+    """Assert that they are equal up to a fraction of the largest number."""
     assert got.shape == expected.shape
     assert float((got.double() - expected).abs().max()) <= ratio * float(expected.abs().max())
 
@@ -83,7 +83,7 @@ def test_forward_and_gradients_are_conv2ds(
 def test_an_input_without_gradient_changes_no_bit(
     channels: int, out: int, kernel: int, stride: int, height: int, width: int
 ) -> None:
-    """The first layer's input is the image; another path is taken for it."""
+    """The first layer's input is the image, which needs no gradient and takes another path."""
     conv, x = layer(channels, out, kernel, stride), drawn(3, height, width, channels)
     y, with_gradient = conv(x), conv(x.clone().requires_grad_())
     assert torch.equal(y, with_gradient)
@@ -97,7 +97,7 @@ def test_an_input_without_gradient_changes_no_bit(
 
 
 def cut_out(x: Tensor, kernel: int, stride: int) -> Tensor:
-    """The patches, one slice after the other."""
+    """Return the patches, one slice after another."""
     n, height, width, _ = x.shape
     rows, columns = range(0, height - kernel + 1, stride), range(0, width - kernel + 1, stride)
     return torch.stack(
@@ -120,7 +120,7 @@ def test_patches_are_slices(
 def test_a_pixels_gradient_is_the_sum_over_its_patches(
     channels: int, _out: int, kernel: int, stride: int, height: int, width: int
 ) -> None:
-    """In whole numbers, so that no order of additions is excused."""
+    """The numbers are integers, so that the order of additions cannot excuse a difference."""
     x = drawn(2, height, width, channels).requires_grad_()
     made = patches(x, kernel, stride)
     outer = torch.randint(-50, 51, made.shape, generator=torch.Generator().manual_seed(1)).float()
@@ -143,7 +143,7 @@ def test_a_gradient_may_lie_in_memory_as_it_likes(channels: int) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("kernel", "stride"), [(4, 4), (3, 2)])
 def test_a_part_of_a_larger_image(channels: int, kernel: int, stride: int) -> None:
-    """The small network takes crops without copying them."""
+    """The small network uses crops without copying them."""
     conv, large = layer(channels, 4, kernel, stride), drawn(3, 20, 21, channels)
     crop = large[:, 2:14, 3:15]
     assert not crop.is_contiguous()
@@ -156,7 +156,7 @@ def test_a_part_of_a_larger_image(channels: int, kernel: int, stride: int) -> No
 def test_bfloat16_under_autocast(
     channels: int, out: int, kernel: int, stride: int, height: int, width: int, requires_grad: bool
 ) -> None:
-    """Computed in bfloat16 on what bfloat16 makes of the operands; the gradients are float32 again."""
+    """The operands are rounded to bfloat16 and the products computed in it; the gradients are float32."""
     conv, x = layer(channels, out, kernel, stride), drawn(3, height, width, channels)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = conv(x.requires_grad_(requires_grad))
@@ -175,7 +175,7 @@ def test_bfloat16_under_autocast(
 
 
 def test_overlapping_patches_are_not_added_up_in_bfloat16() -> None:
-    """It would stop counting at 256: 289 patches meet in the middle."""
+    """bfloat16 would stop counting at 256, but 289 patches overlap in the middle."""
     x = torch.zeros(1, 33, 33, 2, dtype=torch.bfloat16, requires_grad=True)
     (got,) = torch.autograd.grad(patches(x, 17, 1).sum(), x)
     assert got.dtype == torch.bfloat16
@@ -183,7 +183,7 @@ def test_overlapping_patches_are_not_added_up_in_bfloat16() -> None:
 
 
 def test_the_weight_is_a_linear_layers() -> None:
-    """Row, column, channel of the patch: what a checkpoint holds."""
+    """The order is row, column, channel of the patch, because checkpoints hold the weight."""
     conv, x = layer(3, 2, 2, 1), torch.zeros(1, 2, 2, 3)
     x[0, 1, 0, 2] = 1.0
     assert [name for name, _ in conv.named_parameters()] == ["product.weight", "product.bias"]

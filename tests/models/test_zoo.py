@@ -1,4 +1,4 @@
-"""Networks: what their docstrings promise is true; a model that cannot be trained exactly is refused."""
+"""Test that the networks are as documented, and that models that cannot be trained exactly are refused."""
 
 import re
 import sys
@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distributed_mnist.errors import UsageError
-from distributed_mnist.models.zoo import MODELS, Traits, build, inspect
+from distributed_mnist.models.zoo import MODELS, ModelProperties, build, inspect
 
 CPU = torch.device("cpu")
 
 
 class Flat(nn.Module):
-    """One linear layer, for others to spoil."""
+    """One linear layer; subclasses add something that is refused."""
 
     def __init__(self, classes: int = 10) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Neighbour(Flat):
 
 
 class Counter(Flat):
-    """Mixes nothing, but remembers how often it was called."""
+    """Mixes no samples, but counts how often it is called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Counter(Flat):
 
 
 class Table(Flat):
-    """A buffer that stays as it is: allowed."""
+    """Has a buffer that does not change, which is allowed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Pair(Flat):
 
 
 class Upright(Flat):
-    """Wants other images."""
+    """Needs images of another shape."""
 
     def forward(self, images: Tensor) -> Tensor:
         return self.fc(images.reshape(len(images), 32, 32))
@@ -120,7 +120,7 @@ def test_the_number_of_parameters_in_the_docstring_is_true(name: str) -> None:
     model = build(name, 10, seed=0)
     counted = sum(p.numel() for p in model.parameters())
     assert counted == int(stated[1].replace(",", ""))
-    assert inspect(model, name, 10, CPU) == Traits(counted, draws_random_numbers=False, unused=())
+    assert inspect(model, name, 10, CPU) == ModelProperties(counted, draws_random_numbers=False, unused=())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -155,7 +155,7 @@ def test_mixing_samples_is_refused(model: nn.Module, training: bool) -> None:
     assert said.endswith("batch statistics cannot be trained exactly, use per-sample norms")
 
 
-def test_the_reason_is_told() -> None:
+def test_the_reason_is_named() -> None:
     assert problem(BatchMean()).startswith("one image's logits depend on the others in its batch;")
     assert problem(Counter()).startswith("its buffer calls changes in the forward pass;")
 
@@ -186,8 +186,8 @@ def test_random_numbers_are_noticed(model: nn.Module, training: bool) -> None:
 
 def test_a_wrong_number_of_logits() -> None:
     said = problem(Flat(11))
-    assert said == "it gives (2, 11) for 2 images, not (2, 10): the data has 10 classes"
-    assert problem(Flat(10), classes=47).startswith("it gives (2, 10) for 2 images, not (2, 47)")
+    assert said == "it returns shape (2, 11) for 2 images, not (2, 10): the data has 10 classes"
+    assert problem(Flat(10), classes=47).startswith("it returns shape (2, 10) for 2 images, not (2, 47)")
 
 
 def test_a_model_that_fails() -> None:
@@ -240,7 +240,7 @@ def text(classes):
 
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
-    """Puts a module into the current folder, under a name that is free; undone at the end."""
+    """Return a function that puts a module into the current folder under a free name; undone at the end."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     names: list[str] = []
@@ -263,7 +263,7 @@ def build_problem(name: str) -> str:
 
 
 def test_a_model_of_ones_own(own: Callable[[str], str]) -> None:
-    """Found in the current folder, and its weights decided by the seed."""
+    """It is found in the current folder, and its weights depend on the seed."""
     module = own(OWN)
     model = build(f"{module}:net", 10, seed=3)
     assert model(torch.randn(2, 1, 28, 28)).shape == (2, 10)

@@ -1,4 +1,4 @@
-"""Muon: orthogonal steps for hidden layers, Adam's for the rest, a state that goes through checkpoints."""
+"""Test Muon: orthogonal steps for hidden layers, Adam's for the rest, and its state in checkpoints."""
 
 import copy
 import math
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distributed_mnist.config import Recipe
 from distributed_mnist.errors import CheckpointError
-from distributed_mnist.optim.muon import Muon, orthogonalised
+from distributed_mnist.optim.muon import Muon, orthogonalise
 from distributed_mnist.optim.schedule import make_optimizer, set_learning_rate
 from distributed_mnist.runs.checkpoint import load_optimizer
 
@@ -35,7 +35,7 @@ def weights(model: nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize("shape", [(8, 8), (16, 144), (144, 16), (3, 1), (1, 9)])
 def test_singular_values_come_near_one(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 1e-3
-    values = torch.linalg.svdvals(orthogonalised(matrix))
+    values = torch.linalg.svdvals(orthogonalise(matrix))
     assert values.max() < 1.3
     if shape != (8, 8):  # a square matrix of noise has a direction of almost nothing
         assert values.min() > 0.6
@@ -44,18 +44,18 @@ def test_singular_values_come_near_one(shape: tuple[int, int]) -> None:
 def test_directions_are_kept() -> None:
     matrix = torch.randn(6, 20, generator=torch.Generator().manual_seed(2))
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    inner = left.T @ orthogonalised(matrix) @ right.T
+    inner = left.T @ orthogonalise(matrix) @ right.T
     assert torch.allclose(inner, torch.diag(inner.diagonal()), atol=1e-4)
 
 
 def test_a_zero_matrix_stays_zero() -> None:
-    assert torch.equal(orthogonalised(torch.zeros(3, 5)), torch.zeros(3, 5))
+    assert torch.equal(orthogonalise(torch.zeros(3, 5)), torch.zeros(3, 5))
 
 
 def reference(
     weight: Tensor, gradients: list[Tensor], *, lr: float, momentum: float, rounds: int = 3
 ) -> Tensor:
-    """Keller Jordan's update written down in float64, after each of which the weight has its norm again."""
+    """Compute Keller Jordan's update in float64; after each the weight gets its norm back."""
     w = weight.double().flatten(1)
     rows, columns = w.shape
     norm, mean = w.norm(), torch.zeros_like(w)
@@ -74,7 +74,7 @@ def reference(
 
 @pytest.mark.parametrize("steps", [1, 5])
 def test_a_step_is_the_papers(steps: int) -> None:
-    """The look ahead made orthogonal, times rate and a factor of the shape; Adam's for the last layer."""
+    """The step is Nesterov's direction made orthogonal, times the rate and a factor for the shape."""
     model = network()
     optimizer = make_optimizer(RECIPE, model)
     assert isinstance(optimizer, Muon)
@@ -107,7 +107,7 @@ def test_hidden_weights_keep_their_size_and_others_do_not() -> None:
 
 
 def test_a_weight_of_zeros_may_leave_zero() -> None:
-    """By a whole step: there is no size to keep. From then on there is."""
+    """It changes by a whole step, because it has no norm to keep. After that it has one."""
     model = network()
     hidden: Any = model[3]
     nn.init.zeros_(hidden.weight)
@@ -115,7 +115,7 @@ def test_a_weight_of_zeros_may_leave_zero() -> None:
     give_gradients(model, 1)
     gradient = hidden.weight.grad.clone()
     optimizer.step()
-    expected = -0.1 * orthogonalised(gradient) * math.sqrt(max(1, 8 / 16))
+    expected = -0.1 * orthogonalise(gradient) * math.sqrt(max(1, 8 / 16))
     torch.testing.assert_close(hidden.weight.detach(), expected)
     norm = hidden.weight.norm()
     optimizer.step()
@@ -124,7 +124,7 @@ def test_a_weight_of_zeros_may_leave_zero() -> None:
 
 @pytest.mark.parametrize("rows", [4, 16, 40])
 def test_a_tall_matrix_steps_as_far_as_its_shape_says(rows: int) -> None:
-    """From zero, the spectral norm of a step is about the rate times the root of rows over columns."""
+    """From zero, the spectral norm of a step is about the rate times sqrt(rows / columns)."""
     matrix, last = nn.Parameter(torch.zeros(rows, 10)), nn.Parameter(torch.zeros(2, 2))
     optimizer = Muon(
         [matrix, last], lr=0.1, momentum=0.9, adam_ratio=0.1, betas=(0.8, 0.9), weight_decay=0.0
@@ -136,7 +136,7 @@ def test_a_tall_matrix_steps_as_far_as_its_shape_says(rows: int) -> None:
 
 
 def test_how_weights_lie_in_memory_changes_nothing() -> None:
-    """Convolutions train with their channels last."""
+    """Convolutions have the channels-last layout in training."""
     torch.manual_seed(0)
     one = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 2), nn.Flatten(), nn.Linear(4, 3))
     other = copy.deepcopy(one).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -180,7 +180,7 @@ def test_one_rate_moves_both() -> None:
 
 
 def test_weight_decay_is_decoupled_and_for_the_rest() -> None:
-    """A weight whose size is kept has nothing to decay."""
+    """A weight that keeps its norm has nothing to decay."""
     model = network()
     optimizer = make_optimizer(RECIPE.replace(weight_decay=0.5), model)
     before = weights(model)

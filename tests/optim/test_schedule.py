@@ -1,4 +1,4 @@
-"""Optimizers have the recipe's numbers; schedules give what one works out by hand."""
+"""Test that optimizers get the recipe's numbers, and schedules against rates computed by hand."""
 
 import copy
 import math
@@ -28,7 +28,7 @@ def test_constant() -> None:
 
 
 def test_the_original_scripts_rule() -> None:
-    """It sets `lr * 0.1 ** (epoch // 10)` at the start of each epoch."""
+    """The original sets `lr * 0.1 ** (epoch // 10)` at the start of each epoch."""
     got = rates(3, schedule="step", lr=1e-3, epochs=31, decay_every=10, decay_factor=0.1)
     expected = [1e-3 * (0.1 ** (epoch // 10)) for epoch in range(31) for _ in range(3)]
     assert got == pytest.approx(expected, **CLOSE)
@@ -43,7 +43,7 @@ def test_step_with_other_numbers() -> None:
 
 
 def test_cosine() -> None:
-    """Of 20 steps 4 rise, in fifths; 16 fall over half a cosine."""
+    """With 20 steps, 4 rise in fifths and 16 fall along half a cosine."""
     got = rates(10, schedule="cosine", lr=1.0, epochs=2, warmup=0.2)
     assert got[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0], **CLOSE)
     assert got[8] == pytest.approx((1 + math.sqrt(0.5)) / 2, **CLOSE)  # a quarter of the way
@@ -58,7 +58,7 @@ def test_cosine_without_warmup() -> None:
 
 
 def test_one_cycle() -> None:
-    """Of 21 steps 5.25 rise from a tenth; the rest fall to a thousandth at the last."""
+    """With 21 steps, 5.25 rise from a tenth, and the rest fall to a thousandth at the last step."""
     got = rates(7, schedule="one-cycle", lr=1.0, epochs=3, warmup=0.25)
     rise, fall = 0.9 / 5.25, 0.999 / (20 - 5.25)
     assert got[0] == pytest.approx(0.1, **CLOSE)
@@ -80,7 +80,7 @@ def test_one_cycle_to_another_end() -> None:
 
 
 def test_one_cycle_has_fallen_when_averaging_begins() -> None:
-    """Of 10 steps the last five are averaged: all at the last rate."""
+    """With 10 steps, the last five are averaged, all at the last rate."""
     got = rates(10, schedule="one-cycle", lr=1.0, epochs=1, warmup=0.1, final_div=5, average=0.5)
     assert got == pytest.approx([0.1, 1.0, 0.8, 0.6, 0.4, 0.2, 0.2, 0.2, 0.2, 0.2], **CLOSE)
 
@@ -90,7 +90,7 @@ def test_one_cycle_has_fallen_when_averaging_begins() -> None:
 @pytest.mark.parametrize("steps", [1, 2, 3, 10])
 @pytest.mark.parametrize("average", [0.0, 0.3, 0.6, 1.0])
 def test_every_rate_is_usable(schedule: str, warmup: float, steps: int, average: float) -> None:
-    """Whatever the length: none negative, none above the recipe's, one at least of use."""
+    """At any length no rate is negative or above the recipe's, and at least one is useful."""
     if schedule == "one-cycle" and average and warmup + average >= 1:
         with pytest.raises(UsageError, match=r"^--average must be below 1 - --warmup "):
             Recipe(schedule="one-cycle", warmup=warmup, average=average)
@@ -136,7 +136,7 @@ TORCHS: list[tuple[Recipe, Any]] = [
 
 @pytest.mark.parametrize(("recipe", "torchs"), TORCHS)
 def test_optimizers_do_as_torchs_with_the_recipes_numbers(recipe: Recipe, torchs: Any) -> None:
-    """Step by step, and what they keep has torch's names: checkpoints hold it."""
+    """They agree step by step, and their state has torch's names, because checkpoints hold it."""
     model, twin = network(), network()
     mine, its = make_optimizer(recipe, model), torchs(twin.parameters())
     for seed in range(5):
@@ -162,7 +162,7 @@ def test_optimizers_do_as_torchs_with_the_recipes_numbers(recipe: Recipe, torchs
 
 @pytest.mark.parametrize(("recipe", "torchs"), TORCHS)
 def test_a_state_of_torchs_can_be_taken_over(recipe: Recipe, torchs: Any) -> None:
-    """As from a checkpoint that an earlier version wrote; the next step is the same."""
+    """The state is as in a checkpoint of an earlier version; the next step is the same."""
     model, twin = network(), network()
     mine, its = make_optimizer(recipe, model), torchs(twin.parameters())
     for p in twin.parameters():
@@ -180,7 +180,7 @@ def test_a_state_of_torchs_can_be_taken_over(recipe: Recipe, torchs: Any) -> Non
 
 @pytest.mark.parametrize(("name", "decays_apart"), [("adam", False), ("adamw", True)])
 def test_a_step_is_the_textbooks(name: str, decays_apart: bool) -> None:
-    """Kingma and Ba's Adam, with decay added to the gradient, or apart from it (Loshchilov and Hutter)."""
+    """Compute Adam (Kingma and Ba) with decay in the gradient, or decoupled (Loshchilov and Hutter)."""
     recipe = Recipe(optimizer=name, lr=0.1, beta1=0.8, beta2=0.9, weight_decay=0.01)  # type: ignore[arg-type]
     weight = nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
     holder = nn.Module()

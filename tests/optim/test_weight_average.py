@@ -1,4 +1,4 @@
-"""The mean of a run's last weights: what one works out from those of each step, however it was run."""
+"""Test that the mean of a run's last weights is that computed from the weights of each step."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def flags(digits: Path) -> tuple[object, ...]:
 def whole(
     flags: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any]]:
-    """The folder of a run with the checkpoint of each step, and its result."""
+    """Return the folder of a run that has the checkpoint of each step, and its result."""
     out = tmp_path_factory.mktemp("averaged") / "out"
     every = ("--checkpoint-every", 1, "--keep", STEPS, "--eval-every", 5)
     return out, train(*flags, *AVERAGED, *every, nproc=2, out=out)
@@ -45,7 +45,7 @@ def whole(
 def test_the_answer_is_the_mean_of_the_last_weights(
     whole: tuple[Path, dict[str, Any]], flags: tuple[object, ...], tmp_path: Path
 ) -> None:
-    """The weights after the last step are nowhere to be found: they are made once more, at the last rate,
+    """No checkpoint has the weights after the last step. The test computes them again, at the last rate,
     from those of the step before."""
     out, result = whole
     checkpoints = [out / "checkpoints" / f"step_{step:08}.pt" for step in range(7, STEPS + 1)]
@@ -74,7 +74,7 @@ def test_the_answer_is_the_mean_of_the_last_weights(
 
 
 @pytest.mark.parametrize(("nproc", "step"), [(1, 3), (3, 6), (4, 7), (1, 11)])
-def test_gone_on_with_at_another_size(
+def test_resumed_at_another_size(
     whole: tuple[Path, dict[str, Any]], flags: tuple[object, ...], tmp_path: Path, nproc: int, step: int
 ) -> None:
     out, result = whole
@@ -94,7 +94,7 @@ def test_the_mean_of_one_step_is_that_step(flags: tuple[object, ...], tmp_path: 
 def test_ddp_averages_too(
     whole: tuple[Path, dict[str, Any]], flags: tuple[object, ...], tmp_path: Path
 ) -> None:
-    """Equal to rounding, so near the mean, which no step's weights are."""
+    """The result is equal up to rounding, so near the mean, which no single step's weights are."""
     out, _ = whole
     train(*flags, *AVERAGED, "--sync", "ddp", nproc=2, out=tmp_path / "ddp")
     mean = weights_of(out / "checkpoints" / f"step_{STEPS:08}.pt")
@@ -102,9 +102,7 @@ def test_ddp_averages_too(
         torch.testing.assert_close(found, mean[name], rtol=0, atol=1e-4)
 
 
-def test_a_finished_run_is_gone_on_with(
-    whole: tuple[Path, dict[str, Any]], flags: tuple[object, ...]
-) -> None:
+def test_a_finished_run_is_resumed(whole: tuple[Path, dict[str, Any]], flags: tuple[object, ...]) -> None:
     out, result = whole
     again = train(*flags, *AVERAGED, "--resume", "auto", nproc=2, out=out)
     assert (again["weights_sha256"], again["steps_here"]) == (result["weights_sha256"], 0)
@@ -117,7 +115,10 @@ def test_more_epochs_are_refused(
     words = ("train", *flags, *AVERAGED, "--steps", 20, "--resume", start, "--out", tmp_path / "out")
     ended = dmnist(*words, "--device", "cpu", "--nproc", 1)
     assert ended.code == CheckpointError.exit_code
-    assert "--steps 12 there, 20 here; this recipe's rate or average of weights looks ahead" in ended.stderr
+    assert (
+        "--steps 12 there, 20 here; this recipe's learning rate or average of weights looks ahead"
+        in ended.stderr
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "muon"])
@@ -129,9 +130,9 @@ def test_a_running_mean(optimizer: Any) -> None:
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(torch.randn_like(p))
-        weight_average.join(moved, before)
+        weight_average.update(moved, before)
         seen.append([p.detach().double() for p in model.parameters()])
-    weight_average.adopt(moved)
+    weight_average.apply_mean(moved)
     for p, each in zip(model.parameters(), zip(*seen, strict=True), strict=True):
         torch.testing.assert_close(p.detach().double(), torch.stack(each).mean(0), rtol=0, atol=1e-6)
         assert "average" not in moved.state[p]
@@ -139,7 +140,7 @@ def test_a_running_mean(optimizer: Any) -> None:
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "muon"])
 def test_the_mean_goes_through_a_checkpoint(optimizer: Any) -> None:
-    """Saved and put into another optimizer between any two steps, it ends the same."""
+    """The mean is the same if it is saved and restored into another optimizer between any two steps."""
     recipe = Recipe(optimizer=optimizer)
     ends = []
     for cut in (None, 0, 1, 2):
@@ -150,15 +151,15 @@ def test_the_mean_goes_through_a_checkpoint(optimizer: Any) -> None:
             for p in model.parameters():
                 p.grad = torch.randn_like(p)
             moved.step()
-            weight_average.join(moved, before)
+            weight_average.update(moved, before)
             if before == cut:
                 weights, state = snapshot(model.state_dict()), snapshot(moved.state_dict())
                 model = place(build("cnn-small", 10, 1), torch.device("cpu"))
                 moved = make_optimizer(recipe, model)
                 load_weights(model, weights, "it")
                 load_optimizer(moved, state, "it")
-                weight_average.require(moved)
-        weight_average.adopt(moved)
+                weight_average.require_mean(moved)
+        weight_average.apply_mean(moved)
         ends.append(digest(dict(model.state_dict())))
     assert len(set(ends)) == 1
 
@@ -177,4 +178,6 @@ def test_a_checkpoint_without_the_mean(
     words = ("train", *flags, *AVERAGED, "--resume", start, "--out", tmp_path / "out")
     ended = dmnist(*words, "--device", "cpu", "--nproc", 1)
     assert ended.code == CheckpointError.exit_code
-    assert ended.stderr.splitlines()[-1].endswith("lacks the mean of its weights")
+    assert ended.stderr.splitlines()[-1].endswith(
+        "lacks the running mean of its weights, so it cannot be resumed"
+    )

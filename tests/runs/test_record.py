@@ -17,7 +17,7 @@ from distributed_mnist.distributed.world import World
 from distributed_mnist.errors import UsageError
 from distributed_mnist.runs.record import read
 from distributed_mnist.training.evaluate import evaluate
-from distributed_mnist.training.mistakes import MOST, mistakes
+from distributed_mnist.training.mistakes import MAX_MISTAKES, mistakes
 
 
 def written(folder: Path, *events: dict[str, Any], tail: str = "") -> Path:
@@ -99,7 +99,7 @@ def test_a_real_run_at_two_sizes(digits: Path, tmp_path: Path) -> None:
     assert one.mistakes is not None
     found = one.mistakes["mistakes"]
     wrong = round(evaluation["test_images"] * (1 - evaluation["test_accuracy"]))
-    assert len(found) == min(wrong, MOST) > 0
+    assert len(found) == min(wrong, MAX_MISTAKES) > 0
     pairs = [(each["label"], each["predicted"]) for each in found]
     assert all(
         evaluation["confusion"][label][guess] >= pairs.count((label, guess)) for label, guess in pairs

@@ -1,4 +1,4 @@
-"""Shifts, rotations and zooms: against pixels moved by hand, and keyed by (seed, step) alone."""
+"""Test shifts, rotations and zooms against pixels moved by hand; they depend on (seed, step) alone."""
 
 import math
 from typing import Any
@@ -14,7 +14,7 @@ NOISE = torch.from_numpy(np.random.default_rng(0).uniform(0, 255, (3, 1, 28, 28)
 
 
 def affine(*rows: list[float]) -> torch.Tensor:
-    """One map for all three images of the noise."""
+    """Return one map for all three images of the noise."""
     return torch.tensor(rows, dtype=torch.float32).expand(3, 2, 3).contiguous()
 
 
@@ -37,7 +37,7 @@ def test_the_identity_changes_nothing() -> None:
 
 @pytest.mark.parametrize(("right", "down"), [(3, 0), (0, 2), (-4, 5), (0, -1), (28, 0)])
 def test_a_shift_moves_pixels(right: int, down: int) -> None:
-    """The map goes from output to input: what is seen at x comes from x + the shift."""
+    """The map goes from output to input: the pixel at x comes from x + the shift."""
     expected = torch.zeros_like(NOISE)
     for y in range(28):
         for x in range(28):
@@ -90,7 +90,7 @@ def test_a_pure_zoom_is_drawn_within_its_bounds() -> None:
 
 
 def test_the_kinds_combine() -> None:
-    """Area is the square of the zoom, whatever the angle, and shifts are as they are alone."""
+    """The area is the square of the zoom at any angle, and shifts are the same as without the others."""
     recipe = Recipe(shift=2.0, rotate=10.0, scale=0.1)
     transforms = drawn(recipe)
     alone = drawn(Recipe(scale=0.1))

@@ -1,4 +1,4 @@
-"""The order of samples: each once per epoch, a pure function of (recipe, step), however it is cut."""
+"""Test that each sample comes once per epoch, in an order that depends on (recipe, step) alone."""
 
 from collections.abc import Iterable
 from itertools import pairwise
@@ -21,11 +21,11 @@ SIZES = [
     (5, 8, 8),
     (9, 4, 1),
 ]
-"""Samples N, global batch B, shards V: dividing and not, and a last batch smaller than V."""
+"""(Samples N, global batch B, shards V); some divide evenly, and some last batches are smaller than V."""
 
 
 def made_of(count: int) -> Split:
-    """Images of noise; the first two pixels and the label say which sample it is."""
+    """Return noise images; the first two pixels and the label identify the sample."""
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, 28, 28), dtype=np.uint8))
     images[:, 0, 0] = torch.arange(count) % 256
     images[:, 0, 1] = torch.arange(count) // 256
@@ -38,17 +38,17 @@ def batches(count: int, batch: int, shards: int, **recipe: float) -> Batches:
 
 
 def holding(of: Batches, step: int, ranges: Iterable[range]) -> list[range]:
-    """Those of these shards that hold a sample."""
+    """Return those of these shards that hold a sample."""
     return [part for part in ranges if of.span(step, part)[0] < of.span(step, part)[1]]
 
 
 def single(shards: int) -> list[range]:
-    """Every shard by itself."""
+    """Return one range per shard."""
     return [range(v, v + 1) for v in range(shards)]
 
 
 def order(of: Batches, epoch: int, shards: int) -> list[int]:
-    """An epoch's ids, read one shard at a time."""
+    """Return an epoch's ids, read one shard at a time."""
     steps = range(epoch * of.steps_per_epoch, (epoch + 1) * of.steps_per_epoch)
     return [int(i) for t in steps for part in holding(of, t, single(shards)) for i in of.take(t, part).ids]
 
@@ -138,7 +138,7 @@ def test_order_moves_with_epoch_and_seed_alone() -> None:
 
 @pytest.mark.parametrize("augment", [{}, {"shift": 2.0, "rotate": 10.0, "scale": 0.1}])
 def test_pure_in_the_step(augment: dict[str, float]) -> None:
-    """Read backwards, jumping about, or resumed in the middle: the same tensors."""
+    """The tensors are the same in any order of steps, or after a resume."""
 
     def fresh() -> Batches:
         return batches(53, 10, 8, **augment)

@@ -1,4 +1,4 @@
-"""Exact metrics: the same as a plain loop over single images."""
+"""Test that the metrics equal those of a plain loop over single images."""
 
 import math
 from typing import Any
@@ -31,7 +31,7 @@ def scored(model: nn.Module, on: Split, classes: int = 10, **changes: Any) -> Ev
 
 @torch.no_grad()
 def one_by_one(model: nn.Module, on: Split, classes: int = 10) -> tuple[float, list[list[int]]]:
-    """Mean loss and confusion, an image at a time, in float64."""
+    """Return mean loss and confusion matrix, computed one image at a time in float64."""
     total, confusion = 0.0, [[0] * classes for _ in range(classes)]
     for image, label in zip(on.images, on.labels.tolist(), strict=True):
         logits = model(((image.float() / 255 - MEAN) / STD).reshape(1, 1, 28, 28))[0].double()
@@ -53,7 +53,7 @@ def test_the_same_as_a_plain_loop(count: int) -> None:
 
 
 def test_a_confusion_matrix_of_known_guesses() -> None:
-    """A model that reads its guess off the first pixel."""
+    """The model reads its prediction from the first pixel."""
 
     class Reader(nn.Module):
         def forward(self, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What only an accelerator can show: the promise on it, the way to and from the CPU. `make test-gpu`."""
+"""Test the promise on an accelerator, and moves between it and the CPU. Run with `make test-gpu`."""
 
 import json
 from pathlib import Path
@@ -46,7 +46,7 @@ def test_ddp_on_two_devices_sees_the_same_samples(digits: Path, tmp_path: Path) 
 
 
 def test_a_stop_costs_nothing(digits: Path, tmp_path: Path) -> None:
-    """Half of the way, and the rest after a resume: a step count ends the first half."""
+    """Train half of the steps, which `--steps` ends, and the rest after a resume."""
     options = ["--recipe", "classic"]  # whose rate does not look ahead
     whole = trained(digits, tmp_path / "whole", *options)
     trained(digits, tmp_path / "half", *options, "--steps", "3")
@@ -55,7 +55,7 @@ def test_a_stop_costs_nothing(digits: Path, tmp_path: Path) -> None:
 
 
 def test_to_the_accelerator_and_back(digits: Path, tmp_path: Path) -> None:
-    """A checkpoint of one kind of device goes on at another, with the same samples."""
+    """A checkpoint of one kind of device can be resumed on another, with the same samples."""
     options = ["--recipe", "classic"]
     trained(digits, tmp_path / "run", *options, "--steps", "3", device="cpu")
     there = trained(digits, tmp_path / "run", *options, "--steps", "6", "--resume", "auto")

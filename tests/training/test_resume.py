@@ -1,4 +1,4 @@
-"""Stopped, killed, damaged, started again at another size: the same weights at the end as if undisturbed.
+"""Test that a run that is stopped, killed or damaged, and resumed at any size, ends with the same weights.
 
 An interrupted run is given more epochs than anyone would wait for, so that a signal cannot come too late.
 The rate of the classic recipe does not look ahead, so such a run begins exactly like a shorter one, and
@@ -33,7 +33,7 @@ def flags(digits: Path) -> tuple[object, ...]:
 
 @pytest.fixture(scope="module")
 def undisturbed(flags: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """`undisturbed(epochs)`: the result of a run that nothing happened to; each is run once."""
+    """`undisturbed(epochs)` returns the result of a run without faults; each run happens once."""
 
     @cache
     def run_once(epochs: int) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def undisturbed(flags: tuple[object, ...], tmp_path_factory: pytest.TempPathFact
 
 
 def endless(flags: tuple[object, ...], out: Path, *more: object) -> Program:
-    """A fresh `dmnist train` with two processes that will not end by itself."""
+    """Start `dmnist train` with two processes and too many epochs to end by itself."""
     words = ["train", "--device", "cpu", "--nproc", 2, *flags, "--epochs", 1_000_000, "--out", out, *more]
     return Program([*DMNIST, *words])
 
@@ -54,7 +54,7 @@ def in_the_middle(program: Program, out: Path, least: int = 20) -> None:
 
 
 def same_again(undisturbed: Any, flags: tuple[object, ...], out: Path, nproc: int, start: int) -> None:
-    """Resume the run in `out` with `nproc` processes and compare; it must go on at step `start`."""
+    """Resume the run in `out` with `nproc` processes, at step `start`, and compare the results."""
     epochs = start // STEPS_PER_EPOCH + 2
     resumed = train(*flags, "--epochs", epochs, "--resume", "auto", nproc=nproc, out=out)
     begun = [event["step"] for event in events(out) if event["event"] == "start"]
@@ -67,7 +67,7 @@ def same_again(undisturbed: Any, flags: tuple[object, ...], out: Path, nproc: in
 
 
 def recorded_losses(out: Path) -> dict[int, float]:
-    """Each step's loss; a step that was repeated counts as the last time."""
+    """Return each step's loss; of a repeated step the last one counts."""
     return {
         event["first_step"] + i: loss
         for event in events(out)
@@ -77,7 +77,7 @@ def recorded_losses(out: Path) -> dict[int, float]:
 
 
 def stopped_at(ended: Finished) -> int:
-    """The step that an interrupted run says it stopped after, in one line."""
+    """Return the step after which an interrupted run says, in one line, that it stopped."""
     assert ended.code == 75, ended
     lines = [line for line in ended.stderr.splitlines() if line.startswith("dmnist: ")]
     assert len(lines) == 1, ended
@@ -88,7 +88,7 @@ def stopped_at(ended: Finished) -> int:
 
 
 def saved(out: Path) -> list[int]:
-    """The steps of the checkpoints in a run's folder."""
+    """Return the steps of the checkpoints in a run's folder."""
     return sorted(int(path.stem.removeprefix("step_")) for path in (out / "checkpoints").glob("step_*.pt"))
 
 
@@ -105,7 +105,7 @@ def to_second_worker(program: Program, out: Path) -> None:
 
 
 def workers(program: Program, out: Path) -> list[int]:
-    """The workers' pids by rank: rank 0 says its own in the lock, the others are its younger siblings."""
+    """Return the workers' pids by rank: rank 0's is in the lock file, the others' are later siblings'."""
     first = re.match(r"pid (\d+)", (out / ".lock").read_text())
     assert first
     alive = processes(program.pid)
@@ -117,7 +117,7 @@ def workers(program: Program, out: Path) -> list[int]:
 
 
 def assert_nothing_left(program: Program) -> None:
-    """Every process has ended, or does so in a moment: the server they were forked from goes last."""
+    """Assert that every process ends soon; the server from which they were forked ends last."""
     deadline = time.monotonic() + PATIENCE
     while left := processes(program.pid):
         assert time.monotonic() < deadline, left
@@ -136,7 +136,7 @@ STOPS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [pytest.param(name, marks=needs_proc) for name in STOPS])
 def test_asked_to_stop(how: str, undisturbed: Any, flags: tuple[object, ...], tmp_path: Path) -> None:
-    """A checkpoint at one step, the exit code that asks to be started again, and nothing lost."""
+    """All ranks stop at one step with a checkpoint and exit code 75, and no work is lost."""
     stop, nproc = STOPS[how]
     out = tmp_path / "out"
     with endless(flags, out) as program:
@@ -166,7 +166,7 @@ def test_a_signal_to_a_single_process(undisturbed: Any, flags: tuple[object, ...
 def test_a_worker_is_killed_and_not_started_again(
     rank: int, undisturbed: Any, flags: tuple[object, ...], tmp_path: Path
 ) -> None:
-    """One line names it, nothing is left running, only the work since the last checkpoint is lost."""
+    """One line names the worker, no process is left, and only work since the last checkpoint is lost."""
     out = tmp_path / "out"
     with endless(flags, out, "--checkpoint-every", 15, "--max-restarts", 0) as program:
         in_the_middle(program, out, 40)
@@ -188,7 +188,7 @@ def test_a_worker_is_killed_and_not_started_again(
 @pytest.mark.slow
 @needs_proc
 def test_the_launcher_is_killed(undisturbed: Any, flags: tuple[object, ...], tmp_path: Path) -> None:
-    """Its workers go by themselves, with a checkpoint: to them it is a request to stop."""
+    """To its workers this is a request to stop: they save a checkpoint and end."""
     out = tmp_path / "out"
     with endless(flags, out, "--checkpoint-every", 15) as program:
         in_the_middle(program, out, 20)
@@ -205,7 +205,7 @@ def test_the_launcher_is_killed(undisturbed: Any, flags: tuple[object, ...], tmp
 
 @pytest.fixture(scope="module")
 def halfway(flags: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of one epoch with checkpoints after steps 60, 80 and 100."""
+    """Return the folder of a run of one epoch with checkpoints after steps 60, 80 and 100."""
     out = tmp_path_factory.mktemp("halfway") / "out"
     train(*flags, "--epochs", 1, "--checkpoint-every", 20, "--eval-every", 50, nproc=2, out=out)
     assert saved(out) == [60, 80, 100]
@@ -214,7 +214,7 @@ def halfway(flags: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def copy(halfway: Path, tmp_path: Path) -> Path:
-    """That folder once more, to be damaged; its last 40 steps have not been finished."""
+    """Return a copy of that folder, without its result, for tests that damage it."""
     out = tmp_path / "copy"
     (out / "checkpoints").mkdir(parents=True)
     for path in (halfway / "checkpoints").glob("step_*.pt"):
@@ -293,7 +293,7 @@ def test_two_damaged_checkpoints(undisturbed: Any, flags: tuple[object, ...], co
 
 
 def test_nothing_but_damaged_checkpoints(undisturbed: Any, flags: tuple[object, ...], copy: Path) -> None:
-    """From the beginning, and said so."""
+    """The run starts from the beginning and says so."""
     for path in (copy / "checkpoints").glob("*.pt"):
         emptied(path)
     resumed = train(*flags, "--epochs", 2, "--resume", "auto", nproc=2, out=copy)
@@ -303,22 +303,24 @@ def test_nothing_but_damaged_checkpoints(undisturbed: Any, flags: tuple[object, 
     assert "there is no checkpoint yet" in notes[3]
 
 
-def test_one_made_by_other_versions_is_gone_on_with_and_told(flags: tuple[object, ...], copy: Path) -> None:
+def test_a_checkpoint_of_other_versions_is_resumed_with_a_notice(
+    flags: tuple[object, ...], copy: Path
+) -> None:
     newest = copy / "checkpoints" / "step_00000100.pt"
     content = decode(newest.read_bytes(), "it")
     now = dict(content["versions"])
     content["versions"] = {**now, "dmnist": "0.0.1", "torch": "2.9.0"}
     newest.write_bytes(encode(content))
     train(*flags, "--epochs", 2, "--resume", "auto", nproc=1, out=copy)
-    told = f"dmnist 0.0.1 then, {now['dmnist']} now; torch 2.9.0 then, {now['torch']} now"
+    changes = f"dmnist 0.0.1 then, {now['dmnist']} now; torch 2.9.0 then, {now['torch']} now"
     notices = [event["text"] for event in events(copy) if event["event"] == "notice"]
-    assert f"{newest} was made by other versions ({told}): the last bits may come out different" in notices
+    assert f"{newest} was made by other versions ({changes}): the last bits may differ" in notices
 
 
 def test_auto_in_an_empty_folder_starts(
     undisturbed: Any, flags: tuple[object, ...], tmp_path: Path
 ) -> None:
-    """So that a job script can say `--resume auto` the first time as well."""
+    """This lets a job script use `--resume auto` the first time as well."""
     started = train(*flags, "--epochs", 2, "--resume", "auto", nproc=2, out=tmp_path / "new")
     assert started["weights_sha256"] == undisturbed(2)["weights_sha256"]
 
@@ -326,7 +328,7 @@ def test_auto_in_an_empty_folder_starts(
 def test_auto_in_a_finished_run_changes_nothing(
     undisturbed: Any, flags: tuple[object, ...], copy: Path
 ) -> None:
-    """And a job that is requeued once too often does no harm."""
+    """So a job that is requeued once too often does no harm."""
     again = train(*flags, "--epochs", 1, "--resume", "auto", nproc=2, out=copy)
     assert again["weights_sha256"] == undisturbed(1)["weights_sha256"]
     assert again["samples_sha256"] == undisturbed(1)["samples_sha256"]
@@ -335,7 +337,7 @@ def test_auto_in_a_finished_run_changes_nothing(
 
 
 def test_a_schedule_that_looks_ahead_resumes_too(digits: Path, tmp_path: Path) -> None:
-    """One-cycle, Adam with its two moments, augmentation and dropout, from the middle of an epoch."""
+    """Resume from the middle of an epoch with one-cycle, Adam's two moments, augmentation and dropout."""
     flags = ("--dataset", "idx", "--data", digits, "--model", "user_models:dropout", "--batch-size", 130)
     flags += ("--epochs", 2, "--shift", 2, "--schedule", "one-cycle", "--checkpoint-every", 4)
     whole = train(*flags, nproc=2, out=tmp_path / "whole")
@@ -346,8 +348,8 @@ def test_a_schedule_that_looks_ahead_resumes_too(digits: Path, tmp_path: Path) -
         assert resumed[name] == whole[name]
 
 
-def test_goes_on_with_the_recipe_and_the_data_of_the_run(digits: Path, tmp_path: Path) -> None:
-    """With no more words than the line that says how."""
+def test_resumes_with_the_recipe_and_the_data_of_the_run(digits: Path, tmp_path: Path) -> None:
+    """The flags that the program suggests are enough."""
     words = ("--dataset", "idx", "--data", digits, "--recipe", "fast", "--shift", 1, "--batch-size", 100)
     whole = train(*words, nproc=1, out=tmp_path / "whole")
     start = train(*words, "--checkpoint-every", 4, nproc=1, out=tmp_path / "out")

@@ -34,7 +34,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def result(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """`result(flags, nproc)`: what such a run ended with; each is run once."""
+    """`result(flags, nproc)` returns the result of a run with these flags; each run happens once."""
 
     @cache
     def run_once(flags: str, nproc: int) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def test_another_seed_or_recipe_is_another_answer(result: Any) -> None:
 
 
 def samples_digest(epochs: int, batch_size: int, seed: int) -> str:
-    """The chain over the steps' sample ids, from the definition."""
+    """Compute the digest chain over the steps' sample ids from its definition."""
     chained = hashlib.sha256(b"").digest()
     for epoch in range(epochs):
         order = random_keys.permutation(TRAIN_SIZE, "order", seed, epoch)
@@ -88,7 +88,7 @@ def test_every_sample_once_an_epoch_in_the_order_of_the_keys(result: Any) -> Non
 
 
 def test_the_accuracy_is_that_of_every_test_image_once(result: Any, digits: Path) -> None:
-    """Scored here once more, by matrix multiplication."""
+    """The test recomputes the accuracy by matrix multiplication."""
     run = result(CASES["linear"], 3)
     images = np.frombuffer(
         gzip.decompress((digits / "t10k-images-idx3-ubyte.gz").read_bytes())[16:], np.uint8
@@ -232,7 +232,7 @@ def test_mpi(result: Any, digits: Path, tmp_path: Path, kind: str) -> None:
 
 
 def test_variables_set_by_hand_without_a_local_rank(result: Any, digits: Path, tmp_path: Path) -> None:
-    """As Kubeflow does: one process a pod, and no word about local ranks."""
+    """Kubeflow does this: there is one process per pod, and local ranks are not set."""
     port = str(free_port())
     ranks = [
         {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
@@ -277,5 +277,5 @@ def test_ranks_with_other_recipes_are_told(other: list[str], digits: Path, tmp_p
     with programs[0], programs[1]:
         ends = [program.finish() for program in programs]
     assert [end.code for end in ends] == [2, 2]
-    told = "dmnist: rank 1 was given another recipe than rank 0: start all with the same flags"
+    told = "dmnist: rank 1 was given another recipe than rank 0: start all ranks with the same flags"
     assert ends[0].stderr.startswith(told), ends

@@ -1,4 +1,4 @@
-"""Advice about the number of processes, and the times of the parts of a step."""
+"""Test the hint about the number of processes, and the times of the phases of a step."""
 
 import time
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distributed_mnist.training.sync_points import PhaseTimer, advice
+from distributed_mnist.training.sync_points import PhaseTimer, suggest_fewer_processes
 
 
 @pytest.mark.parametrize(
@@ -24,53 +24,53 @@ from distributed_mnist.training.sync_points import PhaseTimer, advice
         (3, 1.0, 0.60, None),
     ],
 )
-def test_advice(size: int, step: float, exchange: float, fewer: int | None) -> None:
-    told = advice(size, step, exchange)
+def test_suggests_fewer_processes(size: int, step: float, exchange: float, fewer: int | None) -> None:
+    hint = suggest_fewer_processes(size, step, exchange)
     if fewer is None:
-        assert told is None
+        assert hint is None
     else:
         processes = "1 process would" if fewer == 1 else f"{fewer} processes would"
-        assert told is not None
-        assert processes in told
-        assert told.startswith(f"{exchange:.0%} of a step")
+        assert hint is not None
+        assert processes in hint
+        assert hint.startswith(f"{exchange:.0%} of a step")
 
 
 @given(st.integers(2, 64), st.floats(0, 1))
-def test_nobody_is_advised_to_be_slower(size: int, share: float) -> None:
-    """If the rest is shared out evenly, so many would take no longer."""
-    told = advice(size, 1.0, share)
-    if told is not None:
-        fewer = int(told.split(": ")[1].split()[0])
+def test_never_suggests_a_slower_size(size: int, share: float) -> None:
+    """If the computation is shared evenly, the suggested number of processes takes no longer."""
+    hint = suggest_fewer_processes(size, 1.0, share)
+    if hint is not None:
+        fewer = int(hint.split(": ")[1].split()[0])
         assert 1 <= fewer < size
         assert (1 - share) * size / fewer <= 1.0 + 1e-9
 
 
-def test_laps_leave_out_exchanges_and_inner_laps() -> None:
+def test_phases_leave_out_communication_and_inner_phases() -> None:
     world: Any = SimpleNamespace(communication_seconds=0.0)
-    laps = PhaseTimer(world)
+    timer = PhaseTimer(world)
     began = time.perf_counter()
-    with laps.lap("outer"):
-        with laps.lap("inner"):
+    with timer.phase("outer"):
+        with timer.phase("inner"):
             time.sleep(0.02)
         time.sleep(0.01)
         world.communication_seconds += 0.005  # as if half of that had been spent in a collective
     took = time.perf_counter() - began
-    found = laps.close(2)
+    found = timer.reset(2)
     assert found["inner"] >= 0.01
     assert 2 * sum(found.values()) <= took - 0.005
     assert 0.0025 <= found["outer"] <= (took - 0.02 - 0.005) / 2
 
 
-def test_laps_begin_anew() -> None:
+def test_phases_start_again_from_zero() -> None:
     world: Any = SimpleNamespace(communication_seconds=0.0)
-    laps = PhaseTimer(world)
-    with laps.lap("a"):
+    timer = PhaseTimer(world)
+    with timer.phase("a"):
         pass
-    assert laps.close(1).keys() == {"a"}
-    assert laps.close(1) == {}
-    with laps.lap("a"):
+    assert timer.reset(1).keys() == {"a"}
+    assert timer.reset(1) == {}
+    with timer.phase("a"):
         time.sleep(0.01)
-    with laps.lap("a"):
+    with timer.phase("a"):
         time.sleep(0.01)
-    assert laps.close(2)["a"] >= 0.01
-    assert laps.close(0) == {}
+    assert timer.reset(2)["a"] >= 0.01
+    assert timer.reset(0) == {}

@@ -1,0 +1,85 @@
+"""The state that training changes, and the objects that the training loop works with."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..common.digest import START_OF_CHAIN
+from ..config import Recipe
+from ..data.split import Split
+from ..distributed.world import World
+from ..gradients.all_reduce import Gradients
+from ..optim.optimizers import Optimizer
+from ..reporting.events import Sink
+from ..runs.checkpoint import Content, load_optimizer, load_weights
+from ..runs.checkpoint_store import Store
+from .batches import Batches
+
+ZERO_TOTALS: dict[str, float] = {"loss": 0.0, "correct": 0, "images": 0}
+
+
+@dataclass
+class State:
+    """Everything that a step changes. It is the same on every rank."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    step: int = 0
+    """Number of steps done."""
+    best_accuracy: float = -1.0
+    samples_sha256: str = START_OF_CHAIN
+    """Digest of all sample ids used so far, in order."""
+    train_seconds: float = 0.0
+    """Time spent in steps, without evaluation and saving."""
+    unsaved: str | None = None
+    """Why the latest checkpoint could not be written; None if it was."""
+    totals: dict[str, float] = field(default_factory=lambda: dict(ZERO_TOTALS))
+    """Since the last evaluation: sum of losses, number of correct predictions, number of images."""
+
+    def to_content(self) -> Content:
+        """Return the part of a checkpoint that is state."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "best_accuracy": self.best_accuracy,
+            "samples_sha256": self.samples_sha256,
+            "train_seconds": self.train_seconds,
+            "totals": dict(self.totals),
+        }
+
+    def restore(self, content: Content, name: str) -> None:
+        """Load the state from a checkpoint. Raises `CheckpointError` if it is of another model."""
+        load_weights(self.model, content["model"], name)
+        load_optimizer(self.optimizer, content["optimizer"], name)
+        self.step = content["step"]
+        self.best_accuracy = content["best_accuracy"]
+        self.samples_sha256 = content["samples_sha256"]
+        self.train_seconds = content["train_seconds"]
+        self.totals = dict(content["totals"])
+
+
+@dataclass(frozen=True)
+class TrainingContext:
+    """Everything that the loop uses and does not replace."""
+
+    recipe: Recipe
+    world: World
+    batches: Batches
+    test: Split
+    gradients: Gradients
+    reseed: bool
+    """Seed torch's generator before each forward pass, because the model draws random numbers."""
+    store: Store
+    sink: Sink
+    pack: Callable[[], Content]
+    """Returns the content of a checkpoint of the present state."""
+    stop_requested: Callable[[], bool]
+    evaluation_options: dict[str, Any]
+    """Keyword arguments of `evaluate`."""
+    save_every: int | None
+    """Steps between checkpoints; None if the store decides by the time."""
+    eval_every: int
+    """Steps between evaluations."""
