@@ -1,11 +1,12 @@
-"""What is compared with: a plain training loop as tutorials write it, with a data set of single samples, a
-DataLoader, a DistributedSampler and DistributedDataParallel over gloo. `dmnist bench` runs it; nothing else
-does.
+"""Train with the plain loop of PyTorch tutorials, as a baseline for `dmnist bench`, which alone runs it.
+
+It uses a data set of single samples, a DataLoader, a DistributedSampler, and DistributedDataParallel over
+gloo.
 
     python -m distributed_mnist.bench.baseline --data DIR --model linear --nproc 2 \\
         [--workers 4] [--seconds 5]
 
-prints one JSON object. It shares the program's networks and data files, and no other part of it.
+prints one JSON object. It uses the program's networks and data files, and no other part of it.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from ..models.zoo import MODELS
 
 
 class Samples(Dataset[tuple[Tensor, int]]):
-    """One image at a time, scaled and normalised as torchvision's transforms do it."""
+    """Gives one image at a time, scaled and normalised as torchvision's transforms do it."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self._images, self._labels = images, labels
@@ -46,7 +47,7 @@ class Samples(Dataset[tuple[Tensor, int]]):
 
 
 def work(rank: int, options: argparse.Namespace, port: int) -> None:
-    """One process."""
+    """Train in one process. Rank 0 prints the results."""
     warnings.simplefilter("ignore")
     size = options.nproc
     torch.set_num_threads(max(1, usable_cores() // size))
@@ -61,32 +62,32 @@ def work(rank: int, options: argparse.Namespace, port: int) -> None:
     batch = options.batch_size // size
     loader = DataLoader(train, batch_size=batch, sampler=sampler, num_workers=options.workers)
     test_loader = DataLoader(test, batch_size=batch, num_workers=options.workers)
-    watch = Stopwatch(options.seconds)
+    stopwatch = Stopwatch(options.seconds)
     epochs: list[dict[str, float]] = []
-    while not watch.over and (len(epochs) < options.epochs or options.seconds < math.inf):
+    while not stopwatch.over and (len(epochs) < options.epochs or options.seconds < math.inf):
         sampler.set_epoch(len(epochs))
         began = time.perf_counter()
-        train_epoch(model, loader, optimizer, watch)
+        train_epoch(model, loader, optimizer, stopwatch)
         trained = time.perf_counter()
         accuracy = score(model, test_loader) if options.seconds == math.inf else 0.0
         tested = time.perf_counter() - trained
         epochs.append({"train_seconds": trained - began, "test_seconds": tested, "test_accuracy": accuracy})
     if rank == 0:
-        plain = {"images_per_second": watch.images * size / watch.seconds, "epochs": epochs}
-        sys.stdout.write(json.dumps(plain) + "\n")
+        speed = stopwatch.images * size / stopwatch.seconds
+        sys.stdout.write(json.dumps({"images_per_second": speed, "epochs": epochs}) + "\n")
     dist.barrier()
     dist.destroy_process_group()
 
 
 class Stopwatch:
-    """Counts images and seconds from the fifth batch on: the first ones of a process are slow."""
+    """Counts images and seconds from the fifth batch on: the first batches of a process are slow."""
 
     def __init__(self, limit: float) -> None:
         self._limit, self._batches, self._began = limit, 0, 0.0
         self.images, self.seconds, self.over = 0, 0.0, False
 
     def count(self, images: int) -> None:
-        """A batch is done, on every process. All must stop at the same: they agree at each sixteenth."""
+        """Count a batch. All processes must stop after the same one, so they agree at every sixteenth."""
         self._batches += 1
         if self._batches <= 4:
             self._began = time.perf_counter()
@@ -94,18 +95,18 @@ class Stopwatch:
         self.images += images
         self.seconds = time.perf_counter() - self._began
         if self._limit < math.inf and self._batches % 16 == 0:
-            found = torch.tensor([float(self.seconds > self._limit)])
-            dist.all_reduce(found)
-            self.over = bool(found > 0)
+            processes_over = torch.tensor([float(self.seconds > self._limit)])
+            dist.all_reduce(processes_over)
+            self.over = bool(processes_over > 0)
 
 
 def train_epoch(
     model: nn.Module,
     loader: DataLoader[tuple[Tensor, int]],
     optimizer: torch.optim.Optimizer,
-    watch: Stopwatch,
+    stopwatch: Stopwatch,
 ) -> None:
-    """A pass over this process's part, with running metrics, until its end or the watch's."""
+    """Train one epoch on this process's part, with running metrics, or until the time is over."""
     model.train()
     loss_sum, correct = 0.0, 0
     for images, labels in loader:
@@ -116,21 +117,21 @@ def train_epoch(
         optimizer.step()
         loss_sum += loss.item() * len(labels)
         correct += int((logits.argmax(1) == labels).sum().item())
-        watch.count(len(labels))
-        if watch.over:
+        stopwatch.count(len(labels))
+        if stopwatch.over:
             break
 
 
 @torch.no_grad()
 def score(model: nn.Module, loader: DataLoader[tuple[Tensor, int]]) -> float:
-    """Accuracy; every process scores all images."""
+    """Return the test accuracy, 0 to 1. Every process scores all images."""
     model.eval()
     hits = [int((model(images).argmax(1) == labels).sum()) for images, labels in loader]
     return sum(hits) / len(loader.dataset)  # type: ignore[arg-type]
 
 
 def main() -> None:
-    """See the module."""
+    """Parse the flags and start the processes."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", required=True)
     parser.add_argument("--dataset", default="mnist")
@@ -139,7 +140,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="of training at most")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop training after this long")
     options = parser.parse_args()
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]

@@ -1,7 +1,7 @@
-"""`dmnist bench`: how fast this machine is at what the program does, measured as a user would see it.
+"""Run `dmnist bench`: measure how fast this machine runs the program, as a user would see it.
 
-Everything is measured by running the program, or what it is compared with, as processes of their own,
-several times in turn, so that a machine whose speed drifts spoils ratios least.
+Each measurement runs the program, or the loop it is compared with, in processes of its own. Measurements
+that are compared take turns, so that a drift of the machine's speed distorts their ratio least.
 """
 
 import json
@@ -23,7 +23,7 @@ from .sections import SECTIONS, Bench, Plan
 
 
 def run(*, as_json: bool, **flags: Any) -> int:
-    """Measure, show, and return the exit code. Raises `UsageError` for too many processes."""
+    """Measure, show the results, and return the exit code. Raises `UsageError` for too many processes."""
     plan = Plan(**flags)
     recipe = load_recipe(plan.recipe)
     if plan.nproc is not None:
@@ -33,22 +33,18 @@ def run(*, as_json: bool, **flags: Any) -> int:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="dmnist-bench-")))
         bench = Bench(plan, console, folder)
         bench.results["machine"] = machine()
-        console.print(", ".join(f"{v}" for v in bench.results["machine"].values()))
+        console.print(", ".join(bench.results["machine"].values()))
         for name in plan.sections or SECTIONS:
-            with console.status(f"measuring: {name}") as status:
-                bench.tell = lambda text, name=name, status=status: status.update(
-                    f"measuring: {name}, {text}"
-                )
-                bench.results[name] = SECTIONS[name](bench)
+            bench.measure(name)
         if plan.out is not None:
-            keep(bench.results, plan.out, console)
+            save(bench.results, plan.out, console)
     if as_json:
         print_json(bench.results)
     return 0
 
 
 def machine() -> dict[str, str]:
-    """What the figures are of."""
+    """Describe the machine that is measured."""
     return {
         "processor": platform.processor() or platform.machine(),
         "cores": f"{usable_cores()} cores",
@@ -58,7 +54,7 @@ def machine() -> dict[str, str]:
     }
 
 
-def keep(results: dict[str, Any], out: Path, console: Console) -> None:
+def save(results: dict[str, Any], out: Path, console: Console) -> None:
     """Write `bench.json` and `bench.svg`. Raises `OutputError`."""
     from . import plot  # noqa: PLC0415 - imports matplotlib
 

@@ -1,4 +1,4 @@
-"""What messages and exchanges take between processes here: run by `dmnist bench`, prints one JSON object.
+"""Time messages and sums between processes on this host. `dmnist bench` runs it; it prints one JSON object.
 
 python -m distributed_mnist.bench.exchange 4
 """
@@ -22,74 +22,74 @@ from ..launcher import spawn
 from ..launcher.rank_process import run_in_group
 from ..launcher.signals import StopSignals
 
-NUMBERS = (1, 1_000, 7_850, 26_762, 215_194, 1_000_000)
-"""Lengths of the vectors that are exchanged, in float32."""
-_SECONDS = 0.5  # for each of them
+LENGTHS = (1, 1_000, 7_850, 26_762, 215_194, 1_000_000)
+"""Lengths of the float32 vectors that are sent and summed."""
+_SECONDS_PER_LENGTH = 0.5
 
 
 def work(placement: Placement, listener: socket.socket | None, _: Any) -> int:
-    """One process."""
+    """Run one rank and return its exit code. Rank 0 prints the results."""
 
     def body(world: World, signals: StopSignals) -> None:
         torch.set_num_threads(1)
-        found = {"size": world.size, "messages": messages(world), "exchanges": exchanges(world)}
+        results = {"size": world.size, "messages": messages(world), "exchanges": exchanges(world)}
         if world.rank == 0:
-            sys.stdout.write(json.dumps(found) + "\n")
+            sys.stdout.write(json.dumps(results) + "\n")
 
     return run_in_group(placement, listener, body, device="cpu")
 
 
 def messages(world: World) -> list[dict[str, float]]:
-    """Ranks 0 and 1 send each other so many bytes, both at once; the others watch."""
-    found = []
-    for count in NUMBERS:
-        mine, its = torch.zeros(count), torch.zeros(count)
+    """Time ranks 0 and 1 sending each other a message at once, for each length. All ranks call it."""
+    rows = []
+    for length in LENGTHS:
+        sent, received = torch.zeros(length), torch.zeros(length)
 
-        def swap(mine: torch.Tensor = mine, its: torch.Tensor = its) -> None:
+        def swap(sent: torch.Tensor = sent, received: torch.Tensor = received) -> None:
             if world.rank < 2:
-                world.send_recv({1 - world.rank: mine}, {1 - world.rank: its})
+                world.send_recv({1 - world.rank: sent}, {1 - world.rank: received})
 
-        found.append({"bytes": 4 * count, "seconds": timed(world, swap)})
-    return found
+        rows.append({"bytes": 4 * length, "seconds": median_seconds(world, swap)})
+    return rows
 
 
 def exchanges(world: World) -> list[dict[str, Any]]:
-    """One sum of everybody's vectors, by way and bytes."""
-    ways: list[ExchangeMethod] = ["slices"]
-    if has_equal_subtrees(world.size, world.size):
-        ways = ["doubling", "halving", "slices"]
-    found = []
-    for count in NUMBERS[1:]:
-        for how in ways:
-            finish = SubtreeExchange(world, world.size, count, how)
-            vector = torch.ones(count)
+    """Time the sum of one vector per rank, for each algorithm and length. All ranks call it."""
+    even = has_equal_subtrees(world.size, world.size)
+    algorithms: list[ExchangeMethod] = ["doubling", "halving", "slices"] if even else ["slices"]
+    rows = []
+    for length in LENGTHS[1:]:
+        for algorithm in algorithms:
+            exchange = SubtreeExchange(world, world.size, length, algorithm)
+            vector = torch.ones(length)
 
-            def once(finish: SubtreeExchange = finish, vector: torch.Tensor = vector) -> None:
+            def add_up(exchange: SubtreeExchange = exchange, vector: torch.Tensor = vector) -> None:
                 counter = BinaryCounter()
                 counter.push(0, owned_shards(world.rank, world.size, world.size).start, vector.clone())
-                finish.all_reduce(counter)
+                exchange.all_reduce(counter)
 
-            found.append({"how": how, "bytes": 4 * count, "seconds": timed(world, once)})
-    return found
+            seconds = median_seconds(world, add_up)
+            rows.append({"how": algorithm, "bytes": 4 * length, "seconds": seconds})
+    return rows
 
 
-def timed(world: World, call: Callable[[], None]) -> float:
-    """The median time of a call that all ranks make together."""
-    for _ in range(3):
+def median_seconds(world: World, call: Callable[[], None]) -> float:
+    """Return the median time of a call that all ranks make together."""
+    for _ in range(3):  # warm up
         call()
     world.barrier()
-    taken: list[float] = []
+    seconds: list[float] = []
     began = time.perf_counter()
     enough = False
     while not enough:
         for _ in range(10):
             start = time.perf_counter()
             call()
-            taken.append(time.perf_counter() - start)
-        enough = bool(
-            world.all_reduce_max_(torch.tensor([float(time.perf_counter() - began > _SECONDS)])) > 0
-        )
-    return statistics.median(taken)
+            seconds.append(time.perf_counter() - start)
+        # All ranks must stop after the same call.
+        over = torch.tensor([float(time.perf_counter() - began > _SECONDS_PER_LENGTH)])
+        enough = bool(world.all_reduce_max_(over) > 0)
+    return statistics.median(seconds)
 
 
 if __name__ == "__main__":

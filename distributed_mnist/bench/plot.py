@@ -1,4 +1,4 @@
-"""The picture of a `dmnist bench`: throughput by processes, and what an exchange takes on larger groups."""
+"""Draw the results of `dmnist bench`: throughput by world size, and the time of a sum over them."""
 
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,13 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-_WAYS = {"tree": "#0b6e4f", "ddp": "#c05746", "plain loop": "#8d99ae"}
-_TOPOLOGIES = {"doubling": "#0b6e4f", "halving": "#3a86c8", "slices": "#c05746", "ring": "#8d99ae"}
-_BYTES = 107_048  # of the gradient of `fast`
+_METHOD_COLORS = {"tree": "#0b6e4f", "ddp": "#c05746", "plain loop": "#8d99ae"}
+_ALGORITHM_COLORS = {"doubling": "#0b6e4f", "halving": "#3a86c8", "slices": "#c05746", "ring": "#8d99ae"}
+_GRADIENT_BYTES = 107_048  # of the recipe `fast`
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Write what can be drawn of these results as an SVG file."""
+    """Write an SVG file with one panel for each of `scaling` and `exchange` that is in these results."""
     drawers = {"scaling": _scaling, "exchange": _exchange}
     panels = [panel for name, panel in drawers.items() if results.get(name)]
     count = max(len(panels), 1)
@@ -35,14 +35,14 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 def _scaling(results: dict[str, Any], ax: Axes) -> None:
     rows = results["scaling"]["rows"]
-    for way, color in _WAYS.items():
-        mine = [row for row in rows if row["way"] == way]
-        sizes = [row["nproc"] for row in mine]
-        speeds = [row["images_per_second"] for row in mine]
-        low = [speed["median"] - speed["min"] for speed in speeds]
-        high = [speed["max"] - speed["median"] for speed in speeds]
-        middle = [speed["median"] for speed in speeds]
-        ax.errorbar(sizes, middle, [low, high], color=color, marker="o", capsize=3, label=way)
+    for method, color in _METHOD_COLORS.items():
+        method_rows = [row for row in rows if row["way"] == method]
+        sizes = [row["nproc"] for row in method_rows]
+        speeds = [row["images_per_second"] for row in method_rows]
+        below = [speed["median"] - speed["min"] for speed in speeds]
+        above = [speed["max"] - speed["median"] for speed in speeds]
+        medians = [speed["median"] for speed in speeds]
+        ax.errorbar(sizes, medians, [below, above], color=color, marker="o", capsize=3, label=method)
     recipe = results["scaling"]["recipe"]
     ax.set(xlabel="processes", ylabel="images/s", title=f"Throughput, recipe {recipe}")
     ax.set_xticks(sorted({row["nproc"] for row in rows}))
@@ -50,16 +50,19 @@ def _scaling(results: dict[str, Any], ax: Axes) -> None:
 
 
 def _exchange(results: dict[str, Any], ax: Axes) -> None:
-    found = results["exchange"]
-    predicted = [row for row in found["predictions"] if row["bytes"] == _BYTES]
-    for how, color in _TOPOLOGIES.items():
-        sizes, taken = [row["size"] for row in predicted], [1e3 * row[how] for row in predicted]
-        ax.loglog(sizes, taken, color=color, label=f"{how}, predicted")
-        measured = [row for row in found["rows"] if (row["how"], row["bytes"]) == (how, _BYTES)]
+    exchange = results["exchange"]
+    predicted = [row for row in exchange["predictions"] if row["bytes"] == _GRADIENT_BYTES]
+    for algorithm, color in _ALGORITHM_COLORS.items():
+        sizes = [row["size"] for row in predicted]
+        milliseconds = [1e3 * row[algorithm] for row in predicted]
+        ax.loglog(sizes, milliseconds, color=color, label=f"{algorithm}, predicted")
+        key = (algorithm, _GRADIENT_BYTES)
+        measured = [row for row in exchange["rows"] if (row["how"], row["bytes"]) == key]
         if measured:
-            sizes, taken = [row["size"] for row in measured], [1e3 * row["seconds"] for row in measured]
-            ax.loglog(sizes, taken, "o", color=color)
-    title = f"One sum of {_BYTES // 1000} kB over all processes (dots: measured)"
+            sizes = [row["size"] for row in measured]
+            milliseconds = [1e3 * row["seconds"] for row in measured]
+            ax.loglog(sizes, milliseconds, "o", color=color)
+    title = f"One sum of {_GRADIENT_BYTES // 1000} kB over all processes (dots: measured)"
     ax.set(xlabel="processes", ylabel="ms", title=title)
     ax.set_xscale("log", base=4)
     for axis in (ax.xaxis, ax.yaxis):

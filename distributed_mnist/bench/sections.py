@@ -1,4 +1,4 @@
-"""What `dmnist bench` measures: one function a section, each shows a table and returns its figures."""
+"""The sections of `dmnist bench`: one function each, which shows a table and returns its figures."""
 
 import json
 import sys
@@ -16,12 +16,12 @@ from ..config import Recipe, load_recipe
 from ..data import datasets, generated
 from ..gradients.cost_model import exchange_seconds, fit_link, prediction_table
 from ..launcher.default_nproc import MICROSECONDS_PER_IMAGE
-from .timed_runs import Sample, Trained, output, seconds_of, train
+from .timed_runs import Sample, TimedTraining, median_and_range, output, seconds_of, train
 
-PLAIN = "plain loop"
-WAYS = ("tree", "ddp", PLAIN)
-_MOST_BY_DEFAULT = 4
-_DRAWN = 2_000  # images
+PLAIN_LOOP = "plain loop"
+METHODS = ("tree", "ddp", PLAIN_LOOP)
+_DEFAULT_MAX_NPROC = 4
+_DRAWN_IMAGES = 2_000
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Plan:
     """What to measure, and how often."""
 
     sections: tuple[str, ...] = ()
-    """Names of `SECTIONS`; none: all."""
+    """Names of `SECTIONS`; empty for all of them."""
     recipe: str = "default"
     nproc: int | None = None
     runs: int = 3
@@ -43,32 +43,37 @@ class Plan:
 
 @dataclass
 class Bench:
-    """One `dmnist bench`: where it works, what it has shown."""
+    """The state of one `dmnist bench`: its plan, its temporary folder and its results so far."""
 
     plan: Plan
     console: Console
     folder: Path
     results: dict[str, Any] = field(default_factory=dict)
-    tell: Callable[[str], None] = lambda text: None
-    """Shows how far a section is."""
+    show_progress: Callable[[str], None] = lambda text: None
     _runs: int = 0
 
     @property
     def sizes(self) -> list[int]:
-        """Numbers of processes to try: all up to four, then powers of two."""
-        most = self.plan.nproc or min(usable_cores(), _MOST_BY_DEFAULT)
+        """World sizes to measure: all up to four, then powers of two, and the largest."""
+        most = self.plan.nproc or min(usable_cores(), _DEFAULT_MAX_NPROC)
         return [n for n in range(1, most + 1) if n <= 4 or n & (n - 1) == 0 or n == most]
 
-    def train(self, nproc: int, *words: str, cores: int | None = None) -> Trained:
-        """A `dmnist train` on this bench's data, without checkpoints on the way."""
+    def measure(self, name: str) -> None:
+        """Run a section, show its progress meanwhile, and store its results."""
+        with self.console.status(f"measuring: {name}") as status:
+            self.show_progress = lambda text: status.update(f"measuring: {name}, {text}")
+            self.results[name] = SECTIONS[name](self)
+
+    def train(self, nproc: int, *flags: str, cores: int | None = None) -> TimedTraining:
+        """Run `dmnist train` on this bench's data, without checkpoints and evaluations on the way."""
         self._runs += 1
         data = ["--dataset", self.plan.dataset, "--data", str(self.plan.data)]
-        rare = ["--checkpoint-every", "60 minutes", "--eval-every", "1000000"]
+        intervals = ["--checkpoint-every", "60 minutes", "--eval-every", "1000000"]
         out = self.folder / f"run{self._runs}"
-        return train(out, "--nproc", str(nproc), *data, *rare, *words, cores=cores)
+        return train(out, "--nproc", str(nproc), *data, *intervals, *flags, cores=cores)
 
     def show(self, title: str, columns: list[str], rows: Iterable[list[str]], *notes: str) -> None:
-        """A table."""
+        """Print a table."""
         table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
         for i, column in enumerate(columns):
             table.add_column(column, justify="right" if i else "left", no_wrap=i > 0)
@@ -81,92 +86,96 @@ class Bench:
 
 
 def startup(bench: Bench) -> dict[str, Any]:
-    """From the command to the first step, against an import of torch."""
-    taken: dict[str, Sample] = {}
-    plain, words = "python -c 'import torch'", ["--recipe", bench.plan.recipe, "--steps", "2"]
+    """Measure the time from the command to the first step, and compare it with an import of torch."""
+    samples: dict[str, Sample] = {}
+    import_torch, flags = "python -c 'import torch'", ["--recipe", bench.plan.recipe, "--steps", "2"]
     for i in range(bench.plan.runs):
-        bench.tell(f"round {i + 1} of {bench.plan.runs}")
-        seconds = {plain: seconds_of([sys.executable, "-c", "import torch"])}
+        bench.show_progress(f"round {i + 1} of {bench.plan.runs}")
+        seconds = {import_torch: seconds_of([sys.executable, "-c", "import torch"])}
         seconds["dmnist --help"] = seconds_of([sys.executable, "-m", "distributed_mnist", "--help"])
         for n in bench.sizes[:2]:
-            seconds[f"dmnist train --nproc {n}"] = bench.train(n, *words).first_step_seconds
+            seconds[f"dmnist train --nproc {n}"] = bench.train(n, *flags).first_step_seconds
         for name, value in seconds.items():
-            taken.setdefault(name, Sample()).add(value)
+            samples.setdefault(name, Sample()).add(value)
     rows = {
-        name: {"seconds": sample.to_dict(), "ratio": sample.over(taken[plain]).to_dict()}
-        for name, sample in taken.items()
+        name: {"seconds": sample.to_dict(), "ratio": sample.over(samples[import_torch]).to_dict()}
+        for name, sample in samples.items()
     }
     bench.show(
         "Start-up, from the command to the first step",
         ["", "seconds", "of import torch"],
-        ([name, spread(row["seconds"], ".2f"), spread(row["ratio"], ".2f")] for name, row in rows.items()),
+        (
+            [name, median_and_range(row["seconds"], ".2f"), median_and_range(row["ratio"], ".2f")]
+            for name, row in rows.items()
+        ),
     )
     return rows
 
 
 def data(bench: Bench) -> dict[str, Any]:
-    """Reading the data set, and drawing digits."""
+    """Measure how long it takes to read the data set and to draw a digit."""
     read, drawn, megabytes, name = Sample(), Sample(), 0.0, ""
     for _ in range(bench.plan.runs):
         began = time.perf_counter()
-        found = datasets.load(bench.plan.dataset, bench.plan.data)
+        dataset = datasets.load(bench.plan.dataset, bench.plan.data)
         read.add(time.perf_counter() - began)
         began = time.perf_counter()
-        generated.draw(_DRAWN, "bench")
-        drawn.add((time.perf_counter() - began) / _DRAWN * 1e6)
-        megabytes, name = sum(array.nbytes for array in found.arrays().values()) / 1e6, found.name
+        generated.draw(_DRAWN_IMAGES, "bench")
+        drawn.add((time.perf_counter() - began) / _DRAWN_IMAGES * 1e6)
+        megabytes, name = sum(array.nbytes for array in dataset.arrays().values()) / 1e6, dataset.name
     seconds, microseconds = read.to_dict(), drawn.to_dict()
     bench.show(
         "Data",
         ["", "", ""],
         [
-            [f"{name}, {megabytes:.0f} MB", f"{spread(seconds, '.3f')} s", "obtained and checked"],
-            ["a drawn image", f"{spread(microseconds, '.1f')} µs", "on one core"],
+            [f"{name}, {megabytes:.0f} MB", f"{median_and_range(seconds, '.3f')} s", "read and checked"],
+            ["a drawn image", f"{median_and_range(microseconds, '.1f')} µs", "on one core"],
         ],
     )
     return {"name": name, "seconds": seconds, "megabytes": megabytes, "draw_microseconds": microseconds}
 
 
 def scaling(bench: Bench) -> dict[str, Any]:
-    """Throughput in both ways of adding gradients up, at each size, against the plain loop."""
+    """Measure the throughput of `--sync tree`, `--sync ddp` and the plain loop at each world size."""
     plan, recipe = bench.plan, load_recipe(bench.plan.recipe)
     cost = recipe.batch_size * MICROSECONDS_PER_IMAGE.get(recipe.model, MICROSECONDS_PER_IMAGE["cnn"])
-    alone = max(20, round(plan.seconds / cost * 1e6))
-    words = ["--recipe", plan.recipe, "--epochs", "1000"]
+    steps_alone = max(20, round(plan.seconds / cost * 1e6))
+    flags = ["--recipe", plan.recipe, "--epochs", "1000"]
     speed: dict[tuple[str, int], Sample] = {}
     parts: dict[tuple[str, int], dict[str, float]] = {}
     for i in range(plan.runs):
         for n in bench.sizes:
-            bench.tell(f"round {i + 1} of {plan.runs}, with {n} process{'es' if n > 1 else ''}")
-            steps = ["--steps", str(alone * min(n, usable_cores()))]
-            for way in ("tree", "ddp"):
-                trained = bench.train(n, *words, *steps, "--sync", way, cores=n)
-                speed.setdefault((way, n), Sample()).add(trained.result["images_per_second"])
-                parts[way, n] = trained.parts
-            speed.setdefault((PLAIN, n), Sample()).add(plain_loop(bench, recipe, n))
+            bench.show_progress(f"round {i + 1} of {plan.runs}, with {n} process{'es' if n > 1 else ''}")
+            steps = ["--steps", str(steps_alone * min(n, usable_cores()))]
+            for method in ("tree", "ddp"):
+                training = bench.train(n, *flags, *steps, "--sync", method, cores=n)
+                speed.setdefault((method, n), Sample()).add(training.result["images_per_second"])
+                parts[method, n] = training.parts
+            speed.setdefault((PLAIN_LOOP, n), Sample()).add(plain_loop(bench, recipe, n))
     rows = [
         {
-            "way": way,
+            "way": method,
             "nproc": n,
-            "images_per_second": sample.to_dict(),
-            "of_one_process": sample.over(speed[way, 1]).to_dict(),
-            "of_ddp": sample.over(speed["ddp", n]).to_dict(),
-            "of_plain_loop": sample.over(speed[PLAIN, n]).to_dict(),
-            "parts": parts.get((way, n), {}),
+            "images_per_second": speed[method, n].to_dict(),
+            "of_one_process": speed[method, n].over(speed[method, 1]).to_dict(),
+            "of_ddp": speed[method, n].over(speed["ddp", n]).to_dict(),
+            "of_plain_loop": speed[method, n].over(speed[PLAIN_LOOP, n]).to_dict(),
+            "parts": parts.get((method, n), {}),
         }
-        for (way, n), sample in sorted(speed.items(), key=lambda item: (WAYS.index(item[0][0]), item[0][1]))
+        for method in METHODS
+        for n in bench.sizes
     ]
     bench.show(
-        f"Throughput of {plan.recipe} ({recipe.model}, batches of {recipe.batch_size}), a core a process",
+        f"Throughput of {plan.recipe} ({recipe.model}, batches of {recipe.batch_size}), a core per process",
         ["", "processes", "images/s", "of one process", "of ddp", "of the plain loop"],
         (
             [
                 row["way"],
                 str(row["nproc"]),
-                spread(row["images_per_second"], ",.0f"),
-                spread(row["of_one_process"], ".2f"),
-                spread(row["of_ddp"], ".2f"),
-                spread(row["of_plain_loop"], ".1f"),
+                median_and_range(row["images_per_second"], ",.0f"),
+                median_and_range(row["of_one_process"], ".2f"),
+                median_and_range(row["of_ddp"], ".2f"),
+                median_and_range(row["of_plain_loop"], ".1f"),
             ]
             for row in rows
         ),
@@ -177,7 +186,11 @@ def scaling(bench: Bench) -> dict[str, Any]:
         "A step, in milliseconds",
         ["", "processes", *names, "rest", "all"],
         (
-            [row["way"], str(row["nproc"]), *(f"{1e3 * part:.2f}" for part in split(row["parts"], names))]
+            [
+                row["way"],
+                str(row["nproc"]),
+                *(f"{1e3 * seconds:.2f}" for seconds in with_rest_and_total(row["parts"], names)),
+            ]
             for row in rows
             if row["parts"]
         ),
@@ -185,47 +198,47 @@ def scaling(bench: Bench) -> dict[str, Any]:
     return {"recipe": plan.recipe, "rows": rows}
 
 
-def split(parts: dict[str, float], names: Iterable[str]) -> list[float]:
-    """A step's parts, what is left of it, and all of it."""
+def with_rest_and_total(parts: dict[str, float], names: Iterable[str]) -> list[float]:
+    """Return the seconds of these parts of a step, then those of the rest, then those of the whole step."""
     known = [parts.get(name, 0.0) for name in names]
     return [*known, parts["step"] - sum(known), parts["step"]]
 
 
 def plain_loop(bench: Bench, recipe: Recipe, nproc: int) -> float:
-    """Images a second of the plain loop."""
+    """Run the plain loop and return its images per second."""
     if bench.plan.dataset in ("auto", "generated"):
-        where = bench.folder / "baseline-data"
-        if not where.exists():
+        folder = bench.folder / "baseline-data"
+        if not folder.exists():
             drawn = datasets.load(bench.plan.dataset, bench.plan.data, train_size=6_000, test_size=500)
-            datasets.write(drawn, where)
-        data = ["--dataset", "idx", "--data", str(where)]
+            datasets.write(drawn, folder)
+        data = ["--dataset", "idx", "--data", str(folder)]
     else:
         data = ["--dataset", bench.plan.dataset, "--data", str(bench.plan.data)]
-    words = ["--model", recipe.model, "--nproc", str(nproc), "--batch-size", str(recipe.batch_size)]
+    flags = ["--model", recipe.model, "--nproc", str(nproc), "--batch-size", str(recipe.batch_size)]
     limit = ["--seconds", str(bench.plan.seconds)]
-    command = [sys.executable, "-m", "distributed_mnist.bench.baseline", *data, *words, *limit]
+    command = [sys.executable, "-m", "distributed_mnist.bench.baseline", *data, *flags, *limit]
     return json.loads(output(command, cores=nproc))["images_per_second"]
 
 
 def exchange(bench: Bench) -> dict[str, Any]:
-    """Messages and sums between processes here, and what the model makes of them."""
-    found = [
+    """Measure messages and sums between processes, and compare the sums with the cost model."""
+    runs = [
         json.loads(output([sys.executable, "-m", "distributed_mnist.bench.exchange", str(n)]))
         for n in bench.sizes
         if n > 1
     ]
-    if not found:
+    if not runs:
         return {}
-    link = fit_link([(m["bytes"], m["seconds"]) for m in found[0]["messages"]])
+    link = fit_link([(message["bytes"], message["seconds"]) for message in runs[0]["messages"]])
     rows = [
         {
-            **made,
-            "size": each["size"],
-            "predicted": exchange_seconds(made["how"], each["size"], made["bytes"], link)
-            * max(1.0, each["size"] / usable_cores()),  # more processes than cores take turns
+            **measured,
+            "size": run["size"],
+            "predicted": exchange_seconds(measured["how"], run["size"], measured["bytes"], link)
+            * max(1.0, run["size"] / usable_cores()),  # more processes than cores take turns
         }
-        for each in found
-        for made in each["exchanges"]
+        for run in runs
+        for measured in run["exchanges"]
     ]
     bench.show(
         "One sum of a vector over all processes, in milliseconds",
@@ -246,23 +259,22 @@ def exchange(bench: Bench) -> dict[str, Any]:
 
 
 def time_to_99(bench: Bench) -> dict[str, Any]:
-    """The recipe `fast`, several seeds."""
-    accuracy, training, stretch, whole = Sample(), Sample(), Sample(), Sample()
+    """Train the recipe `fast` with several seeds; measure its accuracy and its duration."""
+    samples: dict[str, Sample] = {}
     nproc, dataset = bench.plan.nproc or min(usable_cores(), 8), ""
     for seed in range(bench.plan.seeds):
-        bench.tell(f"run {seed + 1} of {bench.plan.seeds}")
-        trained = bench.train(nproc, "--recipe", "fast", "--seed", str(seed))
-        dataset = trained.result["dataset"]
-        accuracy.add(100 * trained.result["test_accuracy"])
-        training.add(trained.result["train_seconds"])
-        stretch.add(trained.all_steps_seconds)
-        whole.add(trained.wall_seconds)
-    rows = {
-        "test accuracy, %": accuracy.to_dict(),
-        "training, s": training.to_dict(),
-        "first step to last weight, s": stretch.to_dict(),
-        "whole command, s": whole.to_dict(),
-    }
+        bench.show_progress(f"run {seed + 1} of {bench.plan.seeds}")
+        training = bench.train(nproc, "--recipe", "fast", "--seed", str(seed))
+        dataset = training.result["dataset"]
+        figures = {
+            "test accuracy, %": 100 * training.result["test_accuracy"],
+            "training, s": training.result["train_seconds"],
+            "first step to last weight, s": training.all_steps_seconds,
+            "whole command, s": training.wall_seconds,
+        }
+        for name, value in figures.items():
+            samples.setdefault(name, Sample()).add(value)
+    rows = {name: sample.to_dict() for name, sample in samples.items()}
     bench.show(
         f"Recipe fast on {dataset}, {nproc} processes, {bench.plan.seeds} seeds",
         ["", "mean", "deviation", "min", "max"],
@@ -272,13 +284,6 @@ def time_to_99(bench: Bench) -> dict[str, Any]:
         ),
     )
     return {"nproc": nproc, "seeds": bench.plan.seeds, **rows}
-
-
-def spread(row: dict[str, Any], form: str) -> str:
-    """The median, and between what it was."""
-    if row["n"] == 1:
-        return f"{row['median']:{form}}"
-    return f"{row['median']:{form}} ({row['min']:{form}} to {row['max']:{form}})"
 
 
 SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {

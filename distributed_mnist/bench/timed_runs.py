@@ -1,4 +1,4 @@
-"""Programs that `dmnist bench` times: each a fresh process, as a user would start it."""
+"""Time the programs that `dmnist bench` compares, each in a fresh process, as a user would start it."""
 
 import json
 import os
@@ -13,37 +13,38 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DmnistError, Hang, Interrupted
+from ..runs.record import Record, read
 
-PATIENCE = 1800.0
-"""Seconds after which a program that should have ended hangs."""
+TIMEOUT_SECONDS = 1800.0
+"""A program that runs longer than this hangs."""
 
 
 @dataclass
 class Sample:
-    """The same thing measured several times."""
+    """Repeated measurements of the same thing."""
 
     values: list[float] = field(default_factory=list)
 
     def add(self, value: float) -> None:
-        """One more time."""
+        """Add a measurement."""
         self.values.append(value)
 
     @property
     def median(self) -> float:
-        """The one in the middle."""
+        """The median of the values."""
         return statistics.median(self.values)
 
     @property
     def deviation(self) -> float:
-        """The standard deviation of a single value; 0 where there is only one."""
+        """The standard deviation of a single value; 0 if there is only one."""
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
     def over(self, other: "Sample") -> "Sample":
-        """Ratios of values measured one after the other."""
+        """Return the ratios to `other`, pair by pair: the values of a pair were measured in sequence."""
         return Sample([a / b for a, b in zip(self.values, other.values, strict=True)])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for `--json`."""
+        """Return the statistics as plain values, for `--json`."""
         return {
             "n": len(self.values),
             "median": self.median,
@@ -54,67 +55,77 @@ class Sample:
         }
 
 
+def median_and_range(row: dict[str, Any], form: str) -> str:
+    """Format `Sample.to_dict()` with the format `form`: the median, and of several values the range."""
+    median = f"{row['median']:{form}}"
+    if row["n"] == 1:
+        return median
+    return f"{median} ({row['min']:{form}} to {row['max']:{form}})"
+
+
 @dataclass(frozen=True)
-class Trained:
-    """What a `dmnist train` came to, and when."""
+class TimedTraining:
+    """The result and the times of a `dmnist train`."""
 
     result: dict[str, Any]
-    events: list[dict[str, Any]]
+    record: Record
     began: float
-    """When the command was given, in seconds since the epoch."""
+    """When the command was started, in seconds since the epoch."""
     wall_seconds: float
-    """Of the whole command."""
+    """Duration of the whole command."""
 
     @property
     def first_step_seconds(self) -> float:
-        """From the command to the moment before the first step."""
-        return next(event["time"] for event in self.events if event["event"] == "start") - self.began
+        """Seconds from the command to the moment before the first step."""
+        return self.record.starts[0]["time"] - self.began
 
     @property
     def all_steps_seconds(self) -> float:
-        """From the moment before the first step to the last weight, whatever happened between."""
-        steps = [event["time"] for event in self.events if event["event"] == "steps"]
-        return steps[-1] - self.began - self.first_step_seconds
+        """Seconds from the moment before the first step to the last weight, whatever happened between."""
+        return self.record.steps[-1]["time"] - self.began - self.first_step_seconds
 
     @property
     def parts(self) -> dict[str, float]:
-        """Seconds a step, by part, of the longest stretch between two sync points."""
-        pages = [event for event in self.events if event["event"] == "steps"]
-        longest = max(pages, key=lambda page: len(page["losses"]))
+        """Seconds per step of each part of a step, from the longest interval between two sync points."""
+        longest = max(self.record.steps, key=lambda event: len(event["losses"]))
         return longest["seconds"]
 
 
-def train(folder: Path, *words: str, cores: int | None = None) -> Trained:
-    """`dmnist train` into this folder. `cores` keeps it, and what it starts, to so many of them."""
-    command = [sys.executable, "-m", "distributed_mnist", "train", "--out", str(folder), "--json", *words]
+def train(folder: Path, *flags: str, cores: int | None = None) -> TimedTraining:
+    """Run `dmnist train` into this folder. `cores` limits its processes to that many cores."""
+    command = [sys.executable, "-m", "distributed_mnist", "train", "--out", str(folder), "--json", *flags]
     began, clock = time.time(), time.perf_counter()
     result = json.loads(output(command, cores=cores))
     seconds = time.perf_counter() - clock
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return Trained(result, [json.loads(line) for line in lines], began, seconds)
+    return TimedTraining(result, read(folder), began, seconds)
 
 
 def seconds_of(command: Sequence[str]) -> float:
-    """How long a command takes."""
+    """Return how many seconds a command takes."""
     began = time.perf_counter()
     output(command)
     return time.perf_counter() - began
 
 
 def output(command: Sequence[str], cores: int | None = None) -> str:
-    """What a command prints. Raises `DmnistError` with its last line if it fails."""
-    with _kept_to(cores):
+    """Run a command and return what it prints.
+
+    Raises `DmnistError` with the last line of its standard error if it fails, `Interrupted` if it was asked
+    to stop, and `Hang` after `TIMEOUT_SECONDS`.
+    """
+    with _limited_to(cores):
         try:
             done = subprocess.run(
                 command,
                 capture_output=True,
                 text=True,
-                timeout=PATIENCE,
+                timeout=TIMEOUT_SECONDS,
                 stdin=subprocess.DEVNULL,
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            raise Hang(f"{' '.join(command[2:5])}: not done after {PATIENCE / 60:.0f} minutes") from None
+            minutes = TIMEOUT_SECONDS / 60
+            raise Hang(f"{' '.join(command[2:5])}: not done after {minutes:.0f} minutes") from None
     if done.returncode == 0:
         return done.stdout
     lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
@@ -123,8 +134,8 @@ def output(command: Sequence[str], cores: int | None = None) -> str:
 
 
 @contextmanager
-def _kept_to(cores: int | None) -> Iterator[None]:
-    """What is started meanwhile stays on so many cores, where the system can be told."""
+def _limited_to(cores: int | None) -> Iterator[None]:
+    """Limit processes started in the block to the first `cores` cores, where the system supports that."""
     if cores is None or not hasattr(os, "sched_setaffinity"):
         yield
         return

@@ -174,7 +174,7 @@ _COMMANDS: dict[str, Callable[[Any], int]] = {
     "Evaluate": _evaluate,
     "Watch": partial(_call, "reporting.watch", "run"),
     "Predict": partial(_call, "inference.predict", "run"),
-    "Report": partial(_call, "reporting.report_command", "run"),
+    "Report": partial(_call, "reporting.html_report", "run"),
     "Verify": _verify,
     "Doctor": _doctor,
     "Bench": _bench,

@@ -1,8 +1,9 @@
-"""`dmnist doctor`: one screen about a machine, or a job, that a person can paste into a bug report."""
+"""Run `dmnist doctor`: one screen about a machine or a job, short enough to paste into a bug report."""
 
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,41 +14,45 @@ from rich.text import Text
 from ..distributed.membership import Peer
 from ..distributed.world import World
 from ..errors import VerificationError
+from ..reporting.console import print_labelled
 from . import collectives, host
-from .findings import Finding, good, merged, tried, worst
+from .findings import Finding, good, merge, run_probe, worst
 
 _MARKS = {"good": ("✓", "green"), "doubtful": ("!", "yellow"), "bad": ("✗", "bold red")}
-_WIDE = 14
-_OF_THE_HOST = ("processor", "memory")  # their figures change from moment to moment
+_NAME_WIDTH = 14
+_SAME_ON_A_HOST = ("processor", "memory")  # the figures of these findings change from moment to moment
 
 
 def run(world: World, out: Path, dataset: str, data: Path, console: Console) -> dict[str, Any]:
-    """Examine every host and what the ranks do together; what `--json` prints. All ranks call it.
+    """Examine every host and what the ranks do together, and return what `--json` prints.
 
-    `conclude` says how it came out.
+    All ranks call it. Rank 0 shows the findings. `conclude` raises if any of them is bad.
     """
-    bound = [world.broadcast_object(host.affinity(), src=rank) for rank in range(world.size)]
-    here = world.peers[world.rank].host
-    own = [cores for peer, cores in zip(world.peers, bound, strict=True) if peer.host == here]
-    mine = host.examine(world.peers, world.rank, world.local_size, len(set().union(*own)))
-    everyone = [world.broadcast_object(mine, src=rank) for rank in range(world.size)]
+    cores_by_rank = [world.broadcast_object(host.affinity(), src=rank) for rank in range(world.size)]
+    own_host = world.peers[world.rank].host
+    host_cores = set[int]()
+    for peer, cores in zip(world.peers, cores_by_rank, strict=True):
+        if peer.host == own_host:
+            host_cores |= cores
+    own = host.examine(world.peers, world.rank, world.local_size, len(host_cores))
+    by_rank = [world.broadcast_object(own, src=rank) for rank in range(world.size)]
     names = [f"rank {peer.rank} ({peer.host})" for peer in world.peers]
-    findings = merged(list(zip(names, _once_a_host(world.peers, everyone), strict=True)))
-    findings.append(_processes(world))
-    figures: list[dict[str, float]] = []
-    disk, found_data = world.on_rank_zero(
+    findings = merge(list(zip(names, _same_figures_on_a_host(world.peers, by_rank), strict=True)))
+    findings.append(_launcher(world))
+    message_times: list[dict[str, float]] = []
+    disk, data_finding = world.on_rank_zero(
         lambda: (
-            tried("checkpoints", lambda: host.disk(out), "choose another --out"),
-            tried("data", lambda: host.data(dataset, data), "dmnist data check"),
+            run_probe("checkpoints", lambda: host.disk(out), "choose another --out"),
+            run_probe("data", lambda: host.data(dataset, data), "dmnist data check"),
         )
     )
     if world.size > 1:
         findings += [collectives.addresses(world)] if world.local_size < world.size else []
         findings.append(collectives.collectives(world))
-        exchange, figures = collectives.speed(world)
+        exchange, message_times = collectives.speed(world)
         findings += [exchange, collectives.clocks(world)]
-        findings += [_folders(world, out)] if disk.verdict != "bad" else []
-    findings += [disk, found_data]
+        findings += [_shared_folder(world, out)] if disk.verdict != "bad" else []
+    findings += [disk, data_finding]
     if world.rank == 0:
         show(findings, console)
     return {
@@ -55,13 +60,13 @@ def run(world: World, out: Path, dataset: str, data: Path, console: Console) -> 
         "world_size": world.size,
         "launcher": world.launcher,
         "backend": world.backend,
-        "findings": [finding.to_dict() for finding in findings],
-        "messages": figures,
+        "findings": [asdict(finding) for finding in findings],
+        "messages": message_times,
     }
 
 
 def conclude(result: dict[str, Any]) -> None:
-    """Raise `VerificationError` if anything is bad."""
+    """Raise `VerificationError` if any finding is bad."""
     count = sum(finding["verdict"] == "bad" for finding in result["findings"])
     if count:
         raise VerificationError(
@@ -70,65 +75,62 @@ def conclude(result: dict[str, Any]) -> None:
 
 
 def show(findings: list[Finding], console: Console) -> None:
-    """A line each, with what to do below it."""
+    """Print one line for each finding, with the advice below it."""
     for finding in findings:
         mark, style = _MARKS[finding.verdict]
-        label = Text.assemble((mark, style), " ", (f"{finding.name:<{_WIDE}}", "bold"))
-        _print(console, label, Text(finding.value))
+        label = Text.assemble((mark, style), " ", (f"{finding.name:<{_NAME_WIDTH}}", "bold"))
+        print_labelled(console, label, Text(finding.value), _NAME_WIDTH + 2)
         if finding.advice:
-            _print(console, Text(" " * (_WIDE + 2)), Text(f"→ {finding.advice}", style))
+            label, advice = Text(" " * (_NAME_WIDTH + 2)), Text(f"→ {finding.advice}", style)
+            print_labelled(console, label, advice, _NAME_WIDTH + 2)
     console.print(
-        Text("\ndmnist verify trains at several sizes and compares the answers: the full test", "dim")
+        Text("\nthe full test is dmnist verify: it trains at several sizes and compares the answers", "dim")
     )
 
 
-def _print(console: Console, label: Text, value: Text) -> None:
-    """On a terminal wrapped at words, to the right of the label."""
-    room = max(console.width - _WIDE - 2, 30)
-    lines = value.wrap(console, room) if console.is_terminal else [value]
-    for i, line in enumerate(lines):
-        line.rstrip()
-        console.print((label if i == 0 else Text(" " * (_WIDE + 2))) + line, soft_wrap=True)
+def _same_figures_on_a_host(
+    peers: Sequence[Peer], by_rank: Sequence[Sequence[Finding]]
+) -> list[list[Finding]]:
+    """Return the findings by rank, with the figures of a host's first rank for all ranks of that host.
 
-
-def _once_a_host(peers: Sequence[Peer], everyone: Sequence[Sequence[Finding]]) -> list[list[Finding]]:
-    """Findings by rank, where ranks of one host that looked a moment apart say the same."""
-    first: dict[str, Sequence[Finding]] = {}
-    for peer, findings in zip(peers, everyone, strict=True):
-        first.setdefault(peer.host, findings)
+    The ranks look at slightly different moments, so otherwise each would get a line of its own.
+    """
+    first_on_host: dict[str, Sequence[Finding]] = {}
+    for peer, findings in zip(peers, by_rank, strict=True):
+        first_on_host.setdefault(peer.host, findings)
     return [
         [
-            theirs if own.name in _OF_THE_HOST else own
-            for own, theirs in zip(findings, first[peer.host], strict=True)
+            first if own.name in _SAME_ON_A_HOST else own
+            for own, first in zip(findings, first_on_host[peer.host], strict=True)
         ]
-        for peer, findings in zip(peers, everyone, strict=True)
+        for peer, findings in zip(peers, by_rank, strict=True)
     ]
 
 
-def _processes(world: World) -> Finding:
+def _launcher(world: World) -> Finding:
     hosts = len({peer.host for peer in world.peers})
     if world.launcher == "spawned":
-        return good("launcher", f"none; {world.size} processes of our own for what follows")
+        return good("launcher", f"none; this command started {world.size} processes for the checks below")
     if world.size == 1:
         return good("launcher", "none")
     where = f"{hosts} host{'s' if hosts > 1 else ''}"
     return good("launcher", f"{world.launcher}: {world.size} processes on {where}, {world.backend}")
 
 
-def _folders(world: World, out: Path) -> Finding:
-    """Whether the hosts see one folder for checkpoints. Either is fine; both are worth knowing."""
+def _shared_folder(world: World, out: Path) -> Finding:
+    """Find out whether all hosts see the same folder for checkpoints. Either answer is good."""
 
-    def mark() -> str:
+    def create_file() -> str:
         handle, name = tempfile.mkstemp(prefix=".dmnist-doctor-", dir=host.nearest_folder(out))
         os.close(handle)
         return name
 
-    name = world.on_rank_zero(mark)
-    sees = tried("", lambda: good("", "yes" if Path(name).exists() else "no"), "").value == "yes"
-    seen = world.all_gather(torch.tensor([int(sees)], device=world.device)).flatten().tolist()
+    name = world.on_rank_zero(create_file)
+    sees = run_probe("", lambda: good("", "yes" if Path(name).exists() else "no"), "").value == "yes"
+    seen_by_rank = world.all_gather(torch.tensor([int(sees)], device=world.device)).flatten().tolist()
     world.on_rank_zero(lambda: Path(name).unlink(missing_ok=True))
-    without = {world.peers[rank].host for rank, sees in enumerate(seen) if not sees}
-    if without:
-        told = f"not seen by {', '.join(sorted(without))}: a copy of the checkpoints is kept on each"
-        return good("shared folder", told)
+    blind_hosts = {world.peers[rank].host for rank, seen in enumerate(seen_by_rank) if not seen}
+    if blind_hosts:
+        hosts = ", ".join(sorted(blind_hosts))
+        return good("shared folder", f"not seen by {hosts}: each of them keeps a copy of the checkpoints")
     return good("shared folder", "all ranks see the same")

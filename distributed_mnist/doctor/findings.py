@@ -1,84 +1,84 @@
-"""What `dmnist doctor` finds: a line each, good, doubtful or bad, and what to do about it."""
+"""The findings of `dmnist doctor`: each is good, doubtful or bad, and says what to do about it."""
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 Verdict = Literal["good", "doubtful", "bad"]
-_RANKED: Sequence[Verdict] = ("good", "doubtful", "bad")
+_BEST_TO_WORST: Sequence[Verdict] = ("good", "doubtful", "bad")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line."""
+    """One line of the screen. The fields are those of `findings` in `--json`."""
 
     name: str
     verdict: Verdict
     value: str
     advice: str = ""
-    """What to do; empty where all is good."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+    """What to do; empty if the verdict is good."""
 
 
 def good(name: str, value: str) -> Finding:
-    """As it should be."""
+    """Make a finding that is as it should be."""
     return Finding(name, "good", value)
 
 
 def doubtful(name: str, value: str, advice: str) -> Finding:
-    """It works, but may not be what was meant."""
+    """Make a finding that works but may not be what the user meant."""
     return Finding(name, "doubtful", value, advice)
 
 
 def bad(name: str, value: str, advice: str) -> Finding:
-    """It will fail."""
+    """Make a finding that will make training fail."""
     return Finding(name, "bad", value, advice)
 
 
-def tried(name: str, probe: Callable[[], Finding], advice: str, seconds: float = 20.0) -> Finding:
-    """What a probe finds; one that fails by itself, or does not come back (a file system whose server is
-    gone), is bad news, not the end of the examination."""
-    found = bad(name, f"no answer within {seconds:g} s", advice)
+def run_probe(name: str, probe: Callable[[], Finding], advice: str, seconds: float = 20.0) -> Finding:
+    """Run a probe and return its finding.
 
-    def look() -> None:
-        nonlocal found
+    A probe that raises, or that does not return in time (as on a file system whose server is gone), gives
+    a bad finding, and the other probes still run.
+    """
+    finding = bad(name, f"no answer within {seconds:g} s", advice)
+
+    def target() -> None:
+        nonlocal finding
         try:
-            found = probe()
+            finding = probe()
         except Exception as error:
-            found = bad(name, f"{type(error).__name__}: {error}", advice)
+            finding = bad(name, f"{type(error).__name__}: {error}", advice)
 
-    looking = threading.Thread(target=look, daemon=True)
-    looking.start()
-    looking.join(seconds)
-    return found
+    # A daemon thread, because a probe that never returns must not keep the process from ending.
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return finding
 
 
 def worst(findings: Sequence[Finding]) -> Verdict:
-    """The worst verdict among them."""
-    found = [_RANKED.index(finding.verdict) for finding in findings]
-    return _RANKED[max(found, default=0)]
+    """Return the worst verdict; good if there are no findings."""
+    verdicts: list[Verdict] = ["good", *(finding.verdict for finding in findings)]
+    return max(verdicts, key=_BEST_TO_WORST.index)
 
 
-def merged(by_rank: Sequence[tuple[str, Sequence[Finding]]]) -> list[Finding]:
-    """One list of several ranks': a value that all share stands once, others with who has them.
+def merge(by_rank: Sequence[tuple[str, Sequence[Finding]]]) -> list[Finding]:
+    """Merge the findings of several ranks: equal ones become one line, others name their ranks.
 
-    `by_rank` has each rank's name and its findings, of the same names in the same order.
+    `by_rank` has each rank's name and its findings, with the same names in the same order on every rank.
     """
-    lines: list[Finding] = []
-    for row in zip(*(findings for _, findings in by_rank), strict=True):
-        owners: dict[Finding, list[str]] = {}
-        for (who, _), finding in zip(by_rank, row, strict=True):
-            owners.setdefault(finding, []).append(who)
-        for finding, whose in owners.items():
-            told = f"{some(whose)}: {finding.value}" if len(owners) > 1 else finding.value
-            lines.append(Finding(finding.name, finding.verdict, told, finding.advice))
-    return lines
+    merged: list[Finding] = []
+    for findings in zip(*(findings for _, findings in by_rank), strict=True):
+        ranks_of: dict[Finding, list[str]] = {}
+        for (rank_name, _), finding in zip(by_rank, findings, strict=True):
+            ranks_of.setdefault(finding, []).append(rank_name)
+        for finding, ranks in ranks_of.items():
+            value = f"{first_few(ranks)}: {finding.value}" if len(ranks_of) > 1 else finding.value
+            merged.append(Finding(finding.name, finding.verdict, value, finding.advice))
+    return merged
 
 
-def some(names: Sequence[str]) -> str:
-    """The first few of them, and how many more there are."""
+def first_few(names: Sequence[str]) -> str:
+    """List the first three names and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,4 +1,4 @@
-"""What `dmnist doctor` looks at on each host: versions, processor, memory, devices, names, disk, data."""
+"""Examine one host for `dmnist doctor`: versions, processor, memory, devices, names, disk and data."""
 
 import errno
 import fcntl
@@ -22,106 +22,110 @@ from ..common.placement import usable_cores
 from ..data import datasets
 from ..distributed.membership import Peer
 from ..errors import DataError
-from .findings import Finding, bad, doubtful, good, tried
+from .findings import Finding, bad, doubtful, good, run_probe
 
 _OLDEST_TORCH = (2, 9)
 _CHECKPOINT_BYTES = 8 * 2**20
-"""About what a checkpoint of the larger models takes."""
-_LEAST_FREE = 2**30
-_LEAST_SHARED = 2**28
-_REPORT = "report this line: the rest stands without it"
+"""About the size of a checkpoint of the larger models."""
+_MIN_FREE_DISK = 2**30
+_MIN_SHARED_MEMORY = 2**28
+_REPORT = "report this line; the other lines do not depend on it"
 
 
 def affinity() -> set[int]:
-    """The cores that this process is bound to; every one where the system cannot say."""
+    """Return the cores that this process is bound to; all cores if the system does not support binding."""
     if hasattr(os, "sched_getaffinity"):
         return set(os.sched_getaffinity(0))
     return set(range(os.cpu_count() or 1))
 
 
-def examine(peers: list[Peer], rank: int, local_size: int, together: int) -> list[Finding]:
-    """What is to be said of the host of this rank, which has `local_size` of the ranks, bound to so many
-    cores together."""
+def examine(peers: list[Peer], rank: int, local_size: int, host_cores: int) -> list[Finding]:
+    """Examine the host of this rank.
+
+    It runs `local_size` ranks, which together are bound to `host_cores` cores.
+    """
     return [
-        tried("versions", _versions, "install the program again"),
-        tried(
-            "processor",
-            lambda: _processor(local_size, together),
-            _REPORT,
-        ),
-        tried("threads", lambda: _threads(local_size), _REPORT),
-        tried("settings", _settings, _REPORT),
-        tried("memory", _memory, "look at the host's memory"),
-        tried("devices", _devices, "check the driver and torch's build"),
-        tried("open files", _open_files, "ulimit -n 4096"),
-        tried("host name", lambda: _name(peers, rank), "put the host's name into /etc/hosts or DNS"),
+        run_probe("versions", _versions, "install the program again"),
+        run_probe("processor", lambda: _processor(local_size, host_cores), _REPORT),
+        run_probe("threads", lambda: _threads(local_size), _REPORT),
+        run_probe("settings", _settings, _REPORT),
+        run_probe("memory", _memory, "look at the host's memory"),
+        run_probe("devices", _devices, "check the driver and torch's build"),
+        run_probe("open files", _open_files, "ulimit -n 4096"),
+        run_probe("host name", lambda: _name(peers, rank), "put the host's name into /etc/hosts or DNS"),
     ]
 
 
 def nearest_folder(out: Path) -> Path:
-    """Where `out` is, or where it would be made. Raises OSError if a file is in the way."""
-    place = next(one for one in (out.absolute(), *out.absolute().parents) if one.exists())
-    if not place.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "a file, not a folder", str(place))
-    return place
+    """Return `out`, or the nearest existing folder above it. Raises `OSError` if a file is in the way."""
+    nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "a file, not a folder", str(nearest))
+    return nearest
 
 
 def disk(out: Path) -> Finding:
-    """Whether checkpoints can be written under `out`, how fast, and whether a lock holds there."""
-    place = out
+    """Check whether checkpoints can be written under `out`, how fast, and whether file locks work there."""
+    folder = out
     try:
-        place = nearest_folder(out)
-        with tempfile.TemporaryDirectory(prefix=".dmnist-doctor-", dir=place) as folder:
+        folder = nearest_folder(out)
+        with tempfile.TemporaryDirectory(prefix=".dmnist-doctor-", dir=folder) as temporary:
             began = time.perf_counter()
-            with (Path(folder) / "part").open("wb") as file:
+            with (Path(temporary) / "part").open("wb") as file:
                 file.write(os.urandom(_CHECKPOINT_BYTES))
                 file.flush()
                 os.fsync(file.fileno())
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            (Path(folder) / "part").replace(Path(folder) / "whole")
+            (Path(temporary) / "part").replace(Path(temporary) / "whole")
             seconds = time.perf_counter() - began
     except OSError as error:
-        told = (error.strerror or str(error)).lower()
-        return bad("checkpoints", f"{place}: {told}", "choose another --out, or make room there")
-    free = shutil.disk_usage(place).free
-    value = f"{place}: {free / 2**30:,.1f} GiB free, 8 MiB on disk in {1e3 * seconds:.0f} ms"
-    if free < _LEAST_FREE:
-        return doubtful("checkpoints", value, "make room: a full disk costs checkpoints, not the run")
+        cause = (error.strerror or str(error)).lower()
+        return bad("checkpoints", f"{folder}: {cause}", "choose another --out, or make room there")
+    free = shutil.disk_usage(folder).free
+    value = f"{folder}: {free / 2**30:,.1f} GiB free, 8 MiB on disk in {1e3 * seconds:.0f} ms"
+    if free < _MIN_FREE_DISK:
+        return doubtful(
+            "checkpoints", value, "make room: on a full disk checkpoints are lost, but the run goes on"
+        )
     if seconds > 5:
-        return doubtful("checkpoints", value, "a slow disk: --checkpoint-every '1 minute'")
+        return doubtful("checkpoints", value, "the disk is slow: use --checkpoint-every '1 minute'")
     return good("checkpoints", value)
 
 
 def data(dataset: str, folder: Path) -> Finding:
-    """Whether the data are there and what their checksums say. Nothing is downloaded."""
+    """Check whether the data files are there and their checksums right. Downloads nothing."""
     if dataset in ("generated", "auto", "idx"):
         return good("data", f"{dataset}: nothing to check")
     try:
-        found = datasets.check(dataset, folder)
+        files = datasets.check(dataset, folder)
     except DataError as error:
         return doubtful("data", str(error), f"dmnist data fetch {dataset} --data {folder}")
-    wrong = [f"{finding.path.name} {finding.verdict}" for finding in found if not finding.ok]
-    if wrong:
-        return bad("data", "; ".join(wrong), f"remove it, and dmnist data fetch {dataset} --data {folder}")
-    return good("data", f"{dataset} in {folder}: {len(found)} files, checksums right")
+    damaged = [f"{file.path.name} {file.verdict}" for file in files if not file.ok]
+    if damaged:
+        return bad(
+            "data", "; ".join(damaged), f"remove it, then dmnist data fetch {dataset} --data {folder}"
+        )
+    return good("data", f"{dataset} in {folder}: {len(files)} files, checksums right")
 
 
 def _versions() -> Finding:
     names = ("distributed-mnist", "torch", "numpy")
-    told = [f"{'dmnist' if name == names[0] else name} {version(name)}" for name in names]
+    packages = [f"{'dmnist' if name == names[0] else name} {version(name)}" for name in names]
     system = f"Python {platform.python_version()}, {platform.system()} {platform.release()}"
-    library = " ".join(platform.libc_ver())  # empty where there is no glibc
-    value = ", ".join([*told, system, *([library] if library.strip() else []), platform.machine()])
+    libc = " ".join(platform.libc_ver()).strip()  # empty without glibc
+    value = ", ".join([*packages, system, *([libc] if libc else []), platform.machine()])
     major, minor = map(int, torch.__version__.split(".")[:2])
     if (major, minor) < _OLDEST_TORCH:
         return bad("versions", value, "torch 2.9 or later is needed")
     return good("versions", value)
 
 
-def _processor(local_size: int, together: int) -> Finding:
-    own, load = usable_cores(), psutil.getloadavg()[0]
-    # A launcher may bind each rank to a core of its own; a container's quota is for all of them.
-    cores = own if own < len(affinity()) else together
+def _processor(local_size: int, host_cores: int) -> Finding:
+    cores, load = usable_cores(), psutil.getloadavg()[0]
+    # A container's quota is shared by all ranks of the host. Without one the bindings of all ranks count,
+    # because a launcher may bind each rank to a core of its own.
+    if cores >= len(affinity()):
+        cores = host_cores
     value = (
         f"{_model_name()}, {torch.backends.cpu.get_cpu_capability()}; {cores} usable cores of "
         f"{psutil.cpu_count()}, load {load:.1f}"
@@ -129,22 +133,22 @@ def _processor(local_size: int, together: int) -> Finding:
     if torch.accelerator.is_available():
         return good("processor", value)
     if local_size > cores:
-        advice = f"{local_size} processes share {cores} cores: same answer, slower than {cores}"
+        advice = f"{local_size} processes share {cores} cores: same answer, slower than {cores} processes"
         return doubtful("processor", value, advice)
     return good("processor", value)
 
 
 def _threads(local_size: int) -> Finding:
-    """Of the arithmetic in a process: training sets them itself, whatever a launcher's variable says."""
+    """Report the threads per process: training sets them itself, whatever OMP_NUM_THREADS is."""
     divided = max(1, usable_cores() // local_size)
     return good(
-        "threads", f"1 a process with --sync tree, {divided} with ddp; OMP_NUM_THREADS is not asked"
+        "threads", f"1 a process with --sync tree, {divided} with ddp; OMP_NUM_THREADS has no effect"
     )
 
 
 def _settings() -> Finding:
-    told = [f"{name}={value}" for name, value in environment.settings().items()]
-    return good("settings", ", ".join(told) or "none for torch, OpenMP, MKL, NCCL or gloo")
+    settings = [f"{name}={value}" for name, value in environment.settings().items()]
+    return good("settings", ", ".join(settings) or "none for torch, OpenMP, MKL, NCCL or gloo")
 
 
 def _model_name() -> str:
@@ -158,34 +162,39 @@ def _model_name() -> str:
 def _memory() -> Finding:
     memory = psutil.virtual_memory()
     available, limit = memory.available, ""
-    if (allowed := _memory_limit()) is not None and allowed[0] < memory.total:
-        available = min(available, allowed[0] - allowed[1])
-        limit = f" (the container's limit is {allowed[0] / 2**30:.1f})"
+    if (container := _memory_limit()) is not None and container[0] < memory.total:
+        most, used = container
+        available = min(available, most - used)
+        limit = f" (the container's limit is {most / 2**30:.1f})"
     value = f"{available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB available{limit}"
     if (shared := _shared_memory()) is not None:
         value += f"; /dev/shm {shared / 2**30:.1f} GiB free"
-        if shared < _LEAST_SHARED and torch.accelerator.is_available():
+        if shared < _MIN_SHARED_MEMORY and torch.accelerator.is_available():
             return doubtful("memory", value, "NCCL passes data through /dev/shm: docker run --shm-size=1g")
     if available < 2**30:
-        return doubtful("memory", value, "a process needs about half a GiB: end what else runs here")
+        return doubtful(
+            "memory", value, "a process needs about half a GiB: end other programs on this host"
+        )
     return good("memory", value)
 
 
-def _shared_memory(place: Path = Path("/dev/shm")) -> int | None:
-    """Free bytes of it; None where there is none."""
+def _shared_memory(folder: Path = Path("/dev/shm")) -> int | None:
+    """Return the free bytes of shared memory; None if the system has no such folder."""
     try:
-        return shutil.disk_usage(place).free
+        return shutil.disk_usage(folder).free
     except OSError:
         return None
 
 
 def _memory_limit(group: Path = Path("/sys/fs/cgroup")) -> tuple[int, int] | None:
-    """Bytes that a container may take, and those that it has without what is only cached of files; None
-    where nothing limits it."""
+    """Return the bytes that the container may use, and those that it uses without cached files.
+
+    Returns None if there is no limit.
+    """
     try:
-        words = [(group / name).read_text() for name in ("memory.max", "memory.current")]
+        limit, used = [(group / name).read_text() for name in ("memory.max", "memory.current")]
         cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
-        return int(words[0]), int(words[1]) - int(cached[1] if cached else 0)
+        return int(limit), int(used) - int(cached[1] if cached else 0)
     except (OSError, ValueError):  # not Linux, an older cgroup, or "max"
         return None
 
@@ -193,7 +202,7 @@ def _memory_limit(group: Path = Path("/sys/fs/cgroup")) -> tuple[int, int] | Non
 def _devices() -> Finding:
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if kind is None:
-        build = "CPU build of torch" if "+cpu" in torch.__version__ else "torch finds none"
+        build = "CPU build of torch" if "+cpu" in torch.__version__ else "torch finds no GPU"
         if Path("/dev/nvidia0").exists() or Path("/dev/kfd").exists():
             return doubtful("devices", f"a GPU, but {build}", "install torch's build for it")
         return good("devices", f"CPU ({build})")
@@ -205,8 +214,8 @@ def _devices() -> Finding:
 
 
 def _device_name(module: Any, index: int) -> str:
-    """With its memory, where torch tells that; of Apple's it does not even tell a name."""
-    name = "one without a name"
+    """Return the device's name and memory as far as torch knows them; for Apple's it knows neither."""
+    name = "unnamed device"
     try:
         name = str(module.get_device_name(index))
         return f"{name} ({module.get_device_properties(index).total_memory / 2**30:.0f} GiB)"
@@ -222,7 +231,7 @@ def _open_files() -> Finding:
 
 
 def _name(peers: list[Peer], rank: int) -> Finding:
-    """Whether the hosts' names resolve here, and this host's own to what others can use."""
+    """Check that the hosts' names resolve here, and this host's own name to an address others can use."""
     hosts = sorted({peer.host for peer in peers})
     unknown = []
     for host in hosts:
@@ -232,11 +241,11 @@ def _name(peers: list[Peer], rank: int) -> Finding:
             unknown.append(host)
     several = len(hosts) > 1
     if unknown:
-        told = f"{', '.join(unknown)} cannot be resolved"
-        way = "put it into /etc/hosts or DNS; training goes by address, so it may work all the same"
-        return (
-            doubtful("host name", told, way) if several else good("host name", f"{told}: not needed alone")
-        )
+        problem = f"{', '.join(unknown)} cannot be resolved"
+        if not several:
+            return good("host name", f"{problem}: not needed on a single host")
+        advice = "put it into /etc/hosts or DNS; training uses addresses, so it may work all the same"
+        return doubtful("host name", problem, advice)
     own = peers[rank].host
     address = socket.getaddrinfo(own, None)[0][4][0]
     if several and str(address).startswith("127."):

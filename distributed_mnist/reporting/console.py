@@ -1,4 +1,4 @@
-"""Where a command's own output goes: text for people, or one JSON object for scripts."""
+"""Print a command's own output: text for people, or one JSON object for scripts."""
 
 import contextlib
 import json
@@ -7,12 +7,13 @@ import sys
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.text import Text
 
 from ..errors import OutputError, reason
 
 
-class _Plain(Console):
-    """Shows text as it is: a folder may be called `[/red]`."""
+class _PlainConsole(Console):
+    """A console that prints text as it is, without markup: a folder may be called `[/red]`."""
 
     def __init__(self, *, stderr: bool) -> None:
         stream = sys.stderr if stderr else sys.stdout
@@ -20,43 +21,62 @@ class _Plain(Console):
             stderr=stderr,
             markup=False,
             highlight=False,
-            # rich would also draw live bars into a file where FORCE_COLOR is set, as in notebooks and CI
+            # With FORCE_COLOR set, as in notebooks and CI, rich would draw live bars into a file too.
             force_terminal=None if stream.isatty() else False,
         )
 
     def on_broken_pipe(self) -> None:
-        """Nobody reads any more (`| head`): that is no reason to stop, as rich would."""
-        fall_silent(self)
+        """Print nothing more when the reader is gone (`| head`). Rich would end the process."""
+        silence(self)
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """Where people read: standard output, or standard error where that belongs to a JSON object."""
-    console = _Plain(stderr=stderr)
+    """Make a console for standard output, or for standard error if standard output is for a JSON object."""
+    console = _PlainConsole(stderr=stderr)
     if not console.file.isatty():
-        console.width = 1000  # whoever reads a file or a pipe wants whole lines
+        console.width = 1000  # a file or a pipe gets whole lines
     return console
 
 
-def fall_silent(console: Console) -> None:
-    """Print nothing more, of what is waiting to be printed neither."""
+def silence(console: Console) -> None:
+    """Print nothing more on this console, and drop what is still in its buffer."""
     console.quiet = True
-    _let_go(console.file)  # type: ignore[arg-type]
+    _redirect_to_null(console.file)  # type: ignore[arg-type]
+
+
+def print_labelled(
+    console: Console, label: Text, text: Text, column: int, *, soft_wrap: bool = True
+) -> None:
+    """Print a label, and to its right the text, which starts at `column`.
+
+    On a terminal the text is wrapped at words, each line at `column`. A file or a pipe gets one line.
+    """
+    if not console.is_terminal:
+        line = label + text
+        line.rstrip()
+        console.print(line, soft_wrap=True)
+        return
+    lines: list[Text] = []
+    for line in text.wrap(console, max(console.width - column, 20)):
+        line.rstrip()
+        lines.append((Text(" " * column) if lines else label) + line)
+    console.print(Text("\n").join(lines), soft_wrap=soft_wrap)
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """One JSON object on one line of standard output. Raises `OutputError` if it cannot be written."""
+    """Print a JSON object as one line on standard output. Raises `OutputError` if it cannot be written."""
     try:
         sys.stdout.write(json.dumps(value) + "\n")
         sys.stdout.flush()
     except OSError as error:
-        _let_go(sys.stdout)
+        _redirect_to_null(sys.stdout)
         raise OutputError(f"standard output: {reason(error)}") from None
 
 
-def _let_go(stream: TextIO) -> None:
-    """What is left in its buffer must not fail once more when the process ends."""
-    with contextlib.suppress(OSError, ValueError):  # some streams are no files
+def _redirect_to_null(stream: TextIO) -> None:
+    """Send a stream to /dev/null, so that the flush at the end of the process cannot fail again."""
+    with contextlib.suppress(OSError, ValueError):  # some streams have no file descriptor
         descriptor = stream.fileno()
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, descriptor)
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, descriptor)
+        os.close(null)

@@ -1,7 +1,7 @@
-"""What a run tells: events go to a sink, and a sink is a file, a terminal, several, or nothing.
+"""Send the events of a run to sinks: a file, a terminal, several of them, or none.
 
-Events are plain fields under a name: `start`, `notice`, `steps`, `evaluation`, `mistakes`, `checkpoint`,
-`stop`, `end`. Only rank 0 has a sink that does anything; the code that logs never asks.
+An event is a name and plain fields. The names are `start`, `notice`, `steps`, `evaluation`, `mistakes`,
+`checkpoint`, `stop` and `end`. The training loop logs on every rank; only rank 0 has a sink that records.
 """
 
 import contextlib
@@ -19,41 +19,44 @@ class Sink(Protocol):
     """Takes events."""
 
     def log(self, event: str, **fields: Any) -> None:
-        """One event with its fields; numbers, strings and lists of them."""
+        """Take one event. Its fields are numbers, strings, and lists or dictionaries of them."""
         ...
 
     def close(self) -> None:
-        """No event comes after this."""
+        """End the record; no event comes after this."""
         ...
 
 
 class NullSink:
-    """Of a rank that says nothing."""
+    """Drops all events. For ranks that record nothing."""
 
     def log(self, event: str, **fields: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
-class Notices:
-    """Of a rank that keeps a copy of the checkpoints on another host: it tells what goes wrong there."""
+class NoticeSink:
+    """Prints notices and drops other events.
 
-    def __init__(self, who: str) -> None:
-        self._who = who
+    For a rank that keeps a copy of the checkpoints on another host, which prints what goes wrong there.
+    """
+
+    def __init__(self, rank_name: str) -> None:
+        self._rank_name = rank_name
 
     def log(self, event: str, **fields: Any) -> None:
         """See `Sink`."""
         if event == "notice":
-            write_line(f"{self._who}: {fields['text']}")
+            write_line(f"{self._rank_name}: {fields['text']}")
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class MultiSink:
-    """Every event to each of several sinks."""
+    """Sends every event to each of several sinks."""
 
     def __init__(self, *sinks: Sink) -> None:
         self._sinks = sinks
@@ -70,10 +73,10 @@ class MultiSink:
 
 
 class JsonLines:
-    """`metrics.jsonl`: one JSON object an event, with the event's name and the time it was written.
+    """Writes `metrics.jsonl`: one JSON object per event, with the event's name and the time of writing.
 
-    Appended to, never rewritten: after a crash and a resume the lines of repeated steps are there twice,
-    and the later one counts.
+    The file is appended to and never rewritten. After a crash and a resume it has the lines of repeated
+    steps twice; the later ones count.
     """
 
     def __init__(self, path: Path, complain: Callable[[str], None]) -> None:
@@ -86,14 +89,14 @@ class JsonLines:
 
     def log(self, event: str, **fields: Any) -> None:
         """See `Sink`. A full disk ends the record, not the run."""
-        if self._file is None or event == "mistakes":  # those are `MistakesFile`'s
+        if self._file is None or event == "mistakes":  # `MistakesFile` writes those
             return
         try:
             self._file.write(json.dumps({"event": event, "time": time.time(), **fields}) + "\n")
             self._file.flush()
         except OSError as error:
             broken, self._file = self._file, None
-            with contextlib.suppress(OSError):  # closing tries to write what is left, and fails again
+            with contextlib.suppress(OSError):  # closing tries to write the rest, and fails again
                 broken.close()
             self._complain(f"{self._path} ends here: {reason(error)}")
 
@@ -105,30 +108,30 @@ class JsonLines:
 
 
 def _drop_unfinished_line(path: Path) -> None:
-    """Of a writer that was killed in the middle of it."""
+    """Remove a last line that a killed process left unfinished."""
     if path.exists():
         with path.open("rb+") as file:
-            whole = file.read().rpartition(b"\n")
-            file.truncate(len(whole[0]) + len(whole[1]))
+            complete = file.read().rpartition(b"\n")
+            file.truncate(len(complete[0]) + len(complete[1]))
 
 
 class MistakesFile:
-    """`mistakes.json`: what the latest evaluation took for something else, and at which step that was."""
+    """Writes `mistakes.json`: the misclassified images of the latest evaluation, and its step."""
 
     def __init__(self, path: Path, complain: Callable[[str], None]) -> None:
         self._path, self._complain = path, complain
-        self._told = False
+        self._complained = False
 
     def log(self, event: str, **fields: Any) -> None:
-        """See `Sink`. A full disk costs the file, not the run."""
+        """See `Sink`. On a full disk the file is lost, but the run goes on."""
         if event != "mistakes":
             return
         try:
             write_json(self._path, fields)
         except OutputError as error:
-            if not self._told:
+            if not self._complained:
                 self._complain(str(error))
-            self._told = True
+            self._complained = True
 
     def close(self) -> None:
-        """See `Sink`."""
+        """Do nothing."""

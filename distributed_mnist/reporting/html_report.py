@@ -1,4 +1,4 @@
-"""`report.html`: a run, or several side by side, on one page that opens anywhere without a network."""
+"""Write `report.html`: one run, or several side by side, on a page that needs no network."""
 
 import base64
 import io
@@ -11,9 +11,24 @@ from PIL import Image
 
 from ..common.atomic_write import written_aside
 from ..errors import OutputError, reason
-from ..runs.record import Record
+from ..runs.record import Record, read
 from ..runs.timeline import timeline
 from . import report_data
+from .console import make_console, print_json
+
+
+def run(*, runs: Sequence[Path], out: Path | None, as_json: bool) -> int:
+    """Run `dmnist report`: write the page of the runs in these folders, and return the exit code.
+
+    Raises `UsageError` for a folder that is not a run's, `OutputError` if the page cannot be written.
+    """
+    out = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    write([read(folder) for folder in runs], out)
+    if as_json:
+        print_json({"runs": [str(folder) for folder in runs], "out": str(out)})
+    else:
+        make_console().print(str(out), soft_wrap=True)
+    return 0
 
 
 def write(records: Sequence[Record], out: Path) -> None:
@@ -27,12 +42,12 @@ def write(records: Sequence[Record], out: Path) -> None:
 
 
 def render(records: Sequence[Record]) -> str:
-    """The page as HTML. Whatever comes from a run's files is escaped."""
+    """Return the page as HTML. All text from a run's files is escaped."""
     template = (Path(__file__).with_name("report.html.jinja")).read_text(encoding="utf-8")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    runs = [_shown(record) for record in records]
+    runs = [_template_values(record) for record in records]
     several = len(records) > 1
     return environment.from_string(template).render(
         title=" and ".join(run["name"] for run in runs) if len(runs) < 4 else f"{len(runs)} runs",
@@ -42,13 +57,15 @@ def render(records: Sequence[Record]) -> str:
     )
 
 
-def _shown(record: Record) -> dict[str, Any]:
-    """A run as the template takes it."""
+def _template_values(record: Record) -> dict[str, Any]:
+    """Return what the template shows of a run."""
     last = record.evaluations[-1] if record.evaluations else None
     result = record.result if record.state == "finished" else None
     parts = report_data.parts_of_a_step(record)
     mistakes = record.mistakes or {}
-    if last is None or mistakes.get("step") != last["step"]:  # of steps that were taken again, or none yet
+    if (
+        last is None or mistakes.get("step") != last["step"]
+    ):  # none yet, or those of steps that were repeated
         mistakes = {"mistakes": []}
     return {
         "name": report_data.name_of(record),
@@ -65,13 +82,13 @@ def _shown(record: Record) -> dict[str, Any]:
         "wrong": round(last["test_images"] * (1 - last["test_accuracy"])) if last else 0,
         "mistakes": [
             {
-                "picture": picture(base64.b64decode(each["image"])),
-                "label": record.class_name(each["label"]),
-                "predicted": record.class_name(each["predicted"]),
-                "confidence": each["confidence"],
-                "index": each["index"],
+                "picture": data_url(base64.b64decode(mistake["image"])),
+                "label": record.class_name(mistake["label"]),
+                "predicted": record.class_name(mistake["predicted"]),
+                "confidence": mistake["confidence"],
+                "index": mistake["index"],
             }
-            for each in mistakes["mistakes"]
+            for mistake in mistakes["mistakes"]
         ],
         "recipe": record.config.get("recipe", {}),
         "facts": report_data.facts(record),
@@ -79,8 +96,8 @@ def _shown(record: Record) -> dict[str, Any]:
     }
 
 
-def picture(pixels: bytes) -> str:
-    """28 by 28 grey bytes as the address of a PNG that is part of the page (RFC 2397)."""
+def data_url(pixels: bytes) -> str:
+    """Encode 28 by 28 grey bytes as the data URL of a PNG (RFC 2397), so that the page contains it."""
     file = io.BytesIO()
     Image.frombytes("L", (28, 28), pixels).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""What a report shows of a run, worked out of its record: curves, tables, and what happened when."""
+"""Compute what a report shows of a run from its record: curves, tables and facts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _MANY_RANKS = 8
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture with its heading and the names of its lines by colour."""
+    """A chart with its heading, and the color number and name of each line."""
 
     title: str
     svg: Markup
@@ -26,19 +26,19 @@ class Chart:
 
 
 def name_of(record: Record) -> str:
-    """What a run is called: its folder's name."""
+    """Return the name of a run: that of its folder."""
     return record.path.resolve().name
 
 
 def charts(records: Sequence[Record]) -> list[Chart]:
-    """The curves of one run, or of several in one picture each."""
+    """Draw the curves of one run, or those of several runs in the same charts."""
     names = [name_of(record) for record in records]
     single = len(records) == 1
 
-    def of(title: str, lines: list[Line], y: Callable[[float], str], *, log: bool = False) -> Chart:
+    def make_chart(title: str, lines: list[Line], y: Callable[[float], str], *, log: bool = False) -> Chart:
         svg = line_chart(lines, x="epoch", y=y, log=log, title=title)
-        shown = [(line.color, line.name) for line in lines if not line.faint and line.points]
-        return Chart(title, svg, shown)
+        legend = [(line.color, line.name) for line in lines if not line.faint and line.points]
+        return Chart(title, svg, legend)
 
     loss, accuracy, rate, speed = [], [], [], []
     for i, record in enumerate(records):
@@ -46,65 +46,72 @@ def charts(records: Sequence[Record]) -> list[Chart]:
         mean = smoothed(raw, max(1, len(raw) // 60))
         loss.append(Line("each step", raw, color, faint=True))
         loss.append(Line("train" if single else names[i], mean, color))
-        tested = _evaluated(record, "test_loss")
-        loss.append(Line("test", tested, color + single, dots=True, faint=not single))
-        right = _evaluated(record, "test_accuracy")
-        accuracy.append(Line("test" if single else names[i], right, color + single, dots=True))
+        test_loss = _evaluated(record, "test_loss")
+        loss.append(Line("test", test_loss, color + single, dots=True, faint=not single))
+        test_accuracy = _evaluated(record, "test_accuracy")
+        accuracy.append(Line("test" if single else names[i], test_accuracy, color + single, dots=True))
         if single:
             accuracy.append(Line("train", _evaluated(record, "train_accuracy"), color, dots=True))
         rate.append(Line(names[i], _stepped(record, "lr"), color))
         speed.append(Line(names[i], _stepped(record, "images_per_second"), color))
-    found = [
-        of("Loss" if single else "Training loss (test: faint dots)", loss, "{:.3g}".format, log=True),
-        of("Accuracy" if single else "Test accuracy", accuracy, "{:.4g} %".format),
-        of("Learning rate", rate, "{:.2g}".format),
-        of("Images per second", speed, lambda each: f"{each / 1000:g} k" if each >= 1000 else f"{each:g}"),
+    drawn = [
+        make_chart(
+            "Loss" if single else "Training loss (test: faint dots)", loss, "{:.3g}".format, log=True
+        ),
+        make_chart("Accuracy" if single else "Test accuracy", accuracy, "{:.4g} %".format),
+        make_chart("Learning rate", rate, "{:.2g}".format),
+        make_chart("Images per second", speed, _thousands),
     ]
     if single:
-        found += [
-            of("A rank's step: computing, ms", _ranks(records[0], "busy"), "{:.3g}".format),
-            of("A rank's step: exchange and waiting, ms", _ranks(records[0], "exchange"), "{:.3g}".format),
+        drawn += [
+            make_chart("A rank's step: computing, ms", _ranks(records[0], "busy"), "{:.3g}".format),
+            make_chart(
+                "A rank's step: exchange and waiting, ms", _ranks(records[0], "exchange"), "{:.3g}".format
+            ),
         ]
         if len(records[0].starts[-1].get("ranks", []) if records[0].starts else []) < 2:
-            found.pop()
+            drawn.pop()
     return [
         Chart(chart.title, chart.svg, chart.legend if len(chart.legend) > 1 else [])
-        for chart in found
+        for chart in drawn
         if chart.svg
     ]
 
 
 def parts_of_a_step(record: Record) -> list[tuple[str, float]]:
-    """Mean milliseconds of each part of a step on rank 0, of what it recorded."""
-    # The first stretch is one step that warms everything up.
+    """Return the name and the mean milliseconds of each part of a step on rank 0."""
+    # The first interval is one step that warms everything up.
     counted = record.steps[1:] or record.steps
     weights = [len(event["losses"]) for event in counted]
     found = []
     for part in _PARTS:
-        told = [event["seconds"].get(part, 0.0) for event in counted]
-        total = sum(weight * value for weight, value in zip(weights, told, strict=True))
+        seconds = [event["seconds"].get(part, 0.0) for event in counted]
+        total = sum(weight * value for weight, value in zip(weights, seconds, strict=True))
         if total:
             found.append((part, 1e3 * total / sum(weights)))
     return found
 
 
 def classes(record: Record) -> list[dict[str, Any]]:
-    """For each class what `confusion.per_class` tells, and its `row` of the confusion matrix."""
+    """Return for each class the fields of `confusion.per_class`, and its `row` of the confusion matrix."""
     if not record.evaluations or "confusion" not in record.evaluations[-1]:
         return []
     confusion = record.evaluations[-1]["confusion"]
-    told = per_class(confusion, [record.class_name(i) for i in range(len(confusion))])
-    return [{**one, "row": row} for one, row in zip(told, confusion, strict=True)]
+    names = [record.class_name(i) for i in range(len(confusion))]
+    rows = zip(per_class(confusion, names), confusion, strict=True)
+    return [{**scores, "row": row} for scores, row in rows]
 
 
 def facts(record: Record) -> list[tuple[str, str]]:
-    """What ran where, and when."""
+    """Return label and text of the facts about a run: what ran where, and when."""
     last = record.starts[-1] if record.starts else {}
     first, lines = (record.starts or [{}])[0], last.get("lines", {})
     versions = record.config.get("versions", {})
     began = datetime.fromtimestamp(record.events[0]["time"], UTC) if record.events else None
     found = {
-        "recipe": first.get("lines", {}).get("recipe", ""),  # by its name; one that goes on says of what
+        "recipe": first.get("lines", {}).get(
+            "recipe", ""
+        ),  # a resumed run says what it resumed instead of the recipe's name
         "data": lines.get("data", ""),
         "processes": lines.get("world", ""),
         "hosts": hosts_of(last) if last else "",
@@ -116,7 +123,7 @@ def facts(record: Record) -> list[tuple[str, str]]:
 
 
 def differing(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
-    """Recipe fields in which runs differ, with each run's value."""
+    """Return the recipe fields in which the runs differ, with the value of each run."""
     recipes = [record.config.get("recipe", {}) for record in records]
     fields = dict.fromkeys(key for recipe in recipes for key in recipe)
     rows = [(field, [str(recipe.get(field, "–")) for recipe in recipes]) for field in fields]  # noqa: RUF001
@@ -124,12 +131,12 @@ def differing(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
 
 
 def _losses(record: Record) -> list[tuple[float, float]]:
-    """Each step's training loss, by epoch."""
+    """Return (epoch, training loss) of each step."""
     points = []
     for event in record.steps:
-        per_epoch = event["step"] / event["epoch"]
+        steps_per_epoch = event["step"] / event["epoch"]
         first = event["first_step"]
-        points += [((first + i) / per_epoch, loss) for i, loss in enumerate(event["losses"])]
+        points += [((first + i) / steps_per_epoch, loss) for i, loss in enumerate(event["losses"])]
     return points
 
 
@@ -143,28 +150,38 @@ def _evaluated(record: Record, field: str) -> list[tuple[float, float]]:
 
 
 def _ranks(record: Record, field: str) -> list[Line]:
-    """A line a rank, in ms a step; of many ranks the fastest, the middle and the slowest."""
-    told = [event for event in record.steps[1:] or record.steps if "ranks" in event]
-    sizes = {len(event["ranks"][field]) for event in told}
+    """Return one line per rank, in ms per step; for many ranks the smallest, median and largest value."""
+    events = [event for event in record.steps[1:] or record.steps if "ranks" in event]
+    sizes = {len(event["ranks"][field]) for event in events}
     if len(sizes) == 1 and max(sizes) <= _MANY_RANKS:
-        by_rank = [(f"rank {rank}", rank) for rank in range(max(sizes))]
         return [
-            Line(name, [(event["epoch"], 1e3 * event["ranks"][field][rank]) for event in told], rank)
-            for name, rank in by_rank
+            Line(
+                f"rank {rank}",
+                [(event["epoch"], 1e3 * event["ranks"][field][rank]) for event in events],
+                rank,
+            )
+            for rank in range(max(sizes))
         ]
-    places = {"least": 0.0, "median": 0.5, "most": 1.0}
+    quantiles = {"least": 0.0, "median": 0.5, "most": 1.0}
     return [
         Line(
             name,
             [
-                (event["epoch"], 1e3 * sorted(event["ranks"][field])[_place(share, event["ranks"][field])])
-                for event in told
+                (
+                    event["epoch"],
+                    1e3 * sorted(event["ranks"][field])[_index(quantile, event["ranks"][field])],
+                )
+                for event in events
             ],
             color,
         )
-        for color, (name, share) in enumerate(places.items())
+        for color, (name, quantile) in enumerate(quantiles.items())
     ]
 
 
-def _place(share: float, values: Sequence[float]) -> int:
-    return round(share * (len(values) - 1))
+def _thousands(value: float) -> str:
+    return f"{value / 1000:g} k" if value >= 1000 else f"{value:g}"
+
+
+def _index(quantile: float, values: Sequence[float]) -> int:
+    return round(quantile * (len(values) - 1))

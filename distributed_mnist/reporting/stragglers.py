@@ -1,58 +1,68 @@
-"""Who holds the others up: the ranks' times of a step, smoothed, as a line for people."""
+"""Find the straggler: the rank that the others wait for, from the smoothed times of a step."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-_NEWEST = 0.3
-"""Weight of the newest stretch of steps in the running mean."""
-EVEN = 0.02
-"""Share of a step below which nobody waits for anybody."""
+_NEWEST_WEIGHT = 0.3
+"""Weight of the newest interval in the running mean."""
+EVEN_SHARE = 0.02
+"""If the others wait less than this share of a step, the ranks count as even."""
 
 
 class StragglerTracker:
-    """Takes the `ranks` of `steps` events; `busy` and `exchange` are seconds a step by rank, smoothed."""
+    """Takes the `ranks` field of `steps` events.
+
+    Attributes: `busy` and `exchange`, the smoothed seconds per step by rank.
+    """
 
     def __init__(self) -> None:
         self.busy: list[float] = []
         self.exchange: list[float] = []
         self._hosts: list[str] = []
 
-    def begin(self, ranks: Sequence[Mapping[str, Any]]) -> None:
-        """A group of processes starts: each rank's `rank`, `host` and `pid`."""
+    def start_group(self, ranks: Sequence[Mapping[str, Any]]) -> None:
+        """Forget the times of an earlier group. `ranks` has `rank`, `host` and `pid` of each rank."""
         self.busy, self.exchange = [], []
         hosts = [str(rank["host"]) for rank in ranks]
         self._hosts = hosts if len(set(hosts)) > 1 else []
 
     def add(self, ranks: Mapping[str, Sequence[float]]) -> None:
-        """The times of one more stretch of steps."""
-        self.busy = _mixed(self.busy, ranks["busy"])
-        self.exchange = _mixed(self.exchange, ranks["exchange"])
+        """Add the `busy` and `exchange` times of one more interval, in seconds per step by rank."""
+        self.busy = _smoothed(self.busy, ranks["busy"])
+        self.exchange = _smoothed(self.exchange, ranks["exchange"])
 
     @property
-    def slowest(self) -> int:
+    def slowest_rank(self) -> int:
         """The rank that the others wait for: the one that waits least itself."""
         return min(range(len(self.exchange)), key=self.exchange.__getitem__)
 
     @property
-    def share(self) -> float:
-        """Of a step, what the others wait for the slowest rank, on average: 0 to 1."""
-        least = self.exchange[self.slowest]
-        others = [each - least for rank, each in enumerate(self.exchange) if rank != self.slowest]
-        step = self.busy[self.slowest] + least
-        return fmean(others) / step if others and step > 0 else 0.0
+    def waiting_share(self) -> float:
+        """The share of a step, 0 to 1, that the other ranks wait for the slowest rank, on average."""
+        slowest = self.slowest_rank
+        least = self.exchange[slowest]
+        waits = [seconds - least for rank, seconds in enumerate(self.exchange) if rank != slowest]
+        step = self.busy[slowest] + least
+        return fmean(waits) / step if waits and step > 0 else 0.0
 
-    def line(self) -> str:
-        """For people; empty for one process, and where the device hides what is exchange."""
+    def summary(self) -> str:
+        """Describe the straggler in one line.
+
+        The line is empty for one process, and on a device whose exchange times cannot be measured.
+        """
         if len(self.exchange) < 2 or not any(self.exchange):
             return ""
-        if self.share < EVEN:
-            return "ranks even: nobody waits long for another"
-        where = f" on {self._hosts[self.slowest]}" if self._hosts else ""
-        return f"slowest: rank {self.slowest}{where}; the others wait {self.share:.0%} of a step for it"
+        if self.waiting_share < EVEN_SHARE:
+            return "ranks even: no rank waits long for another"
+        rank, share = self.slowest_rank, self.waiting_share
+        host = f" on {self._hosts[rank]}" if self._hosts else ""
+        return f"slowest: rank {rank}{host}; the others wait {share:.0%} of a step for it"
 
 
-def _mixed(old: Sequence[float], new: Sequence[float]) -> list[float]:
+def _smoothed(old: Sequence[float], new: Sequence[float]) -> list[float]:
     if len(old) != len(new):
         return list(new)
-    return [(1 - _NEWEST) * before + _NEWEST * now for before, now in zip(old, new, strict=True)]
+    return [
+        (1 - _NEWEST_WEIGHT) * before + _NEWEST_WEIGHT * now for before, now in zip(old, new, strict=True)
+    ]

@@ -1,4 +1,4 @@
-"""A run's events for TensorBoard: curves, the mistakes as pictures, the recipe as hyperparameters."""
+"""Write a run's events for TensorBoard: curves, the mistakes as images, the recipe as hyperparameters."""
 
 import base64
 from collections.abc import Callable, Sequence
@@ -12,11 +12,14 @@ from PIL import Image, ImageDraw
 from ..config import Recipe
 from ..errors import reason
 
-_SIDE, _CAPTION, _COLUMNS, _MOST = 56, 14, 8, 64
+_IMAGE_PIXELS, _CAPTION_PIXELS, _COLUMNS, _MAX_IMAGES = 56, 14, 8, 64
 
 
 class TensorBoard:
-    """Writes into `folder`; of steps after `step`, which the run goes on from, what is there is void."""
+    """A sink that writes into `folder`.
+
+    `step` is the one that the run resumes from: what the folder has of later steps is discarded.
+    """
 
     def __init__(
         self, folder: Path, recipe: Recipe, names: Sequence[str], step: int, complain: Callable[[str], None]
@@ -54,12 +57,12 @@ class TensorBoard:
         **_: Any,
     ) -> None:
         for i, loss in enumerate(losses):
-            self._scalar("loss/train", loss, first_step + i)
-        self._scalar("learning rate", lr, step)
-        self._scalar("images per second", images_per_second, step)
+            self._writer.add_scalar("loss/train", loss, first_step + i)
+        self._writer.add_scalar("learning rate", lr, step)
+        self._writer.add_scalar("images per second", images_per_second, step)
         for name, seconds in ranks.items():
-            for rank, each in enumerate(seconds):
-                self._scalar(f"{name} ms/rank {rank}", 1e3 * each, step)
+            for rank, value in enumerate(seconds):
+                self._writer.add_scalar(f"{name} ms/rank {rank}", 1e3 * value, step)
 
     def _on_evaluation(
         self,
@@ -70,35 +73,35 @@ class TensorBoard:
         test_accuracy: float,
         **_: Any,
     ) -> None:
-        self._scalar("loss/test", test_loss, step)
-        self._scalar("accuracy/train", train_accuracy, step)
-        self._scalar("accuracy/test", test_accuracy, step)
+        self._writer.add_scalar("loss/test", test_loss, step)
+        self._writer.add_scalar("accuracy/train", train_accuracy, step)
+        self._writer.add_scalar("accuracy/test", test_accuracy, step)
 
     def _on_mistakes(self, *, step: int, mistakes: list[dict[str, Any]]) -> None:
         if mistakes:
             self._writer.add_image("mistakes", contact_sheet(mistakes, self._names), step, dataformats="HW")
 
     def _on_end(self, *, result: dict[str, Any]) -> None:
-        told = {name: result[name] for name in ("test_accuracy", "test_loss", "train_seconds")}
-        self._writer.add_hparams(
-            self._recipe.to_dict(), {f"end/{k}": v for k, v in told.items()}, run_name="."
-        )
-
-    def _scalar(self, name: str, value: float, step: int) -> None:
-        self._writer.add_scalar(name, value, step)
+        metrics = {f"end/{name}": result[name] for name in ("test_accuracy", "test_loss", "train_seconds")}
+        self._writer.add_hparams(self._recipe.to_dict(), metrics, run_name=".")
 
 
 def contact_sheet(mistakes: Sequence[dict[str, Any]], names: Sequence[str]) -> NDArray[np.uint8]:
-    """Up to 64 mistakes as one grey picture `(height, width)`; under each what it is > was taken for."""
-    shown = mistakes[:_MOST]
+    """Draw up to 64 mistakes as one grey image, `(height, width)`, each with its true > predicted label."""
+    shown = mistakes[:_MAX_IMAGES]
     columns = min(_COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
-    sheet = Image.new("L", (columns * (_SIDE + 4), rows * (_SIDE + _CAPTION + 4)), 60)
+    sheet = Image.new(
+        "L", (columns * (_IMAGE_PIXELS + 4), rows * (_IMAGE_PIXELS + _CAPTION_PIXELS + 4)), 60
+    )
     draw = ImageDraw.Draw(sheet)
-    for i, each in enumerate(shown):
-        left, top = i % columns * (_SIDE + 4) + 2, i // columns * (_SIDE + _CAPTION + 4) + 2
-        digit = Image.frombytes("L", (28, 28), base64.b64decode(each["image"]))
-        sheet.paste(digit.resize((_SIDE, _SIDE), Image.Resampling.NEAREST), (left, top))
-        caption = f"{names[each['label']][:4]} > {names[each['predicted']][:4]}"
-        draw.text((left + 2, top + _SIDE + 1), caption, fill=255)
+    for i, mistake in enumerate(shown):
+        left, top = (
+            i % columns * (_IMAGE_PIXELS + 4) + 2,
+            i // columns * (_IMAGE_PIXELS + _CAPTION_PIXELS + 4) + 2,
+        )
+        digit = Image.frombytes("L", (28, 28), base64.b64decode(mistake["image"]))
+        sheet.paste(digit.resize((_IMAGE_PIXELS, _IMAGE_PIXELS), Image.Resampling.NEAREST), (left, top))
+        caption = f"{names[mistake['label']][:4]} > {names[mistake['predicted']][:4]}"
+        draw.text((left + 2, top + _IMAGE_PIXELS + 1), caption, fill=255)
     return np.asarray(sheet)

@@ -1,4 +1,4 @@
-"""The terminal's sink: a live bar, lines, and at the end what it came to."""
+"""Show a run on the terminal: a live progress bar, lines for events, and the results at the end."""
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,25 +10,25 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import reason, write_line
-from .console import fall_silent
-from .stragglers import EVEN, StragglerTracker
+from .console import print_labelled, silence
+from .stragglers import EVEN_SHARE, StragglerTracker
 
-_ECHO = 3  # columns: `^C`, and the cursor
-_LINES = 10  # of a screen, for all but the ranks
+_ECHO_COLUMNS = 3  # for `^C` and the cursor
+_OTHER_LINES = 10  # lines of the screen that the table of ranks leaves free
 
 
 class Terminal:
-    """What a person sees: a live bar on a terminal, plain lines elsewhere, one table at the end.
+    """A sink that prints: a live bar on a terminal, plain lines elsewhere, and the results at the end.
 
-    Below the bar stands which rank is the slowest; with `ranks` a table of them all.
+    Below the bar it shows the slowest rank, or with `ranks=True` a table of all ranks.
     """
 
     def __init__(self, console: Console, *, ranks: bool = False) -> None:
         self._console, self._all_ranks = console, ranks
         self._bar: _Bar | None = None
-        self._waiting = StragglerTracker()
+        self._stragglers = StragglerTracker()
         self._task = TaskID(0)
-        self._shown: dict[str, Any] = {}
+        self._bar_fields: dict[str, Any] = {}
         self._ranks: Sequence[Any] = ()
         self._epochs = 0
 
@@ -39,21 +39,21 @@ class Terminal:
             return
         try:
             handler(**fields)
-        except OSError as error:  # a log on a full disk, a terminal that is gone: no reason to stop
-            self._lose(error)
+        except OSError as error:  # a full disk or a closed terminal must not end the run
+            self._go_silent(error)
 
     def close(self) -> None:
         """See `Sink`."""
         try:
             self._stop_bar()
         except OSError as error:
-            self._lose(error)
+            self._go_silent(error)
 
-    def _lose(self, error: OSError) -> None:
-        fall_silent(self._console)
+    def _go_silent(self, error: OSError) -> None:
+        silence(self._console)
         self._stop_bar()
         with contextlib.suppress(OSError):
-            write_line(f"nothing more is shown ({reason(error)}); the run goes on")
+            write_line(f"no further output is shown ({reason(error)}); the run goes on")
 
     def _stop_bar(self) -> None:
         if self._bar is not None:
@@ -71,22 +71,22 @@ class Terminal:
         ranks: Sequence[Any] = (),
         **_: Any,
     ) -> None:
-        for name, text in {} if again else lines.items():  # already there to read, further up
+        for name, text in {} if again else lines.items():  # after a restart they are already on the screen
             self._line(name, text)
-        if again and self._all_ranks:  # where it was started the launcher has said more
+        if again and self._all_ranks:  # only `watch`: on the terminal of the run the launcher says more
             self._line(
-                "note", f"a process was lost: all are started again, from step {step}", style="yellow"
+                "note", f"a process was lost: all processes restart from step {step}", style="yellow"
             )
         self._epochs = epochs
         self._ranks = ranks
-        self._waiting.begin(ranks)
+        self._stragglers.start_group(ranks)
         if self._console.is_terminal:
-            self._stop_bar()  # of the group before this one
-            columns = _columns(self._console.width - _ECHO, epochs, steps)
+            self._stop_bar()  # the bar of the group before the restart
+            columns = _columns(self._console.width - _ECHO_COLUMNS, epochs, steps)
             self._bar = _Bar(*columns, console=self._console)
-            scored = self._shown.get("test", "–")  # noqa: RUF001
-            self._shown = {"epoch": f"1/{epochs}", "loss": "–", "test": scored, "speed": "–"}  # noqa: RUF001
-            self._task = self._bar.add_task("", total=steps, completed=step, **self._shown)
+            test = self._bar_fields.get("test", "–")  # noqa: RUF001
+            self._bar_fields = {"epoch": f"1/{epochs}", "loss": "–", "test": test, "speed": "–"}  # noqa: RUF001
+            self._task = self._bar.add_task("", total=steps, completed=step, **self._bar_fields)
             self._bar.start()
 
     def _on_notice(self, *, text: str, **_: Any) -> None:
@@ -96,13 +96,13 @@ class Terminal:
         self, *, step: int, epoch: float, loss: float, images_per_second: float, ranks: Any = None, **_: Any
     ) -> None:
         if ranks:
-            self._waiting.add(ranks)
+            self._stragglers.add(ranks)
         if self._bar is not None:
-            self._bar.below = self._below()
-            running = min(int(epoch) + 1, self._epochs)
-            self._shown |= {"epoch": f"{running}/{self._epochs}", "loss": f"{loss:.4f}"}
-            self._shown |= {"speed": f"{images_per_second:,.0f} images/s"}
-            self._bar.update(self._task, completed=step, **self._shown)
+            self._bar.below = self._slowest()
+            current = min(int(epoch) + 1, self._epochs)
+            self._bar_fields |= {"epoch": f"{current}/{self._epochs}", "loss": f"{loss:.4f}"}
+            self._bar_fields |= {"speed": f"{images_per_second:,.0f} images/s"}
+            self._bar.update(self._task, completed=step, **self._bar_fields)
 
     def _on_evaluation(
         self,
@@ -115,8 +115,8 @@ class Terminal:
         **_: Any,
     ) -> None:
         if self._bar is not None:
-            self._shown["test"] = f"{test_accuracy:.2%}"
-            self._bar.update(self._task, **self._shown)
+            self._bar_fields["test"] = f"{test_accuracy:.2%}"
+            self._bar.update(self._task, **self._bar_fields)
         self._line(
             f"epoch {round(epoch, 1):g}",
             f"train loss {train_loss:.4f}, accuracy {train_accuracy:.2%}; "
@@ -128,59 +128,53 @@ class Terminal:
         rows: dict[str, Text | str] = {
             "test accuracy": _accuracy(result),
             "test loss": f"{result['test_loss']:.6f}",
-            "training": _effort(result),
+            "training": _duration(result),
             "weights sha256": result["weights_sha256"],
             "samples sha256": result["samples_sha256"],
             "data sha256": result["data_sha256"],
             "in": result["out"],
         }
-        self._console.print()
-        for name, value in rows.items():
-            self._line(name, value, column=16)
+        self._results(rows)
 
     def _on_vote(self, *, result: dict[str, Any], **_: Any) -> None:
-        alone = [member["test_accuracy"] for member in result["members"]]
-        between = f"(from {min(alone):.2%} to {max(alone):.2%})"
+        accuracies = [member["test_accuracy"] for member in result["members"]]
+        accuracy_range = f"(from {min(accuracies):.2%} to {max(accuracies):.2%})"
         rows: dict[str, Text | str] = {
-            f"vote of {len(alone)}": _accuracy(result),
-            "each alone": f"{result['mean_accuracy_alone']:.2%} {between}",
+            f"vote of {len(accuracies)}": _accuracy(result),
+            "each alone": f"{result['mean_accuracy_alone']:.2%} {accuracy_range}",
             "test loss": f"{result['test_loss']:.6f}",
             "weights sha256": result["weights_sha256"],
             "in": result["out"],
         }
+        self._results(rows)
+
+    def _slowest(self) -> RenderableType | None:
+        """Return what to show below the bar."""
+        summary = self._stragglers.summary()
+        if self._all_ranks and summary:
+            most = max(self._console.height - _OTHER_LINES, 3)
+            return rank_table(self._ranks, self._stragglers, most)
+        return Text(summary, "dim", no_wrap=True) if summary else None
+
+    def _results(self, rows: dict[str, Text | str]) -> None:
         self._console.print()
         for name, value in rows.items():
             self._line(name, value, column=16)
 
-    def _below(self) -> RenderableType | None:
-        line = self._waiting.line()
-        if self._all_ranks and line:
-            return rank_table(self._ranks, self._waiting, most=max(self._console.height - _LINES, 3))
-        return Text(line, "dim", no_wrap=True) if line else None
-
     def _line(self, name: str, text: Text | str, style: str = "", column: int = 9) -> None:
-        """A label and what it labels: on a terminal wrapped at words to the right of `column`."""
+        """Print a line of a run: its name, and the text at `column`."""
         label = Text(f"{name:<{column - 1}} ", "bold")
         body = text if isinstance(text, Text) else Text(text, style)
-        if not self._console.is_terminal:  # whole lines for a file or a pipe, and nothing after their end
-            whole = label + body
-            whole.rstrip()
-            self._console.print(whole, soft_wrap=True)
-            return
-        lines: list[Text] = []
-        for line in body.wrap(self._console, max(self._console.width - column, 20)):
-            line.rstrip()
-            lines.append((Text(" " * column) if lines else label) + line)
-        self._console.print(Text("\n").join(lines), soft_wrap=self._bar is None)
+        print_labelled(self._console, label, body, column, soft_wrap=self._bar is None)
 
 
 def _accuracy(result: dict[str, Any]) -> Text:
-    right = (f"{result['test_accuracy']:.2%}", "bold green")
-    return Text.assemble(right, f" of {_count(result['test_images'], 'image')}")
+    accuracy = (f"{result['test_accuracy']:.2%}", "bold green")
+    return Text.assemble(accuracy, f" of {_count(result['test_images'], 'image')}")
 
 
-def _effort(result: dict[str, Any]) -> str:
-    """What the training took: all of it, or what a resumed run did here."""
+def _duration(result: dict[str, Any]) -> str:
+    """Describe steps, seconds and speed: of the whole run, or of the steps that a resumed run did here."""
     steps, rate = result["steps"], result.get("images_per_second")
     here = result.get("steps_here", steps if rate else 0)
     if not here:
@@ -191,59 +185,67 @@ def _effort(result: dict[str, Any]) -> str:
     return f"{_count(steps, 'step')} in {result['train_seconds']:.2f} s{speed}"
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 class _Bar(Progress):
-    """Ends short of the line's end: a terminal echoes Ctrl-C there as `^C`, and if that went to the next
-    line, the bar would not be wiped away."""
+    """A progress bar with something below it. It leaves the last columns of the screen free.
+
+    A terminal echoes Ctrl-C there as `^C`. If that went to the next line, the bar could not be erased.
+    """
 
     def __init__(self, *columns: ProgressColumn, console: Console) -> None:
-        self._width = console.width - _ECHO
+        self._width = console.width - _ECHO_COLUMNS
         self.below: RenderableType | None = None
         super().__init__(*columns, console=console, expand=True, transient=True)
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """See rich."""
+        """See `rich.progress.Progress`. Adds what is below the bar."""
         yield from super().get_renderables()
         if self.below is not None:
             yield self.below
 
     def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
-        """See rich."""
+        """See `rich.progress.Progress`. Limits the width."""
         table = super().make_tasks_table(tasks)
         table.width = self._width
         return table
 
 
-def rank_table(ranks: Sequence[Mapping[str, Any]], waiting: StragglerTracker, most: int) -> Table:
-    """A line a rank, the slowest first, at most so many; busy and waiting in ms a step."""
+def rank_table(ranks: Sequence[Mapping[str, Any]], stragglers: StragglerTracker, most: int) -> Table:
+    """Make a table of the `most` slowest ranks, slowest first, with their times in ms per step."""
     table = Table(
-        box=None, pad_edge=False, header_style="dim", caption=waiting.line(), caption_justify="left"
+        box=None, pad_edge=False, header_style="dim", caption=stragglers.summary(), caption_justify="left"
     )
     for name in ("rank", "host", "pid", "busy ms", "exchange ms"):
         table.add_column(name, justify="left" if name == "host" else "right")
     table.add_column("")
-    longest = max(waiting.busy[i] + each for i, each in enumerate(waiting.exchange)) or 1.0
-    order = sorted(range(len(waiting.exchange)), key=waiting.exchange.__getitem__)
+    longest = max(map(sum, zip(stragglers.busy, stragglers.exchange, strict=True))) or 1.0
+    order = sorted(range(len(stragglers.exchange)), key=stragglers.exchange.__getitem__)
     for rank in order[:most]:
-        busy, spoken = waiting.busy[rank], waiting.exchange[rank]
-        who = ranks[rank] if rank < len(ranks) else {"host": "?", "pid": "?"}
+        busy, exchange = stragglers.busy[rank], stragglers.exchange[rank]
+        peer = ranks[rank] if rank < len(ranks) else {"host": "?", "pid": "?"}
         bar = Text("█" * round(20 * busy / longest), "green") + Text(
-            "░" * round(20 * spoken / longest), "yellow"
+            "░" * round(20 * exchange / longest), "yellow"
         )
-        style = "bold" if rank == waiting.slowest and waiting.share >= EVEN else ""
-        cells = [str(rank), str(who["host"]), str(who["pid"]), f"{1e3 * busy:.2f}", f"{1e3 * spoken:.2f}"]
+        style = "bold" if rank == stragglers.slowest_rank and stragglers.waiting_share >= EVEN_SHARE else ""
+        cells = [
+            str(rank),
+            str(peer["host"]),
+            str(peer["pid"]),
+            f"{1e3 * busy:.2f}",
+            f"{1e3 * exchange:.2f}",
+        ]
         table.add_row(*cells, bar, style=style)
     if len(order) > most:
-        table.add_row("…", f"and {len(order) - most} that are faster")
+        table.add_row("…", f"and {len(order) - most} faster ranks")
     return table
 
 
 def _columns(width: int, epochs: int, steps: int) -> list[ProgressColumn]:
-    """The live bar's parts that fit into `width`; step and time left are always among them."""
-    # In the order in which they are shown, each with the most it takes.
+    """Return the parts of the live bar that fit into `width`; step and time left are always among them."""
+    # In the order on the screen, each with its largest width.
     parts: dict[str, tuple[ProgressColumn, int]] = {
         "epoch": (TextColumn("epoch {task.fields[epoch]}"), len(f"epoch {epochs}/{epochs}")),
         "bar": (BarColumn(bar_width=None), 10),

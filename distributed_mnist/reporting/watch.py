@@ -1,4 +1,4 @@
-"""`dmnist watch`: what a run shows where it was started, seen from elsewhere, by its files alone."""
+"""Run `dmnist watch`: show from elsewhere, by its files alone, what a run shows where it was started."""
 
 import os
 import time
@@ -13,42 +13,43 @@ from .console import make_console, print_json
 from .stragglers import StragglerTracker
 from .terminal import Terminal
 
-_LOOK_SECONDS = 0.25
-_GRACE_SECONDS = 10.0
-"""That a run may be silent with nobody holding its lock: it is being started again."""
-_PATIENCE = 60.0
-"""That one may take to begin."""
+_POLL_SECONDS = 0.25
+_RESTART_SECONDS = 10.0
+"""A run whose lock is free may be restarting; after this long without events it has ended."""
+_START_TIMEOUT_SECONDS = 60.0
+"""How long to wait for a run to begin."""
 
 
 class Tail:
-    """The events that are appended to a run's `metrics.jsonl`, each told once."""
+    """Reads the events that are appended to a run's `metrics.jsonl`, each of them once."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "metrics.jsonl"
-        self._read = 0  # bytes, up to the last whole line
-        self._file = 0  # its number in the file system
+        self._offset = 0  # bytes, up to the end of the last complete line
+        self._inode = 0
 
-    def new(self) -> list[Event]:
-        """What came since the last call. Raises `UsageError` if there is no such file."""
+    def new_events(self) -> list[Event]:
+        """Return the events since the last call. Raises `UsageError` if there is no such file."""
         try:
             with self._path.open("rb") as file:
-                found = os.fstat(file.fileno())
-                if found.st_ino != self._file or found.st_size < self._read:  # another run in its place
-                    self._file, self._read = found.st_ino, 0
-                file.seek(self._read)
-                whole = file.read().rpartition(b"\n")[0]
+                status = os.fstat(file.fileno())
+                if status.st_ino != self._inode or status.st_size < self._offset:  # a new run in the folder
+                    self._inode, self._offset = status.st_ino, 0
+                file.seek(self._offset)
+                complete = file.read().rpartition(b"\n")[0]
         except OSError:
-            read(self._path.parent)  # says what is wrong
+            read(self._path.parent)  # raises with the cause
             raise UsageError(f"{self._path} cannot be read") from None
-        self._read += len(whole) + bool(whole)
-        return [event for line in whole.splitlines() if (event := event_of(line)) is not None]
+        self._offset += len(complete) + bool(complete)
+        return [event for line in complete.splitlines() if (event := event_of(line)) is not None]
 
 
 def run(*, run: Path, as_json: bool) -> int:
-    """Follow the run in folder `run` until it ends; the exit code.
+    """Follow the run in the folder `run` until it ends, and return the exit code.
 
-    Raises `UsageError` where there is no run, `WorkerLost` for one that nobody trains,
-    `Interrupted` for one that was asked to stop."""
+    Raises `UsageError` if there is no run, `WorkerLost` if no process trains it any more, and
+    `Interrupted` if it was asked to stop.
+    """
     if as_json:
         print_json(state(run))
         return 0
@@ -57,30 +58,30 @@ def run(*, run: Path, as_json: bool) -> int:
         _wait_for(run, terminal)
         return _follow(run, terminal)
     except KeyboardInterrupt:
-        return 0  # the usual way to end it; the run goes on
+        return 0  # Ctrl-C is the usual way to stop watching; the run goes on
     finally:
         terminal.close()
 
 
 def _wait_for(folder: Path, terminal: Terminal) -> None:
-    """Until a run has begun in the folder, or for so long that none will: `Tail` says so."""
-    told = False
-    deadline = time.monotonic() + _PATIENCE
+    """Wait until a run has begun in the folder. After a time-out return; `Tail` then raises."""
+    noticed = False
+    deadline = time.monotonic() + _START_TIMEOUT_SECONDS
     while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline:
         if folder.is_file() or layout.members_in(folder):
-            read(folder)  # says that it is no run's, or that one of an ensemble's must be named
-        if not told:
+            read(folder)  # raises: it is not a run's folder, or one run of an ensemble must be named
+        if not noticed:
             terminal.log("notice", text=f"no run in {folder} yet: waiting for it to begin")
-        told = True
-        time.sleep(_LOOK_SECONDS)
+        noticed = True
+        time.sleep(_POLL_SECONDS)
 
 
 def _follow(folder: Path, terminal: Terminal) -> int:
-    tail, silent, step = Tail(folder), time.monotonic(), 0
+    tail, last_news, step = Tail(folder), time.monotonic(), 0
     last: Event = {"event": ""}
-    resume_flags = f"go on with dmnist train {layout.resume_flags(folder)}"
+    hint = f"go on with dmnist train {layout.resume_flags(folder)}"
     while True:
-        events = tail.new()
+        events = tail.new_events()
         for event in events:
             fields = {key: value for key, value in event.items() if key not in ("event", "time")}
             terminal.log(event["event"], **fields)
@@ -89,36 +90,36 @@ def _follow(folder: Path, terminal: Terminal) -> int:
         if last["event"] == "end":
             return 0
         if last["event"] == "stop" and not is_live(folder):
-            raise Interrupted(f"it was asked to stop, and did after step {last['step']}: {resume_flags}")
+            raise Interrupted(f"the run was asked to stop, and stopped after step {last['step']}: {hint}")
         if events:
-            silent = time.monotonic()
-        elif time.monotonic() - silent > _GRACE_SECONDS and not is_live(folder):
+            last_news = time.monotonic()
+        elif time.monotonic() - last_news > _RESTART_SECONDS and not is_live(folder):
             if read(folder).state == "finished":  # a full disk ended the record before the run
                 return 0
             raise WorkerLost(
-                f"nobody trains {folder} any more, {_last_heard(folder)} at step {step}: {resume_flags}"
+                f"no process trains {folder} any more, {_last_event(folder)} at step {step}: {hint}"
             )
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(_POLL_SECONDS)
 
 
-def _last_heard(folder: Path) -> str:
+def _last_event(folder: Path) -> str:
     events = read(folder).events
     if not events:
-        return "never heard of"
-    return f"last heard of {time.time() - events[-1]['time']:,.0f} s ago"
+        return "it has recorded no event"
+    return f"its last event was {time.time() - events[-1]['time']:,.0f} s ago"
 
 
 def state(folder: Path) -> dict[str, Any]:
-    """How a run stands now, in plain values."""
+    """Return the current state of a run as plain values, for `--json`."""
     record = read(folder)
-    waiting = StragglerTracker()
+    stragglers = StragglerTracker()
     for event in record.events:
         if event["event"] == "start":
-            waiting.begin(event.get("ranks", ()))
-        elif event["event"] == "steps" and "ranks" in event:  # older runs do not tell
-            waiting.add(event["ranks"])
+            stragglers.start_group(event.get("ranks", ()))
+        elif event["event"] == "steps" and "ranks" in event:  # older runs have no such field
+            stragglers.add(event["ranks"])
     last = record.steps[-1] if record.steps else {}
-    scored = record.evaluations[-1] if record.evaluations else {}
+    evaluation = record.evaluations[-1] if record.evaluations else {}
     return {
         "run": str(folder),
         "state": record.state,
@@ -126,11 +127,11 @@ def state(folder: Path) -> dict[str, Any]:
         "steps": record.starts[-1]["steps"] if record.starts else None,
         "epoch": last.get("epoch", 0.0),
         "loss": last.get("loss"),
-        "test_accuracy": scored.get("test_accuracy"),
+        "test_accuracy": evaluation.get("test_accuracy"),
         "images_per_second": last.get("images_per_second"),
         "starts": len(record.starts),
         "seconds_since_news": time.time() - record.events[-1]["time"] if record.events else None,
-        "ranks": {"busy": waiting.busy, "exchange": waiting.exchange},
-        "slowest_rank": waiting.slowest if len(waiting.exchange) > 1 else None,
-        "waiting_share": waiting.share if len(waiting.exchange) > 1 else 0.0,
+        "ranks": {"busy": stragglers.busy, "exchange": stragglers.exchange},
+        "slowest_rank": stragglers.slowest_rank if len(stragglers.exchange) > 1 else None,
+        "waiting_share": stragglers.waiting_share if len(stragglers.exchange) > 1 else 0.0,
     }

@@ -18,7 +18,7 @@ from ..errors import DmnistError, Interrupted, OutputError, WorkerLost, reason
 from ..launcher.signals import StopRequests
 from ..models.zoo import ModelProperties, find_factory
 from ..optim.schedule import make_optimizer
-from ..reporting.events import JsonLines, MistakesFile, MultiSink, Notices, NullSink, Sink
+from ..reporting.events import JsonLines, MistakesFile, MultiSink, NoticeSink, NullSink, Sink
 from ..reporting.terminal import Terminal
 from ..runs import layout
 from ..runs.checkpoint_store import NullStore, Store
@@ -238,7 +238,7 @@ def make_sink(
     Another rank's prints notices if it keeps a copy of the checkpoints, and nothing otherwise.
     """
     if world.rank != 0:
-        return NullSink() if isinstance(store, NullStore) else Notices(str(world.peers[world.rank]))
+        return NullSink() if isinstance(store, NullStore) else NoticeSink(str(world.peers[world.rank]))
     terminal = Terminal(console)
 
     def complain(text: str) -> None:

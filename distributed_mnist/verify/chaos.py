@@ -1,5 +1,7 @@
-"""`dmnist verify --chaos`: the same job, and a seed full of faults. Every run must come to the answer of
-the one that nothing was done to."""
+"""Run `dmnist verify --chaos`: train the same job under random faults and compare every answer.
+
+Each run under faults must give the answer of the run without faults. The seed decides the faults.
+"""
 
 import statistics
 import time
@@ -11,147 +13,170 @@ from typing import Any
 
 from .compare import Answer, compare
 from .faults import FAULTS
-from .job import RunFailedError, undisturbed
+from .job import RunFailedError, run_without_faults
 from .results_table import ResultsTable, Row
-from .run_with_faults import LONGER, FaultyRun, RunEndedError
+from .run_with_faults import LONGER_JOB, FaultyRun, RunEndedError
 
-_MOST_AT_ONE_RUN = 6
-_MOST_FAILURES = 5
-_MOST_IN_VAIN = 10  # runs in a row that were over before any fault struck
+_MAX_FAULTS_PER_RUN = 6
+_MAX_FAILURES = 5
+_MAX_RUNS_WITHOUT_FAULT = 10  # in a row, each of which ended before its first fault
 
 
 @dataclass(frozen=True)
 class InjectedFault:
-    """A fault that struck."""
+    """A fault that was injected. The fields are those of `chaos.blows` in `--json`."""
 
     kind: str
     what: str
     recovery: float | None
-    """Seconds to the first new steps."""
+    """Seconds from the fault to the first new steps; None if no steps were left."""
 
 
 @dataclass
 class ChaosRun:
-    """A run under faults, as it went."""
+    """The course and the result of one run under faults."""
 
     name: str
     sizes: list[int] = field(default_factory=list)
-    blows: list[InjectedFault] = field(default_factory=list)
+    """The world size of each start of the command."""
+    faults: list[InjectedFault] = field(default_factory=list)
     answer: Answer | None = None
-    wrong: str | None = None
+    problem: str | None = None
 
 
-def soak(most: int, device: str, faults: int, seed: int, folder: Path, board: ResultsTable) -> None:
-    """Runs with `faults` faults in all at 1 to `most` processes, as `seed` has them."""
-    board.say(f"\nchaos     {faults} fault{'s' if faults > 1 else ''}, --seed {seed}", "bold")
-    began = time.monotonic()
-    with board.busy("an undisturbed run"):
-        try:
-            reference = undisturbed(folder / "chaos-undisturbed", 1, device, *LONGER)
-        except RunFailedError as error:
-            board.wrong.append(f"chaos, before any fault: {error}")
-            return
-    board.head("under faults")
-    board.add(
-        Row("a longer job, undisturbed", True, "reference", reference.sha256, time.monotonic() - began)
+def run_chaos(
+    max_nproc: int, device: str, fault_count: int, seed: int, folder: Path, table: ResultsTable
+) -> None:
+    """Run the job at 1 to `max_nproc` processes until `fault_count` faults have been injected in all.
+
+    `seed` decides the faults and the sizes. Problems go into `table`.
+    """
+    table.print_line(
+        f"\nchaos     {fault_count} fault{'s' if fault_count > 1 else ''}, --seed {seed}", "bold"
     )
-    deck = _shuffled(Random(seed))
-    blows: list[InjectedFault] = []
-    number = failures = in_vain = 0
-    while len(blows) < faults and failures < _MOST_FAILURES and in_vain < _MOST_IN_VAIN:
+    began = time.monotonic()
+    with table.busy("a run without faults"):
+        try:
+            reference = run_without_faults(folder / "chaos-reference", 1, device, *LONGER_JOB)
+        except RunFailedError as error:
+            table.problems.append(f"chaos, before any fault: {error}")
+            return
+    table.header("under faults")
+    seconds = time.monotonic() - began
+    table.add(Row("a longer job, undisturbed", True, "reference", reference.sha256, seconds))
+    kinds = _fault_kinds(Random(seed))
+    faults: list[InjectedFault] = []
+    number = failures = runs_without_fault = 0
+    while (
+        len(faults) < fault_count
+        and failures < _MAX_FAILURES
+        and runs_without_fault < _MAX_RUNS_WITHOUT_FAULT
+    ):
         number += 1
         began = time.monotonic()
-        with board.busy(f"run {number}, {len(blows)} of {faults} faults so far"):
-            room = faults - len(blows)
-            passage = _passage(number, most, device, deck, seed, folder, reference, room)
-        blows += passage.blows
-        failures += passage.wrong is not None
-        in_vain = 0 if passage.blows else in_vain + 1
-        _show(passage, seed, time.monotonic() - began, board)
-    if in_vain == _MOST_IN_VAIN:
-        board.wrong.append(f"chaos: {in_vain} runs in a row ended before a fault struck")
-    board.fields["chaos"] = _summary(blows, number, failures, seed)
-    _show_summary(board)
+        with table.busy(f"run {number}, {len(faults)} of {fault_count} faults so far"):
+            remaining = fault_count - len(faults)
+            chaos_run = _run_once(number, max_nproc, device, kinds, seed, folder, reference, remaining)
+        faults += chaos_run.faults
+        failures += chaos_run.problem is not None
+        runs_without_fault = 0 if chaos_run.faults else runs_without_fault + 1
+        _show_run(chaos_run, seed, time.monotonic() - began, table)
+    if runs_without_fault == _MAX_RUNS_WITHOUT_FAULT:
+        table.problems.append(f"chaos: {runs_without_fault} runs in a row ended before the first fault")
+    table.json_fields["chaos"] = _summary(faults, number, failures, seed)
+    _show_summary(table)
 
 
-def _passage(
+def _run_once(
     number: int,
-    most: int,
+    max_nproc: int,
     device: str,
-    deck: Iterator[str],
+    kinds: Iterator[str],
     seed: int,
     folder: Path,
     reference: Answer,
-    room: int,
+    max_faults: int,
 ) -> ChaosRun:
     rng = Random(f"{seed}/{number}")
-    passage = ChaosRun(f"run {number}")
+    chaos_run = ChaosRun(f"run {number}")
     try:
-        with FaultyRun(folder / f"chaos-{number}", most, device, rng) as run:
-            passage.sizes = run.sizes
-            for _, kind in zip(range(min(room, rng.randint(1, _MOST_AT_ONE_RUN))), deck, strict=False):
-                if blow := _struck(run, kind):
-                    passage.blows.append(blow)
-            passage.answer = run.answer()
-            passage.wrong = (difference := compare(reference, passage.answer)) and str(difference)
+        with FaultyRun(folder / f"chaos-{number}", max_nproc, device, rng) as run:
+            chaos_run.sizes = run.sizes
+            fault_count = min(max_faults, rng.randint(1, _MAX_FAULTS_PER_RUN))
+            for _, kind in zip(range(fault_count), kinds, strict=False):
+                if fault := _inject(run, kind):
+                    chaos_run.faults.append(fault)
+            chaos_run.answer = run.answer()
+            if difference := compare(reference, chaos_run.answer):
+                chaos_run.problem = str(difference)
     except RunFailedError as error:
-        passage.wrong = str(error)
-    return passage
+        chaos_run.problem = str(error)
+    return chaos_run
 
 
-def _struck(run: FaultyRun, kind: str) -> InjectedFault | None:
-    """Let a fault strike at some moment and the run recover; None if it was over before."""
+def _inject(run: FaultyRun, kind: str) -> InjectedFault | None:
+    """Inject a fault at a random moment and wait until the run has recovered.
+
+    Returns None if the run ended before that. Raises `RunFailedError` if it does not recover.
+    """
     try:
-        if kind != "kill at start-up" or run.moving():
-            run.await_moment()
+        if kind != "kill at start-up" or run.has_trained():
+            run.wait_for_random_moment()
         what = FAULTS[kind](run)
-        return InjectedFault(kind, what, run.recovery())
+        return InjectedFault(kind, what, run.recovery_seconds())
     except RunEndedError:
         return None
     except RunFailedError as error:
         raise RunFailedError(f"{kind}: {error}") from error
 
 
-def _shuffled(rng: Random) -> Iterator[str]:
-    """Kinds of faults for ever, in rounds: a few of them are of different kinds already."""
+def _fault_kinds(rng: Random) -> Iterator[str]:
+    """Yield kinds of faults without end, each kind once per round, so that even a few of them differ."""
     while True:
         yield from rng.sample(list(FAULTS), len(FAULTS))
 
 
-def _show(passage: ChaosRun, seed: int, seconds: float, board: ResultsTable) -> None:
-    sizes = " → ".join(map(str, passage.sizes))
-    kinds = ", ".join(blow.kind for blow in passage.blows)
-    verdict = passage.wrong or f"same{f' after {kinds}' if kinds else ''}"
-    sha256 = passage.answer.sha256 if passage.answer else None
-    board.add(Row(f"{passage.name}, size {sizes}", passage.wrong is None, verdict, sha256, seconds))
-    if passage.wrong:
-        after = f" after {kinds}" if kinds else ""
-        board.wrong.append(f"chaos, --seed {seed}, {passage.name}, size {sizes}{after}: {passage.wrong}")
+def _show_run(chaos_run: ChaosRun, seed: int, seconds: float, table: ResultsTable) -> None:
+    sizes = " → ".join(map(str, chaos_run.sizes))
+    kinds = ", ".join(fault.kind for fault in chaos_run.faults)
+    after = f" after {kinds}" if kinds else ""
+    problem = chaos_run.problem
+    sha256 = chaos_run.answer.sha256 if chaos_run.answer else None
+    name = f"{chaos_run.name}, size {sizes}"
+    table.add(Row(name, problem is None, problem or f"same{after}", sha256, seconds))
+    if problem:
+        table.problems.append(f"chaos, --seed {seed}, {name}{after}: {problem}")
 
 
-def _summary(blows: list[InjectedFault], runs: int, failures: int, seed: int) -> dict[str, Any]:
+def _summary(faults: list[InjectedFault], runs: int, failures: int, seed: int) -> dict[str, Any]:
     kinds: dict[str, Any] = {}
     for kind in (*FAULTS, "all"):
-        own = [blow for blow in blows if kind in (blow.kind, "all")]
-        seconds = [blow.recovery for blow in own if blow.recovery is not None]
+        of_kind = [fault for fault in faults if kind in (fault.kind, "all")]
+        seconds = [fault.recovery for fault in of_kind if fault.recovery is not None]
         kinds[kind] = {
-            "count": len(own),
+            "count": len(of_kind),
             "median_seconds": statistics.median(seconds) if seconds else None,
             "worst_seconds": max(seconds, default=None),
         }
-    told = {"seed": seed, "runs": runs, "faults": len(blows), "failures": failures, "kinds": kinds}
-    return {**told, "blows": [asdict(blow) for blow in blows]}
+    return {
+        "seed": seed,
+        "runs": runs,
+        "faults": len(faults),
+        "failures": failures,
+        "kinds": kinds,
+        "blows": [asdict(fault) for fault in faults],
+    }
 
 
-def _show_summary(board: ResultsTable) -> None:
-    chaos = board.fields["chaos"]
-    told = ", ".join(f"{chaos[name]} {name}" for name in ("faults", "runs", "failures"))
-    board.say(f"\n  {told:<36} {'count':>5} {'median s':>9} {'worst s':>9}  to recover", "bold")
-    for kind, told in chaos["kinds"].items():
-        if not told["count"]:
+def _show_summary(table: ResultsTable) -> None:
+    chaos = table.json_fields["chaos"]
+    totals = ", ".join(f"{chaos[name]} {name}" for name in ("faults", "runs", "failures"))
+    table.print_line(f"\n  {totals:<36} {'count':>5} {'median s':>9} {'worst s':>9}  to recover", "bold")
+    for kind, figures in chaos["kinds"].items():
+        if not figures["count"]:
             continue
         median, worst = (
-            "-" if told[name] is None else f"{told[name]:.1f}"
+            "-" if figures[name] is None else f"{figures[name]:.1f}"
             for name in ("median_seconds", "worst_seconds")
         )
-        board.say(f"  {kind:<36} {told['count']:>5} {median:>9} {worst:>9}")
+        table.print_line(f"  {kind:<36} {figures['count']:>5} {median:>9} {worst:>9}")

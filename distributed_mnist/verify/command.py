@@ -1,5 +1,7 @@
-"""`dmnist verify`: a small job with a known answer, at several sizes and under faults. Whoever brings up a
-machine learns whether it computes what it should."""
+"""Run `dmnist verify` on one host: train a small job at several sizes, and with `--chaos` under faults.
+
+The answer of every run must be the same, and the same as the known answer of this platform.
+"""
 
 import contextlib
 import os
@@ -14,64 +16,70 @@ import torch
 from ..errors import Interrupted, UsageError
 from ..launcher.default_nproc import default_nproc
 from ..launcher.signals import SIGNALS, StoppedEarly
-from .chaos import soak
+from .chaos import run_chaos
 from .compare import Answer, compare
-from .job import RunFailedError, options, recipe, undisturbed
-from .known_answers import say_known, this_platform
+from .job import RunFailedError, options, recipe, run_without_faults
+from .known_answers import report_known_answer, this_platform
 from .results_table import ResultsTable, Row
 
-MOST_BY_DEFAULT = 4
-FAULTS_BY_DEFAULT = 8
+DEFAULT_MAX_NPROC = 4
+DEFAULT_FAULTS = 8
 
 
 def run(
     *, nproc: int | None, device: str, chaos: bool, faults: int | None, seed: int | None, as_json: bool
 ) -> int:
-    """Verify this host. Raises `VerificationError` if the answer differs, after saying how."""
+    """Verify this host and return the exit code.
+
+    Raises `VerificationError` if an answer differs, after the table has shown which and how.
+    """
     sizes = sizes_to_try(nproc, device)
-    board = ResultsTable.make(as_json=as_json)
-    with _stoppable():
-        with board.workplace() as folder:
-            answer = several_sizes(sizes, device, folder, board)
-            if answer is not None and chaos:
+    table = ResultsTable.make(as_json=as_json)
+    with _signals_as_exceptions():
+        with table.work_folder() as folder:
+            reference = compare_sizes(sizes, device, folder, table)
+            if reference is not None and chaos:
                 seed = int.from_bytes(os.urandom(4), "big") if seed is None else seed
-                soak(max(sizes), device, faults or FAULTS_BY_DEFAULT, seed, folder, board)
-            if answer is not None:
-                say_known(answer.result, this_platform(_device(device)), board)
-        board.close()
+                run_chaos(max(sizes), device, faults or DEFAULT_FAULTS, seed, folder, table)
+            if reference is not None:
+                report_known_answer(reference.result, this_platform(_device(device)), table)
+        table.conclude()
     return 0
 
 
 def sizes_to_try(nproc: int | None, device: str) -> list[int]:
-    """1 to `nproc`; one size twice where there is no other. Raises `UsageError`."""
+    """Return the world sizes 1 to `nproc`; if `nproc` is 1, size 1 twice. Raises `UsageError`."""
     if nproc is None:
-        paying = default_nproc(recipe(), options(device=device))
+        useful = default_nproc(recipe(), options(device=device))
         least = 2 if _device(device).type == "cpu" else 1
-        nproc = max(least, min(paying, MOST_BY_DEFAULT))
+        nproc = max(least, min(useful, DEFAULT_MAX_NPROC))
     if nproc > recipe().shards:
         raise UsageError(f"--nproc must be between 1 and {recipe().shards}, not {nproc}")
     return list(range(1, nproc + 1)) if nproc > 1 else [1, 1]
 
 
-def several_sizes(sizes: list[int], device: str, folder: Path, board: ResultsTable) -> Answer | None:
-    """Train at these sizes, and compare with the first; its answer, or None if it did not end well."""
+def compare_sizes(sizes: list[int], device: str, folder: Path, table: ResultsTable) -> Answer | None:
+    """Train at each of these sizes and compare every answer with the first.
+
+    Returns the first answer, or None if the first run failed.
+    """
     reference: Answer | None = None
-    board.head("undisturbed")
+    table.header("without faults")
     for number, size in enumerate(sizes, start=1):
         name = f"{size} process{'es' if size > 1 else ''}{', again' if size in sizes[: number - 1] else ''}"
         began, answer = time.monotonic(), None
         try:
-            with board.busy(f"training with {name}"):
-                answer = undisturbed(folder / f"undisturbed-{number}", size, device)
+            with table.busy(f"training with {name}"):
+                answer = run_without_faults(folder / f"run-{number}", size, device)
         except RunFailedError as error:
-            wrong = str(error)
+            problem = str(error)
         else:
-            wrong = reference and compare(reference, answer)
-        verdict = str(wrong or ("same" if reference else "reference"))
+            problem = reference and compare(reference, answer)
+        verdict = str(problem or ("same" if reference else "reference"))
         sha256 = answer.sha256 if answer else None
-        board.add(Row(name, not wrong, verdict, sha256, time.monotonic() - began))
-        if wrong:
-            board.wrong.append(f"{name}{' against 1' if answer else ''}: {wrong}")
+        table.add(Row(name, not problem, verdict, sha256, time.monotonic() - began))
+        if problem:
+            table.problems.append(f"{name}{' against 1' if answer else ''}: {problem}")
         reference = reference or answer
         if reference is None:
             break
@@ -79,24 +87,24 @@ def several_sizes(sizes: list[int], device: str, folder: Path, board: ResultsTab
 
 
 def _device(device: str) -> torch.device:
-    found = None if device == "cpu" else torch.accelerator.current_accelerator(check_available=True)
-    return found or torch.device("cpu")
+    accelerator = None if device == "cpu" else torch.accelerator.current_accelerator(check_available=True)
+    return accelerator or torch.device("cpu")
 
 
 @contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """Signals are errors here, so that whatever is under way is ended first."""
+def _signals_as_exceptions() -> Iterator[None]:
+    """Turn signals into exceptions, so that the `with` blocks end the running training first."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for one in SIGNALS:  # what is under way is being ended; a second Ctrl-C must not interrupt that
-            signal.signal(one, signal.SIG_IGN)
+        for other in SIGNALS:  # a second Ctrl-C must not interrupt that cleanup
+            signal.signal(other, signal.SIG_IGN)
         raise StoppedEarly(f"stopped by {signal.Signals(number).name} before it was verified")
 
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    handlers = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         yield
     except StoppedEarly as early:
         raise Interrupted(str(early)) from None
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Whether two runs came to the same answer, and if not: in what, at which step first, and by how much."""
+"""Compare the answers of two runs: which fields differ, at which step first, and by how much."""
 
 import json
 import math
@@ -11,9 +11,10 @@ import torch
 
 from ..runs.checkpoint import decode, read_bytes
 from ..runs.layout import checkpoints_in
+from ..runs.record import event_of
 
 COMPARED = ("data_sha256", "samples_sha256", "weights_sha256", "test_loss")
-_WORDS = {
+_FIELD_NAMES = {
     "data_sha256": "the data",
     "samples_sha256": "the samples and their order",
     "weights_sha256": "the weights",
@@ -24,10 +25,10 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Answer:
-    """What a run came to: nothing in it may depend on how the run was carried out."""
+    """The result of a run. None of it may depend on how the run was carried out."""
 
     result: dict[str, Any]
-    """Of what `--json` prints, the fields in `COMPARED`."""
+    """The fields in `COMPARED` of what `--json` prints."""
     losses: dict[int, float]
     """The exact mean loss of every step."""
     weights: dict[str, torch.Tensor]
@@ -40,35 +41,36 @@ class Answer:
 
 @dataclass(frozen=True)
 class Difference:
-    """In what two answers differ."""
+    """How two answers differ."""
 
     fields: tuple[str, ...]
-    """Of `COMPARED`, and `losses`."""
+    """The fields that differ: names from `COMPARED`, and `losses`."""
     step: int | None
-    """The first whose loss differs; None if none does."""
+    """The first step whose loss differs; None if no loss differs."""
     losses: tuple[float, float] | None
-    """At that step: of the one, and of the other."""
+    """The two losses at that step."""
     largest: float
-    """The largest difference of two weights at the end; NaN if the weights cannot be compared."""
+    """The largest absolute difference of two final weights; NaN if the weights cannot be compared."""
 
     def __str__(self) -> str:
-        what = f"{_listed([_WORDS[name] for name in self.fields])} differ"
+        text = f"{_enumerated([_FIELD_NAMES[name] for name in self.fields])} differ"
         if self.step is not None and self.losses is not None:
-            one, other = self.losses
-            what += (
-                f", first at step {self.step} (loss {one!r} and {other!r}, {abs(one - other):.2g} apart)"
+            first, second = self.losses
+            text += (
+                f", first at step {self.step} (loss {first!r} and {second!r}, "
+                f"{abs(first - second):.2g} apart)"
             )
         if "weights_sha256" in self.fields:
-            what += (
+            text += (
                 "; the weights cannot be compared"
                 if math.isnan(self.largest)
                 else f"; final weights are up to {self.largest:.2g} apart"
             )
-        return what
+        return text
 
 
 def read_answer(folder: Path) -> Answer:
-    """What the run in `folder` came to; it has ended well. Raises `CheckpointError`, `OSError`."""
+    """Read the answer of a finished run from its folder. Raises `CheckpointError`, `OSError`."""
     result = json.loads((folder / "result.json").read_text())
     newest = checkpoints_in(folder / "checkpoints")[-1]
     return Answer(
@@ -79,23 +81,19 @@ def read_answer(folder: Path) -> Answer:
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's `metrics.jsonl`, none where it does not exist yet. A line that a killed
-    process left unfinished is passed over."""
+    """Return the events in a run's `metrics.jsonl`; none if the file does not exist yet.
+
+    Skips a line that a killed process left unfinished.
+    """
     try:
-        lines = (folder / "metrics.jsonl").read_text(errors="replace").splitlines()
+        lines = (folder / "metrics.jsonl").read_bytes().splitlines()
     except OSError:
         return []
-    events: list[dict[str, Any]] = []
-    for line in lines:
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            continue
-    return events
+    return [event for line in lines if (event := event_of(line)) is not None]
 
 
 def losses_in(events: Sequence[dict[str, Any]]) -> dict[int, float]:
-    """The loss of each step; of a step that was repeated, the later one."""
+    """Return the loss of each step; for a step that was repeated, the later loss."""
     return {
         step: loss
         for event in events
@@ -104,11 +102,11 @@ def losses_in(events: Sequence[dict[str, Any]]) -> dict[int, float]:
     }
 
 
-def compare(one: Answer, other: Answer) -> Difference | None:
-    """In what `other` differs from `one`, or None."""
-    fields = [name for name in COMPARED if one.result[name] != other.result[name]]
-    shared = sorted(one.losses.keys() & other.losses.keys())
-    step = next((step for step in shared if one.losses[step] != other.losses[step]), None)
+def compare(reference: Answer, other: Answer) -> Difference | None:
+    """Return how `other` differs from `reference`, or None if it does not."""
+    fields = [name for name in COMPARED if reference.result[name] != other.result[name]]
+    shared = sorted(reference.losses.keys() & other.losses.keys())
+    step = next((step for step in shared if reference.losses[step] != other.losses[step]), None)
     if step is not None:
         fields.append("losses")
     if not fields:
@@ -116,16 +114,17 @@ def compare(one: Answer, other: Answer) -> Difference | None:
     return Difference(
         fields=tuple(fields),
         step=step,
-        losses=None if step is None else (one.losses[step], other.losses[step]),
-        largest=_largest_difference(one.weights, other.weights),
+        losses=None if step is None else (reference.losses[step], other.losses[step]),
+        largest=_largest_difference(reference.weights, other.weights),
     )
 
 
-def _largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    if {name: value.shape for name, value in one.items()} != {k: v.shape for k, v in other.items()}:
+def _largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    if {name: value.shape for name, value in first.items()} != {k: v.shape for k, v in second.items()}:
         return math.nan
-    return max(float((value.double() - other[name].double()).abs().max()) for name, value in one.items())
+    return max(float((value.double() - second[name].double()).abs().max()) for name, value in first.items())
 
 
-def _listed(words: list[str]) -> str:
-    return " and ".join([*([", ".join(words[:-1])] if words[:-1] else []), words[-1]])
+def _enumerated(names: list[str]) -> str:
+    """Join as in `a, b and c`."""
+    return " and ".join([*([", ".join(names[:-1])] if names[:-1] else []), names[-1]])

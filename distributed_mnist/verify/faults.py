@@ -1,7 +1,7 @@
-"""What can happen to a run, each as a function that does it and says what it did.
+"""The faults of `dmnist verify --chaos`: one function each, which injects the fault and says what it did.
 
-Each of them calls `mark` at the moment it strikes. What comes after is not theirs: `chaos` waits for the
-run to go on, and compares what it comes to.
+Each function calls `mark_fault` at the moment it injects the fault. `chaos` then waits until the run has
+recovered, and compares the answer.
 """
 
 import contextlib
@@ -23,86 +23,86 @@ Fault = Callable[[FaultyRun], str]
 
 
 def kill(run: FaultyRun) -> str:
-    """One worker, or several at once."""
+    """Kill one worker, or several at once."""
     workers = _workers(run)
     victims = run.rng.sample(workers, run.rng.choice([1, 1, run.rng.randint(1, len(workers))]))
-    run.mark()
+    run.mark_fault()
     return _send(signal.SIGKILL, *victims)
 
 
 def kill_at_start(run: FaultyRun) -> str:
-    """A worker that has not got anywhere yet: as it joins the others, loads the data or the checkpoint."""
-    known: set[psutil.Process] = set()
-    if run.moving():
-        known = set(_workers(run))
-        _send(signal.SIGKILL, run.rng.choice(sorted(known, key=lambda worker: worker.pid)))
-    fresh = run.await_(lambda: _fresh(run, known), "it started no new workers")
+    """Kill a worker while it starts: as it joins the group, or loads the data or the checkpoint."""
+    old: set[psutil.Process] = set()
+    if run.has_trained():
+        old = set(_workers(run))
+        _send(signal.SIGKILL, run.rng.choice(sorted(old, key=lambda worker: worker.pid)))
+    new = run.wait_for(lambda: _new_workers(run, old), "it started no new workers")
     time.sleep(run.rng.uniform(0, 1))
-    run.mark()
-    return _send(signal.SIGKILL, run.rng.choice(fresh))
+    run.mark_fault()
+    return _send(signal.SIGKILL, run.rng.choice(new))
 
 
 def kill_while_saving(run: FaultyRun) -> str:
-    """Rank 0, at the moment at which a checkpoint begins to be written."""
-    seen = _parts(run)
-    run.await_(lambda: _parts(run) - seen, "it saved no checkpoint", glance=0.0005)
+    """Kill rank 0 at the moment it begins to write a checkpoint."""
+    old = _unfinished_checkpoints(run)
+    run.wait_for(lambda: _unfinished_checkpoints(run) - old, "it saved no checkpoint", poll_seconds=0.0005)
     victim = run.rank(0)
     if victim is None:
         raise RunEndedError
-    run.mark()
+    run.mark_fault()
     return _send(signal.SIGKILL, victim)
 
 
 def stop(run: FaultyRun) -> str:
-    """A worker, without ending it: it hangs."""
+    """Stop a worker without ending it, so that it hangs."""
     workers = _workers(run)
-    if len(workers) == 1:  # nobody is there to wait for it
+    if len(workers) == 1:  # no other rank would notice
         raise RunEndedError
-    run.mark()
+    run.mark_fault()
     return _send(signal.SIGSTOP, run.rng.choice(workers))
 
 
 def terminate(run: FaultyRun) -> str:
-    """As schedulers and people do, the launcher or one worker; then the same command at another size."""
+    """Ask the launcher or one worker to stop, as schedulers do; then restart at another size."""
     number = run.rng.choice(SIGNALS)
-    whom = run.rng.choice(["launcher", "worker"])
-    run.mark()
-    told = _send(number, run.trial.process if whom == "launcher" else run.rng.choice(_workers(run)))
-    code = run.trial.finish()
+    target = run.rng.choice(["launcher", "worker"])
+    run.mark_fault()
+    done = _send(number, run.command.process if target == "launcher" else run.rng.choice(_workers(run)))
+    code = run.command.finish()
     if code == 0:
         raise RunEndedError
     if code != 75:
         raise RunFailedError(
-            f"{told} to the {whom}, and it ended with code {code}: {run.trial.last_words()}"
+            f"{done} to the {target}, and it ended with code {code}: {run.command.last_line()}"
         )
     run.start_again()
-    return f"{told} to the {whom}"
+    return f"{done} to the {target}"
 
 
 def kill_launcher(run: FaultyRun) -> str:
-    """Its workers must be gone soon; then the same command at another size."""
-    run.mark()
-    told = _send(signal.SIGKILL, run.trial.process)
-    if run.trial.finish() == 0:
+    """Kill the launcher. Its workers must end soon; then restart at another size."""
+    run.mark_fault()
+    done = _send(signal.SIGKILL, run.command.process)
+    if run.command.finish() == 0:
         raise RunEndedError
     run.start_again()
-    return told
+    return done
 
 
 def tear_checkpoint(run: FaultyRun) -> str:
-    """Everything is killed, and the newest checkpoint damaged: the one before it must do."""
-    run.await_(run.checkpoints, "it saved no checkpoint")
-    run.mark()
-    run.trial.end()
+    """Kill all processes and damage the newest checkpoint. The restart must use the one before it."""
+    run.wait_for(run.checkpoints, "it saved no checkpoint")
+    run.mark_fault()
+    run.command.kill()
     newest = run.checkpoints()[-1]
-    told = f"{_damage(run, newest)} {newest.name}"
+    done = f"{_damage(run, newest)} {newest.name}"
     run.start_again()
 
     def noticed() -> bool:
-        return any(newest.name in text and "trying the one before" in text for text in run.complaints())
+        return any(newest.name in text and "trying the one before" in text for text in run.notices())
 
-    run.await_(noticed, f"nothing was said of {told}")
-    return told
+    run.wait_for(noticed, f"the run did not report: {done}")
+    return done
 
 
 FAULTS: dict[str, Fault] = {
@@ -117,17 +117,15 @@ FAULTS: dict[str, Fault] = {
 
 
 def _workers(run: FaultyRun) -> list[psutil.Process]:
-    return run.await_(
-        lambda: sorted(run.trial.workers(), key=lambda worker: worker.pid), "it has no workers"
-    )
+    return run.wait_for(lambda: _new_workers(run, set()), "it has no workers")
 
 
-def _fresh(run: FaultyRun, known: set[psutil.Process]) -> list[psutil.Process]:
-    return sorted(set(run.trial.workers()) - known, key=lambda worker: worker.pid)
+def _new_workers(run: FaultyRun, old: set[psutil.Process]) -> list[psutil.Process]:
+    """Return the workers that are not in `old`, by pid, so that the seed decides which one is hit."""
+    return sorted(set(run.command.workers()) - old, key=lambda worker: worker.pid)
 
 
-def _parts(run: FaultyRun) -> set[str]:
-    """Checkpoints that are being written."""
+def _unfinished_checkpoints(run: FaultyRun) -> set[str]:
     try:
         return {name for name in os.listdir(run.folder / "checkpoints") if name.endswith(".part")}  # noqa: PTH208
     except OSError:
@@ -135,7 +133,10 @@ def _parts(run: FaultyRun) -> set[str]:
 
 
 def _send(number: int, *processes: psutil.Process) -> str:
-    """Processes that have ended meanwhile are past caring: the run's end or its restart will show."""
+    """Send a signal to processes and say so.
+
+    A process may have ended meanwhile; the end or the restart of the run will show that.
+    """
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(number)
@@ -143,7 +144,10 @@ def _send(number: int, *processes: psutil.Process) -> str:
 
 
 def _damage(run: FaultyRun, path: Path) -> str:
-    """Damage a checkpoint so that it cannot be used; what was done. A flipped bit may hit padding."""
+    """Damage a checkpoint so that it cannot be read, and say how.
+
+    Tries again if the file can still be read: a flipped bit may hit padding.
+    """
     whole = path.read_bytes()
     while True:
         data = bytearray(whole)

@@ -1,4 +1,4 @@
-"""The fixed job of `dmnist verify`, run as anybody runs it: `dmnist train` in a fresh process."""
+"""Run the fixed job of `dmnist verify` the way a user would: as `dmnist train` in a fresh process."""
 
 import contextlib
 import os
@@ -18,43 +18,46 @@ from .compare import Answer, read_answer, read_events
 T = TypeVar("T")
 
 RECIPE_FILE = Path(__file__).with_name("verify.toml")
-# Neither divides the batch or the sizes: the last batch is short, and every rank scores another number.
+# The batch size divides neither of the sizes, so the last batch is short, and shares of ranks differ.
 DATA = {"dataset": "generated", "train_size": 4_000, "test_size": 999, "data_seed": 0}
-PATIENCE = 120.0
-"""Seconds without any sign of life, after which something hangs."""
-_GLANCE = 0.02  # seconds between two looks at what a run does
+TIMEOUT_SECONDS = 120.0
+"""A run that makes no visible progress for this long hangs."""
+_POLL_SECONDS = 0.02
 
 
 class RunFailedError(Exception):
-    """A run that did not do what it should; the text says what."""
+    """A run did not do what it should; the text says what happened."""
 
 
 def recipe() -> Recipe:
-    """The job's recipe."""
+    """Return the job's recipe."""
     return load_recipe(str(RECIPE_FILE))
 
 
 def options(**more: Any) -> Run:
-    """The job's data, and `more` fields of a run."""
+    """Return the job's run options: its data, and the fields in `more`."""
     return Run(**DATA, **more)
 
 
 class TrainCommand:
-    """A `dmnist train` under way, with all its processes in a session of their own; leaving the `with`
-    block ends whatever is left of them."""
+    """A running `dmnist train`. All its processes share one session, so that they can be found.
 
-    def __init__(self, folder: Path, nproc: int, device: str, *more: str) -> None:
+    Leaving the `with` block kills every process that is left.
+    """
+
+    def __init__(self, folder: Path, nproc: int, device: str, *flags: str) -> None:
         self.folder = folder
         self.log = folder.with_name(f"{folder.name}.log")
-        words = ["train", "--recipe", str(RECIPE_FILE), "--nproc", str(nproc), "--device", device]
-        words += [
-            word for name, value in DATA.items() for word in (f"--{name.replace('_', '-')}", str(value))
-        ]
-        words += ["--out", str(folder), *more]
+        arguments = ["train", "--recipe", str(RECIPE_FILE), "--nproc", str(nproc), "--device", device]
+        for name, value in DATA.items():
+            arguments += [f"--{name.replace('_', '-')}", str(value)]
+        arguments += ["--out", str(folder), *flags]
         with self.log.open("ab") as log:
             self.process = psutil.Popen(
-                [sys.executable, "-m", "distributed_mnist", *words],
-                cwd=Path(__file__).parents[2],  # where `-m` looks first: this package and no other
+                [sys.executable, "-m", "distributed_mnist", *arguments],
+                cwd=Path(__file__).parents[
+                    2
+                ],  # `-m` looks there first, so it runs this package and no other
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -66,18 +69,18 @@ class TrainCommand:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.end()
+        self.kill()
 
-    def end(self) -> None:
-        """Kill what is left, and wait until it is gone."""
-        for process in self.family():
+    def kill(self) -> None:
+        """Kill the processes that are left, and wait until they are gone."""
+        for process in self.processes():
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        self.process.wait(PATIENCE)
-        self.await_(lambda: not self.family(), "its processes did not go")
+        self.process.wait(TIMEOUT_SECONDS)
+        self.wait_for(lambda: not self.processes(), "its processes did not go")
 
-    def family(self) -> list[psutil.Process]:
-        """All living processes of the run, launcher included: its session tells them from all others."""
+    def processes(self) -> list[psutil.Process]:
+        """Return all living processes of the run, the launcher included: those of its session."""
         found: list[psutil.Process] = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
@@ -86,11 +89,11 @@ class TrainCommand:
         return found
 
     def workers(self) -> list[psutil.Process]:
-        """The ranks, in no order: children of the server that they are forked from."""
+        """Return the ranks' processes, in no order: the children of the fork server."""
         found: list[psutil.Process] = []
         for child in self._children(self.process):
             with contextlib.suppress(psutil.Error):
-                if any("multiprocessing.forkserver" in word for word in child.cmdline()):
+                if any("multiprocessing.forkserver" in argument for argument in child.cmdline()):
                     found += self._children(child)
         return found
 
@@ -102,52 +105,60 @@ class TrainCommand:
             return []
 
     def running(self) -> bool:
-        """Whether the command itself has not ended."""
+        """Return whether the command itself still runs."""
         return self.process.poll() is None
 
     def events(self) -> list[dict[str, Any]]:
-        """What it has recorded since it was started."""
+        """Return the events that the run has recorded since this command started."""
         return [event for event in read_events(self.folder) if event["time"] >= self.began]
 
     def finish(self) -> int:
-        """Its exit code, when it and all its processes have ended. Raises `RunFailedError` if it hangs."""
-        seen, deadline = 0.0, time.monotonic() + PATIENCE
+        """Wait until the command and all its processes have ended; return its exit code.
+
+        Raises `RunFailedError` if it hangs or leaves processes behind.
+        """
+        last_write, deadline = 0.0, time.monotonic() + TIMEOUT_SECONDS
         while self.running():
             with contextlib.suppress(OSError):
-                if (written := (self.folder / "metrics.jsonl").stat().st_mtime) != seen:
-                    seen, deadline = written, time.monotonic() + PATIENCE
+                if (written := (self.folder / "metrics.jsonl").stat().st_mtime) != last_write:
+                    last_write, deadline = written, time.monotonic() + TIMEOUT_SECONDS
             if time.monotonic() > deadline:
-                raise RunFailedError(f"no sign of life for {PATIENCE:.0f} s")
-            time.sleep(_GLANCE)
-        self.await_(lambda: not self.family(), "it left processes behind")
+                raise RunFailedError(f"no new event for {TIMEOUT_SECONDS:.0f} s")
+            time.sleep(_POLL_SECONDS)
+        self.wait_for(lambda: not self.processes(), "it left processes behind")
         return self.process.wait()
 
-    def await_(self, condition: Callable[[], T], complaint: str, glance: float = _GLANCE) -> T:
-        """Poll until `condition()` is true, and return it. Raises `RunFailedError` when patience ends."""
-        deadline = time.monotonic() + PATIENCE
+    def wait_for(
+        self, condition: Callable[[], T], complaint: str, poll_seconds: float = _POLL_SECONDS
+    ) -> T:
+        """Poll until `condition()` is true, and return its value.
+
+        Raises `RunFailedError` with `complaint` after `TIMEOUT_SECONDS`.
+        """
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         while not (value := condition()):
             if time.monotonic() > deadline:
-                raise RunFailedError(f"{complaint} within {PATIENCE:.0f} s")
-            time.sleep(glance)
+                raise RunFailedError(f"{complaint} within {TIMEOUT_SECONDS:.0f} s")
+            time.sleep(poll_seconds)
         return value
 
-    def last_words(self) -> str:
-        """The last line of what it printed."""
+    def last_line(self) -> str:
+        """Return the last line that the command printed."""
         lines = self.log.read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it said nothing"
+        return lines[-1] if lines else "it printed nothing"
 
 
-def undisturbed(folder: Path, nproc: int, device: str, *more: str) -> Answer:
-    """The job's answer when nothing is done to it. Raises `RunFailedError` if it does not end well."""
-    with TrainCommand(folder, nproc, device, *more) as trial:
-        return answer_of(trial)
+def run_without_faults(folder: Path, nproc: int, device: str, *flags: str) -> Answer:
+    """Run the job, leave it alone, and return its answer. Raises `RunFailedError` if it fails."""
+    with TrainCommand(folder, nproc, device, *flags) as command:
+        return wait_for_answer(command)
 
 
-def answer_of(trial: TrainCommand) -> Answer:
-    """What a run came to, when it has ended. Raises `RunFailedError` if it does not end well."""
-    if code := trial.finish():
-        raise RunFailedError(f"dmnist train ended with code {code}: {trial.last_words()}")
+def wait_for_answer(command: TrainCommand) -> Answer:
+    """Wait until a run has ended and return its answer. Raises `RunFailedError` if it fails."""
+    if code := command.finish():
+        raise RunFailedError(f"dmnist train ended with code {code}: {command.last_line()}")
     try:
-        return read_answer(trial.folder)
+        return read_answer(command.folder)
     except (CheckpointError, OSError, ValueError, LookupError) as error:
-        raise RunFailedError(f"{trial.folder} has no answer: {error}") from error
+        raise RunFailedError(f"{command.folder} has no answer: {error}") from error

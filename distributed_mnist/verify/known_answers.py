@@ -1,8 +1,8 @@
-"""Known answers: what the job of `dmnist verify` came to on other machines, by platform.
+"""Look up the known answer of the job of `dmnist verify` on a platform.
 
-Bits depend on the build of torch, the device, and on a CPU on the instructions that its kernels choose. The
-table says what they were where somebody has looked. The data and the order of samples are made of
-integers: they are the same everywhere.
+The bits depend on the build of torch, the device, and on a CPU on the instructions that its kernels choose.
+The table has the answers that were measured. The data and the order of samples are computed with integers,
+so they are the same on every platform.
 """
 
 import platform as python_platform
@@ -16,22 +16,22 @@ import torch
 
 from .results_table import ResultsTable
 
-TABLE = Path(__file__).with_name("known_answers.toml")
+TABLE_FILE = Path(__file__).with_name("known_answers.toml")
 
 Verdict = Literal["equal", "unknown", "differs"]
 
 
 @dataclass(frozen=True)
 class Platform:
-    """What decides the last bits."""
+    """The properties of a platform that decide the last bits."""
 
     torch: str
     machine: str
     device: str
     model: str
-    """The processor's or the accelerator's."""
+    """The name of the processor or the accelerator."""
     capability: str
-    """The instructions that torch's kernels use: on a CPU as torch tells, else the device's own."""
+    """The instructions that torch's kernels use: on a CPU as torch reports them, else the device's own."""
 
     def __str__(self) -> str:
         parts = (self.model, self.capability, self.machine, f"torch {self.torch}")
@@ -40,22 +40,22 @@ class Platform:
 
 @dataclass(frozen=True)
 class Finding:
-    """What the table says of an answer."""
+    """What the table says about an answer."""
 
     verdict: Verdict
     text: str
 
 
 def this_platform(device: torch.device) -> Platform:
-    """The one that runs on `device` here."""
+    """Describe the platform of `device` on this host."""
     if device.type == "cpu":
         model, capability = _processor(), torch.backends.cpu.get_cpu_capability()
     elif device.type == "cuda":
         model = torch.cuda.get_device_name(device)
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
     else:
-        named = getattr(getattr(torch, device.type, None), "get_device_name", None)
-        model, capability = (named(device) if named else _processor()), ""
+        get_name = getattr(getattr(torch, device.type, None), "get_device_name", None)
+        model, capability = (get_name(device) if get_name else _processor()), ""
     return Platform(
         torch=str(torch.__version__),
         machine=python_platform.machine(),
@@ -65,54 +65,54 @@ def this_platform(device: torch.device) -> Platform:
     )
 
 
-def read_table(path: Path = TABLE) -> dict[str, Any]:
-    """The table: `job_sha256`, `data_sha256`, `samples_sha256`, and the rows under `answer`."""
+def read_table(path: Path = TABLE_FILE) -> dict[str, Any]:
+    """Read the table: `job_sha256`, `data_sha256`, `samples_sha256`, and the rows under `answer`."""
     return tomllib.loads(path.read_text())
 
 
-def look_up(result: dict[str, Any], here: Platform, table: dict[str, Any]) -> Finding:
-    """What the table says of a result with these three digests."""
+def look_up(result: dict[str, Any], platform: Platform, table: dict[str, Any]) -> Finding:
+    """Compare a result, which has these three digests, with the table."""
     for name, what in (("data_sha256", "the drawn digits"), ("samples_sha256", "the order of samples")):
         if result[name] != table[name]:
             text = f"{what} ({name} {result[name][:12]}) DIFFER from the known ones ({table[name][:12]}), "
             return Finding("differs", text + "which are the same on every platform")
     sha256 = result["weights_sha256"]
-    rows = [row for row in table["answer"] if asdict(here).items() <= row.items()]
-    plain = next((row for row in rows if "setting" not in row), None)
-    known = _whose(sha256, table)
-    if plain is None:
+    rows = [row for row in table["answer"] if asdict(platform).items() <= row.items()]
+    expected = next((row for row in rows if "setting" not in row), None)
+    source = _source_of(sha256, table)
+    if expected is None:
         text = (
             "this platform is not in the table of known answers: compare with another machine of its kind"
         )
-        return Finding("unknown", text + (f" (it is the answer of {known})" if known else ""))
-    if plain["weights_sha256"] == sha256:
+        return Finding("unknown", text + (f" (it is the answer of {source})" if source else ""))
+    if expected["weights_sha256"] == sha256:
         return Finding("equal", "equal to the known answer of this platform")
-    text = f"{sha256[:12]} DIFFERS from this platform's known answer, {plain['weights_sha256'][:12]}"
-    return Finding("differs", text + (f"; it is the answer of {known}" if known else ""))
+    text = f"{sha256[:12]} DIFFERS from this platform's known answer, {expected['weights_sha256'][:12]}"
+    return Finding("differs", text + (f"; it is the answer of {source}" if source else ""))
 
 
-def as_row(here: Platform, sha256: str) -> str:
-    """A row of the table, ready to paste."""
-    fields = {**asdict(here), "weights_sha256": sha256}
+def toml_row(platform: Platform, sha256: str) -> str:
+    """Format a row of the table, ready to paste."""
+    fields = {**asdict(platform), "weights_sha256": sha256}
     return "\n".join(["[[answer]]", *(f'{name} = "{value}"' for name, value in fields.items())])
 
 
-def say_known(result: dict[str, Any], here: Platform, board: ResultsTable) -> None:
-    """Compare a platform's answer with the table, and say what came of it."""
-    finding = look_up(result, here, read_table())
-    board.fields |= {**result, "platform": asdict(here), "known_answer": asdict(finding)}
-    board.say(f"\nplatform  {here}")
-    colour = {"equal": "green", "unknown": "yellow", "differs": "bold red"}[finding.verdict]
-    board.say(f"known     {finding.text}", colour)
+def report_known_answer(result: dict[str, Any], platform: Platform, table: ResultsTable) -> None:
+    """Compare a platform's answer with the known one and show the outcome."""
+    finding = look_up(result, platform, read_table())
+    table.json_fields |= {**result, "platform": asdict(platform), "known_answer": asdict(finding)}
+    table.print_line(f"\nplatform  {platform}")
+    color = {"equal": "green", "unknown": "yellow", "differs": "bold red"}[finding.verdict]
+    table.print_line(f"known     {finding.text}", color)
     if finding.verdict == "unknown":
-        board.fields["row"] = row = as_row(here, result["weights_sha256"])
-        board.say(f"\na row for distributed_mnist/{TABLE.name}:\n\n{row}")
+        table.json_fields["row"] = row = toml_row(platform, result["weights_sha256"])
+        table.print_line(f"\na row for distributed_mnist/verify/{TABLE_FILE.name}:\n\n{row}")
     if finding.verdict == "differs":
-        board.wrong.append(finding.text)
+        table.problems.append(finding.text)
 
 
-def _whose(sha256: str, table: dict[str, Any]) -> str | None:
-    """Which row has this answer, in words."""
+def _source_of(sha256: str, table: dict[str, Any]) -> str | None:
+    """Describe the platform and setting that gave this answer; None if no row has it."""
     row = next((row for row in table["answer"] if row["weights_sha256"] == sha256), None)
     if row is None:
         return None
@@ -121,16 +121,16 @@ def _whose(sha256: str, table: dict[str, Any]) -> str | None:
 
 
 def _processor() -> str:
-    """The CPU's name, with family and model where the name alone says little (in virtual machines)."""
+    """Return the CPU's name, with family and model: in virtual machines the name alone says little."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return python_platform.processor() or "unknown processor"
-    found = dict(re.findall(r"^([^\t:]+)\s*: *(.*)$", text.split("\n\n")[0], re.MULTILINE))
-    name = found.get("model name") or found.get("CPU implementer", "unknown processor")
+    fields = dict(re.findall(r"^([^\t:]+)\s*: *(.*)$", text.split("\n\n")[0], re.MULTILINE))
+    name = fields.get("model name") or fields.get("CPU implementer", "unknown processor")
     numbers = [
-        f"{word} {found[key]}"
-        for word, key in (("family", "cpu family"), ("model", "model"), ("part", "CPU part"))
-        if key in found
+        f"{label} {fields[key]}"
+        for label, key in (("family", "cpu family"), ("model", "model"), ("part", "CPU part"))
+        if key in fields
     ]
     return " ".join([name.replace('"', ""), *numbers])

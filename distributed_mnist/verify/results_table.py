@@ -1,4 +1,4 @@
-"""What `dmnist verify` shows and returns: one line a run, as each ends, and above all how it came out."""
+"""Show the results of `dmnist verify`: one line for each run as it ends, then PASS or what failed."""
 
 import contextlib
 import tempfile
@@ -14,66 +14,64 @@ from rich.text import Text
 from ..errors import VerificationError
 from ..reporting.console import make_console, print_json
 
-_WIDE = 36
+_NAME_WIDTH = 36
 
 
 @dataclass(frozen=True)
 class Row:
-    """How one run came out."""
+    """The result of one run. The fields are those of `runs` in `--json`."""
 
     what: str
+    """The name of the run."""
     good: bool
     verdict: str
-    """In a word or two where it is good; otherwise what is wrong."""
+    """A word or two if the run is good, otherwise what is wrong with it."""
     weights_sha256: str | None
     seconds: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
 
 class ResultsTable:
-    """Where it is shown.
+    """Collects the results and prints them as they come.
 
-    Attributes: `wrong` (what is, one line each), `fields` (what `--json` prints besides the runs).
+    Attributes: `problems` (one line for each thing that is wrong), `json_fields` (what `--json` prints
+    besides the runs).
     """
 
     def __init__(self, console: Console, *, as_json: bool) -> None:
         self._console, self._as_json = console, as_json
         self._rows: list[Row] = []
-        self.wrong: list[str] = []
-        self.fields: dict[str, Any] = {}
+        self.problems: list[str] = []
+        self.json_fields: dict[str, Any] = {}
 
     @classmethod
     def make(cls, *, as_json: bool, shown: bool = True) -> "ResultsTable":
-        """One that people see, or (`shown` is false) one of a rank that says nothing."""
+        """Make a table that prints, or with `shown=False` one for a rank that prints nothing."""
         if not shown:
             return cls(Console(quiet=True), as_json=False)
         return cls(make_console(stderr=as_json), as_json=as_json)
 
-    def say(self, text: str, style: str = "") -> None:
-        """A line by itself."""
+    def print_line(self, text: str, style: str = "") -> None:
+        """Print a line outside the table."""
         self._console.print(Text(text, style), soft_wrap=True)
 
-    def head(self, what: str) -> None:
-        """The head of a table."""
-        line = f"\n  {what:<{_WIDE}} {'weights sha256':<14} {'seconds':>7}  result"
-        self.say(line, "bold")
+    def header(self, title: str) -> None:
+        """Print the column names, with `title` over the first column."""
+        line = f"\n  {title:<{_NAME_WIDTH}} {'weights sha256':<14} {'seconds':>7}  result"
+        self.print_line(line, "bold")
 
     @contextlib.contextmanager
-    def busy(self, what: str) -> Iterator[None]:
-        """While something is under way, on a terminal."""
-        with self._console.status(what):
+    def busy(self, activity: str) -> Iterator[None]:
+        """Show on a terminal what is going on until the block ends."""
+        with self._console.status(activity):
             yield
 
     def add(self, row: Row) -> None:
-        """A line of the table."""
+        """Print a row of the table."""
         self._rows.append(row)
         mark, style = ("✓", "green") if row.good else ("✗", "bold red")
         line = Text.assemble(
             (mark, style),
-            f" {row.what:<{_WIDE}} ",
+            f" {row.what:<{_NAME_WIDTH}} ",
             (f"{(row.weights_sha256 or '-')[:12]:<14}", "cyan"),
             f" {row.seconds:>7.1f}  ",
             (row.verdict, style),
@@ -81,27 +79,28 @@ class ResultsTable:
         self._console.print(line, soft_wrap=True)
 
     @contextlib.contextmanager
-    def workplace(self) -> Iterator[Path]:
-        """A temporary folder, which stays if something is wrong."""
+    def work_folder(self) -> Iterator[Path]:
+        """Make a temporary folder. It is kept if there are problems, for a person to look into."""
         folder = Path(tempfile.mkdtemp(prefix="dmnist-verify-"))
         try:
             yield folder
         finally:
-            if self.wrong:
-                self.fields["kept"] = str(folder)
-                self.say(f"\nkept      {folder}", "yellow")
+            if self.problems:
+                self.json_fields["kept"] = str(folder)
+                self.print_line(f"\nkept      {folder}", "yellow")
             else:
                 rmtree(folder, ignore_errors=True)
 
-    def close(self) -> None:
-        """PASS, or FAIL and all that is wrong. Raises `VerificationError` if anything is."""
-        self.say("")
-        if not self.wrong:
-            self.say("PASS", "bold green")
-        for text in self.wrong:
+    def conclude(self) -> None:
+        """Print PASS, or FAIL and all problems. Raises `VerificationError` if there are problems."""
+        self.print_line("")
+        if not self.problems:
+            self.print_line("PASS", "bold green")
+        for text in self.problems:
             self._console.print(Text.assemble(("FAIL", "bold red"), f"  {text}"), soft_wrap=True)
         if self._as_json:
-            runs = [row.to_dict() for row in self._rows]
-            print_json({"passed": not self.wrong, "wrong": self.wrong, "runs": runs, **self.fields})
-        if self.wrong:
-            raise VerificationError("not verified: what is wrong stands above, marked FAIL")
+            runs = [asdict(row) for row in self._rows]
+            passed = not self.problems
+            print_json({"passed": passed, "wrong": self.problems, "runs": runs, **self.json_fields})
+        if self.problems:
+            raise VerificationError("not verified: see the lines above marked FAIL")

@@ -1,4 +1,4 @@
-"""One run of the job of `dmnist verify`, from its first process to its last, whatever is done to it."""
+"""One run of the job of `dmnist verify` under faults, from its first process to its last."""
 
 import contextlib
 import time
@@ -11,13 +11,13 @@ import psutil
 
 from ..runs.layout import checkpoints_in
 from .compare import Answer
-from .job import TrainCommand, answer_of
+from .job import TrainCommand, wait_for_answer
 
 T = TypeVar("T")
 
-LONGER = ("--epochs", "12")
+LONGER_JOB = ("--epochs", "12")
 _FLAGS = (
-    *LONGER,
+    *LONGER_JOB,
     *("--resume", "auto"),
     *("--checkpoint-every", "0.5 seconds"),
     *("--hang-after", "3"),
@@ -26,87 +26,95 @@ _FLAGS = (
 
 
 class RunEndedError(Exception):
-    """The run has come to its end."""
+    """The run has ended."""
 
 
 class FaultyRun:
-    """A run under faults. Attributes: `trial` (the command that is under way), `sizes` (how many processes
-    it had in turn), `rng` (for what is left to chance), `struck_at` (when the latest fault struck)."""
+    """A run under faults.
 
-    def __init__(self, folder: Path, most: int, device: str, rng: Random) -> None:
-        self.folder, self._most, self._device, self.rng = folder, most, device, rng
+    Attributes: `command` (the running command), `sizes` (its world size at each start), `rng` (decides
+    everything random), `fault_time` (when the latest fault was injected, in seconds since the epoch).
+    """
+
+    def __init__(self, folder: Path, max_nproc: int, device: str, rng: Random) -> None:
+        self.folder, self._max_nproc, self._device, self.rng = folder, max_nproc, device, rng
         self.sizes: list[int] = []
-        self.struck_at = 0.0
-        self.trial = self._start()
+        self.fault_time = 0.0
+        self.command = self._start()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.trial.end()
+        self.command.kill()
 
     def start_again(self) -> None:
-        """The same command once more, at another size if there is one. The former has ended."""
-        self.trial = self._start()
+        """Start the same command again, at another size if there is one. The former must have ended."""
+        self.command = self._start()
 
     def _start(self) -> TrainCommand:
-        others = [size for size in range(1, self._most + 1) if self.sizes[-1:] != [size]]
+        others = [size for size in range(1, self._max_nproc + 1) if self.sizes[-1:] != [size]]
         size = self.rng.choice(others or [1])
         self.sizes.append(size)
         return TrainCommand(self.folder, size, self._device, *_FLAGS)
 
-    def await_(self, condition: Callable[[], T], complaint: str, glance: float = 0.02) -> T:
-        """Poll until `condition()` is true, and return it. Raises `RunEndedError` if the run ends well
-        before, and `RunFailedError` if it ends otherwise or nothing comes of it."""
+    def wait_for(self, condition: Callable[[], T], complaint: str, poll_seconds: float = 0.02) -> T:
+        """Poll until `condition()` is true, and return its value.
+
+        Raises `RunEndedError` if the run succeeds before that, and `RunFailedError` if it fails or the
+        wait times out.
+        """
 
         def met_or_ended() -> T | bool:
-            running = self.trial.running()
+            running = self.command.running()
             return condition() or not running
 
-        self.trial.await_(met_or_ended, complaint, glance)
+        self.command.wait_for(met_or_ended, complaint, poll_seconds)
         if value := condition():
             return value
-        answer_of(self.trial)  # raises if it did not end well
+        wait_for_answer(self.command)  # raises if the run failed
         raise RunEndedError
 
-    def await_moment(self) -> None:
-        """Let the run go on until some step, and a little longer: faults come when nobody expects them."""
-        steps = self.await_(lambda: self._of("steps"), "no first step")
-        total = self._of("start")[-1]["steps"]
-        further = steps[-1]["step"] + self.rng.randint(0, total // 6)
-        self.await_(lambda: self._of("steps")[-1]["step"] >= further, f"step {further} did not come")
+    def wait_for_random_moment(self) -> None:
+        """Wait until some later step and a little longer, so that faults come at any point of a step."""
+        steps = self.wait_for(lambda: self._events("steps"), "no first step")
+        total = self._events("start")[-1]["steps"]
+        target = steps[-1]["step"] + self.rng.randint(0, total // 6)
+        self.wait_for(
+            lambda: self._events("steps")[-1]["step"] >= target, f"it did not reach step {target}"
+        )
         time.sleep(self.rng.uniform(0, 0.3))
-        if self._of("end"):
+        if self._events("end"):
             raise RunEndedError
 
-    def moving(self) -> bool:
-        """Whether the processes that are there now have trained already."""
-        starts = self._of("start")
-        return bool(starts and self._moves_since(starts[-1]["time"]))
+    def has_trained(self) -> bool:
+        """Return whether the current processes have finished a step."""
+        starts = self._events("start")
+        return bool(starts and self._first_steps_after(starts[-1]["time"]))
 
-    def mark(self) -> None:
-        """The fault strikes now."""
-        self.struck_at = time.time()
+    def mark_fault(self) -> None:
+        """Record that the fault is injected now."""
+        self.fault_time = time.time()
 
-    def recovery(self) -> float | None:
-        """Seconds from the fault to the first new steps; None if none were left to do.
+    def recovery_seconds(self) -> float | None:
+        """Return the seconds from the fault to the first new steps; None if no steps were left.
 
-        Raises `RunEndedError` if the run ended before it noticed.
+        Raises `RunEndedError` if the run ended before it noticed the fault.
         """
-        began_again = lambda: [e for e in self._of("start") if e["time"] > self.struck_at]  # noqa: E731
-        first = self.await_(began_again, "it did not start again")[0]["time"]
+        restarts = lambda: [e for e in self._events("start") if e["time"] > self.fault_time]  # noqa: E731
+        restarted = self.wait_for(restarts, "it did not start again")[0]["time"]
         with contextlib.suppress(RunEndedError):
-            self.await_(lambda: self._moves_since(first), "it did not go on")
-            return self._moves_since(first) - self.struck_at
+            self.wait_for(lambda: self._first_steps_after(restarted), "it trained no further")
+            return self._first_steps_after(restarted) - self.fault_time
         return None
 
     def answer(self) -> Answer:
-        """What it comes to in the end. Raises `RunFailedError`."""
-        return answer_of(self.trial)
+        """Wait until the run ends and return its answer. Raises `RunFailedError`."""
+        return wait_for_answer(self.command)
 
     def rank(self, number: int) -> psutil.Process | None:
-        """The process of a rank."""
-        for event in self._of("start")[-1:]:
+        """Return the process of a rank, or None if it has ended."""
+        for event in self._events("start")[-1:]:
             for peer in event["ranks"]:
                 if peer["rank"] == number:
                     with contextlib.suppress(psutil.Error):
@@ -114,16 +122,16 @@ class FaultyRun:
         return None
 
     def checkpoints(self) -> list[Path]:
-        """Oldest first."""
+        """Return the run's checkpoints, oldest first."""
         return checkpoints_in(self.folder / "checkpoints")
 
-    def complaints(self) -> Sequence[str]:
-        """What the run has noticed since it was started."""
-        return [event["text"] for event in self._of("notice")]
+    def notices(self) -> Sequence[str]:
+        """Return the notices of the run since its last start."""
+        return [event["text"] for event in self._events("notice")]
 
-    def _of(self, name: str) -> list[dict[str, Any]]:
-        return [event for event in self.trial.events() if event["event"] == name]
+    def _events(self, name: str) -> list[dict[str, Any]]:
+        return [event for event in self.command.events() if event["event"] == name]
 
-    def _moves_since(self, moment: float) -> float:
-        """When the first steps after this moment were recorded; 0 if none were."""
-        return next((event["time"] for event in self._of("steps") if event["time"] > moment), 0.0)
+    def _first_steps_after(self, moment: float) -> float:
+        """Return when the first steps after this moment were recorded; 0 if none were."""
+        return next((event["time"] for event in self._events("steps") if event["time"] > moment), 0.0)

@@ -1,5 +1,7 @@
-"""`dmnist verify` inside a world that torchrun, srun or mpirun has started: each process trains by itself
-first, so that whoever computes differently is found; then all train together."""
+"""Run `dmnist verify` in a world that torchrun, srun or mpirun has started.
+
+First each rank trains by itself, which shows which rank computes differently; then all train together.
+"""
 
 import time
 from collections import Counter
@@ -19,18 +21,18 @@ from ..distributed.membership import Peer
 from ..distributed.world import World
 from ..errors import TrainingError
 from ..launcher.signals import StopSignals
-from ..training import run as job
+from ..training import run as training_run
 from .compare import Answer, Difference, compare, read_answer
 from .job import options, recipe
-from .known_answers import Platform, say_known, this_platform
+from .known_answers import Platform, report_known_answer, this_platform
 from .results_table import ResultsTable, Row
 
-_ALONE_SECONDS = 900.0  # that one may train by itself while others, on faster hosts, have done so
+_SOLO_TIMEOUT_SECONDS = 900.0  # a slow host may train alone this long while ranks on faster hosts wait
 
 
 @dataclass(frozen=True)
 class SoloResult:
-    """What a rank came to by itself."""
+    """The result of a rank that trained by itself."""
 
     peer: Peer
     platform: Platform
@@ -40,108 +42,114 @@ class SoloResult:
     """The folder of its run, on its host."""
 
 
-def run(world: World, board: ResultsTable, signals: StopSignals) -> None:
-    """Verify a world, all its ranks together. Raises `VerificationError` on all of them alike."""
-    asked = recipe_for(world.size)
-    with ExitStack() as places:
-        folder = world.on_every_rank(lambda: places.enter_context(board.workplace()))
-        testimonies = alone(world, asked, folder, signals)
-        reference = show_alone(testimonies, board)
-        mine = testimonies[world.rank]
-        if not board.wrong:
-            together(world, asked, reference.answer, folder, board, signals)
-        elif mine is not reference and mine.answer.sha256 == reference.answer.sha256:
-            rmtree(folder, ignore_errors=True)  # nothing to be found out there
-        if asked == recipe():
-            say_known(reference.answer.result, reference.platform, board)
+def run(world: World, table: ResultsTable, signals: StopSignals) -> None:
+    """Verify a world. All ranks call it. Raises `VerificationError` on all ranks or on none."""
+    job_recipe = recipe_for(world.size)
+    with ExitStack() as stack:
+        folder = world.on_every_rank(lambda: stack.enter_context(table.work_folder()))
+        results = train_alone(world, job_recipe, folder, signals)
+        reference = show_solo_results(results, table)
+        own = results[world.rank]
+        if not table.problems:
+            train_together(world, job_recipe, reference.answer, folder, table, signals)
+        elif own is not reference and own.answer.sha256 == reference.answer.sha256:
+            rmtree(folder, ignore_errors=True)  # same weights as the reference: nothing to look into
+        if job_recipe == recipe():
+            report_known_answer(reference.answer.result, reference.platform, table)
         else:
-            board.say(
-                f"\nknown     answers are for {recipe().shards} shards; this world needs {asked.shards}"
+            table.print_line(
+                f"\nknown     answers are for {recipe().shards} shards; "
+                f"this world needs {job_recipe.shards}"
             )
-    board.close()
+    table.conclude()
 
 
 def recipe_for(size: int) -> Recipe:
-    """The job's recipe; for larger worlds with shards enough, which is another answer."""
+    """Return the job's recipe; for a large world with enough shards, which has another answer."""
     usual = recipe()
     return usual if size <= usual.shards else usual.replace(shards=2 ** (size - 1).bit_length())
 
 
-def alone(world: World, asked: Recipe, folder: Path, signals: StopSignals) -> list[SoloResult]:
-    """Everybody's testimony, by rank."""
-    world.status.enter("verifying alone", patience=_ALONE_SECONDS)
+def train_alone(world: World, job_recipe: Recipe, folder: Path, signals: StopSignals) -> list[SoloResult]:
+    """Train on each rank by itself and return the results of all ranks, by rank."""
+    world.status.enter("verifying alone", patience=_SOLO_TIMEOUT_SECONDS)
 
-    def testify() -> SoloResult:
+    def solo() -> SoloResult:
         began = time.monotonic()
         out = folder / "alone"
-        by_itself = World(ALONE, world.device, "none")
-        _train(by_itself, asked, out, signals)
-        here = this_platform(world.device)
-        return SoloResult(
-            world.peers[world.rank], here, read_answer(out), time.monotonic() - began, str(out)
-        )
+        _train(World(ALONE, world.device, "none"), job_recipe, out, signals)
+        answer, platform = read_answer(out), this_platform(world.device)
+        return SoloResult(world.peers[world.rank], platform, answer, time.monotonic() - began, str(out))
 
-    mine = world.on_every_rank(testify)
-    return [world.broadcast_object(mine, src=rank) for rank in range(world.size)]
+    own = world.on_every_rank(solo)
+    return [world.broadcast_object(own, src=rank) for rank in range(world.size)]
 
 
-def show_alone(testimonies: Sequence[SoloResult], board: ResultsTable) -> SoloResult:
-    """One that has the answer of most; whoever has another goes on the board as wrong."""
-    counts = Counter(testimony.answer.sha256 for testimony in testimonies)
-    # Among equals rank 0's, the first that was counted.
-    most = counts.most_common(1)[0][0]
-    reference = next(testimony for testimony in testimonies if testimony.answer.sha256 == most)
-    board.head("each process alone")
-    for one in testimonies:
-        difference = compare(reference.answer, one.answer)
-        verdict = "reference" if one is reference else str(difference or "same")
-        board.add(Row(str(one.peer), difference is None, verdict, one.answer.sha256, one.seconds))
+def show_solo_results(results: Sequence[SoloResult], table: ResultsTable) -> SoloResult:
+    """Return a result that has the most common answer; report each that differs from it as a problem."""
+    counts = Counter(result.answer.sha256 for result in results)
+    # In a tie the first one counted wins, which is rank 0's.
+    common_sha256, agreeing = counts.most_common(1)[0]
+    reference = next(result for result in results if result.answer.sha256 == common_sha256)
+    table.header("each process alone")
+    for result in results:
+        difference = compare(reference.answer, result.answer)
+        verdict = "reference" if result is reference else str(difference or "same")
+        sha256 = result.answer.sha256
+        table.add(Row(str(result.peer), difference is None, verdict, sha256, result.seconds))
         if difference is not None:
-            board.wrong.append(_accusation(one, reference, counts[most], len(testimonies), difference))
+            problem = _describe_mismatch(result, reference, agreeing, len(results), difference)
+            table.problems.append(problem)
     return reference
 
 
-def _accusation(
-    one: SoloResult, reference: SoloResult, agreeing: int, size: int, difference: Difference
+def _describe_mismatch(
+    result: SoloResult, reference: SoloResult, agreeing: int, size: int, difference: Difference
 ) -> str:
-    whom = f"{agreeing} of {size}" if agreeing > 1 else str(reference.peer)
-    there, here = asdict(one.platform), asdict(reference.platform)
-    others = [f"{name} {there[name]}, not {here[name]}" for name in there if there[name] != here[name]]
-    other = f"; it is another platform ({'; '.join(others)})" if others else ""
-    kept = f"kept: {one.kept} and {reference.kept}"
-    return f"{one.peer} computes differently from {whom}: {difference}{other} ({kept})"
+    others = f"{agreeing} of {size}" if agreeing > 1 else str(reference.peer)
+    own, expected = asdict(result.platform), asdict(reference.platform)
+    fields = [f"{name} {own[name]}, not {expected[name]}" for name in own if own[name] != expected[name]]
+    platform = f"; it is another platform ({'; '.join(fields)})" if fields else ""
+    kept = f"kept: {result.kept} and {reference.kept}"
+    return f"{result.peer} computes differently from {others}: {difference}{platform} ({kept})"
 
 
-def together(
-    world: World, asked: Recipe, reference: Answer, folder: Path, board: ResultsTable, signals: StopSignals
+def train_together(
+    world: World,
+    job_recipe: Recipe,
+    reference: Answer,
+    folder: Path,
+    table: ResultsTable,
+    signals: StopSignals,
 ) -> None:
-    """One run of the whole world, compared with what its members came to by themselves."""
-    board.head("all together")
+    """Train once with the whole world, and compare its answer with the one of a rank alone."""
+    table.header("all together")
     name = f"{world.size} process{'es' if world.size > 1 else ''}"
     out = Path(world.on_rank_zero(lambda: str(folder / "together")))
     began, answer = time.monotonic(), None
     try:
-        _train(world, asked, out, signals)
+        _train(world, job_recipe, out, signals)
         answer = world.on_rank_zero(lambda: read_answer(out))
-        wrong = compare(reference, answer)
+        problem = compare(reference, answer)
     except TrainingError as error:  # the ranks compare their weights at every checkpoint
-        wrong = error
-    verdict = str(wrong or "same")
-    board.add(Row(name, not wrong, verdict, answer and answer.sha256, time.monotonic() - began))
-    if wrong:
-        board.wrong.append(f"{name} together, against one alone: {wrong}")
+        problem = error
+    verdict = str(problem or "same")
+    table.add(Row(name, not problem, verdict, answer and answer.sha256, time.monotonic() - began))
+    if problem:
+        table.problems.append(f"{name} together, against one alone: {problem}")
     elif world.rank != 0 and out.parent != folder:
-        rmtree(out.parent, ignore_errors=True)  # a host without rank 0's folder kept a copy at its place
+        # A host that does not see rank 0's folder has kept a copy of the checkpoints at the same path.
+        rmtree(out.parent, ignore_errors=True)
 
 
-def _train(world: World, asked: Recipe, out: Path, signals: StopSignals) -> None:
-    chosen = options(out=out, checkpoint_every="1 epoch")
-    job.run(
+def _train(world: World, job_recipe: Recipe, out: Path, signals: StopSignals) -> None:
+    run_options = options(out=out, checkpoint_every="1 epoch")
+    training_run.run(
         world,
-        asked,
-        chosen,
+        job_recipe,
+        run_options,
         title="verify",
         console=Console(quiet=True),
         signals=signals,
-        read=partial(prefetch.read, chosen, Console(quiet=True)),
+        read=partial(prefetch.read, run_options, Console(quiet=True)),
     )

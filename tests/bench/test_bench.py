@@ -1,4 +1,4 @@
-"""`dmnist bench`: each section measures what it says, and what is shown is what is written."""
+"""Test `dmnist bench`: what each section measures, and that it shows what it writes."""
 
 import json
 import statistics
@@ -22,13 +22,13 @@ def test_a_sample() -> None:
     assert sample.deviation == pytest.approx(statistics.stdev([4, 1, 2]))
     assert sample.over(Sample([2.0, 1.0, 4.0])).values == [2.0, 1.0, 0.5]
     assert Sample([3.0]).deviation == 0.0
-    told = sample.to_dict()
-    assert (told["n"], told["min"], told["max"], told["mean"]) == (3, 1.0, 4.0, pytest.approx(7 / 3))
+    row = sample.to_dict()
+    assert (row["n"], row["min"], row["max"], row["mean"]) == (3, 1.0, 4.0, pytest.approx(7 / 3))
 
 
 def measured(section: str, digits: Path, out: Path, *titles: str) -> Any:
-    """The figures of one section, which were also written and, under these titles, shown."""
-    words = (
+    """Run one section and return its figures; check that they are written, and shown under these titles."""
+    flags = (
         "--dataset",
         "idx",
         "--data",
@@ -42,7 +42,7 @@ def measured(section: str, digits: Path, out: Path, *titles: str) -> Any:
         "--seconds",
         0.05,
     )
-    ended = dmnist("bench", section, *words, "--recipe", "classic", "--out", out, "--json")
+    ended = dmnist("bench", section, *flags, "--recipe", "classic", "--out", out, "--json")
     results = ended.json()
     assert results == json.loads((out / "bench.json").read_text())
     assert results.keys() == {"machine", section}
@@ -54,22 +54,24 @@ def measured(section: str, digits: Path, out: Path, *titles: str) -> Any:
 
 def test_startup(tmp_path: Path, digits: Path) -> None:
     rows = measured("startup", digits, tmp_path, "Start-up, from the command to the first step")
-    torchs = rows["python -c 'import torch'"]["seconds"]["median"]
+    import_torch = rows["python -c 'import torch'"]["seconds"]["median"]
     assert len(rows) == 4
     for row in rows.values():
-        assert row["ratio"]["median"] == pytest.approx(row["seconds"]["median"] / torchs)
+        assert row["ratio"]["median"] == pytest.approx(row["seconds"]["median"] / import_torch)
 
 
 @pytest.mark.slow
 def test_scaling(tmp_path: Path, digits: Path) -> None:
-    found = measured("scaling", digits, tmp_path, "Throughput of classic", "A step, in milliseconds")
-    rows = {(row["way"], row["nproc"]): row for row in found["rows"]}
-    assert rows.keys() == {(way, n) for way in ("tree", "ddp", "plain loop") for n in (1, 2)}
-    for (way, nproc), row in rows.items():
-        speed, alone = (one["images_per_second"]["median"] for one in (row, rows[way, 1]))
+    results = measured("scaling", digits, tmp_path, "Throughput of classic", "A step, in milliseconds")
+    rows = {(row["way"], row["nproc"]): row for row in results["rows"]}
+    assert rows.keys() == {(method, n) for method in ("tree", "ddp", "plain loop") for n in (1, 2)}
+    for (method, nproc), row in rows.items():
+        speed, alone = (
+            measured_row["images_per_second"]["median"] for measured_row in (row, rows[method, 1])
+        )
         assert speed > 0
         assert row["of_one_process"]["median"] == pytest.approx(speed / alone)
-        if way == "plain loop":
+        if method == "plain loop":
             continue
         parts = row["parts"]
         assert parts.keys() >= {"data", "forward", "backward", "exchange", "optimizer", "step"}
@@ -78,11 +80,11 @@ def test_scaling(tmp_path: Path, digits: Path) -> None:
 
 
 def test_exchange(tmp_path: Path, digits: Path) -> None:
-    found = measured("exchange", digits, tmp_path, "One sum of a vector over all processes")
-    assert found["link"]["latency"] > 0
-    assert {row["how"] for row in found["rows"]} >= {"doubling", "halving", "slices"}
-    assert all(row["seconds"] > 0 for row in found["rows"])
-    assert {row["size"] for row in found["predictions"]} >= {8, 1024}
+    results = measured("exchange", digits, tmp_path, "One sum of a vector over all processes")
+    assert results["link"]["latency"] > 0
+    assert {row["how"] for row in results["rows"]} >= {"doubling", "halving", "slices"}
+    assert all(row["seconds"] > 0 for row in results["rows"])
+    assert {row["size"] for row in results["predictions"]} >= {8, 1024}
 
 
 def test_time_to_99(tmp_path: Path, digits: Path) -> None:
@@ -90,17 +92,17 @@ def test_time_to_99(tmp_path: Path, digits: Path) -> None:
     accuracy = rows["test accuracy, %"]
     assert accuracy["n"] == 2
     assert accuracy["min"] <= accuracy["mean"] <= accuracy["max"]
-    training, stretch, whole = (
+    training, all_steps, command = (
         rows[name]["mean"] for name in ("training, s", "first step to last weight, s", "whole command, s")
     )
-    assert training <= stretch < whole
+    assert training <= all_steps < command
 
 
-def test_what_can_be_asked_for_is_what_there_is() -> None:
+def test_the_flags_know_the_sections() -> None:
     assert tuple(sections.SECTIONS) == flags_train.SECTIONS
 
 
-def test_one_section_on_a_terminal_or_not() -> None:
+def test_only_the_given_section_is_measured() -> None:
     ended = dmnist("bench", "data", *SMALL)
     assert ended.code == 0, ended
     assert "a drawn image" in ended.stdout
@@ -108,7 +110,7 @@ def test_one_section_on_a_terminal_or_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "parts"),
     [
         (["speed"], ["bench measures startup, data", "no 'speed'"]),
         (["--runs", "0"], ["--runs", "at least 1"]),
@@ -118,14 +120,14 @@ def test_one_section_on_a_terminal_or_not() -> None:
         (["--dataset", "letters"], ["letters"]),
     ],
 )
-def test_what_is_refused(flags: list[str], words: list[str]) -> None:
+def test_bad_flags_are_refused(flags: list[str], parts: list[str]) -> None:
     ended = dmnist("bench", *flags)
     assert ended.code == 2, ended
     assert len(ended.stderr.splitlines()) == 1, ended
-    assert all(word in ended.stderr for word in words), ended
+    assert all(part in ended.stderr for part in parts), ended
 
 
-def test_it_starts_its_own_processes() -> None:
+def test_it_is_refused_under_another_launcher() -> None:
     ended = dmnist(
         "bench", "data", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="a", MASTER_PORT="1"
     )

@@ -1,4 +1,4 @@
-"""`dmnist doctor`: one screen, what is wrong found and named, and a collective that lies caught."""
+"""Test `dmnist doctor`: its screen, the problems that it finds, and that it catches a wrong collective."""
 
 import json
 import shutil
@@ -20,16 +20,16 @@ from distributed_mnist.distributed.world import World
 from distributed_mnist.doctor import collectives
 from distributed_mnist.doctor import command as doctor
 from distributed_mnist.doctor import host as probe_host
-from distributed_mnist.doctor.findings import Finding, bad, doubtful, good, merged, tried, worst
+from distributed_mnist.doctor.findings import Finding, bad, doubtful, good, merge, run_probe, worst
 from distributed_mnist.errors import LaunchError
 
 NAMES = ["versions", "processor", "threads", "settings", "memory", "devices", "open files", "host name"]
 NAMES += ["launcher"]
-TOGETHER = ["collectives", "exchange", "clocks", "shared folder"]
-HERE = ["checkpoints", "data"]
+COLLECTIVE_NAMES = ["collectives", "exchange", "clocks", "shared folder"]
+FOLDER_NAMES = ["checkpoints", "data"]
 
 
-def told(*arguments: object, code: int = 0) -> dict[str, Any]:
+def doctor_json(*arguments: object, code: int = 0) -> dict[str, Any]:
     ended = dmnist("doctor", *arguments, "--device", "cpu", "--json")
     assert ended.code == code, ended
     return json.loads(ended.stdout)
@@ -41,9 +41,9 @@ def by_name(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("nproc", [1, 3])
 def test_alone(nproc: int, digits: Path, tmp_path: Path) -> None:
-    result = told("--nproc", nproc, "--dataset", "generated", "--out", tmp_path)
+    result = doctor_json("--nproc", nproc, "--dataset", "generated", "--out", tmp_path)
     names = list(by_name(result))
-    assert names == [*NAMES, *(TOGETHER if nproc > 1 else []), *HERE]
+    assert names == [*NAMES, *(COLLECTIVE_NAMES if nproc > 1 else []), *FOLDER_NAMES]
     assert result["verdict"] in ("good", "doubtful")
     assert result["world_size"] == nproc
     for finding in result["findings"]:
@@ -63,16 +63,16 @@ def test_under_torchrun(tmp_path: Path) -> None:
     assert "torchrun: 3 processes on 1 host, sockets" in ended.stdout
 
 
-def test_what_is_wrong_is_named_with_what_to_do(tmp_path: Path) -> None:
+def test_problems_come_with_advice(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    result = told("--nproc", "1", "--data", tmp_path / "none", "--out", tmp_path / "later" / "runs")
+    result = doctor_json("--nproc", "1", "--data", tmp_path / "none", "--out", tmp_path / "later" / "runs")
     data = by_name(result)["data"]
     assert data["verdict"] == "doubtful"
     assert "dmnist data fetch mnist" in data["advice"]
-    assert by_name(result)["checkpoints"]["value"].startswith(str(tmp_path))  # the nearest there is
+    assert by_name(result)["checkpoints"]["value"].startswith(str(tmp_path))  # the nearest folder
 
 
-def test_damaged_data_are_bad(tmp_path: Path) -> None:
+def test_damaged_data_is_bad(tmp_path: Path) -> None:
     for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
         (tmp_path / f"{name}-ubyte").write_bytes(b"\0\0\10\1\0\0\0\5abc")
     ended = dmnist("doctor", "--nproc", "1", "--device", "cpu", "--data", tmp_path)
@@ -86,9 +86,9 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(probe_host.os, "fsync", full)
-    found = probe_host.disk(tmp_path)
-    assert found.verdict == "bad"
-    assert found.value == f"{tmp_path}: no space left on device"
+    finding = probe_host.disk(tmp_path)
+    assert finding.verdict == "bad"
+    assert finding.value == f"{tmp_path}: no space left on device"
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30, 1000))
@@ -98,9 +98,9 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_file_in_the_way_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
     for out in (tmp_path / "runs", tmp_path / "runs" / "mine"):
-        found = probe_host.disk(out)
-        assert found.verdict == "bad"
-        assert found.value == f"{out}: a file, not a folder"
+        finding = probe_host.disk(out)
+        assert finding.verdict == "bad"
+        assert finding.value == f"{out}: a file, not a folder"
 
 
 def test_the_limit_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,10 +112,10 @@ def test_the_limit_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "memory.max").write_text(f"{3 * 2**29}\n")
     assert probe_host._memory_limit(tmp_path) == (3 * 2**29, 2**30)
     monkeypatch.setattr(probe_host, "_memory_limit", lambda: (3 * 2**29, 2**30))
-    found = probe_host._memory()
-    assert found.verdict == "doubtful"
-    assert found.value.startswith("0.5 of ")
-    assert "(the container's limit is 1.5)" in found.value
+    finding = probe_host._memory()
+    assert finding.verdict == "doubtful"
+    assert finding.value.startswith("0.5 of ")
+    assert "(the container's limit is 1.5)" in finding.value
 
 
 def test_ranks_bound_to_a_core_each_do_not_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,18 +128,18 @@ def test_ranks_bound_to_a_core_each_do_not_share_it(monkeypatch: pytest.MonkeyPa
     assert probe_host._processor(2, 3).verdict == "doubtful"
 
 
-def test_ranks_of_one_host_that_look_a_moment_apart_have_one_line() -> None:
+def test_ranks_of_one_host_that_look_a_moment_apart_get_one_line() -> None:
     peers = [Peer(rank, host, 1) for rank, host in enumerate(("a", "a", "b"))]
-    everyone = [[good("memory", f"{rank} GiB"), good("versions", str(rank))] for rank in range(3)]
-    found = doctor._once_a_host(peers, everyone)
-    assert [[line.value for line in lines] for lines in found] == [
+    by_rank = [[good("memory", f"{rank} GiB"), good("versions", str(rank))] for rank in range(3)]
+    shown = doctor._same_figures_on_a_host(peers, by_rank)
+    assert [[line.value for line in lines] for lines in shown] == [
         ["0 GiB", "0"],
         ["0 GiB", "1"],
         ["2 GiB", "2"],
     ]
 
 
-def without_torchs_group(world: World) -> Finding:
+def without_process_group(world: World) -> Finding:
     def refuse() -> None:
         raise LaunchError("cannot join the group: no route to host")
 
@@ -147,10 +147,10 @@ def without_torchs_group(world: World) -> Finding:
     return collectives.collectives(world)
 
 
-def test_a_group_that_cannot_be_joined_is_a_line() -> None:
-    for found in run_ranks(without_torchs_group, 2):
-        assert found.verdict == "bad"
-        assert found.value == "wrong: ddp (cannot join the group: no route to host) on rank 0, 1"
+def test_a_process_group_that_cannot_be_joined_is_a_finding() -> None:
+    for finding in run_ranks(without_process_group, 2):
+        assert finding.verdict == "bad"
+        assert finding.value == "wrong: ddp (cannot join the group: no route to host) on rank 0, 1"
 
 
 def test_names_of_several_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,12 +170,12 @@ def test_names_of_several_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert probe_host._name([here], 0).verdict == "good"
 
 
-def lying(world: World, name: str) -> Finding:
-    """One collective gives something else on rank 1."""
-    honest = getattr(world, name)
+def with_wrong_collective(world: World, name: str) -> Finding:
+    """Make one collective give a wrong result on rank 1."""
+    right = getattr(world, name)
 
-    def lie(*arguments: Any, **options: Any) -> Any:
-        answer = honest(*arguments, **options)
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        answer = right(*arguments, **options)
         if (
             world.rank == 1
             and isinstance(answer, torch.Tensor)
@@ -185,36 +185,41 @@ def lying(world: World, name: str) -> Finding:
             answer.view(-1)[-1] += 1
         return answer
 
-    setattr(world, name, lie)
+    setattr(world, name, wrong)
     return collectives.collectives(world)
 
 
 @pytest.mark.parametrize(
     ("name", "check"),
-    [("sum_", "sum"), ("max_", "maximum"), ("exchange", "exchange"), ("broadcast_", "broadcast")],
+    [
+        ("all_reduce_sum_", "sum"),
+        ("all_reduce_max_", "maximum"),
+        ("all_to_all", "exchange"),
+        ("broadcast_", "broadcast"),
+    ],
 )
-def test_a_collective_that_lies_is_caught(name: str, check: str) -> None:
-    found = run_ranks(lying, 3, name)
-    assert found[0] == found[1] == found[2]
-    assert found[0].verdict == "bad"
-    assert found[0].value == f"wrong: {check} on rank 1"
+def test_a_wrong_collective_is_found(name: str, check: str) -> None:
+    findings = run_ranks(with_wrong_collective, 3, name)
+    assert findings[0] == findings[1] == findings[2]
+    assert findings[0].verdict == "bad"
+    assert findings[0].value == f"wrong: {check} on rank 1"
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_all_collectives_are_right(size: int) -> None:
-    for found in run_ranks(collectives.collectives, size):
-        assert found.verdict == "good", found
+    for finding in run_ranks(collectives.collectives, size):
+        assert finding.verdict == "good", finding
 
 
-def test_alone_in_a_world_there_is_nothing_to_wait_for() -> None:
+def test_clocks_of_a_single_process() -> None:
     world = World(ALONE, torch.device("cpu"), "none")
     assert collectives.clocks(world).verdict == "good"
 
 
 def test_lines_of_several_ranks() -> None:
     same, other = good("memory", "much"), doubtful("memory", "little", "buy some")
-    assert merged([("a", [same]), ("b", [same])]) == [same]
-    assert [line.value for line in merged([("a", [same]), ("b", [other]), ("c", [same])])] == [
+    assert merge([("a", [same]), ("b", [same])]) == [same]
+    assert [line.value for line in merge([("a", [same]), ("b", [other]), ("c", [same])])] == [
         "a, c: much",
         "b: little",
     ]
@@ -224,26 +229,26 @@ def test_lines_of_several_ranks() -> None:
     def broken() -> Finding:
         raise KeyError("no")
 
-    assert tried("it", broken, "mend it") == bad("it", "KeyError: 'no'", "mend it")
+    assert run_probe("it", broken, "mend it") == bad("it", "KeyError: 'no'", "mend it")
 
 
-def test_a_probe_that_does_not_come_back_is_a_line() -> None:
-    """A file system whose server is gone lets nobody out of a call."""
-    for_ever = threading.Event()
+def test_a_probe_that_does_not_return_is_a_finding() -> None:
+    """A call to a file system whose server is gone never returns."""
+    released = threading.Event()
 
     def stuck() -> Finding:
-        for_ever.wait(PATIENCE)
+        released.wait(PATIENCE)
         return same
 
     same = good("it", "at last")
-    found = tried("it", stuck, "mend it", seconds=0.05)
-    assert found == bad("it", "no answer within 0.05 s", "mend it")
-    for_ever.set()
+    finding = run_probe("it", stuck, "mend it", seconds=0.05)
+    assert finding == bad("it", "no answer within 0.05 s", "mend it")
+    released.set()
 
 
-def test_accelerators_that_tell_little(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerators_without_name_or_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     class Apple:
-        """As `torch.mps`: neither names nor memory."""
+        """Like `torch.mps`: no names and no memory."""
 
     class Other(Apple):
         def get_device_name(self, index: int) -> str:
@@ -256,12 +261,12 @@ def test_accelerators_that_tell_little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     monkeypatch.setattr(torch, "get_device_module", lambda _: Apple())
-    assert probe_host._devices().value.startswith("cuda: 2 × one without a name")  # noqa: RUF001
+    assert probe_host._devices().value.startswith("cuda: 2 × unnamed device")  # noqa: RUF001
     monkeypatch.setattr(torch, "get_device_module", lambda _: Other())
     assert "2 × Card 0 (80 GiB)" in probe_host._devices().value  # noqa: RUF001
 
 
-def test_settings_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in environment.settings():
         monkeypatch.delenv(name)
     assert probe_host._settings().value == "none for torch, OpenMP, MKL, NCCL or gloo"

@@ -1,4 +1,4 @@
-"""What is taken for what, as people read it."""
+"""Test how a confusion matrix is shown."""
 
 import json
 from pathlib import Path
@@ -19,9 +19,9 @@ def shown(confusion: list[list[int]], names: list[str], width: int = 80) -> list
 
 
 def test_each_class() -> None:
-    told = per_class(THREE, ["a", "b", "c"])
-    assert [one["accuracy"] for one in told] == [5 / 6, 1 / 3, None]
-    assert [one["images"] for one in told] == [6, 6, 0]
+    scores = per_class(THREE, ["a", "b", "c"])
+    assert [row["accuracy"] for row in scores] == [5 / 6, 1 / 3, None]
+    assert [row["images"] for row in scores] == [6, 6, 0]
     assert worst_pairs(THREE) == [(1, 0, 4), (0, 2, 1)]
 
 
@@ -30,11 +30,11 @@ def test_the_table() -> None:
     assert lines[0].split() == ["true", "a", "b", "c", "images", "wrong", "right"]
     assert lines[1].split() == ["a", "5", "·", "1", "6", "1", "83.33%"]
     assert lines[3].split() == ["c", "·", "·", "0", "0", "0", "–"]  # noqa: RUF001
-    assert lines[-1] == "most often taken: b for a 4×, a for c 1×"  # noqa: RUF001
-    assert shown([[1]], ["x"])[-1] == "nothing is taken for anything else"
+    assert lines[-1] == "most frequent mistakes: b as a 4×, a as c 1×"  # noqa: RUF001
+    assert shown([[1]], ["x"])[-1] == "no mistakes"
 
 
-def test_of_many_classes_the_accuracy_alone() -> None:
+def test_with_many_classes_only_the_accuracies_are_shown() -> None:
     names = [f"class {i}" for i in range(47)]
     confusion = [[990 if i == j else 10 * ((i + 1) % 47 == j) for j in range(47)] for i in range(47)]
     lines = shown(confusion, names)
@@ -55,14 +55,14 @@ def test_long_names_are_numbered_and_wide_screens_show_more() -> None:
 
 
 @pytest.mark.parametrize("nproc", [1, 3])
-def test_evaluate_tells_it(nproc: int, digits: Path, tmp_path: Path) -> None:
+def test_evaluate_shows_the_confusion_matrix(nproc: int, digits: Path, tmp_path: Path) -> None:
     options = ["--dataset", "idx", "--data", digits, "--model", "mlp", "--epochs", "1", "--device", "cpu"]
     result = train(*options, nproc=1, out=tmp_path / "run")
-    words = ["evaluate", tmp_path / "run", "--data", digits, "--device", "cpu", "--nproc", nproc]
-    told = json.loads(dmnist(*words, "--json").stdout)
-    assert told["test_accuracy"] == result["test_accuracy"]
-    assert sum(one["correct"] for one in told["per_class"]) == round(300 * result["test_accuracy"])
-    assert told["class_names"] == [str(i) for i in range(10)]
-    text = dmnist(*words).stdout
-    assert text.count("most often taken") == 1
+    command = ["evaluate", tmp_path / "run", "--data", digits, "--device", "cpu", "--nproc", nproc]
+    scores = json.loads(dmnist(*command, "--json").stdout)
+    assert scores["test_accuracy"] == result["test_accuracy"]
+    assert sum(row["correct"] for row in scores["per_class"]) == round(300 * result["test_accuracy"])
+    assert scores["class_names"] == [str(i) for i in range(10)]
+    text = dmnist(*command).stdout
+    assert text.count("most frequent mistakes") == 1
     assert f"test accuracy {result['test_accuracy']:.2%}" in text

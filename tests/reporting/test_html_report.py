@@ -1,4 +1,4 @@
-"""The page of a run: complete, whole in itself, true to the files, and safe to open."""
+"""Test the page of a run: complete, self-contained, true to the files, and safe to open."""
 
 import dataclasses
 import json
@@ -15,8 +15,8 @@ from distributed_mnist.runs.record import read
 from distributed_mnist.runs.timeline import timeline
 
 
-class IntervalRecord(HTMLParser):
-    """Text, tags and addresses of a page."""
+class Page(HTMLParser):
+    """The text, tags and addresses of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -46,10 +46,10 @@ def runs(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [folder / name for name in ("two", "one", "other")]
 
 
-def test_every_run_leaves_its_page(runs: list[Path]) -> None:
+def test_every_run_writes_its_page(runs: list[Path]) -> None:
     for run in runs:
         text = (run / "report.html").read_text()
-        page, result = IntervalRecord(text), json.loads((run / "result.json").read_text())
+        page, result = Page(text), json.loads((run / "result.json").read_text())
         assert "finished" in page.text
         assert f"{result['test_accuracy']:.2%}".replace("%", " %") in page.text
         for digest in ("weights_sha256", "samples_sha256", "data_sha256"):
@@ -63,10 +63,10 @@ def test_every_run_leaves_its_page(runs: list[Path]) -> None:
         assert len(text) < 1_000_000
 
 
-def test_several_compared(runs: list[Path], tmp_path: Path) -> None:
+def test_several_runs_are_compared(runs: list[Path], tmp_path: Path) -> None:
     ended = dmnist("report", *runs, "--out", tmp_path / "page.html", "--json")
     assert json.loads(ended.stdout)["out"] == str(tmp_path / "page.html")
-    page = IntervalRecord((tmp_path / "page.html").read_text())
+    page = Page((tmp_path / "page.html").read_text())
     assert "3 runs compared" in page.text
     text = " ".join(page.text.split())
     row = re.search(r"weights sha256 (\w+)… (\w+)… = (\w+)… ≠", text)
@@ -76,8 +76,8 @@ def test_several_compared(runs: list[Path], tmp_path: Path) -> None:
     assert "seed 0 0 1" in text
 
 
-def test_what_happened_is_told(runs: list[Path], tmp_path: Path) -> None:
-    """A run that was killed, started again, and stopped."""
+def test_the_timeline_of_a_killed_run(runs: list[Path], tmp_path: Path) -> None:
+    """The run is killed, restarted, and stopped."""
     lines = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
     start = next(event for event in lines if event["event"] == "start")
     half = lines[: len(lines) // 2]
@@ -97,20 +97,20 @@ def test_what_happened_is_told(runs: list[Path], tmp_path: Path) -> None:
     assert (tmp_path / "report.html").is_file()
 
 
-def test_many_evaluations_are_told_together(runs: list[Path], tmp_path: Path) -> None:
+def test_many_evaluations_share_one_line(runs: list[Path], tmp_path: Path) -> None:
     record = read(runs[0])
-    (one, *_) = record.evaluations
-    many = [{**one, "step": step, "test_accuracy": step / 100} for step in range(1, 31)]
+    (evaluation, *_) = record.evaluations
+    many = [{**evaluation, "step": step, "test_accuracy": step / 100} for step in range(1, 31)]
     start, end = record.events[0], record.events[-1]
-    told = [event.text for event in timeline(dataclasses.replace(record, events=[start, *many, end]))]
-    assert told[1:-1] == ["30 evaluations, at steps 1 to 30: last test accuracy 30.00%, best 30.00%"]
+    texts = [event.text for event in timeline(dataclasses.replace(record, events=[start, *many, end]))]
+    assert texts[1:-1] == ["30 evaluations, at steps 1 to 30: last test accuracy 30.00%, best 30.00%"]
     few = [event.kind for event in timeline(dataclasses.replace(record, events=[start, *many[:5], end]))]
     assert few == ["start", *["evaluation"] * 5, "end"]
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
-    assert "Nothing yet" in html_report.render([read(tmp_path)])
+    assert "No events yet" in html_report.render([read(tmp_path)])
 
 
 def test_errors(tmp_path: Path, runs: list[Path]) -> None:
@@ -121,12 +121,12 @@ def test_errors(tmp_path: Path, runs: list[Path]) -> None:
     assert ended.code == 6
 
 
-def test_lines_are_drawn_where_they_belong() -> None:
+def test_lines_are_drawn_at_the_right_place() -> None:
     chart = line_chart([Line("a", [(0, 0), (1, 10)])], x="epoch", y="{:g}".format)
     (points,) = re.findall(r'points="([^"]+)"', chart)
     (left, low), (right, high) = (tuple(map(float, point.split(","))) for point in points.split())
     assert left < right
-    assert low > high  # down is up
+    assert low > high  # SVG counts downwards
     assert ">10<" in chart
     assert line_chart([Line("a", [(0, float("nan"))])], x="x", y=str) == ""
     assert line_chart([Line("a", [(0, -1)])], x="x", y=str, log=True) == ""

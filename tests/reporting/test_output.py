@@ -1,4 +1,4 @@
-"""What a run prints and what it leaves: one JSON object, one folder, a bar only at a terminal."""
+"""Test what a run prints and writes: one JSON object, one folder, and a bar only on a terminal."""
 
 import contextlib
 import importlib.metadata
@@ -31,9 +31,9 @@ KEYS = (
 def finished(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
     """A fresh `dmnist train --json` with two processes, its output in pipes."""
     out = tmp_path_factory.mktemp("json") / "out"
-    words = ("train", "--device", "cpu", "--nproc", 2, "--dataset", "idx", "--data", digits, *RECIPE)
+    arguments = ("train", "--device", "cpu", "--nproc", 2, "--dataset", "idx", "--data", digits, *RECIPE)
     return out, run(
-        [*DMNIST, *words, "--eval-every", "9 steps", "--out", out, "--json"], TERM="xterm-256color"
+        [*DMNIST, *arguments, "--eval-every", "9 steps", "--out", out, "--json"], TERM="xterm-256color"
     )
 
 
@@ -70,8 +70,8 @@ def test_evaluate_prints_the_same_keys(finished: tuple[Path, Finished], digits: 
     assert scored["data_sha256"] == ended.json()["data_sha256"]
 
 
-def test_people_read_standard_error_then(finished: tuple[Path, Finished]) -> None:
-    """And without a terminal they read whole lines, without escape codes or bars."""
+def test_with_json_the_text_goes_to_standard_error(finished: tuple[Path, Finished]) -> None:
+    """Without a terminal it has whole lines, without escape codes or bars."""
     _, ended = finished
     assert "\x1b" not in ended.stderr
     assert "\r" not in ended.stderr
@@ -81,9 +81,9 @@ def test_people_read_standard_error_then(finished: tuple[Path, Finished]) -> Non
     assert "[rank 1]" not in ended.stderr
 
 
-def test_without_json_people_read_standard_output(digits: Path, tmp_path: Path) -> None:
-    words = ("train", "--device", "cpu", "--nproc", 1, "--dataset", "idx", "--data", digits, *RECIPE)
-    ended = dmnist(*words, "--out", tmp_path / "out", TERM="xterm-256color")
+def test_without_json_the_text_goes_to_standard_output(digits: Path, tmp_path: Path) -> None:
+    arguments = ("train", "--device", "cpu", "--nproc", 1, "--dataset", "idx", "--data", digits, *RECIPE)
+    ended = dmnist(*arguments, "--out", tmp_path / "out", TERM="xterm-256color")
     assert ended.code == 0
     assert ended.stderr == ""
     assert "\x1b" not in ended.stdout
@@ -131,10 +131,10 @@ def test_metrics_have_every_step_once(finished: tuple[Path, Finished]) -> None:
     assert parsed[-1]["result"] == ended.json()
 
 
-def test_the_mean_loss_since_an_evaluation_weighs_every_sample_alike(
+def test_the_mean_loss_since_an_evaluation_weighs_all_samples_equally(
     finished: tuple[Path, Finished],
 ) -> None:
-    """The last batch of an epoch has 12 samples instead of 64, and counts for 12."""
+    """The last batch of an epoch has 12 samples instead of 64, and counts as 12."""
     out, _ = finished
     losses = [loss for event in events(out) if event["event"] == "steps" for loss in event["losses"]]
     sizes = ([64] * 17 + [12]) * EPOCHS
@@ -177,24 +177,22 @@ def one_process(digits: Path) -> tuple[Any, ...]:
     return ("train", "--device", "cpu", "--nproc", 1, "--dataset", "idx", "--data", digits)
 
 
-def test_a_second_try_in_the_same_folder_is_described_by_its_own_config(
-    digits: Path, tmp_path: Path
-) -> None:
-    """The first one broke down before its first checkpoint: the folder holds no run to go on with."""
+def test_a_second_run_in_the_same_folder_writes_its_own_config(digits: Path, tmp_path: Path) -> None:
+    """The first run failed before its first checkpoint, so there is nothing to resume."""
     out = tmp_path / "out"
-    words = (*one_process(digits), *RECIPE, "--out", out)
-    assert dmnist(*words, "--model", "mlp", "--optimizer", "sgd", "--lr", "1e30").code == 7
-    assert dmnist(*words).code == 0
+    arguments = (*one_process(digits), *RECIPE, "--out", out)
+    assert dmnist(*arguments, "--model", "mlp", "--optimizer", "sgd", "--lr", "1e30").code == 7
+    assert dmnist(*arguments).code == 0
     assert json.loads((out / "config.json").read_text())["recipe"]["model"] == "linear"
 
 
-def test_runs_of_the_same_second_have_folders_of_their_own(
+def test_runs_that_start_in_the_same_second_get_different_folders(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = (*one_process(digits), "--recipe", "classic")
+    arguments = (*one_process(digits), "--recipe", "classic")
     for _ in range(3):
-        assert dmnist(*words, "--epochs", 1).code == 0
+        assert dmnist(*arguments, "--epochs", 1).code == 0
     folders = sorted((tmp_path / "runs").iterdir())
     assert len(folders) == 3
     assert all((folder / "result.json").exists() for folder in folders)
@@ -203,8 +201,8 @@ def test_runs_of_the_same_second_have_folders_of_their_own(
 
 @pytest.mark.slow
 def test_a_live_bar_at_a_terminal(digits: Path, tmp_path: Path) -> None:
-    words = ("train", "--device", "cpu", "--nproc", 2, "--dataset", "idx", "--data", digits, *RECIPE)
-    command = [*DMNIST, *map(str, words), "--epochs", "20", "--out", str(tmp_path / "out")]
+    arguments = ("train", "--device", "cpu", "--nproc", 2, "--dataset", "idx", "--data", digits, *RECIPE)
+    command = [*DMNIST, *map(str, arguments), "--epochs", "20", "--out", str(tmp_path / "out")]
     shown = at_a_terminal(command)
     assert "\x1b[" in shown
     assert "━" in shown  # the bar
@@ -217,7 +215,7 @@ def test_a_live_bar_at_a_terminal(digits: Path, tmp_path: Path) -> None:
 
 
 def at_a_terminal(command: list[str]) -> str:
-    """All that a command writes to a pseudo-terminal of 120 columns."""
+    """Return all that a command writes to a pseudo-terminal of 120 columns."""
     master, slave = pty.openpty()
     variables = environment(TERM="xterm-256color", COLUMNS="120", LINES="40")
     with subprocess.Popen(
@@ -251,7 +249,7 @@ RESULT: dict[str, Any] = {
 def terminal(
     width: int, *, step: int = 235, epochs: int = 2, again: bool = False, ranks: bool = False, **more: Any
 ) -> str:
-    """All that a person sees of a run, without escape codes; a `width` of 0 is a pipe."""
+    """Return all that a run prints, without escape codes; a `width` of 0 is a pipe."""
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=bool(width), width=width or 1000, color_system=None)
     sink = Terminal(console, ranks=ranks)
@@ -273,13 +271,24 @@ def terminal(
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
-def test_a_full_disk_under_the_log_costs_the_log(nproc: int, digits: Path, tmp_path: Path) -> None:
+def test_a_full_disk_ends_the_log_but_not_the_run(nproc: int, digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    words = ["train", "--device", "cpu", "--nproc", nproc, "--dataset", "idx", "--data", digits, *RECIPE]
-    shell = ["sh", "-c", 'exec "$@" > /dev/full', "sh", *DMNIST, *words, "--out", out]
+    arguments = [
+        "train",
+        "--device",
+        "cpu",
+        "--nproc",
+        nproc,
+        "--dataset",
+        "idx",
+        "--data",
+        digits,
+        *RECIPE,
+    ]
+    shell = ["sh", "-c", 'exec "$@" > /dev/full', "sh", *DMNIST, *arguments, "--out", out]
     ended = run(shell)
     assert ended.code == 0, ended
-    assert ended.stderr == "dmnist: nothing more is shown (no space left on device); the run goes on\n"
+    assert ended.stderr == "dmnist: no further output is shown (no space left on device); the run goes on\n"
     assert json.loads((out / "result.json").read_text())["steps"] == EPOCHS * STEPS_PER_EPOCH
     if nproc == 1:
         shell = ["sh", "-c", 'exec "$@" > /dev/full', "sh", *DMNIST, "evaluate", out, "--device", "cpu"]
@@ -288,9 +297,9 @@ def test_a_full_disk_under_the_log_costs_the_log(nproc: int, digits: Path, tmp_p
         assert ended.stderr == "dmnist: the output cannot be written: no space left on device\n"
 
 
-def test_who_reads_no_further_stops_nothing(digits: Path, tmp_path: Path) -> None:
-    words = ["train", "--device", "cpu", "--dataset", "idx", "--data", digits, *RECIPE]
-    shell = ["bash", "-c", '"$@" | head -1; echo ${PIPESTATUS[0]}', "bash", *DMNIST, *words]
+def test_a_closed_pipe_does_not_stop_the_run(digits: Path, tmp_path: Path) -> None:
+    arguments = ["train", "--device", "cpu", "--dataset", "idx", "--data", digits, *RECIPE]
+    shell = ["bash", "-c", '"$@" | head -1; echo ${PIPESTATUS[0]}', "bash", *DMNIST, *arguments]
     ended = run([*shell, "--out", tmp_path / "out"], cwd=tmp_path)
     assert ended.stdout.splitlines()[0].startswith("recipe ")
     assert ended.stdout.splitlines()[1] == "0", ended
@@ -302,11 +311,11 @@ def test_a_folder_may_have_any_name(finished: tuple[Path, Finished], tmp_path: P
     odd.parent.mkdir()
     odd.symlink_to(finished[0])
     assert dmnist("report", odd).stdout == f"{odd / 'report.html'}\n"
-    told = dmnist("evaluate", odd, "--device", "cpu").stdout
-    assert told.startswith(f"{odd / 'checkpoints' / 'best.pt'}: test accuracy ")
+    output = dmnist("evaluate", odd, "--device", "cpu").stdout
+    assert output.startswith(f"{odd / 'checkpoints' / 'best.pt'}: test accuracy ")
 
 
-def test_a_pipe_gets_whole_lines_and_nothing_after_their_end() -> None:
+def test_a_pipe_gets_whole_lines_without_trailing_spaces() -> None:
     lines = terminal(0).splitlines()
     assert lines[0].endswith("seed 0")
     assert lines[1] == "out      runs/x"
@@ -319,11 +328,9 @@ def test_a_pipe_gets_whole_lines_and_nothing_after_their_end() -> None:
     assert [line for line in lines if line != line.rstrip()] == []
 
 
-def test_a_run_that_was_started_again_does_not_say_again_what_it_is() -> None:
+def test_a_restarted_run_does_not_repeat_its_first_lines() -> None:
     assert terminal(0, again=True).splitlines() == terminal(0).splitlines()[2:]
-    note = (
-        "note     a process was lost: all are started again, from step 0"  # for who watches from elsewhere
-    )
+    note = "note     a process was lost: all processes restart from step 0"  # `dmnist watch` shows it
     assert terminal(0, again=True, ranks=True).splitlines() == [note, *terminal(0).splitlines()[2:]]
 
 
@@ -333,7 +340,9 @@ def test_a_narrow_terminal_wraps_at_words_under_the_text() -> None:
     start = lines.index("recipe   default: cnn with 215,194 parameters, 2 epochs in")
     assert lines[start + 1] == "         batches of 256, tree over 8 shards, seed 0"
     assert "         narrow terminal has columns" in lines
-    assert "                " + ("0123456789abcdef" * 4)[44:] in lines  # nowhere to wrap: it goes on below
+    assert (
+        "                " + ("0123456789abcdef" * 4)[44:] in lines
+    )  # no space to wrap at: it continues below
 
 
 @pytest.mark.parametrize(
@@ -345,7 +354,7 @@ def test_a_narrow_terminal_wraps_at_words_under_the_text() -> None:
         (24, {"step 235/470"}),
     ],
 )
-def test_a_bar_leaves_away_what_does_not_fit(width: int, parts: set[str]) -> None:
+def test_the_bar_drops_what_does_not_fit(width: int, parts: set[str]) -> None:
     every = {"epoch 1/2", "step 235/470", "loss 0.1235", "test 97.64%", "images/s", "━"}
     bars = [line for line in terminal(width).splitlines() if "step 235/470" in line]
     assert bars
@@ -369,7 +378,7 @@ def test_a_bar_leaves_away_what_does_not_fit(width: int, parts: set[str]) -> Non
         ({"steps": 1, "steps_here": 1}, "1 step in 19.71 s, 11,884 images/s"),
     ],
 )
-def test_the_effort_of_a_run(more: dict[str, Any], said: str) -> None:
+def test_the_duration_of_a_run(more: dict[str, Any], said: str) -> None:
     (line,) = [line for line in terminal(0, **more).splitlines() if line.startswith("training")]
     assert line == f"training        {said}"
 
@@ -385,7 +394,7 @@ NAMES = (
 
 
 def test_versions() -> None:
-    """Without importing torch, which takes longer than the answer is worth."""
+    """`--version` does not import torch, which would take long."""
     ended = run([*DMNIST, "--version"])
     ours, torch = importlib.metadata.version("distributed-mnist"), importlib.metadata.version("torch")
     assert ended == Finished(0, f"dmnist {ours}, torch {torch}\n", "")
@@ -395,13 +404,13 @@ def test_generate_and_fetch(
     finished: tuple[Path, Finished], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ("data", "generate", "drawn", "--train-size", 1_100, "--test-size", 300)
+    arguments = ("data", "generate", "drawn", "--train-size", 1_100, "--test-size", 300)
     paths = [f"drawn/{name}.gz" for name in NAMES]
-    ended = dmnist(*words)
+    ended = dmnist(*arguments)
     assert ended.code == 0, ended
-    told = "1,100 + 300 images drawn with seed 0: use them with --dataset idx --data drawn"
-    assert ended.stdout.splitlines() == [*paths, told]
-    ended = dmnist(*words, "--json")
+    summary = "1,100 + 300 images drawn with seed 0: use them with --dataset idx --data drawn"
+    assert ended.stdout.splitlines() == [*paths, summary]
+    ended = dmnist(*arguments, "--json")
     assert ended.stderr == ""
     assert ended.json() == {
         **{"dataset": "generated", "train_size": 1_100, "test_size": 300, "data_seed": 0},
@@ -425,7 +434,7 @@ def test_check(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ]
 
 
-def test_check_of_what_is_not_sound(digits: Path, tmp_path: Path) -> None:
+def test_check_of_an_incomplete_data_set(digits: Path, tmp_path: Path) -> None:
     for name in NAMES[:3]:
         (tmp_path / f"{name}.gz").symlink_to(digits / f"{name}.gz")
     ended = dmnist("data", "check", "idx", "--data", tmp_path)

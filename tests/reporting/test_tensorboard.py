@@ -20,32 +20,32 @@ accumulators = pytest.importorskip(
 )
 
 
-def written(out: Path) -> Any:
-    board = accumulators.EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0})
-    board.Reload()
-    return board
+def written_events(out: Path) -> Any:
+    events = accumulators.EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return events
 
 
 def test_a_run_and_its_resumption(digits: Path, tmp_path: Path) -> None:
     data = ["--dataset", "idx", "--data", digits, "--device", "cpu", "--nproc", "2"]
-    words = ["train", "--recipe", "classic", *data, "--out", tmp_path, "--tensorboard"]
-    assert dmnist(*words, "--steps", "3").code == 0
-    ended = dmnist(*words, "--epochs", "2", "--resume", "auto", "--json")
+    arguments = ["train", "--recipe", "classic", *data, "--out", tmp_path, "--tensorboard"]
+    assert dmnist(*arguments, "--steps", "3").code == 0
+    ended = dmnist(*arguments, "--epochs", "2", "--resume", "auto", "--json")
     assert ended.code == 0, ended
     result = json.loads(ended.stdout)
-    record, board = read(tmp_path), written(tmp_path)
+    record, written = read(tmp_path), written_events(tmp_path)
     losses = [loss for event in record.steps for loss in event["losses"]]
-    points = board.Scalars("loss/train")
+    points = written.Scalars("loss/train")
     assert [point.step for point in points] == list(range(1, result["steps"] + 1))  # each once
     assert [point.value for point in points] == pytest.approx(losses)
-    assert board.Scalars("accuracy/test")[-1].value == pytest.approx(result["test_accuracy"])
-    assert {"busy ms/rank 0", "busy ms/rank 1", "exchange ms/rank 1"} <= set(board.Tags()["scalars"])
-    assert board.Tags()["images"] == ["mistakes"]
-    assert board.Scalars("end/test_loss")[-1].value == pytest.approx(result["test_loss"])
-    assert "_hparams_/session_start_info" in board.summary_metadata
+    assert written.Scalars("accuracy/test")[-1].value == pytest.approx(result["test_accuracy"])
+    assert {"busy ms/rank 0", "busy ms/rank 1", "exchange ms/rank 1"} <= set(written.Tags()["scalars"])
+    assert written.Tags()["images"] == ["mistakes"]
+    assert written.Scalars("end/test_loss")[-1].value == pytest.approx(result["test_loss"])
+    assert "_hparams_/session_start_info" in written.summary_metadata
 
 
-def test_the_weights_do_not_depend_on_it(digits: Path, tmp_path: Path) -> None:
+def test_the_weights_do_not_depend_on_tensorboard(digits: Path, tmp_path: Path) -> None:
     data = [
         "--dataset",
         "idx",
@@ -66,8 +66,8 @@ def test_the_weights_do_not_depend_on_it(digits: Path, tmp_path: Path) -> None:
 
 
 def test_a_sheet_of_mistakes(digits: Path, tmp_path: Path) -> None:
-    one = {"image": "//8=" + "A" * 1044, "label": 0, "predicted": 1}
-    sheet = contact_sheet([{**one, "image": "/" * 1044 + "/w=="}] * 9, ["0", "1"])
+    mistake = {"image": "//8=" + "A" * 1044, "label": 0, "predicted": 1}
+    sheet = contact_sheet([{**mistake, "image": "/" * 1044 + "/w=="}] * 9, ["0", "1"])
     assert sheet.shape == (2 * 74, 8 * 60)
     assert (sheet[2:58, 2:58] == 255).all()
     assert len(set(sheet[60:72, 2:58].ravel())) > 1  # something is written
@@ -79,17 +79,25 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         parse(["train", "--tensorboard"])
 
 
-def asked(address: str) -> Any:
+def get_json(address: str) -> Any:
     with urllib.request.urlopen(address, timeout=5) as answer:
         return json.load(answer)
 
 
 @pytest.mark.slow
 def test_tensorboard_shows_it(digits: Path, tmp_path: Path) -> None:
-    """The program itself, asked as its page asks it."""
+    """Send TensorBoard the requests that its page sends."""
     data = ["--dataset", "idx", "--data", digits, "--device", "cpu", "--nproc", "1"]
-    words = ["train", "--recipe", "classic", *data, "--out", tmp_path / "runs" / "board", "--tensorboard"]
-    assert dmnist(*words, "--steps", "3").code == 0
+    arguments = [
+        "train",
+        "--recipe",
+        "classic",
+        *data,
+        "--out",
+        tmp_path / "runs" / "board",
+        "--tensorboard",
+    ]
+    assert dmnist(*arguments, "--steps", "3").code == 0
     port = free_port()
     command = [
         Path(DMNIST[0]).with_name("tensorboard"),
@@ -103,12 +111,14 @@ def test_tensorboard_shows_it(digits: Path, tmp_path: Path) -> None:
 
     def runs() -> Any:
         with contextlib.suppress(OSError):
-            return asked(f"{root}/runs")
+            return get_json(f"{root}/runs")
 
     with Program(command, cwd=tmp_path) as tensorboard:
         assert "board/tensorboard" in tensorboard.wait_for(runs, "its first answer")
         (tags,) = [
-            tags for run, tags in asked(f"{root}/plugin/scalars/tags").items() if run == "board/tensorboard"
+            tags
+            for run, tags in get_json(f"{root}/plugin/scalars/tags").items()
+            if run == "board/tensorboard"
         ]
         assert {"loss/train", "accuracy/test", "rate"} & set(tags) >= {"loss/train", "accuracy/test"}
-        assert "mistakes" in asked(f"{root}/plugin/images/tags")["board/tensorboard"]
+        assert "mistakes" in get_json(f"{root}/plugin/images/tags")["board/tensorboard"]

@@ -1,4 +1,4 @@
-"""Who holds the others up, and a run followed by its files."""
+"""Test the straggler tracker, and `dmnist watch`."""
 
 import json
 import shutil
@@ -19,36 +19,36 @@ from distributed_mnist.reporting.watch import Tail
 RANKS = [{"rank": i, "host": f"node{i // 2}", "pid": 100 + i} for i in range(4)]
 
 
-def waiting(busy: list[float], exchange: list[float]) -> StragglerTracker:
-    found = StragglerTracker()
-    found.begin(RANKS)
-    found.add({"busy": busy, "exchange": exchange})
-    return found
+def tracker_of(busy: list[float], exchange: list[float]) -> StragglerTracker:
+    tracker = StragglerTracker()
+    tracker.start_group(RANKS)
+    tracker.add({"busy": busy, "exchange": exchange})
+    return tracker
 
 
-def test_the_slowest_is_who_waits_least() -> None:
-    found = waiting([0.06, 0.05, 0.09, 0.06], [0.04, 0.05, 0.01, 0.04])
-    assert found.slowest == 2
-    assert found.share == pytest.approx((0.03 + 0.04 + 0.03) / 3 / 0.1)
-    assert found.line() == "slowest: rank 2 on node1; the others wait 33% of a step for it"
+def test_the_slowest_rank_waits_least() -> None:
+    tracker = tracker_of([0.06, 0.05, 0.09, 0.06], [0.04, 0.05, 0.01, 0.04])
+    assert tracker.slowest_rank == 2
+    assert tracker.waiting_share == pytest.approx((0.03 + 0.04 + 0.03) / 3 / 0.1)
+    assert tracker.summary() == "slowest: rank 2 on node1; the others wait 33% of a step for it"
 
 
-def test_nobody_waits_for_long() -> None:
-    assert waiting([0.1] * 4, [0.011, 0.010, 0.011, 0.011]).line().startswith("ranks even")
-    assert waiting([0.1], [0.0]).line() == ""
-    assert waiting([0.1] * 4, [0.0] * 4).line() == ""  # a device that hides what is exchange
-    assert StragglerTracker().line() == ""
+def test_even_ranks() -> None:
+    assert tracker_of([0.1] * 4, [0.011, 0.010, 0.011, 0.011]).summary().startswith("ranks even")
+    assert tracker_of([0.1], [0.0]).summary() == ""
+    assert tracker_of([0.1] * 4, [0.0] * 4).summary() == ""  # a device that hides what is exchange
+    assert StragglerTracker().summary() == ""
 
 
-def test_smoothed_and_begun_anew() -> None:
-    found = waiting([0.1, 0.1], [0.0, 0.1])
-    found.add({"busy": [0.1, 0.1], "exchange": [0.1, 0.0]})
-    assert found.slowest == 0  # one odd stretch turns nothing over
+def test_times_are_smoothed_and_start_again_with_a_new_group() -> None:
+    tracker = tracker_of([0.1, 0.1], [0.0, 0.1])
+    tracker.add({"busy": [0.1, 0.1], "exchange": [0.1, 0.0]})
+    assert tracker.slowest_rank == 0  # one odd interval changes nothing
     for _ in range(4):
-        found.add({"busy": [0.1, 0.1], "exchange": [0.1, 0.0]})
-    assert found.slowest == 1
-    found.add({"busy": [1.0] * 3, "exchange": [2.0] * 3})  # another size
-    assert found.busy == [1.0] * 3
+        tracker.add({"busy": [0.1, 0.1], "exchange": [0.1, 0.0]})
+    assert tracker.slowest_rank == 1
+    tracker.add({"busy": [1.0] * 3, "exchange": [2.0] * 3})  # another world size
+    assert tracker.busy == [1.0] * 3
 
 
 def test_a_table_of_many_ranks_fits() -> None:
@@ -59,23 +59,23 @@ def test_a_table_of_many_ranks_fits() -> None:
     console.print(rank_table(ranks, many, 5))
     lines = console.export_text().splitlines()
     assert lines[1].split()[:2] == ["1023", "n1023"]
-    assert "and 1019 that are faster" in lines[6]
+    assert "and 1019 faster ranks" in lines[6]
     assert max(map(len, lines)) <= 80
 
 
-def test_only_what_is_new_and_whole(tmp_path: Path) -> None:
+def test_only_new_and_complete_events_are_read(tmp_path: Path) -> None:
     tail = Tail(tmp_path)
     with pytest.raises(UsageError, match="not a run"):
-        tail.new()
+        tail.new_events()
     path = tmp_path / "metrics.jsonl"
     one, two = (json.dumps({"event": "notice", "time": 1, "text": text}) + "\n" for text in ("one", "two"))
     path.write_text(one + two[:9])
-    assert [event["text"] for event in tail.new()] == ["one"]
-    assert tail.new() == []
+    assert [event["text"] for event in tail.new_events()] == ["one"]
+    assert tail.new_events() == []
     path.write_text(one + two + two)
-    assert [event["text"] for event in tail.new()] == ["two", "two"]
+    assert [event["text"] for event in tail.new_events()] == ["two", "two"]
     path.write_text(two)  # another run in its place
-    assert [event["text"] for event in tail.new()] == ["two"]
+    assert [event["text"] for event in tail.new_events()] == ["two"]
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +92,12 @@ def test_a_finished_run_is_told_as_train_told_it(run: Path) -> None:
     result = json.loads((run / "result.json").read_text())
     assert f"weights sha256  {result['weights_sha256']}" in ended.stdout
     assert ended.stdout.count("test loss") == 3  # two epochs, and the end
-    told: dict[str, Any] = json.loads(dmnist("watch", run, "--json").stdout)
-    assert told["state"] == "finished"
-    assert told["step"] == told["steps"] == result["steps"]
-    assert told["test_accuracy"] == result["test_accuracy"]
-    assert len(told["ranks"]["busy"]) == 3
-    assert told["slowest_rank"] in (0, 1, 2)
+    state: dict[str, Any] = json.loads(dmnist("watch", run, "--json").stdout)
+    assert state["state"] == "finished"
+    assert state["step"] == state["steps"] == result["steps"]
+    assert state["test_accuracy"] == result["test_accuracy"]
+    assert len(state["ranks"]["busy"]) == 3
+    assert state["slowest_rank"] in (0, 1, 2)
 
 
 def test_a_run_that_goes_on_is_followed_to_its_end(run: Path, tmp_path: Path) -> None:
@@ -119,9 +119,7 @@ def test_a_run_that_goes_on_is_followed_to_its_end(run: Path, tmp_path: Path) ->
     assert "weights sha256" in console.export_text()
 
 
-def test_a_run_that_has_not_begun_is_waited_for(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_waits_for_a_run_to_begin(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(width=100, record=True)
 
     def begin() -> None:
@@ -132,10 +130,10 @@ def test_a_run_that_has_not_begun_is_waited_for(
     monkeypatch.setattr(watch, "make_console", lambda: console)
     assert watch.run(run=tmp_path / "later", as_json=False) == 0
     starter.join()
-    told = console.export_text()
-    assert told.count(f"no run in {tmp_path / 'later'} yet") == 1
-    assert "weights sha256" in told
-    monkeypatch.setattr(watch, "_PATIENCE", 0.3)
+    text = console.export_text()
+    assert text.count(f"no run in {tmp_path / 'later'} yet") == 1
+    assert "weights sha256" in text
+    monkeypatch.setattr(watch, "_START_TIMEOUT_SECONDS", 0.3)
     with pytest.raises(UsageError, match="is not a run"):
         watch.run(run=tmp_path / "never", as_json=False)
 
@@ -148,23 +146,26 @@ def test_a_run_that_was_asked_to_stop_ends_at_once(
     (tmp_path / "metrics.jsonl").write_text("".join(lines[:-1]) + stop)
     with pytest.raises(Interrupted, match=r"after step 7: go on with dmnist train --resume auto --out"):
         watch._follow(tmp_path, Terminal(Console(quiet=True)))
-    live = iter([True, True, False])  # it goes on already, and has not said so yet
+    live = iter([True, True, False])  # it has restarted already, and has recorded nothing yet
     monkeypatch.setattr(watch, "is_live", lambda _: next(live))
     with pytest.raises(Interrupted):
         watch._follow(tmp_path, Terminal(Console(quiet=True)))
     assert next(live, "used up") == "used up"
 
 
-def test_a_run_that_nobody_trains_any_more(
+def test_a_run_that_no_process_trains_any_more(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_text("".join(lines[:-1]))
     assert json.loads(dmnist("watch", tmp_path, "--json").stdout)["state"] == "stopped"
-    monkeypatch.setattr(watch, "_GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(watch, "_RESTART_SECONDS", 0.0)
     with pytest.raises(
-        WorkerLost, match=r"nobody trains .* last heard of [\d,]+ s ago at step \d+: .* --resume auto --out"
+        WorkerLost,
+        match=r"no process trains .* its last event was [\d,]+ s ago at step \d+: .* --resume auto --out",
     ):
         watch._follow(tmp_path, Terminal(Console(quiet=True)))
-    shutil.copy(run / "result.json", tmp_path)  # and yet it came to its end: a full disk ended the record
+    shutil.copy(
+        run / "result.json", tmp_path
+    )  # the run finished: only its record was cut short by a full disk
     assert watch._follow(tmp_path, Terminal(Console(quiet=True))) == 0

@@ -1,4 +1,4 @@
-"""Faults on purpose: what strikes, what is counted, and that the answer stays the same."""
+"""Test injected faults: which ones, what is counted, and that the answer stays the same."""
 
 import itertools
 import json
@@ -19,51 +19,49 @@ from distributed_mnist.verify.chaos import InjectedFault
 from distributed_mnist.verify.faults import FAULTS
 from distributed_mnist.verify.job import RunFailedError, TrainCommand
 
-LONG = 900.0  # seconds, for several runs one after another
+LONG = 900.0  # seconds, for several runs in sequence
 
 
-def test_a_few_faults_are_of_different_kinds() -> None:
-    deck = chaos._shuffled(Random(5))
+def test_every_kind_of_fault_comes_once_per_round() -> None:
+    kinds = chaos._fault_kinds(Random(5))
     for _ in range(3):
-        assert set(itertools.islice(deck, len(FAULTS))) == set(FAULTS)
+        assert set(itertools.islice(kinds, len(FAULTS))) == set(FAULTS)
 
 
 def test_the_seed_decides_the_order() -> None:
-    first = list(itertools.islice(chaos._shuffled(Random(5)), 30))
-    assert first == list(itertools.islice(chaos._shuffled(Random(5)), 30))
-    assert first != list(itertools.islice(chaos._shuffled(Random(6)), 30))
+    first = list(itertools.islice(chaos._fault_kinds(Random(5)), 30))
+    assert first == list(itertools.islice(chaos._fault_kinds(Random(5)), 30))
+    assert first != list(itertools.islice(chaos._fault_kinds(Random(6)), 30))
 
 
 def test_summary_counts_by_kind() -> None:
-    blows = [
+    injected = [
         InjectedFault("kill", "", 1.0),
         InjectedFault("kill", "", 3.0),
         InjectedFault("kill", "", None),
         InjectedFault("stop", "", 7.0),
     ]
-    told = chaos._summary(blows, runs=2, failures=0, seed=9)
-    assert (told["seed"], told["runs"], told["faults"], told["failures"]) == (9, 2, 4, 0)
-    assert told["kinds"]["kill"] == {"count": 3, "median_seconds": 2.0, "worst_seconds": 3.0}
-    assert told["kinds"]["terminate"] == {"count": 0, "median_seconds": None, "worst_seconds": None}
-    assert told["kinds"]["all"]["count"] == 4
-    assert told["kinds"]["all"]["worst_seconds"] == 7.0
+    summary = chaos._summary(injected, runs=2, failures=0, seed=9)
+    assert (summary["seed"], summary["runs"], summary["faults"], summary["failures"]) == (9, 2, 4, 0)
+    assert summary["kinds"]["kill"] == {"count": 3, "median_seconds": 2.0, "worst_seconds": 3.0}
+    assert summary["kinds"]["terminate"] == {"count": 0, "median_seconds": None, "worst_seconds": None}
+    assert summary["kinds"]["all"]["count"] == 4
+    assert summary["kinds"]["all"]["worst_seconds"] == 7.0
 
 
 @pytest.fixture(scope="module")
-def trial(tmp_path_factory: pytest.TempPathFactory) -> TrainCommand:
+def command(tmp_path_factory: pytest.TempPathFactory) -> TrainCommand:
     """A short run of two processes that has ended."""
-    folder = tmp_path_factory.mktemp("trial") / "run"
-    with TrainCommand(folder, 2, "cpu", "--epochs", "1", "--model", "linear") as trial:
-        assert trial.await_(trial.workers, "it has no workers")
-        assert trial.finish() == 0, trial.last_words()
-    return trial
+    folder = tmp_path_factory.mktemp("command") / "run"
+    with TrainCommand(folder, 2, "cpu", "--epochs", "1", "--model", "linear") as command:
+        assert command.wait_for(command.workers, "it has no workers")
+        assert command.finish() == 0, command.last_line()
+    return command
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_a_damaged_checkpoint_is_never_one_that_can_be_read(
-    seed: int, trial: TrainCommand, tmp_path: Path
-) -> None:
-    newest = max((trial.folder / "checkpoints").glob("step_*.pt"))
+def test_a_damaged_checkpoint_cannot_be_read(seed: int, command: TrainCommand, tmp_path: Path) -> None:
+    newest = max((command.folder / "checkpoints").glob("step_*.pt"))
     copy = tmp_path / newest.name
     copy.write_bytes(newest.read_bytes())
     faults._damage(cast(Any, SimpleNamespace(rng=Random(seed))), copy)
@@ -71,32 +69,32 @@ def test_a_damaged_checkpoint_is_never_one_that_can_be_read(
         decode(copy.read_bytes(), copy.name)
 
 
-def test_a_run_that_ends_badly_says_so_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    with TrainCommand(tmp_path / "run", 1, "cpu", "--resume", "nowhere.pt") as trial:
-        assert trial.finish() == 4
-        assert "nowhere.pt" in trial.last_words()
+def test_a_run_that_fails_says_so_and_leaves_no_processes(tmp_path: Path) -> None:
+    with TrainCommand(tmp_path / "run", 1, "cpu", "--resume", "nowhere.pt") as command:
+        assert command.finish() == 4
+        assert "nowhere.pt" in command.last_line()
 
 
-def test_what_is_under_way_ends_with_its_block(tmp_path: Path) -> None:
-    with TrainCommand(tmp_path / "run", 2, "cpu", "--epochs", "1000") as trial:
-        assert len(trial.await_(lambda: trial.workers()[1:], "it has no second worker")) == 1
-        family = {process.pid for process in trial.family()}
-        assert trial.process.pid in family
-        assert os.getpid() not in family
-    assert trial.family() == []
-    assert not trial.running()
+def test_leaving_the_block_ends_all_processes(tmp_path: Path) -> None:
+    with TrainCommand(tmp_path / "run", 2, "cpu", "--epochs", "1000") as command:
+        assert len(command.wait_for(lambda: command.workers()[1:], "it has no second worker")) == 1
+        pids = {process.pid for process in command.processes()}
+        assert command.process.pid in pids
+        assert os.getpid() not in pids
+    assert command.processes() == []
+    assert not command.running()
 
 
-def test_waiting_has_an_end(trial: TrainCommand, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distributed_mnist.verify.job.PATIENCE", 0.05)
-    with pytest.raises(RunFailedError, match="the moon did not rise within 0 s"):
-        trial.await_(lambda: False, "the moon did not rise")
+def test_waiting_times_out(command: TrainCommand, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distributed_mnist.verify.job.TIMEOUT_SECONDS", 0.05)
+    with pytest.raises(RunFailedError, match="it did not start within 0 s"):
+        command.wait_for(lambda: False, "it did not start")
 
 
 @pytest.mark.slow
-def test_a_short_soak() -> None:
-    """The long one: `dmnist verify --chaos --faults 200`."""
-    words = [
+def test_a_few_faults_change_no_answer() -> None:
+    """For the long version run `dmnist verify --chaos --faults 200`."""
+    arguments = [
         "verify",
         "--nproc",
         "3",
@@ -110,7 +108,7 @@ def test_a_short_soak() -> None:
         "--json",
     ]
     done = subprocess.run(
-        [*DMNIST, *words],
+        [*DMNIST, *arguments],
         env=environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -119,13 +117,13 @@ def test_a_short_soak() -> None:
         timeout=LONG,
     )
     assert done.returncode == 0, done
-    told = json.loads(done.stdout)
-    assert told["passed"]
-    assert told["chaos"]["seed"] == 3
-    assert told["chaos"]["faults"] == told["chaos"]["kinds"]["all"]["count"] == 4
-    assert told["chaos"]["failures"] == 0
+    result = json.loads(done.stdout)
+    assert result["passed"]
+    assert result["chaos"]["seed"] == 3
+    assert result["chaos"]["faults"] == result["chaos"]["kinds"]["all"]["count"] == 4
+    assert result["chaos"]["failures"] == 0
     assert "--seed 3" in done.stderr
-    undisturbed = [one for one in told["runs"] if one["what"] == "a longer job, undisturbed"]
-    struck = [one for one in told["runs"] if one["what"].startswith("run ")]
-    assert struck
-    assert {one["weights_sha256"] for one in struck} == {undisturbed[0]["weights_sha256"]}
+    reference = [run for run in result["runs"] if run["what"] == "a longer job, undisturbed"]
+    under_faults = [run for run in result["runs"] if run["what"].startswith("run ")]
+    assert under_faults
+    assert {run["weights_sha256"] for run in under_faults} == {reference[0]["weights_sha256"]}

@@ -1,4 +1,4 @@
-"""`dmnist verify`: what it compares, what it says, and that it finds who computes differently."""
+"""Test `dmnist verify`: what it compares and prints, and that it finds a rank that computes differently."""
 
 import io
 import json
@@ -24,19 +24,19 @@ from distributed_mnist.verify.compare import Answer, compare, losses_in, read_ev
 from distributed_mnist.verify.job import DATA, RunFailedError, recipe
 from distributed_mnist.verify.known_answers import (
     Platform,
-    as_row,
     look_up,
     read_table,
-    say_known,
+    report_known_answer,
     this_platform,
+    toml_row,
 )
 from distributed_mnist.verify.results_table import ResultsTable, Row
-from distributed_mnist.verify.under_launcher import SoloResult, recipe_for, show_alone
+from distributed_mnist.verify.under_launcher import SoloResult, recipe_for, show_solo_results
 
 HERE = Platform(torch="9.9", machine="x86_64", device="cpu", model="Some CPU", capability="AVX512")
 RESULT = {"data_sha256": "d" * 64, "samples_sha256": "e" * 64, "weights_sha256": "f" * 64, "test_loss": 0.5}
 LONG = 600.0
-"""Seconds: several whole trainings, one after another."""
+"""Seconds: several complete trainings in sequence."""
 
 
 def answer(losses: Sequence[float] = (3.0, 2.0, 1.0), weight: float = 0.25, **fields: Any) -> Answer:
@@ -46,7 +46,7 @@ def answer(losses: Sequence[float] = (3.0, 2.0, 1.0), weight: float = 0.25, **fi
 
 def run(command: Sequence[object], **variables: str) -> Finished:
     done = subprocess.run(
-        [str(word) for word in command],
+        [str(argument) for argument in command],
         env=environment(**variables),
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -57,19 +57,19 @@ def run(command: Sequence[object], **variables: str) -> Finished:
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
-def board() -> tuple[ResultsTable, io.StringIO]:
-    shown = io.StringIO()
-    return ResultsTable(Console(file=shown, width=1000), as_json=False), shown
+def make_table() -> tuple[ResultsTable, io.StringIO]:
+    text = io.StringIO()
+    return ResultsTable(Console(file=text, width=1000), as_json=False), text
 
 
-# ---- What differs ----------------------------------------------------------------------------------------
+# ---- Comparing ----------------------------------------------------------------------------------------
 
 
 def test_equal_answers_do_not_differ() -> None:
     assert compare(answer(), answer()) is None
 
 
-def test_a_difference_is_told_with_its_first_step_and_its_size() -> None:
+def test_a_difference_names_its_first_step_and_its_size() -> None:
     difference = compare(answer(), answer((3.0, 2.5, 1.5), weight=0.75, weights_sha256="0" * 64))
     assert difference is not None
     assert difference.fields == ("weights_sha256", "losses")
@@ -80,12 +80,12 @@ def test_a_difference_is_told_with_its_first_step_and_its_size() -> None:
     )
 
 
-def test_other_samples_are_told_where_no_loss_differs() -> None:
+def test_other_samples_are_reported_even_if_no_loss_differs() -> None:
     difference = compare(answer(), answer(samples_sha256="0" * 64, data_sha256="0" * 64))
     assert str(difference) == "the data and the samples and their order differ"
 
 
-def test_a_loss_that_differs_is_a_difference_even_if_the_end_is_the_same() -> None:
+def test_a_loss_that_differs_is_a_difference_even_if_the_weights_are_equal() -> None:
     difference = compare(answer(), answer((3.0, math.nextafter(2.0, 3.0), 1.0)))
     assert difference is not None
     assert (difference.fields, difference.step) == (("losses",), 2)
@@ -96,7 +96,7 @@ def test_weights_of_another_shape_cannot_be_compared() -> None:
     assert "the weights cannot be compared" in str(compare(answer(), other))
 
 
-def test_of_repeated_steps_the_later_loss_counts_and_torn_lines_do_not(tmp_path: Path) -> None:
+def test_the_later_loss_of_a_repeated_step_counts_and_torn_lines_are_skipped(tmp_path: Path) -> None:
     lines = [
         {"event": "steps", "time": 1.0, "first_step": 1, "losses": [9.0, 8.0, 7.0]},
         {"event": "start", "time": 2.0},
@@ -143,7 +143,7 @@ def test_every_part_of_a_platform_counts(field: str) -> None:
     assert "not in the table" in finding.text
 
 
-def test_a_row_with_a_setting_is_expected_of_nobody() -> None:
+def test_a_row_with_a_setting_is_expected_of_no_platform() -> None:
     assert look_up(RESULT, HERE, table(row("0" * 64, setting="X=1"))).verdict == "unknown"
 
 
@@ -154,15 +154,17 @@ def test_integers_are_the_same_everywhere(name: str) -> None:
     assert "the same on every platform" in finding.text
 
 
-def test_an_unknown_platform_is_told_with_its_row_ready_to_paste() -> None:
+def test_an_unknown_platform_is_reported_with_its_row_ready_to_paste() -> None:
     here = replace(this_platform(torch.device("cpu")), model="never seen")
-    shown, text = board()
+    results_table, text = make_table()
     known = read_table()
-    say_known({**RESULT, **{k: known[k] for k in ("data_sha256", "samples_sha256")}}, here, shown)
-    assert shown.wrong == []
-    assert shown.fields["known_answer"]["verdict"] == "unknown"
-    assert shown.fields["row"] in text.getvalue()
-    assert tomllib.loads(shown.fields["row"])["answer"] == [row("f" * 64, here)]
+    report_known_answer(
+        {**RESULT, **{k: known[k] for k in ("data_sha256", "samples_sha256")}}, here, results_table
+    )
+    assert results_table.problems == []
+    assert results_table.json_fields["known_answer"]["verdict"] == "unknown"
+    assert results_table.json_fields["row"] in text.getvalue()
+    assert tomllib.loads(results_table.json_fields["row"])["answer"] == [row("f" * 64, here)]
 
 
 def test_a_wrong_known_answer_is_a_failure() -> None:
@@ -170,27 +172,27 @@ def test_a_wrong_known_answer_is_a_failure() -> None:
     first = next(row for row in known["answer"] if "setting" not in row)
     here = Platform(**{name: first[name] for name in asdict(HERE)})
     right = {name: known[name] for name in ("data_sha256", "samples_sha256")}
-    shown, _ = board()
-    say_known({**RESULT, **right, "weights_sha256": first["weights_sha256"]}, here, shown)
-    assert shown.wrong == []
-    say_known({**RESULT, **right}, here, shown)
-    assert len(shown.wrong) == 1
+    results_table, _ = make_table()
+    report_known_answer({**RESULT, **right, "weights_sha256": first["weights_sha256"]}, here, results_table)
+    assert results_table.problems == []
+    report_known_answer({**RESULT, **right}, here, results_table)
+    assert len(results_table.problems) == 1
     with pytest.raises(VerificationError):
-        shown.close()
+        results_table.conclude()
 
 
-def test_the_table_is_of_this_job_and_has_every_platform_once() -> None:
+def test_the_table_belongs_to_this_job_and_has_every_platform_once() -> None:
     known = read_table()
-    assert known["job_sha256"] == digest([recipe().to_dict(), DATA]), "measure the rows anew"
+    assert known["job_sha256"] == digest([recipe().to_dict(), DATA]), "measure the rows again"
     keys = [(*(row[name] for name in asdict(HERE)), row.get("setting")) for row in known["answer"]]
     assert len(set(keys)) == len(keys)
-    for one in known["answer"]:
-        assert len(bytes.fromhex(one["weights_sha256"])) == 32
-        assert one.keys() - {"setting", "weights_sha256"} == asdict(HERE).keys()
+    for answer_row in known["answer"]:
+        assert len(bytes.fromhex(answer_row["weights_sha256"])) == 32
+        assert answer_row.keys() - {"setting", "weights_sha256"} == asdict(HERE).keys()
 
 
 def test_a_row_is_toml() -> None:
-    assert tomllib.loads(as_row(HERE, "a" * 64))["answer"] == [row("a" * 64)]
+    assert tomllib.loads(toml_row(HERE, "a" * 64))["answer"] == [row("a" * 64)]
 
 
 # ---- Sizes and worlds ------------------------------------------------------------------------------------
@@ -204,81 +206,85 @@ def test_sizes() -> None:
         verify.sizes_to_try(9, "cpu")
 
 
-def test_larger_worlds_get_shards_enough() -> None:
+def test_larger_worlds_get_enough_shards() -> None:
     assert recipe_for(8) == recipe()
     assert recipe_for(9).shards == 16
     assert recipe_for(33).shards == 64
 
 
 def test_every_size_is_compared_with_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def undisturbed(folder: Path, size: int, device: str) -> Answer:
+    def run_without_faults(folder: Path, size: int, device: str) -> Answer:
         if size == 2:
             return answer((3.0, 2.5, 1.0), weights_sha256="0" * 64)
         if size == 3:
             raise RunFailedError("dmnist train ended with code 8: rank 2 is lost")
         return answer()
 
-    monkeypatch.setattr(verify, "undisturbed", undisturbed)
-    shown, text = board()
-    assert verify.several_sizes([1, 2, 3, 4], "cpu", tmp_path, shown) is not None
-    assert len(shown.wrong) == 2
-    assert shown.wrong[0].startswith(
+    monkeypatch.setattr(verify, "run_without_faults", run_without_faults)
+    results_table, text = make_table()
+    assert verify.compare_sizes([1, 2, 3, 4], "cpu", tmp_path, results_table) is not None
+    assert len(results_table.problems) == 2
+    assert results_table.problems[0].startswith(
         "2 processes against 1: the weights and the losses of the steps differ"
     )
-    assert shown.wrong[1] == "3 processes: dmnist train ended with code 8: rank 2 is lost"
+    assert results_table.problems[1] == "3 processes: dmnist train ended with code 8: rank 2 is lost"
     marks = [line[0] for line in text.getvalue().splitlines() if line[:1] in ("✓", "✗")]
     assert marks == ["✓", "✗", "✗", "✓"]
 
 
 def test_without_a_reference_nothing_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def undisturbed(folder: Path, size: int, device: str) -> Answer:
+    def run_without_faults(folder: Path, size: int, device: str) -> Answer:
         raise RunFailedError("it did not start")
 
-    monkeypatch.setattr(verify, "undisturbed", undisturbed)
-    shown, _ = board()
-    assert verify.several_sizes([1, 2], "cpu", tmp_path, shown) is None
-    assert shown.wrong == ["1 process: it did not start"]
+    monkeypatch.setattr(verify, "run_without_faults", run_without_faults)
+    results_table, _ = make_table()
+    assert verify.compare_sizes([1, 2], "cpu", tmp_path, results_table) is None
+    assert results_table.problems == ["1 process: it did not start"]
 
 
-def test_who_computes_differently_from_most_is_named() -> None:
-    def testimony(rank: int, host: str, sha256: str, platform: Platform = HERE) -> SoloResult:
+def test_a_rank_that_computes_differently_from_most_is_reported() -> None:
+    def solo_result(rank: int, host: str, sha256: str, platform: Platform = HERE) -> SoloResult:
         return SoloResult(Peer(rank, host, 10 + rank), platform, answer(weights_sha256=sha256), 1.0, "kept")
 
-    shown, _ = board()
-    odd = testimony(0, "bad", "0" * 64, replace(HERE, capability="AVX2"))
-    reference = show_alone([odd, testimony(1, "good", "1" * 64), testimony(2, "good", "1" * 64)], shown)
+    results_table, _ = make_table()
+    odd = solo_result(0, "bad", "0" * 64, replace(HERE, capability="AVX2"))
+    reference = show_solo_results(
+        [odd, solo_result(1, "good", "1" * 64), solo_result(2, "good", "1" * 64)], results_table
+    )
     assert reference.peer.rank == 1
-    assert len(shown.wrong) == 1
-    assert shown.wrong[0].startswith("rank 0 (pid 10 on bad) computes differently from 2 of 3: the weights")
-    assert "another platform (capability AVX2, not AVX512)" in shown.wrong[0]
+    assert len(results_table.problems) == 1
+    assert results_table.problems[0].startswith(
+        "rank 0 (pid 10 on bad) computes differently from 2 of 3: the weights"
+    )
+    assert "another platform (capability AVX2, not AVX512)" in results_table.problems[0]
 
 
-def test_a_workplace_stays_only_if_something_is_wrong() -> None:
-    shown, text = board()
-    with shown.workplace() as good:
+def test_a_work_folder_is_kept_only_if_there_are_problems() -> None:
+    results_table, text = make_table()
+    with results_table.work_folder() as good:
         (good / "file").write_text("")
     assert not good.exists()
-    with shown.workplace() as bad:
-        shown.wrong.append("this")
+    with results_table.work_folder() as bad:
+        results_table.problems.append("this")
     assert bad.exists()
     assert str(bad) in text.getvalue()
     bad.rmdir()
 
 
-def test_json_says_what_the_board_says(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = ResultsTable(Console(quiet=True), as_json=True)
-    shown.add(Row("1 process", True, "reference", "a" * 64, 1.5))
-    shown.close()
-    told = json.loads(capsys.readouterr().out)
-    assert (told["passed"], told["wrong"]) == (True, [])
-    assert told["runs"][0]["weights_sha256"] == "a" * 64
+def test_json_has_what_the_table_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    results_table = ResultsTable(Console(quiet=True), as_json=True)
+    results_table.add(Row("1 process", True, "reference", "a" * 64, 1.5))
+    results_table.conclude()
+    result = json.loads(capsys.readouterr().out)
+    assert (result["passed"], result["wrong"]) == (True, [])
+    assert result["runs"][0]["weights_sha256"] == "a" * 64
 
 
 # ---- The command -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("words", "line"),
+    ("flags", "line"),
     [
         ("--faults 3", "--faults only goes with --chaos"),
         ("--seed 3", "--seed only goes with --chaos"),
@@ -290,13 +296,13 @@ def test_json_says_what_the_board_says(capsys: pytest.CaptureFixture[str]) -> No
         ("--device tpu", "--device must be auto or cpu"),
     ],
 )
-def test_bad_flags(words: str, line: str) -> None:
-    ended = dmnist("verify", *words.split())
+def test_bad_flags(flags: str, line: str) -> None:
+    ended = dmnist("verify", *flags.split())
     assert (ended.code, ended.stdout, ended.stderr.count("\n")) == (2, "", 1), ended
     assert line in ended.stderr
 
 
-def test_chaos_is_refused_where_another_launcher_looks_after_the_processes() -> None:
+def test_chaos_is_refused_under_another_launcher() -> None:
     world = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     ended = dmnist("verify", "--chaos", **world)
     assert ended.code == 2
@@ -304,22 +310,22 @@ def test_chaos_is_refused_where_another_launcher_looks_after_the_processes() -> 
 
 
 @pytest.mark.slow
-def test_a_sound_machine_passes() -> None:
+def test_a_correct_machine_passes() -> None:
     ended = run([*DMNIST, "verify", "--nproc", 2, "--device", "cpu", "--json"])
-    told = ended.json()
-    assert told["passed"], ended
-    assert [one["what"] for one in told["runs"]] == ["1 process", "2 processes"]
-    assert {one["weights_sha256"] for one in told["runs"]} == {told["weights_sha256"]}
-    assert told["known_answer"]["verdict"] in ("equal", "unknown")
+    result = ended.json()
+    assert result["passed"], ended
+    assert [run["what"] for run in result["runs"]] == ["1 process", "2 processes"]
+    assert {run["weights_sha256"] for run in result["runs"]} == {result["weights_sha256"]}
+    assert result["known_answer"]["verdict"] in ("equal", "unknown")
     assert "PASS" in ended.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="this CPU has only one way to compute"
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="this CPU has only one set of instructions"
 )
-def test_a_rank_that_computes_differently_is_named(tmp_path: Path) -> None:
-    """Two ranks under torchrun, of which one does without the processor's vector instructions."""
+def test_a_rank_that_computes_differently_is_reported(tmp_path: Path) -> None:
+    """Run two ranks under torchrun, one of them without the processor's vector instructions."""
     script = tmp_path / "verify.py"
     script.write_text(
         "import os\n"
@@ -334,10 +340,10 @@ def test_a_rank_that_computes_differently_is_named(tmp_path: Path) -> None:
         PYTHONPATH=":".join(sys.path),
     )
     assert ended.code == 1, ended
-    told = json.loads(ended.stdout)
-    assert not told["passed"]
-    assert [one["good"] for one in told["runs"]] == [True, False]
-    (wrong,) = told["wrong"]
+    result = json.loads(ended.stdout)
+    assert not result["passed"]
+    assert [run["good"] for run in result["runs"]] == [True, False]
+    (wrong,) = result["wrong"]
     assert wrong.startswith("rank 1 (pid ")
     assert "computes differently from rank 0" in wrong
     assert "first at step 1 " in wrong
@@ -347,10 +353,10 @@ def test_a_rank_that_computes_differently_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_sound_world_passes() -> None:
-    words = ("verify", "--device", "cpu", "--json")
-    ended = run([*TORCHRUN, "--standalone", "--nproc-per-node", 2, "-m", "distributed_mnist", *words])
-    told = ended.json()
-    assert told["passed"], ended
-    assert [one["what"].split(" (")[0] for one in told["runs"]] == ["rank 0", "rank 1", "2 processes"]
-    assert {one["weights_sha256"] for one in told["runs"]} == {told["weights_sha256"]}
+def test_a_correct_world_passes() -> None:
+    command = ("verify", "--device", "cpu", "--json")
+    ended = run([*TORCHRUN, "--standalone", "--nproc-per-node", 2, "-m", "distributed_mnist", *command])
+    result = ended.json()
+    assert result["passed"], ended
+    assert [run["what"].split(" (")[0] for run in result["runs"]] == ["rank 0", "rank 1", "2 processes"]
+    assert {run["weights_sha256"] for run in result["runs"]} == {result["weights_sha256"]}
