@@ -12,7 +12,7 @@ import argparse
 import sys
 from importlib.util import find_spec
 
-from distributed_mnist.errors import LaunchError, tell
+from distributed_mnist.errors import LaunchError, print_error
 
 _NEEDED = ("torch", "numpy", "rich", "requests", "tyro")
 
@@ -22,7 +22,7 @@ def main() -> int:
     try:
         return _run(_parser().parse_args())
     except (Exception, KeyboardInterrupt) as error:
-        return tell(error)
+        return print_error(error)
 
 
 def _run(flags: argparse.Namespace) -> int:

@@ -1,8 +1,8 @@
-"""What a run is asked to do: `Recipe`, which decides the weights, and `Run`, which does not.
+"""Settings of a run: `Recipe`, which decides the weights, and `Run`, which does not.
 
-Both are frozen and checked when they are made, so the rest of the program never doubts them. A recipe
-is a small TOML file; `recipes/` holds the ones that come with the program. The docstrings of the two and of
-their fields are the command line's help; what is raised is said at `__post_init__`.
+Both are frozen and validated when they are created, so the rest of the program need not check them. A
+recipe is a small TOML file; `recipes/` holds the ones that come with the program. The docstrings of both
+classes and of their fields are the help texts of the command line. `__post_init__` says what is raised.
 """
 
 import dataclasses
@@ -21,63 +21,58 @@ Sync = Literal["tree", "ddp"]
 Precision = Literal["fp32", "bf16"]
 Optimizer = Literal["adam", "adamw", "sgd", "muon"]
 Schedule = Literal["constant", "step", "cosine", "one-cycle"]
-
-
 Device = Literal["auto", "cpu"]
 
 DATA_OPTIONS = ("dataset", "data", "train_size", "test_size", "data_seed")
-"""The fields of `Run` that say what is trained on."""
+"""The fields of `Run` that choose the training and test data."""
 _RECIPES = resources.files("distributed_mnist") / "recipes"
-_EVERY = re.compile(r"(\d+)\s*(steps?|epochs?)?")
-_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(s|seconds?|min|minutes?)")
+_STEPS_OR_EPOCHS = re.compile(r"(\d+)\s*(steps?|epochs?)?")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|seconds?|min|minutes?)")
 
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run takes its data and puts its results, and how it is carried out; the weights come out the
-    same."""
+    """Where a run reads its data and writes its results, and how it runs. Weights do not depend on it."""
 
     dataset: str = "mnist"
     """mnist, fashion-mnist, kmnist, qmnist, emnist-SPLIT, generated (drawn digits), idx (your own files),
-    or auto (mnist if it can be had, else generated)."""
+    or auto (mnist if it is available, else generated)."""
     data: Path = Path("data")
-    """Folder with the data; what is missing is downloaded into it."""
+    """Folder with the data. Missing files are downloaded into it."""
     train_size: int = 60_000
-    """Training images to draw, with --dataset generated."""
+    """Number of training images, with --dataset generated."""
     test_size: int = 10_000
-    """Test images to draw, with --dataset generated."""
+    """Number of test images, with --dataset generated."""
     data_seed: int = 0
-    """Seed of the drawn digits, with --dataset generated."""
+    """Seed of the images, with --dataset generated."""
     out: Path | None = None
     """Folder for the run's checkpoints and records; by default a new one under runs/."""
     resume: str | None = None
-    """Checkpoint to go on from, or auto for the newest whole one in --out."""
+    """Checkpoint to resume from, or auto for the newest intact one in --out."""
     checkpoint_every: str = "5 seconds"
-    """How often a checkpoint is saved, beside the training: in seconds or minutes ('5 seconds'), steps
+    """How often to save a checkpoint, in the background: in seconds or minutes ('5 seconds'), steps
     (500) or epochs ('2 epochs')."""
     eval_every: str = "1 epoch"
-    """How often the test images are scored: in steps (500) or in epochs ('2 epochs')."""
+    """How often to evaluate on the test images: in steps (500) or epochs ('2 epochs')."""
     keep: int = 3
-    """How many of the newest checkpoints are kept, besides the best one."""
+    """How many of the newest checkpoints to keep, besides the best one."""
     max_restarts: int = 3
-    """When a process dies, all are started again from the last checkpoint: at most this often in a row
-    without reaching a new one. (A launcher of another program restarts by rules of its own.)"""
+    """When a process dies, all are restarted from the last checkpoint: at most this often in a row without
+    reaching a new one. (Other launchers, such as torchrun, have their own rules.)"""
     hang_after: float = 60.0
-    """Seconds that the others wait for a process that does not go on, before they name it and end."""
+    """Seconds to wait for a process that makes no progress, before the others report it and end."""
     nproc: int | None = None
-    """Processes to start here; by default one per GPU, or on CPU as many as pay off."""
+    """Processes to start on this host; by default one per GPU, or on CPU as many as make it faster."""
     device: Device = "auto"
-    """auto takes a GPU or other accelerator if there is one, cpu never does."""
+    """auto uses a GPU or other accelerator if there is one; cpu does not."""
     micro_batch: int | None = None
-    """With --sync ddp, the most images that go through the model at once, to save memory; by default all
-    of a process's share. (tree takes one shard, or several of 512 images in all.)"""
+    """With --sync ddp, the most images per forward pass, to save memory; by default a process's whole part
+    of the batch. (tree uses one shard, or several with 512 images in total.)"""
 
     def __post_init__(self) -> None:
         """Raises `UsageError` for impossible values."""
         for field in dataclasses.fields(self):
-            if not _fits(getattr(self, field.name), field.type):
-                told = f"{_kind(field.type)}, not {getattr(self, field.name)!r}"
-                raise UsageError(f"{flag(field.name)} must be {told}")
+            _check_type(flag(field.name), field, getattr(self, field.name))
         for name in ("train_size", "test_size", "keep"):
             require(getattr(self, name) >= 1, name, "at least 1", self)
         for name in ("nproc", "micro_batch"):
@@ -93,20 +88,23 @@ class Run:
                 if getattr(self, name) != getattr(Run, name):
                     raise UsageError(f"{flag(name)} only goes with --dataset generated")
         if self.resume == "auto" and self.out is None:
-            raise UsageError("--resume auto needs --out: the folder of the run to go on with")
+            raise UsageError("--resume auto needs --out: the folder of the run to resume")
 
 
 def steps_between(text: str, steps_per_epoch: int, name: str) -> int:
-    """ "500" or "500 steps" to 500; "2 epochs" to twice `steps_per_epoch`. Raises `UsageError`."""
-    match = _EVERY.fullmatch(text.strip())
+    """Return a number of steps: 500 for "500" or "500 steps", twice `steps_per_epoch` for "2 epochs".
+
+    Raises `UsageError`, naming the flag of the field `name`.
+    """
+    match = _STEPS_OR_EPOCHS.fullmatch(text.strip())
     if match is None or int(match[1]) < 1:
         raise UsageError(f"{flag(name)} must be like 500 (steps) or '2 epochs', not {text!r}")
     return int(match[1]) * (steps_per_epoch if (match[2] or "").startswith("epoch") else 1)
 
 
 def checkpoint_interval(text: str, steps_per_epoch: int) -> tuple[int | None, float | None]:
-    """`--checkpoint-every` as (steps, None), or a time as (None, seconds). Raises `UsageError`."""
-    match = _TIME.fullmatch(text.strip())
+    """Parse `--checkpoint-every`: (steps, None), or for a duration (None, seconds). Raises `UsageError`."""
+    match = _DURATION.fullmatch(text.strip())
     if match and float(match[1]) > 0:
         return None, float(match[1]) * (60 if match[2].startswith("m") else 1)
     try:
@@ -117,61 +115,61 @@ def checkpoint_interval(text: str, steps_per_epoch: int) -> tuple[int | None, fl
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights, besides the data."""
+    """Everything that decides the weights, except the data."""
 
     model: str = "cnn"
-    """linear, mlp, cnn, cnn-small, cnn-large, or your own as package.module:factory: factory(classes) is
-    called and returns a torch module. It is found from the current directory, or in installed packages."""
+    """linear, mlp, cnn, cnn-small, cnn-large, or your own as package.module:factory, where factory(classes)
+    returns a torch module. The package is in the current directory, or installed."""
     epochs: int = 3
-    """How many times to go through the training images."""
+    """Number of passes over the training images."""
     steps: int = 0
-    """The most steps to take: the run ends there, in the midst of an epoch if need be. 0 sets no limit."""
+    """The most steps to train: the run ends there, even within an epoch. 0 sets no limit."""
     batch_size: int = 256
-    """Images per step, over all processes together (the global batch)."""
+    """Images per step in all processes together (the global batch)."""
     optimizer: Optimizer = "adam"
-    """Optimizer; muon makes the steps of hidden layers orthogonal, and leaves the rest to Adam."""
+    """Optimizer. muon makes the updates of hidden layers orthogonal, and uses Adam for the rest."""
     lr: float = 0.001
-    """Learning rate; where the schedule moves it, the highest."""
+    """Learning rate; the highest one, if the schedule changes it."""
     beta1: float = 0.9
-    """Adam's decay of the running mean of gradients."""
+    """Decay of Adam's running mean of gradients."""
     beta2: float = 0.999
-    """Adam's decay of the running mean of squared gradients."""
+    """Decay of Adam's running mean of squared gradients."""
     momentum: float = 0.9
     """Momentum of sgd and muon."""
     adam_lr: float = 0.005
-    """With --optimizer muon, the highest learning rate of what Adam does: biases and the last layer."""
+    """With --optimizer muon, the highest learning rate of Adam, which updates biases and the last layer."""
     weight_decay: float = 0.0
     """Weight decay: decoupled with adamw and muon, otherwise added to the gradient."""
     schedule: Schedule = "constant"
-    """How the learning rate changes over the steps."""
+    """How the learning rate changes during training."""
     decay_every: int = 10
     """With --schedule step, epochs between two decays."""
     decay_factor: float = 0.1
-    """With --schedule step, what the rate is multiplied by at each decay."""
+    """With --schedule step, the factor of the learning rate at each decay."""
     warmup: float = 0.25
-    """With --schedule one-cycle or cosine, the fraction of all steps in which the rate rises."""
+    """With --schedule one-cycle or cosine, the fraction of all steps in which the learning rate rises."""
     final_div: float = 1000.0
-    """With --schedule one-cycle, what the highest rate is divided by at the end."""
+    """With --schedule one-cycle, the highest learning rate divided by the last one."""
     average: float = 0.0
-    """Fraction of all steps, the last ones, whose weights are averaged: at the end the mean replaces them.
-    one-cycle has fallen by then, and wants a --final-div of 5 to 20: a rate of about zero moves nothing."""
+    """Average the weights over this fraction of all steps, at the end of training; the mean replaces the
+    last weights. With one-cycle, set --final-div to 5 to 20: a learning rate near zero changes nothing."""
     label_smoothing: float = 0.0
-    """Share of each target's probability that is spread evenly over all classes."""
+    """Fraction of each target's probability that is spread evenly over all classes."""
     shift: float = 0.0
-    """Augmentation by random shifts, of at most this many pixels each way."""
+    """Augmentation by random shifts, of at most this many pixels in each direction."""
     rotate: float = 0.0
-    """Augmentation by random rotation, of at most this many degrees each way."""
+    """Augmentation by random rotation, of at most this many degrees in each direction."""
     scale: float = 0.0
-    """Augmentation by random zoom, of at most this fraction each way."""
+    """Augmentation by random zoom, in or out by at most this fraction."""
     seed: int = 0
-    """Seed of everything random: initial weights, order of samples, augmentation, dropout."""
+    """Seed of all randomness: initial weights, order of samples, augmentation, dropout."""
     sync: Sync = "tree"
-    """How gradients are added up: tree gives the same bits at any number of processes, ddp
-    (DistributedDataParallel) the same up to rounding."""
+    """How to sum gradients: tree gives the same bits at any number of processes, ddp
+    (DistributedDataParallel) the same except for rounding."""
     shards: int = 8
-    """Parts that a global batch is cut into: at most this many processes can share it."""
+    """Parts of a global batch: at most this many processes can share it."""
     precision: Precision = "fp32"
-    """Arithmetic of the model: fp32, or bf16 by autocast (the weights stay fp32)."""
+    """Precision of the model's arithmetic: fp32, or bf16 by autocast (the weights stay fp32)."""
 
     def __post_init__(self) -> None:
         """Raises `UsageError` for impossible values."""
@@ -186,43 +184,43 @@ class Recipe:
         require(1 <= self.final_div < math.inf, "final_div", "at least 1", self)
         for name in ("warmup", "average"):
             require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", self)
-        falls = self.schedule != "one-cycle" or not self.average or self.warmup + self.average < 1
-        require(falls, "average", f"below 1 - --warmup {self.warmup}, where one-cycle falls", self)
+        fits = self.schedule != "one-cycle" or not self.average or self.warmup + self.average < 1
+        require(fits, "average", f"below 1 - --warmup {self.warmup}, where one-cycle falls", self)
         require(0 <= self.seed < 2**63, "seed", "between 0 and 2^63 - 1", self)
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """Steps of the whole run."""
-        every = self.epochs * steps_per_epoch
-        return min(self.steps, every) if self.steps else every
+        """Return the number of steps of the whole run."""
+        total = self.epochs * steps_per_epoch
+        return min(self.steps, total) if self.steps else total
 
     def averaged_steps(self, total: int) -> int:
-        """How many of `total` steps, the last ones, have their weights averaged; 0 where none are."""
+        """Return over how many of the last of `total` steps the weights are averaged; 0: not averaged."""
         return max(1, round(self.average * total)) if self.average else 0
 
     def check_size(self, world_size: int) -> None:
-        """Raise `UsageError` for more ranks than shards: some would have nothing to do."""
+        """Raise `UsageError` if there are more ranks than shards: some would have nothing to do."""
         if world_size > self.shards:
             raise UsageError(
-                f"{world_size} processes cannot share {self.shards} shards: start {self.shards} at most, "
-                f"or use --shards {world_size} or more (a recipe's answer depends on its shards)"
+                f"{world_size} processes cannot share {self.shards} shards: start at most {self.shards}, "
+                f"or use --shards {world_size} or more (the weights depend on the number of shards)"
             )
 
     def replace(self, **changes: Any) -> Self:
-        """A recipe that differs in these fields."""
+        """Return a copy with these fields changed."""
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Field names to plain values, in the order of the class."""
+        """Return the fields as plain values, in the order of the class."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str) -> Self:
-        """The inverse of `to_dict`; missing fields take their defaults. `where` is named in errors."""
+        """Invert `to_dict`. Missing fields take their defaults. Raises `UsageError`, naming `where`."""
         known = {field.name: field for field in dataclasses.fields(cls)}
         for name, value in values.items():
             if name not in known:
                 raise UsageError(f"{where}: there is no recipe field {name!r}{did_you_mean(name, known)}")
-            _check_type(known[name], value, where)
+            _check_type(f"{where}: {name}", known[name], value)
         try:
             floats = {name for name, field in known.items() if field.type is float}
             fields: dict[str, Any] = {k: float(v) if k in floats else v for k, v in values.items()}
@@ -231,10 +229,10 @@ class Recipe:
             raise UsageError(f"{where}: {error}") from None
 
     def differences(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:
-        """Fields in which two recipes differ in a way that moves the weights: name to (self, other).
+        """Return the fields whose difference changes the weights: name to (self, other).
 
-        The numbers of epochs and steps count only where something looks ahead to the run's end: with a
-        constant or stepwise rate, and no average taken, a longer run begins exactly like a shorter one.
+        With a constant or stepwise learning rate and no average, a longer run begins exactly like a shorter
+        one. The numbers of epochs and steps then do not count.
         """
         mine, theirs = self.to_dict(), other.to_dict()
         if self.schedule in ("constant", "step") and not self.average:
@@ -242,48 +240,44 @@ class Recipe:
         return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
 
 
-def require(good: bool, name: str, rule: str, owner: object) -> None:
-    """Raise `UsageError`, naming the flag and its value, unless `good`."""
-    if not good:
+def require(condition: bool, name: str, rule: str, owner: object) -> None:
+    """Raise `UsageError` unless `condition`: the flag of `owner`'s field `name` must be `rule`."""
+    if not condition:
         raise UsageError(f"{flag(name)} must be {rule}, not {getattr(owner, name)}")
 
 
-_WORDS = {int: "a whole number", float: "a number", str: "text", Path: "a path", type(None): "None"}
+_TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", Path: "a path", type(None): "None"}
 
 
 def _fits(value: object, kind: Any) -> bool:
-    """Whether a value is of a field's type; from Python, anything may be given."""
-    if choices := getattr(kind, "__args__", ()):  # of a union, or a Literal
+    """Return whether a value has a field's type. Callers from Python may pass anything."""
+    if choices := getattr(kind, "__args__", ()):  # a union, or a Literal
         return any(
             _fits(value, choice) if isinstance(choice, type) else value == choice for choice in choices
         )
     return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
 
 
-def _kind(kind: Any) -> str:
-    choices = getattr(kind, "__args__", (kind,))
-    return " or ".join(_WORDS.get(choice, str(choice)) for choice in choices)
-
-
-def _check_type(field: dataclasses.Field[Any], value: object, where: str) -> None:
+def _check_type(name: str, field: dataclasses.Field[Any], value: object) -> None:
+    """Raise `UsageError`, which calls the value `name`, if it does not have the field's type."""
     if not _fits(value, field.type):
-        choices = getattr(field.type, "__args__", None)
-        told = f"one of {', '.join(choices)}" if choices else _kind(field.type)
-        raise UsageError(f"{where}: {field.name} must be {told}, not {value!r}")
+        choices = getattr(field.type, "__args__", (field.type,))
+        allowed = " or ".join(_TYPE_NAMES.get(choice, str(choice)) for choice in choices)
+        raise UsageError(f"{name} must be {allowed}, not {value!r}")
 
 
 def flag(name: str) -> str:
-    """A field's name as its command-line flag."""
+    """Return a field's command-line flag."""
     return "--" + name.replace("_", "-")
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with the program."""
+    """Return the names of the recipes that come with the program, sorted."""
     return sorted(Path(entry.name).stem for entry in _RECIPES.iterdir() if entry.name.endswith(".toml"))
 
 
 def load_recipe(name: str) -> Recipe:
-    """The recipe called `name`, or the one in the TOML file of that path. Raises `UsageError`."""
+    """Return the recipe called `name`, or the one in the TOML file `name`. Raises `UsageError`."""
     names = recipe_names()
     if name in names:
         text = (_RECIPES / f"{name}.toml").read_text()

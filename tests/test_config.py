@@ -1,4 +1,4 @@
-"""Recipes and run options: every bad value is refused by name, every good one survives a round trip."""
+"""Recipes and run options: bad values are refused by name, good ones survive a round trip."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ OTHER: dict[str, Any] = {
     "shards": 5,
     "precision": "bf16",
 }
-"""A value for each field that is not the default."""
+"""For each field a value that is not the default."""
 
 
 def problem(values: dict[str, Any]) -> str:
@@ -57,7 +57,7 @@ def problem(values: dict[str, Any]) -> str:
     return str(caught.value)
 
 
-def test_the_table_above_names_every_field_and_no_default() -> None:
+def test_other_has_every_field_and_no_default() -> None:
     assert set(OTHER) == {field.name for field in dataclasses.fields(Recipe)}
     assert all(getattr(Recipe(), name) != value for name, value in OTHER.items())
 
@@ -73,7 +73,7 @@ def test_missing_fields_take_their_defaults() -> None:
     assert Recipe.from_dict({"epochs": 9}, "here") == Recipe(epochs=9)
 
 
-def test_whole_numbers_do_for_fractions() -> None:
+def test_whole_numbers_are_allowed_for_floats() -> None:
     recipe = Recipe.from_dict({"lr": 1, "shift": 2}, "here")
     assert (recipe.lr, recipe.shift) == (1.0, 2.0)
     assert isinstance(recipe.lr, float)
@@ -106,9 +106,9 @@ def test_impossible_values_of_a_recipe(name: str, values: list[Any], rule: str) 
     for value in values:
         with pytest.raises(UsageError) as caught:
             Recipe().replace(**{name: value})
-        said = f"--{name.replace('_', '-')} must be {rule}, not {value}"
-        assert str(caught.value) == said
-        assert problem({name: value}) == f"here: {said}"
+        message = f"--{name.replace('_', '-')} must be {rule}, not {value}"
+        assert str(caught.value) == message
+        assert problem({name: value}) == f"here: {message}"
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_impossible_values_of_a_recipe(name: str, values: list[Any], rule: str) 
         ("weight_decay", [0.0]),
     ],
 )
-def test_the_ends_of_a_range_are_in_it(name: str, values: list[Any]) -> None:
+def test_the_limits_of_a_range_are_allowed(name: str, values: list[Any]) -> None:
     for value in values:
         assert getattr(Recipe().replace(**{name: value}), name) == value
 
@@ -146,7 +146,7 @@ def test_impossible_values_of_a_run(name: str, value: Any, rule: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["train_size", "test_size", "data_seed"])
-def test_sizes_and_seed_are_for_drawn_digits_only(name: str) -> None:
+def test_sizes_and_seed_are_for_generated_digits_only(name: str) -> None:
     values: dict[str, Any] = {name: 7}
     for dataset in ("generated", "auto"):
         assert getattr(Run(dataset=dataset, **values), name) == 7
@@ -157,9 +157,7 @@ def test_sizes_and_seed_are_for_drawn_digits_only(name: str) -> None:
 
 
 def test_auto_resume_needs_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(
-        UsageError, match=r"^--resume auto needs --out: the folder of the run to go on with$"
-    ):
+    with pytest.raises(UsageError, match=r"^--resume auto needs --out: the folder of the run to resume$"):
         Run(resume="auto")
     assert Run(resume="auto", out=tmp_path).resume == "auto"
     assert Run(resume="some.pt").out is None
@@ -169,14 +167,16 @@ def test_auto_resume_needs_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "0", "0 epochs", "-1", "1.5 epochs", "often", "2 days", "epoch", "1 2"]
 )
-def test_impossible_distances(name: str, text: str) -> None:
+def test_impossible_intervals(name: str, text: str) -> None:
     seconds = "'5 seconds', " if name == "checkpoint_every" else ""
-    said = rf"^--{name.replace('_', '-')} must be like {seconds}500 \(steps\) or '2 epochs', not '{text}'$"
+    message = (
+        rf"^--{name.replace('_', '-')} must be like {seconds}500 \(steps\) or '2 epochs', not '{text}'$"
+    )
     values: dict[str, Any] = {name: text}
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         Run(**values)
     if name == "eval_every":
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             steps_between(text, 10, name)
 
 
@@ -197,7 +197,7 @@ def test_checkpoints_by_time_or_by_steps(text: str, steps: int | None, seconds: 
 
 
 @pytest.mark.parametrize("text", ["0 seconds", "0.0 s", "-1 s", "seconds", "1 hour"])
-def test_impossible_times(text: str) -> None:
+def test_impossible_durations(text: str) -> None:
     with pytest.raises(UsageError, match=r"^--checkpoint-every must be like '5 seconds', "):
         Run(checkpoint_every=text)
 
@@ -211,7 +211,7 @@ def test_impossible_times(text: str) -> None:
         ("hang_after", float("nan"), "at least 1"),
     ],
 )
-def test_impossible_patience(name: str, value: float, rule: str) -> None:
+def test_impossible_limits(name: str, value: float, rule: str) -> None:
     values: dict[str, Any] = {name: value}
     with pytest.raises(UsageError, match=f"^--{name.replace('_', '-')} must be {rule}, not {value}$"):
         Run(**values)
@@ -230,12 +230,12 @@ def test_impossible_patience(name: str, value: float, rule: str) -> None:
         ("3epochs", 705),
     ],
 )
-def test_distances(text: str, steps: int) -> None:
+def test_intervals(text: str, steps: int) -> None:
     assert steps_between(text, 235, "eval_every") == steps
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"epoch": 3}, "here: there is no recipe field 'epoch'; did you mean epochs?"),
         ({"epochs": "3"}, "here: epochs must be a whole number, not '3'"),
@@ -245,22 +245,22 @@ def test_distances(text: str, steps: int) -> None:
         ({"lr": True}, "here: lr must be a number, not True"),
         ({"lr": [0.1]}, "here: lr must be a number, not [0.1]"),
         ({"model": 3}, "here: model must be text, not 3"),
-        ({"sync": "ring"}, "here: sync must be one of tree, ddp, not 'ring'"),
-        ({"optimizer": ["sgd"]}, "here: optimizer must be one of adam, adamw, sgd, muon, not ['sgd']"),
-        ({"precision": "fp8"}, "here: precision must be one of fp32, bf16, not 'fp8'"),
-        ({"schedule": 1}, "here: schedule must be one of constant, step, cosine, one-cycle, not 1"),
+        ({"sync": "ring"}, "here: sync must be tree or ddp, not 'ring'"),
+        ({"optimizer": ["sgd"]}, "here: optimizer must be adam or adamw or sgd or muon, not ['sgd']"),
+        ({"precision": "fp8"}, "here: precision must be fp32 or bf16, not 'fp8'"),
+        ({"schedule": 1}, "here: schedule must be constant or step or cosine or one-cycle, not 1"),
     ],
 )
-def test_wrong_fields_and_types(values: dict[str, Any], said: str) -> None:
-    assert problem(values) == said
+def test_wrong_fields_and_types(values: dict[str, Any], message: str) -> None:
+    assert problem(values) == message
 
 
 def test_a_number_beyond_floating_point_is_refused() -> None:
-    """TOML has no largest integer."""
+    """TOML integers have no upper limit."""
     assert problem({"lr": 10**400}).startswith("here: ")
 
 
-def test_shipped_recipes_load_and_say_what_their_files_say() -> None:
+def test_shipped_recipes_equal_their_files() -> None:
     names = recipe_names()
     assert {"default", "classic"} <= set(names)
     folder = resources.files("distributed_mnist") / "recipes"
@@ -290,7 +290,7 @@ def test_a_recipe_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"epoch = 3", "{}: there is no recipe field 'epoch'"),
         (b"epochs = 'many'", "{}: epochs must be a whole number, not 'many'"),
@@ -302,12 +302,12 @@ def test_a_recipe_file(tmp_path: Path) -> None:
         (b"\x89PNG\r\n\x1a\n", "{} is not TOML: "),
     ],
 )
-def test_bad_recipe_files(tmp_path: Path, content: bytes, said: str) -> None:
+def test_bad_recipe_files(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "mine.toml"
     path.write_bytes(content)
     with pytest.raises(UsageError) as caught:
         load_recipe(str(path))
-    assert str(caught.value).startswith(said.format(path))
+    assert str(caught.value).startswith(message.format(path))
 
 
 def test_no_such_recipe(tmp_path: Path) -> None:
@@ -340,7 +340,7 @@ def test_all_differences_are_shown() -> None:
 @pytest.mark.parametrize(
     ("schedule", "counts"), [("constant", False), ("step", False), ("cosine", True), ("one-cycle", True)]
 )
-def test_epochs_count_where_the_rate_looks_ahead(schedule: Any, counts: bool) -> None:
+def test_epochs_count_if_the_schedule_depends_on_the_end(schedule: Any, counts: bool) -> None:
     short, long = Recipe(epochs=2, schedule=schedule), Recipe(epochs=5, schedule=schedule)
     assert short.differences(long) == ({"epochs": (2, 5)} if counts else {})
     assert long.differences(short) == ({"epochs": (5, 2)} if counts else {})
@@ -350,13 +350,13 @@ def test_epochs_count_where_the_rate_looks_ahead(schedule: Any, counts: bool) ->
 @pytest.mark.parametrize(
     ("schedule", "counts"), [("constant", False), ("step", False), ("cosine", True), ("one-cycle", True)]
 )
-def test_steps_count_where_the_rate_looks_ahead(schedule: Any, counts: bool) -> None:
+def test_steps_count_if_the_schedule_depends_on_the_end(schedule: Any, counts: bool) -> None:
     short, long = Recipe(steps=20, schedule=schedule), Recipe(steps=50, schedule=schedule)
     assert short.differences(long) == ({"steps": (20, 50)} if counts else {})
 
 
-def test_epochs_count_where_weights_are_averaged() -> None:
-    """When the averaging begins depends on where it ends."""
+def test_epochs_count_if_weights_are_averaged() -> None:
+    """The step at which averaging begins depends on the last step."""
     short, long = Recipe(epochs=2, average=0.5), Recipe(epochs=5, average=0.5)
     assert short.differences(long) == {"epochs": (2, 5)}
     assert long.differences(short) == {"epochs": (5, 2)}
@@ -371,7 +371,7 @@ def test_how_many_steps_are_averaged(average: float, total: int, steps: int) -> 
 
 
 @pytest.mark.parametrize(("steps", "total"), [(0, 30), (1, 1), (29, 29), (30, 30), (31, 30)])
-def test_a_run_ends_with_its_steps_or_its_epochs(steps: int, total: int) -> None:
+def test_a_run_ends_after_its_steps_or_its_epochs(steps: int, total: int) -> None:
     assert Recipe(epochs=3, steps=steps).total_steps(10) == total
 
 
@@ -380,6 +380,6 @@ def test_more_processes_than_shards() -> None:
     for size in (1, 7, 8):
         recipe.check_size(size)
     with pytest.raises(
-        UsageError, match=r"^9 processes cannot share 8 shards: .*8 at most.*--shards 9 or more"
+        UsageError, match=r"^9 processes cannot share 8 shards: .*at most 8.*--shards 9 or more"
     ):
         recipe.check_size(9)

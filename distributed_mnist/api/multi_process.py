@@ -21,7 +21,7 @@ from ..data import prefetch
 from ..data.datasets import Dataset
 from ..data.prefetch import PrefetchedData
 from ..distributed.world import World
-from ..errors import DmnistError, UsageError, WorkerLost, described
+from ..errors import DmnistError, UsageError, WorkerLost, described, write_line
 from ..launcher import spawn
 from ..launcher.rank_process import run_in_group
 from ..launcher.signals import StopSignals
@@ -70,7 +70,7 @@ def work(
         device=order.run.device,
         exact=order.recipe.sync == "tree",
         hang_after=order.run.hang_after,
-        tell=tell,
+        report_error=tell,
     )
 
 
@@ -100,7 +100,7 @@ def in_processes(
     def say(text: str) -> None:
         said.append(text)
         if verbose:
-            spawn.say(text)
+            write_line(text)
 
     with tempfile.TemporaryDirectory() as told, prefetch.Prefetcher(read) as data:
         order = WorkerTask(recipe, run, title, verbose, Path(told))

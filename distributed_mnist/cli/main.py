@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..common import environment
 from ..common.installed import version
-from ..errors import LaunchError, UsageError, tell, tidy_terminal, write_line
+from ..errors import LaunchError, UsageError, print_error, tidy_terminal, write_line
 
 if TYPE_CHECKING:
     from ..common.placement import Placement
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
         write_line("stopped at once")
         code = 130
     except Exception as error:
-        code = tell(error, debug="--debug" in arguments)
+        code = print_error(error, debug="--debug" in arguments)
     sys.exit(code)
 
 
@@ -85,7 +85,7 @@ def _train(command: "Train") -> int:
             )
             tasks.append(spawn.Task(f"{_WORKERS}:train", one, restarts, data.for_rank_zero))
         if command.ensemble > 1:
-            tasks.append(spawn.Task(f"{_WORKERS}:vote", command, hand=data.for_rank_zero))
+            tasks.append(spawn.Task(f"{_WORKERS}:vote", command, rank_zero_argument=data.for_rank_zero))
         return spawn.spawn(nproc, tasks)
 
 

@@ -1,4 +1,4 @@
-"""Small things that every other folder uses: keyed random numbers, digests, atomic files, and the like.
+"""Small modules that many folders use: keyed random numbers, digests, atomic file writes, placement.
 
 Nothing here imports from another folder. A file belongs here only if several folders need it.
 """

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written beside their final name, then renamed into place."""
+"""Write files atomically: under a temporary name in the same folder, then renamed."""
 
 import errno
 import os
@@ -10,21 +10,21 @@ from pathlib import Path
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Yields a temporary path in the folder of `path`; on success it is flushed and renamed to `path`.
+    """Yield a temporary path in the folder of `path`; on success, flush it and rename it to `path`.
 
-    The folder is made if need be. When the block raises, the temporary file goes and `path` is as it was;
-    a process killed meanwhile leaves a hidden `.part` file that nothing ever reads. Any number of processes
-    may write the same `path` at once: each has its own temporary file, and the last rename wins. Raises
-    OSError.
+    Creates the folder if necessary. If the block raises, the temporary file is removed and `path` is
+    unchanged. A process that is killed meanwhile leaves a hidden `.part` file, which nothing reads. Any
+    number of processes may write the same `path` at once: each has its own temporary file, and the last
+    rename wins. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    # Made here and not by `tempfile`, whose files nobody but their owner could read.
+    # Not by `tempfile`: only the owner could read its files.
     part.open("xb").close()
     try:
         yield part
         with part.open("rb+") as file:
-            os.fsync(file.fileno())  # else a power cut can leave the new name on an empty file
+            os.fsync(file.fileno())  # otherwise a power cut can leave an empty file under the new name
         part.replace(path)
         flush_folder(path.parent)
     finally:
@@ -32,18 +32,21 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 def flush_folder(folder: Path) -> None:
-    """Makes renames and removals in a folder survive a power cut. Raises OSError."""
+    """Make renames and removals in a folder survive a power cut. Raises OSError."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot, and need not
+        if error.errno not in (
+            errno.EINVAL,
+            errno.ENOTSUP,
+        ):  # some file systems do not support it, and do not need it
             raise
     finally:
         os.close(handle)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what killed writers left in a folder that nobody else writes to now. Raises OSError."""
+    """Remove the temporary files of killed writers. No process may be writing there now. Raises OSError."""
     for part in folder.glob(".*.part"):
         part.unlink(missing_ok=True)

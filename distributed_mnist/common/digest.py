@@ -1,7 +1,7 @@
-"""SHA-256 of structured values: how two runs, two ranks or two files are found to be equal.
+"""SHA-256 of nested values, to compare runs, ranks and files.
 
-The encoding is canonical: it depends on values, types, shapes and dictionary keys, not on the order in
-which a dictionary was filled, on strides, or on the device a tensor lies on.
+The encoding is canonical: it depends on values, types, shapes and dictionary keys. It does not depend on
+the order of a dictionary's entries, on strides, or on a tensor's device.
 """
 
 import hashlib
@@ -12,9 +12,9 @@ import torch
 
 
 def digest(value: object) -> str:
-    """SHA-256 in hexadecimal of nested dictionaries, sequences, scalars, arrays and tensors.
+    """Return the hexadecimal SHA-256 of nested dictionaries, sequences, scalars, arrays and tensors.
 
-    Raises `TypeError` for anything else, rather than hash what it cannot see into.
+    Raises `TypeError` for any other type, because its content is unknown here.
     """
     state = hashlib.sha256()
     _feed(state, value)
@@ -22,10 +22,11 @@ def digest(value: object) -> str:
 
 
 def chain(previous: str, ids: np.ndarray) -> str:
-    """The digest of a sequence one step longer: SHA-256 of the previous digest and the new ids.
+    """Extend the digest of a sequence by `ids`: SHA-256 of the previous digest and the new ids.
 
-    A running SHA-256 cannot be stored in a checkpoint; the end of a chain can, in 32 bytes.
-    `ids` is any integer array; it is hashed as little-endian int64.
+    `previous` and the result are hexadecimal. `ids` is an integer array of any type, hashed as
+    little-endian int64. A checkpoint cannot store the state of a running SHA-256, but it can store a
+    chain's 32 bytes.
     """
     return hashlib.sha256(bytes.fromhex(previous) + ids.astype("<i8").tobytes()).hexdigest()
 

@@ -1,5 +1,7 @@
-"""Settings for the libraries below us: environment variables, where the user's own come first, and
-malloc's."""
+"""Set environment variables for torch and its libraries, and options of malloc.
+
+A variable that the user has set keeps its value.
+"""
 
 import contextlib
 import ctypes
@@ -8,48 +10,53 @@ import re
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of <malloc.h>
 _MIB = 2**20
-_THEIRS = re.compile(r"(OMP|KMP|GOMP|MKL|ONEDNN|DNNL|ATEN|TORCH|NCCL|GLOO|CUDA|CUBLAS|HIP|ROCR|ZE)_\w+")
-_OURS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+_LIBRARY_VARIABLES = re.compile(
+    r"(OMP|KMP|GOMP|MKL|ONEDNN|DNNL|ATEN|TORCH|NCCL|GLOO|CUDA|CUBLAS|HIP|ROCR|ZE)_\w+"
+)
+_DEFAULTS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 def settings() -> dict[str, str]:
-    """The user's variables that change what torch and the libraries below it do: name to value, by name."""
-    names = sorted(name for name in os.environ if _THEIRS.fullmatch(name))
-    return {name: os.environ[name] for name in names if os.environ[name] != _OURS.get(name)}
+    """Return the user's variables that affect torch and its libraries: name to value, sorted by name."""
+    names = sorted(name for name in os.environ if _LIBRARY_VARIABLES.fullmatch(name))
+    return {name: os.environ[name] for name in names if os.environ[name] != _DEFAULTS.get(name)}
 
 
 def order_additions() -> None:
-    """cuBLAS adds in a fixed order only if it is told how much workspace to use."""
+    """Make cuBLAS add in a fixed order, which it does only with a workspace of fixed size."""
     _set("CUBLAS_WORKSPACE_CONFIG")
 
 
 def keep_torch_quiet() -> None:
-    """A process that is lost is told in one line of ours: torch's C++ adds a page of frames as a warning.
+    """Turn off warnings of torch's C++ code. Call it before torch is imported.
 
-    Read when torch is imported.
+    When a process is lost, this program prints one line; torch would add a long stack trace as a warning.
     """
     _set("TORCH_CPP_LOG_LEVEL")
 
 
 def _set(name: str) -> None:
-    os.environ.setdefault(name, _OURS[name])
+    os.environ.setdefault(name, _DEFAULTS[name])
 
 
 def use_interface(interface: str) -> None:
-    """gloo uses the interface that this host's own name resolves to: on many hosts that is the loopback,
-    which leads to no other host."""
+    """Make gloo use this network interface.
+
+    By default it uses the interface that the host's own name resolves to. On many hosts that is loopback,
+    which does not reach other hosts.
+    """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def keep_memory() -> None:
-    """Let the C library keep the memory that is freed, for the next step needs as much again.
+    """Make the C library keep freed memory, because the next step needs the same amount again.
 
-    Otherwise it gives large blocks back to the kernel, and each page that it asks for anew costs a fault
-    and is filled with zeros: two fifths of a step's time (docs/explanation/performance.md). Only glibc has
-    these settings.
+    Otherwise it returns large blocks to the kernel. Each new memory page then costs a page fault and is
+    filled with zeros: two fifths of a step's time (docs/explanation/performance.md). Only glibc has these
+    settings.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, 32 * _MIB)  # the most it takes
+        mallopt(_M_MMAP_THRESHOLD, 32 * _MIB)  # the largest value that it accepts
         mallopt(_M_TRIM_THRESHOLD, 1024 * _MIB)
         mallopt(_M_TOP_PAD, 64 * _MIB)

@@ -1,11 +1,11 @@
-"""What is installed, and how to install what is not."""
+"""Versions of installed packages, and the command that installs an extra."""
 
 import importlib.metadata
 import sys
 
 
 def version(package: str) -> str:
-    """As its own metadata tell; `not installed` where there are none, as in a copy of the source alone."""
+    """Return a package's version; `not installed` if it has no metadata, as in a copy of the source."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -13,5 +13,5 @@ def version(package: str) -> str:
 
 
 def install(extra: str) -> str:
-    """The command that installs one of our extras for this Python."""
+    """Return the command that installs one of this program's extras for this Python."""
     return f"{sys.executable} -m pip install 'distributed-mnist[{extra}]'"

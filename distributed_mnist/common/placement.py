@@ -1,4 +1,4 @@
-"""Where a process stands in its group, and what its host offers. Known before torch is imported."""
+"""A process's rank in its group, and the cores of its host. Needs no torch."""
 
 import os
 from dataclasses import dataclass
@@ -6,37 +6,38 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a process stands in its group, and where the group meets. Alone by default."""
+    """A process's rank and world size, and the address of the rendezvous. By default a single process."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
     host: str = "127.0.0.1"
-    """Address of rank 0's host, where the store listens."""
+    """Address of rank 0's host, on which the store listens."""
     ports: tuple[int, ...] = ()
-    """Ports to try there, the same list on every rank."""
+    """Ports of the store to try, the same on every rank."""
     store_exists: bool = False
-    """The launcher serves the store itself (torchrun does)."""
+    """Whether the launcher serves the store itself, as torchrun does."""
     job: str = "dmnist"
-    """The job's name: the same on all its ranks and in every attempt, other jobs' differ."""
-    starter: str = ""
-    """Which launcher started this process: the same through its restarts, another's differs. Empty for a
-    launcher that does not start a process again."""
+    """The job's name: the same on all its ranks and in every attempt, different for another job."""
+    launcher_id: str = ""
+    """Identifies the launcher that started this process: the same after each restart, different for another
+    launcher. Empty if the launcher does not restart processes."""
     parent: int = 0
-    """Process without which this one shall not go on; 0 if there is none."""
+    """Process id; this process stops when that one ends. 0 if there is none."""
     restarts: int = 0
-    """How often the launcher says that it has started this group again."""
+    """How often the launcher has restarted this group, by its own count."""
     own_device: bool = False
-    """The launcher shows each process its own device only (Slurm's --gpus-per-task)."""
+    """Whether each process sees only its own device (Slurm's --gpus-per-task)."""
     launcher: str = "alone"
+    """The launcher's name: alone, spawned (our own), torchrun, environment, srun or mpirun."""
 
 
 ALONE = Placement()
 
 
 def usable_cores() -> int:
-    """Processor cores this process may use: its affinity, or less where a container's quota says so."""
+    """Return how many cores this process may use: its affinity, or less if a container's quota is lower."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         with open("/sys/fs/cgroup/cpu.max") as file:  # noqa: PTH123

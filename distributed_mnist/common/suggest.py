@@ -1,17 +1,17 @@
-"""A name that was probably meant, for messages about one that is not known."""
+"""Suggest a known name in messages about an unknown one."""
 
 import difflib
 from collections.abc import Iterable
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """`; did you mean NAME?`, or nothing where none is like it."""
-    near = difflib.get_close_matches(name, list(known), 1, cutoff=cutoff)
-    return f"; did you mean {near[0]}?" if near else ""
+    """Return `; did you mean NAME?` for the most similar known name; empty if none is similar."""
+    similar = difflib.get_close_matches(name, list(known), 1, cutoff=cutoff)
+    return f"; did you mean {similar[0]}?" if similar else ""
 
 
 def unknown(kind: str, name: str, known: Iterable[str], other: str = "") -> str:
-    """That there is no such thing, which one was probably meant, and which there are."""
+    """Return the message that `name` does not exist, with a suggestion and the list of known names."""
     known = list(known)
-    meant = did_you_mean(name, known) or ";"
-    return f"there is no {kind} {name!r}{meant} there are {', '.join(known)}{other}"
+    suggestion = did_you_mean(name, known) or ";"
+    return f"there is no {kind} {name!r}{suggestion} there are {', '.join(known)}{other}"

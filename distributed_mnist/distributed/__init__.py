@@ -1,5 +1,5 @@
-"""The group of processes: where a process stands, how ranks meet, and their collectives.
+"""The process group: its launcher, its rendezvous, its collectives and its watchdog.
 
-In: the environment that a launcher made. Out: a `World`, whose methods are the program's collectives.
-A rank that hangs is found by `watchdog`, from the others' `heartbeat`.
+Input: the environment variables that a launcher sets. Output: a `World`, whose methods are the program's
+collectives. `watchdog` finds a rank that hangs, from the `heartbeat`s of all ranks.
 """

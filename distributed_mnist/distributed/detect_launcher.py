@@ -1,7 +1,8 @@
-"""How this process came to be: which launcher started it, and where that puts it in its group.
+"""Detect which launcher started this process, and read its rank and world size.
 
-The only file that reads launchers' environment variables. Knows torchrun (and torch.distributed.launch,
-Kubeflow, and whoever else speaks its variables), Slurm's srun, and MPI's mpirun; `spawn.py` is our own.
+Only this file reads the environment variables of launchers. It knows torchrun (with
+torch.distributed.launch, Kubeflow, and all others that set the same variables), Slurm's srun, and MPI's
+mpirun. Our own launcher (`launcher/spawn.py`) needs no variables.
 """
 
 import os
@@ -16,20 +17,20 @@ from ..common.placement import Placement
 from ..errors import LaunchError
 from .port_discovery import derived_ports
 
-_OPENMPI = tuple(f"OMPI_COMM_WORLD_{word}" for word in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+_OPENMPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
 _MPICH = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
-_AGENT = re.compile(r"torchrun|torch\.distributed|torch/distributed")
+_TORCHRUN_COMMAND = re.compile(r"torchrun|torch\.distributed|torch/distributed")
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def detect(env: Mapping[str, str] = os.environ) -> Placement | None:
-    """The place a launcher gave this process, or None if none started it.
+    """Return this process's placement, or None if no launcher started it.
 
-    Raises `LaunchError`, naming the variable, for an environment that is incomplete or absurd.
+    Raises `LaunchError`, naming the variable, if variables are missing or have impossible values.
     """
     if "RANK" in env or "WORLD_SIZE" in env or "LOCAL_RANK" in env:
         return _torchrun(env)
-    if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:  # srun; a batch script itself has no step
+    if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:  # srun; the batch script itself has no step
         return _slurm(env) if _integer(env, "SLURM_STEP_NUM_TASKS") > 1 else None
     for names in (_OPENMPI, _MPICH):
         if any(name in env for name in names):
@@ -40,16 +41,16 @@ def detect(env: Mapping[str, str] = os.environ) -> Placement | None:
 def _torchrun(env: Mapping[str, str]) -> Placement:
     for name in _TORCHRUN:
         if name not in env:
-            there = ", ".join(n for n in (*_TORCHRUN, "LOCAL_RANK") if n in env)
+            present = ", ".join(variable for variable in (*_TORCHRUN, "LOCAL_RANK") if variable in env)
             raise LaunchError(
-                f"{name} is not set, but {there} is: a launcher sets all of {', '.join(_TORCHRUN)}"
+                f"{name} is not set, but {present} is: a launcher sets all of {', '.join(_TORCHRUN)}"
             )
     if not env["MASTER_ADDR"].strip():
         raise LaunchError("MASTER_ADDR is empty")
     size = _integer(env, "WORLD_SIZE")
     local_size = _integer(env, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in env else 1
     elastic = "TORCHELASTIC_RUN_ID" in env
-    agent = _agent() if elastic else None
+    agent = _torchrun_agent() if elastic else None
     restarts = _integer(env, "TORCHELASTIC_RESTART_COUNT") if "TORCHELASTIC_RESTART_COUNT" in env else 0
     if local_size > 1 and "LOCAL_RANK" not in env:
         raise LaunchError("LOCAL_RANK is not set, but LOCAL_WORLD_SIZE is")
@@ -63,7 +64,7 @@ def _torchrun(env: Mapping[str, str]) -> Placement:
             ports=(_port(env),),
             store_exists=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             job=f"dmnist/{env.get('TORCHELASTIC_RUN_ID', '')}/{size}",
-            starter=_identity(agent) if agent else "",
+            launcher_id=_process_id(agent) if agent else "",
             parent=os.getppid() if agent else 0,
             restarts=restarts,
             launcher="torchrun" if elastic else "environment",
@@ -87,7 +88,8 @@ def _slurm(env: Mapping[str, str]) -> Placement:
             host=env.get("MASTER_ADDR", host),
             ports=_ports(env, name),
             job=name,
-            starter=f"slurm {env.get('SLURM_CLUSTER_NAME', '')} {job}.{step}",  # kept when it is requeued
+            # Without the restart count, so that it stays the same when the job is requeued.
+            launcher_id=f"slurm {env.get('SLURM_CLUSTER_NAME', '')} {job}.{step}",
             own_device="SLURM_GPUS_PER_TASK" in env or "gpu" in env.get("SLURM_TRES_PER_TASK", ""),
             launcher="srun",
         ),
@@ -100,12 +102,12 @@ def _mpi(env: Mapping[str, str], rank: str, size: str, local_rank: str, local_si
     one_host = _integer(env, size) == _integer(env, local_size)
     if not one_host and "MASTER_ADDR" not in env:
         raise LaunchError(
-            "MASTER_ADDR is not set: MPI tells nobody where rank 0 is, set it to that host's address"
+            "MASTER_ADDR is not set: MPI does not say where rank 0 is; set it to the address of that host"
         )
     job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or env.get("PMI_JOBID")
     if job is None and not one_host and "MASTER_PORT" not in env:
-        raise LaunchError("MASTER_PORT is not set, and this MPI gives its job no name to derive one from")
-    name = f"mpi-{job or os.getppid()}"  # on one host, its ranks are one launcher's children
+        raise LaunchError("MASTER_PORT is not set, and this MPI has no job name to derive a port from")
+    name = f"mpi-{job or os.getppid()}"  # on one host, all ranks are children of one launcher
     return _checked(
         Placement(
             rank=_integer(env, rank),
@@ -122,19 +124,22 @@ def _mpi(env: Mapping[str, str], rank: str, size: str, local_rank: str, local_si
     )
 
 
-def _agent() -> psutil.Process | None:
-    """torchrun's agent: the parent, or above a shell between the two; None if out of our sight."""
+def _torchrun_agent() -> psutil.Process | None:
+    """Return torchrun's agent: the parent, or an ancestor if a shell is in between.
+
+    Returns None if this process cannot see its parents.
+    """
     try:
-        above = psutil.Process().parents()
-        named = (one for one in above if any(map(_AGENT.search, one.cmdline())))
-        return next(named, above[0] if above else None)
+        ancestors = psutil.Process().parents()
+        agents = (process for process in ancestors if any(map(_TORCHRUN_COMMAND.search, process.cmdline())))
+        return next(agents, ancestors[0] if ancestors else None)
     except psutil.Error:
         return None
 
 
-def _identity(process: psutil.Process) -> str:
-    """A process told from any other that had or will have its number on this host."""
-    try:  # in ticks since the start: other clocks are set while programs run
+def _process_id(process: psutil.Process) -> str:
+    """Return an identifier that stays unique on this host when the process number is used again."""
+    try:  # in ticks since the host started: other clocks can be changed while programs run
         started = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         started = str(process.create_time())
@@ -152,15 +157,18 @@ def _checked(placement: Placement, rank: str, size: str) -> Placement:
 
 
 def _ports(env: Mapping[str, str], name: str) -> tuple[int, ...]:
-    """Ports every rank of a job derives alike; only an explicit MASTER_PORT is insisted on."""
+    """Return MASTER_PORT alone if it is set, else the ports that every rank derives from the job's name."""
     if "MASTER_PORT" in env:
         return (_port(env),)
     return derived_ports(name)
 
 
 def _first_slurm_host(env: Mapping[str, str]) -> str:
-    """Rank 0's host: the first of the step's. Falls back on the address srun was called from (a batch
-    script runs on the first node) where that name does not resolve."""
+    """Return rank 0's host: the first host of the step.
+
+    If its name does not resolve, return the address of the host where srun was called: a batch script runs
+    on the first node.
+    """
     nodes = env.get("SLURM_STEP_NODELIST") or _text(env, "SLURM_JOB_NODELIST")
     host = _first_of_hostlist(nodes)
     try:
@@ -171,13 +179,13 @@ def _first_slurm_host(env: Mapping[str, str]) -> str:
 
 
 def _first_of_hostlist(nodes: str) -> str:
-    """`rack[07-09,12]n1,login` to `rack07n1`."""
+    """Return the first host of a Slurm host list: `rack[07-09,12]n1,login` to `rack07n1`."""
     first = re.split(r",(?![^\[]*\])", nodes)[0]
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
 
 
 def _tasks_on_node(text: str, node: int) -> int:
-    """`2(x3),1` lists tasks per node: 2, 2, 2, 1."""
+    """Return the number of tasks on a node. `2(x3),1` means 2, 2, 2, 1 tasks on the four nodes."""
     counts: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
@@ -198,7 +206,7 @@ def _port(env: Mapping[str, str]) -> int:
 
 def _text(env: Mapping[str, str], name: str) -> str:
     if name not in env:
-        raise LaunchError(f"{name} is not set, though this process seems to be started by srun")
+        raise LaunchError(f"{name} is not set, though srun seems to have started this process")
     return env[name]
 
 

@@ -1,4 +1,4 @@
-"""Which device a rank computes on."""
+"""Choose the device on which a rank computes."""
 
 import torch
 
@@ -7,10 +7,10 @@ from ..errors import LaunchError
 
 
 def choose_device(placement: Placement) -> torch.device:
-    """This rank's accelerator if the host has one for each of its ranks, the CPU if it has none.
+    """Return this rank's accelerator, or the CPU on a host without accelerators.
 
-    Raises `LaunchError` for more processes than devices: two ranks on one GPU would be slower than one,
-    and NCCL refuses them with a less helpful message.
+    Raises `LaunchError` if the host has more processes than devices. Two ranks on one GPU would be slower
+    than one, and NCCL refuses them with a less helpful message.
     """
     if not torch.accelerator.is_available():
         return torch.device("cpu")
@@ -23,7 +23,7 @@ def choose_device(placement: Placement) -> torch.device:
             f"{placement.local_size} processes on this host but {count} {kind.type.upper()} device"
             f"{'s' if count > 1 else ''}: start at most {count}"
         )
-        error.on_one_rank = False  # the others find the same
+        error.on_one_rank = False  # the other ranks on this host raise the same
         raise error
     torch.accelerator.set_device_index(index)
     return torch.device(kind.type, index)

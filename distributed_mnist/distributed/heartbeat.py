@@ -1,6 +1,6 @@
-"""What a rank is doing, as it tells the others, and what they make of it when nothing moves.
+"""Describe a rank in a heartbeat, and diagnose a group that makes no progress.
 
-Everything here is plain values and pure functions; `watch.py` has the threads.
+This file has only plain values and pure functions; `watchdog` has the threads.
 """
 
 import contextlib
@@ -14,59 +14,62 @@ from types import FrameType
 
 from .membership import Peer
 
-_OWN = str(Path(__file__).parents[1])
+_PACKAGE = str(Path(__file__).parents[1])
 _LIBRARIES = (sys.base_prefix, sys.prefix, "<")
-_SOON = 0.5  # seconds: within about this all ranks look
+_CHECKS_APART = 0.5  # seconds: all ranks check within about this time of each other
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """A sign of life: what a rank was doing at `clock`, by its own clock."""
+    """What a rank is doing at one moment. Its JSON goes through the group's store."""
 
     number: int
-    """Counts the signs, so that one that is repeated is known to be old."""
+    """Counts a rank's heartbeats. A repeated number means that no new heartbeat has arrived."""
     phase: str
     step: int
     waiting: str | None
-    """The collective in which it waits for others."""
+    """The collective in which the rank waits for others."""
     idle: float
-    """Seconds since its main thread last got further."""
+    """Seconds since the main thread last made progress."""
     patience: float
-    """Seconds that this phase may take without getting further."""
+    """Seconds that this phase may take without progress."""
     where: str
-    """The line of the model or of the program that its main thread is in."""
+    """The line of the user's model or of this program that the main thread executes."""
     clock: str
+    """Time of day on the rank's host, as HH:MM:SS."""
 
     def encode(self) -> str:
-        """As text."""
+        """Return the heartbeat as JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
     def decode(cls, text: bytes) -> "Heartbeat":
-        """The inverse of `encode`."""
+        """Invert `encode`."""
         return cls(**json.loads(text))
 
 
 class RankStatus:
-    """Kept by a rank's main thread, read by its watching threads; single assignments, so no lock.
+    """The current phase, step and wait of a rank, from which its heartbeats are made.
 
-    The clock is set back first: read in between, the rank has just begun what it did before.
+    The main thread writes and the watchdog's threads read. Every write is a single assignment, so there is
+    no lock. Each method resets `last_progress` first: a reader between two assignments then sees an old
+    phase with an idle time of zero, and not a new phase with the idle time of the old one.
     """
 
     def __init__(self, patience: float) -> None:
         self._patience = patience  # of an ordinary phase
         self.phase, self.step, self.patience = "starting", 0, patience
         self.waiting: str | None = None
-        self.since = time.monotonic()
+        self.last_progress = time.monotonic()
 
     def enter(self, phase: str, *, patience: float | None = None) -> None:
-        """From now on the rank is in this phase, which may take long without getting further."""
-        self.since = time.monotonic()
+        """Begin a phase that may take `patience` seconds without progress (at least the usual time)."""
+        self.last_progress = time.monotonic()
         self.phase, self.patience = phase, max(patience or 0.0, self._patience)
 
     @contextlib.contextmanager
     def during(self, phase: str, patience: float) -> Iterator[None]:
-        """In this phase for a while, and then in the one before again."""
+        """Be in this phase inside the `with` block, and in the previous one afterwards."""
         before = self.phase, self.patience
         self.enter(phase, patience=patience)
         try:
@@ -74,37 +77,37 @@ class RankStatus:
         finally:
             self.enter(before[0], patience=before[1])
 
-    def moved(self) -> None:
-        """The rank got further, within its phase."""
-        self.since = time.monotonic()
+    def made_progress(self) -> None:
+        """Note progress within the phase."""
+        self.last_progress = time.monotonic()
 
-    def at(self, step: int) -> None:
-        """The rank begins this step."""
-        self.since = time.monotonic()
+    def begin_step(self, step: int) -> None:
+        """Note that this training step begins."""
+        self.last_progress = time.monotonic()
         self.step = step
 
-    def wait(self, what: str | None) -> None:
-        """The rank begins to wait for others in a collective, or (None) has what it waited for."""
-        self.since = time.monotonic()
-        self.waiting = what
+    def set_waiting(self, collective: str | None) -> None:
+        """Note that the rank waits for others in a collective, or (None) that the wait is over."""
+        self.last_progress = time.monotonic()
+        self.waiting = collective
 
-    def slept(self, seconds: float) -> None:
-        """This process was stopped for so long, as by Ctrl-Z: that time does not count."""
-        self.since = min(self.since + seconds, time.monotonic())
+    def discount(self, seconds: float) -> None:
+        """Do not count these seconds as idle: the whole process was suspended, for example by Ctrl-Z."""
+        self.last_progress = min(self.last_progress + seconds, time.monotonic())
 
-    def sign(self, number: int, main_thread: int) -> Heartbeat:
-        """A sign of life."""
-        idle = time.monotonic() - self.since
-        where = _place(sys._current_frames().get(main_thread)) if idle > 1 else ""
+    def heartbeat(self, number: int, main_thread: int) -> Heartbeat:
+        """Return a heartbeat that describes this moment. `main_thread` is the main thread's identifier."""
+        idle = time.monotonic() - self.last_progress
+        where = _user_line(sys._current_frames().get(main_thread)) if idle > 1 else ""
         clock = time.strftime("%H:%M:%S")
         return Heartbeat(number, self.phase, self.step, self.waiting, idle, self.patience, where, clock)
 
 
-def _place(frame: FrameType | None) -> str:
-    """The innermost line outside of libraries: of a user's model, else of this program."""
+def _user_line(frame: FrameType | None) -> str:
+    """Return the innermost line outside of libraries: of the user's model, else of this program."""
     while frame is not None:
         file = frame.f_code.co_filename
-        if file.startswith(_OWN) or not ("site-packages" in file or file.startswith(_LIBRARIES)):
+        if file.startswith(_PACKAGE) or not ("site-packages" in file or file.startswith(_LIBRARIES)):
             return f"{Path(file).name}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
     return ""
@@ -112,79 +115,80 @@ def _place(frame: FrameType | None) -> str:
 
 @dataclass(frozen=True)
 class ReceivedHeartbeat:
-    """The last sign of a rank and when, by our own clock (monotonic), it was new to us."""
+    """The latest heartbeat of a rank, and when this rank first saw it, by its own monotonic clock."""
 
-    sign: Heartbeat
+    heartbeat: Heartbeat
     at: float
 
 
-def verdict(
+def diagnose(
     me: int,
     peers: Sequence[Peer],
-    heard: Mapping[int, ReceivedHeartbeat],
+    received: Mapping[int, ReceivedHeartbeat],
     *,
-    contact: float,
+    last_contact: float,
     now: float,
     limit: float,
     silence: float,
     store: str,
     asynchronous: bool = False,
 ) -> tuple[str, int] | None:
-    """Why nothing moves, in a sentence, and the rank that should tell it; None while it is too early.
+    """Explain in a sentence why the group makes no progress, and choose the rank that reports it.
 
-    `heard` has the latest sign of every rank, `me` included; `contact` is when the store at `store` last
-    answered. Everyone is looked at only when this rank itself has got no further for `limit` seconds; who
-    was not heard for `silence` seconds is stopped or out of reach. On devices that work by themselves
-    (`asynchronous`) a rank that waits for others cannot be told from one that just does not go on.
+    Returns None while there is no problem yet. `received` has the latest heartbeat of every rank, including
+    `me`. `last_contact` is when the store, which is at `store`, last answered. A rank examines the others
+    only when it has itself made no progress for `limit` seconds. A rank without a new heartbeat for
+    `silence` seconds is stopped or cannot be reached. On asynchronous devices the main thread runs ahead of
+    its device, so a rank that waits for others cannot be distinguished from one that is stuck.
     """
-    mine = heard[me].sign
-    waited = mine.idle + now - heard[me].at
+    mine = received[me].heartbeat
+    waited = mine.idle + now - received[me].at
     if waited < limit or not (mine.waiting or (asynchronous and waited >= mine.patience)):
         return None
     place = f"in {mine.waiting or 'a step'}, at step {mine.step}"
-    for_it = f"; rank {me} waited {waited:.0f} s for it {place} (--hang-after {limit:g})"
-    if now - contact > silence:
-        host = peers[0]
-        known = heard.get(0)
-        last = f": last heard of while {_doing(known.sign)}" if known and me != 0 else ""
-        return f"{host} is stopped or cannot be reached (its store at {store}){last}{for_it}", me
+    wait = f"; rank {me} waited {waited:.0f} s for it {place} (--hang-after {limit:g})"
+    if now - last_contact > silence:
+        known = received.get(0)
+        last = f": last heartbeat: {_activity(known.heartbeat)}" if known and me != 0 else ""
+        return f"{peers[0]} is stopped or cannot be reached (its store at {store}){last}{wait}", me
     suspects: list[str] = []
     waiting: dict[int, float] = {}
     for rank, peer in enumerate(peers):
-        known = heard.get(rank)
+        known = received.get(rank)
         if known is None or now - known.at > silence:
-            last = f"{_doing(known.sign)}, last sign of life at {known.sign.clock}" if known else "no sign"
+            last = "no heartbeat"
+            if known:
+                last = f"{_activity(known.heartbeat)}, last heartbeat at {known.heartbeat.clock}"
             suspects.append(f"{peer} is stopped or cannot be reached: {last}")
             continue
-        idle = known.sign.idle + now - known.at
-        overdue = idle >= 0.9 * known.sign.patience
-        if known.sign.waiting or (asynchronous and overdue):
+        heartbeat = known.heartbeat
+        idle = heartbeat.idle + now - known.at
+        overdue = idle >= 0.9 * heartbeat.patience
+        if heartbeat.waiting or (asynchronous and overdue):
             waiting[rank] = idle
         elif overdue:
-            where = f" in {known.sign.where}" if known.sign.where else ""
-            suspects.append(f"{peer} does not go on: {_doing(known.sign)} for {idle:.0f} s{where}")
-    # One of those who find it out now: who began to wait later would not be in time to tell.
-    teller = min((rank for rank, idle in waiting.items() if idle >= limit - _SOON), default=me)
+            where = f", in {heartbeat.where}" if heartbeat.where else ""
+            suspects.append(f"{peer} has made no progress for {idle:.0f} s: {_activity(heartbeat)}{where}")
+    # A rank that began to wait later has no diagnosis yet, and would be ended before it could report one.
+    reporter = min((rank for rank, idle in waiting.items() if idle >= limit - _CHECKS_APART), default=me)
     if suspects:
-        return f"{'; '.join(suspects)}{for_it}", teller
+        return f"{'; '.join(suspects)}{wait}", reporter
+    # A rank that does not wait is busy, and within its time. A rank that came to the collective only now
+    # may be the one that all others waited for.
     if len(waiting) < len(peers) or min(waiting.values()) < 0.9 * limit:
-        return None  # who does not wait is busy, and may be; who came late may be all that was waited for
+        return None
     if waited < mine.patience:
-        return None  # a phase that may take long: a large group's first meeting
-    stands = ", ".join(_stands(peer, heard[peer.rank].sign) for peer in peers[:8])
-    why = "a connection between them is cut, or they disagree about what comes next"
-    return f"no rank goes on, though all are alive ({stands}): {why}", teller
+        return None  # this phase may take long: the rendezvous of a large group
+    places = ", ".join(_place(peer, received[peer.rank].heartbeat) for peer in peers[:8])
+    cause = "a connection between them is cut, or they call different collectives"
+    return f"no rank makes progress, though all are alive ({places}): {cause}", reporter
 
 
-def _doing(sign: Heartbeat) -> str:
-    return f"{sign.phase}, step {sign.step}"
+def _activity(heartbeat: Heartbeat) -> str:
+    return f"{heartbeat.phase}, step {heartbeat.step}"
 
 
-def _stands(peer: Peer, sign: Heartbeat) -> str:
-    place = " ".join(
-        [
-            f"in {sign.waiting}" if sign.waiting else sign.phase,
-            *([f"({sign.where})"] if sign.where else []),
-        ]
-    )
-    return f"{peer} {place} at step {sign.step}"
+def _place(peer: Peer, heartbeat: Heartbeat) -> str:
+    activity = f"in {heartbeat.waiting}" if heartbeat.waiting else heartbeat.phase
+    line = f" ({heartbeat.where})" if heartbeat.where else ""
+    return f"{peer} {activity}{line} at step {heartbeat.step}"

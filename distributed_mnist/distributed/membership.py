@@ -1,9 +1,9 @@
-"""How a group finds itself at a store that may outlive it.
+"""Find out which processes are in the group, at a store that may be older than the group.
 
-torchrun's agent keeps one store through all restarts, so a new attempt meets what dead processes wrote
-there; a backend that reads a dead one's address hangs. Here every process comes with a token that nobody
-had before, rank 0 answers each with the name of this attempt, and only who acknowledged that name is
-counted. What an attempt writes goes under its name.
+torchrun's agent keeps one store through all restarts. A new attempt therefore finds keys there that dead
+processes wrote, and a backend that reads the address of a dead process hangs. To avoid this, every process
+writes a fresh random token. Rank 0 answers each token with the name of the current attempt, and counts a
+rank only after it has acknowledged that name. All other keys of an attempt carry its name as a prefix.
 """
 
 import json
@@ -20,79 +20,79 @@ from ..errors import LaunchError
 from .port_discovery import address_towards
 
 
-class KeyValues(Protocol):
-    """The part of torch's `Store` that is used here."""
+class KeyValueStore(Protocol):
+    """The methods of torch's `Store` that this package uses.
 
-    def set(self, key: str, value: str, /) -> object:
-        """Put a value."""
-        ...
+    `check` says whether all keys exist. `get` and `multi_get` wait for keys that do not exist yet.
+    """
 
-    def get(self, key: str, /) -> bytes:
-        """A value that is there."""
-        ...
-
-    def check(self, keys: list[str], /) -> bool:
-        """Whether all of them are there."""
-        ...
+    def set(self, key: str, value: str, /) -> object: ...  # noqa: D102
+    def get(self, key: str, /) -> bytes: ...  # noqa: D102
+    def check(self, keys: list[str], /) -> bool: ...  # noqa: D102
+    def multi_get(self, keys: list[str], /) -> list[bytes]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One process of the group, as people look for it."""
+    """One process of the group. Its JSON goes through the store, so the field names are a wire format."""
 
     rank: int
     host: str
     pid: int
     address: str = ""
-    """Of its host, on the way to rank 0's; empty on that host itself."""
+    """The host's address on the route to rank 0's host; empty if all ranks are on one host."""
     starter: str = ""
-    """See `Placement`."""
+    """The `launcher_id` of its `Placement`."""
     port: int = 0
-    """Where it can be reached there, if it listens."""
+    """The port on which the process accepts connections; 0 if it does not."""
 
     @classmethod
     def here(cls, placement: Placement, port: int = 0) -> Self:
-        """This process."""
+        """Describe this process."""
         one_host = placement.local_size == placement.size
         address = "" if one_host else address_towards(placement.host)
-        return cls(placement.rank, socket.gethostname(), os.getpid(), address, placement.starter, port)
+        return cls(placement.rank, socket.gethostname(), os.getpid(), address, placement.launcher_id, port)
 
     def __str__(self) -> str:
         return f"rank {self.rank} (pid {self.pid} on {self.host})"
 
 
 class Membership:
-    """One rank's part in meeting the others; `finish` is called until it returns true."""
+    """One rank's side of the protocol. Call `poll` until it returns True.
 
-    def __init__(self, store: KeyValues, me: Peer, size: int) -> None:
+    Attributes, known once `poll` has returned True: `attempt`, the name of this attempt of the group (rank
+    0 knows it from the start); `peers`, all ranks in order.
+    """
+
+    def __init__(self, store: KeyValueStore, me: Peer, size: int) -> None:
         self._store, self._rank, self._size = store, me.rank, size
         self._token = secrets.token_hex(8)
         self.attempt = self._token if me.rank == 0 else ""
-        """The name of this attempt; on other ranks than 0 known when the roll call is over."""
         self.peers: list[Peer] = []
-        """All ranks; known when the roll call is over."""
-        self._answered: dict[int, str] = {}
-        self._came: dict[int, Peer] = {me.rank: me}
+        self._answered: dict[int, str] = {}  # rank to the token that was answered
+        self._acknowledged: dict[int, Peer] = {me.rank: me}
         store.set(f"hello/{me.rank}", json.dumps([self._token, asdict(me)]))
 
-    def finish(self) -> bool:
-        """Do what can be done now; whether every rank is there and knows it."""
-        return self._call() if self._rank == 0 else self._answer()
+    def poll(self) -> bool:
+        """Do what can be done now without waiting. Return True when the membership is complete."""
+        return self._poll_rank_zero() if self._rank == 0 else self._poll_other_rank()
 
     def missing(self) -> Sequence[int]:
-        """On rank 0 the ranks that have not acknowledged; elsewhere nobody but rank 0 knows, so rank 0."""
-        return [r for r in range(self._size) if r not in self._came] if self._rank == 0 else [0]
+        """Return the ranks that have not acknowledged. Ranks above 0 know nothing of the others: rank 0."""
+        if self._rank > 0:
+            return [0]
+        return [rank for rank in range(self._size) if rank not in self._acknowledged]
 
-    def _call(self) -> bool:
+    def _poll_rank_zero(self) -> bool:
         for rank in range(1, self._size):
-            if rank not in self._came:
+            if rank not in self._acknowledged:
                 self._look_for(rank)
-        if len(self._came) == self._size:  # another look: who came early may have died and come again
+        if len(self._acknowledged) == self._size:  # check again: an early rank may have died and restarted
             for rank in range(1, self._size):
                 self._look_for(rank)
-        if len(self._came) < self._size:
+        if len(self._acknowledged) < self._size:
             return False
-        self.peers = [self._came[rank] for rank in range(self._size)]
+        self.peers = [self._acknowledged[rank] for rank in range(self._size)]
         self._store.set(f"{self.attempt}/all", json.dumps([asdict(peer) for peer in self.peers]))
         return True
 
@@ -100,18 +100,18 @@ class Membership:
         if not self._store.check([f"hello/{rank}"]):
             return
         token, peer = json.loads(self._store.get(f"hello/{rank}"))
-        if self._answered.get(rank) != token:  # the first we see of it, or it took a dead one's place
+        if self._answered.get(rank) != token:  # a new process, perhaps in the place of a dead one
             self._store.set(f"answer/{token}", self.attempt)
             self._answered[rank] = token
-            self._came.pop(rank, None)
+            self._acknowledged.pop(rank, None)
         if self._store.check([f"{self.attempt}/here/{token}"]):
-            self._came[rank] = Peer(**peer)
+            self._acknowledged[rank] = Peer(**peer)
 
-    def _answer(self) -> bool:
+    def _poll_other_rank(self) -> bool:
         if not self._store.check([f"answer/{self._token}"]):
             return False
         attempt = self._store.get(f"answer/{self._token}").decode()
-        if attempt != self.attempt:  # a rank 0 that died meanwhile may have answered before
+        if attempt != self.attempt:  # the first answer, or that of a restarted rank 0
             self._store.set(f"{attempt}/here/{self._token}", "")
             self.attempt = attempt
         if not self._store.check([f"{attempt}/all"]):
@@ -120,16 +120,16 @@ class Membership:
         return True
 
 
-def meet(store: KeyValues, me: Peer, size: int, *, where: str, seconds: float) -> Membership:
-    """The finished roll call of a group. Raises `LaunchError`, naming who is missing, after `seconds`.
+def join_group(store: KeyValueStore, me: Peer, size: int, *, where: str, seconds: float) -> Membership:
+    """Wait until the membership is complete. Raises `LaunchError`, naming missing ranks, after `seconds`.
 
-    A backend would wait as well, but inside of C++, where no signal is heard, and would name nobody.
+    A backend would wait as well, but inside C++, where no signal handler runs, and it would name no rank.
     """
-    call = Membership(store, me, size)
+    membership = Membership(store, me, size)
     deadline = time.monotonic() + seconds
-    while not call.finish():
+    while not membership.poll():
         if time.monotonic() > deadline:
-            absent = ", ".join(map(str, call.missing()))
+            absent = ", ".join(map(str, membership.missing()))
             raise LaunchError(f"still missing at {where} after {seconds:.0f} s: rank {absent}")
         time.sleep(0.005)
-    return call
+    return membership

@@ -1,8 +1,9 @@
-"""How ranks find rank 0 where no launcher passes a port around (Slurm, MPI).
+"""Find rank 0's port where the launcher does not pass one to all ranks (Slurm, MPI).
 
-All ranks derive the same few ports from the job's name. Rank 0 opens the first that is free and answers
-there with the job's name and the port of its store, which may be any; the others ask each in turn until
-one answers with their job's name. Whoever else listens on one of these ports costs a second, not the job.
+All ranks derive the same few ports from the job's name. Rank 0 listens on the first free one. It answers
+every connection with the job's name and the port of its store, which may be any port. The other ranks try
+each port until one answers with the name of their job. An unrelated program on one of the ports costs a
+second, and does not stop the job.
 """
 
 import contextlib
@@ -17,23 +18,28 @@ import psutil
 
 from ..errors import LaunchError, reason
 
-_FIRST, _COUNT, _TRIES = 20_000, 10_000, 8  # below the ports that systems hand out by themselves
+_FIRST, _COUNT, _TRIES = 20_000, 10_000, 8  # below the ports that operating systems assign by themselves
 
 
 def derived_ports(job: str) -> tuple[int, ...]:
-    """The ports of a job, the same on every rank."""
-    words = hashlib.sha256(job.encode()).digest()
-    return tuple(_FIRST + int.from_bytes(words[2 * i : 2 * i + 2], "big") % _COUNT for i in range(_TRIES))
+    """Return the ports of a job, the same on every rank."""
+    digest = hashlib.sha256(job.encode()).digest()
+    return tuple(_FIRST + int.from_bytes(digest[2 * i : 2 * i + 2], "big") % _COUNT for i in range(_TRIES))
+
+
+def open_listener(port: int = 0) -> socket.socket:
+    """Listen on this port (0: any free one) for IPv4 and, if the host has it, IPv6. Raises OSError."""
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    return socket.create_server(("", port), family=family, dualstack_ipv6=dual, backlog=1024)
 
 
 def announce(ports: tuple[int, ...], job: str, store_port: int) -> None:
-    """Answer on the first free port for the rest of this process's life. Raises `LaunchError`."""
-    dual = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if dual else socket.AF_INET
+    """Answer on the first free port until this process ends. Raises `LaunchError` if none is free."""
     problem = ""
     for port in ports:
         try:
-            listener = socket.create_server(("", port), family=family, dualstack_ipv6=dual)
+            listener = open_listener(port)
         except OSError as error:
             problem = reason(error)
         else:
@@ -44,9 +50,9 @@ def announce(ports: tuple[int, ...], job: str, store_port: int) -> None:
 
 
 def wait_for(host: str, port: int, seconds: float, hint: str = "") -> None:
-    """Return when something listens there. Raises `LaunchError`, with `hint`, after `seconds`.
+    """Return when something listens at this address. Raises `LaunchError`, with `hint`, after `seconds`.
 
-    The store's own client waits too, but deaf to signals.
+    The store's own client waits too, but no signal handler runs meanwhile.
     """
     deadline = time.monotonic() + seconds
     while True:
@@ -55,23 +61,23 @@ def wait_for(host: str, port: int, seconds: float, hint: str = "") -> None:
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise LaunchError(f"nobody listens at {host} port {port}: {reason(error)}{hint}") from None
+                raise LaunchError(f"nothing listens at {host} port {port}: {reason(error)}{hint}") from None
         time.sleep(0.02)
 
 
 def address_towards(host: str) -> str:
-    """This host's own address on the way to `host`; empty if there is no way, or none that leaves it."""
+    """Return this host's address on the route to `host`; empty if there is no route, or only loopback."""
     with contextlib.suppress(OSError):
         family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(address)  # asks for the route; nothing is sent
+            probe.connect(address)  # looks up the route; sends nothing
             mine = probe.getsockname()[0].partition("%")[0]
         return "" if ipaddress.ip_address(mine).is_loopback else mine
     return ""
 
 
 def interface_towards(hosts: Iterable[str]) -> str | None:
-    """This host's network interface that leads to the first of `hosts` that is another host."""
+    """Return the name of the network interface that leads to the first of `hosts` that is another host."""
     mine = next(filter(None, map(address_towards, hosts)), None)
     for name, addresses in psutil.net_if_addrs().items():
         if any(entry.address.partition("%")[0] == mine for entry in addresses):
@@ -80,20 +86,22 @@ def interface_towards(hosts: Iterable[str]) -> str | None:
 
 
 def find(host: str, ports: tuple[int, ...], job: str, seconds: float) -> int:
-    """The port of the store that this job's rank 0 announces. Raises `LaunchError` after `seconds`."""
+    """Return the store port that this job's rank 0 announces. Raises `LaunchError` after `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         for port in ports:
             try:
-                with socket.create_connection((host, port), timeout=1) as asked:
-                    words = [*asked.recv(1024).decode(errors="replace").split("\n"), "", ""]
+                with socket.create_connection((host, port), timeout=1) as connection:
+                    lines = [*connection.recv(1024).decode(errors="replace").split("\n"), "", ""]
             except OSError:
                 continue
-            if words[0] == _greeting(job, 0).partition("\n")[0] and words[1].isdecimal():
-                return int(words[1])
+            if lines[0] == _greeting(job, 0).partition("\n")[0] and lines[1].isdecimal():
+                return int(lines[1])
         time.sleep(0.1)
-    listed = ", ".join(map(str, ports))
-    raise LaunchError(f"no rank 0 of this job answers at {host} on ports {listed} within {seconds:.0f} s")
+    tried = ", ".join(map(str, ports))
+    raise LaunchError(
+        f"rank 0 of this job does not answer at {host} on ports {tried} within {seconds:.0f} s"
+    )
 
 
 def _greeting(job: str, store_port: int) -> str:
@@ -103,8 +111,8 @@ def _greeting(job: str, store_port: int) -> str:
 def _answer(listener: socket.socket, greeting: str) -> None:
     while True:
         try:
-            asker, _ = listener.accept()
-            with asker:
-                asker.sendall(greeting.encode())
-        except OSError:  # who asked is gone; the next may not be
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(greeting.encode())
+        except OSError:  # this client is gone; the next one may not be
             time.sleep(0.01)

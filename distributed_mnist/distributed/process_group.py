@@ -1,5 +1,7 @@
-"""torch's process group: the collectives of devices other than the CPU, and what DistributedDataParallel
-speaks through on any."""
+"""Collectives through torch's process group, for devices other than the CPU.
+
+DistributedDataParallel needs the process group on every device.
+"""
 
 import re
 from collections.abc import Mapping
@@ -15,65 +17,67 @@ from ..errors import LaunchError
 from . import port_discovery
 from .rendezvous import Rendezvous, reason_of
 
-_TIMEOUT = timedelta(hours=1)  # the backend's, which names nobody: the group's watch is there long before
+_TIMEOUT = timedelta(hours=1)  # the backend's, which names no rank: the watchdog acts long before
 _LOST = re.compile(r"gloo/transport|[Cc]onnection|\bpeer\b|NCCL|[Tt]imed? ?out|\b[Ss]tore\b", re.ASCII)
 
 
 class TorchProcessGroup:
-    """The same collectives as `SocketCollectives`, through torch. All ranks make it together. Raises
-    `LaunchError`."""
+    """The same collectives as `SocketCollectives`, through torch.
+
+    All ranks create it together. Raises `LaunchError` if the process group cannot be initialized.
+    """
 
     def __init__(
-        self, placement: Placement, meeting: Rendezvous, backend: str, device: torch.device
+        self, placement: Placement, rendezvous: Rendezvous, backend: str, device: torch.device
     ) -> None:
         self._size = placement.size
         if placement.local_size < placement.size:
-            others = [peer.address for peer in meeting.peers if peer.address]
+            others = [peer.address for peer in rendezvous.peers if peer.address]
             if (interface := port_discovery.interface_towards([placement.host, *others])) is not None:
                 environment.use_interface(interface)
         try:
             dist.init_process_group(
                 backend,
-                store=meeting.store,
+                store=rendezvous.store,
                 rank=placement.rank,
                 world_size=placement.size,
                 timeout=_TIMEOUT,
                 device_id=device if device.type != "cpu" else None,
             )
         except (RuntimeError, ValueError) as error:
-            raise LaunchError(f"cannot join the group: {reason_of(error)}") from error
+            raise LaunchError(f"cannot join the process group: {reason_of(error)}") from error
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """`(...)` to `(size, ...)`."""
+        """Stack all ranks' tensors by rank: `(...)` to `(size, ...)`."""
         gathered = tensor.new_empty((self._size, *tensor.shape))
         dist.all_gather(list(gathered.unbind()), tensor.contiguous())
         return gathered
 
     def all_to_all(self, rows: Tensor) -> Tensor:
-        """Row `j` to rank `j`."""
+        """Send row `j` to rank `j`; row `i` of the result is from rank `i`."""
         received = torch.empty_like(rows)
         dist.all_to_all_single(received, rows)
         return received
 
     def send_recv(self, sent: Mapping[int, Tensor], received: Mapping[int, Tensor]) -> None:
-        """To some ranks and from some, at once."""
+        """Send to some ranks and receive from some at the same time."""
         calls = [dist.P2POp(dist.irecv, tensor, rank) for rank, tensor in received.items()]
         calls += [dist.P2POp(dist.isend, tensor, rank) for rank, tensor in sent.items()]
         for work in dist.batch_isend_irecv(calls):
             work.wait()
 
     def broadcast_(self, tensor: Tensor, src: int) -> Tensor:
-        """Rank `src`'s values, in place."""
+        """Copy rank `src`'s values into every rank's tensor."""
         dist.broadcast(tensor, src=src)
         return tensor
 
     def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
-        """Added up in place, in the order that suits the backend."""
+        """Sum in place, in an order that the backend chooses."""
         dist.all_reduce(tensor)
         return tensor
 
     def all_reduce_max_(self, tensor: Tensor) -> Tensor:
-        """The largest in each place, in place."""
+        """Take the maximum of each element, in place."""
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 
@@ -83,7 +87,7 @@ class TorchProcessGroup:
 
 
 def backend_for(device: torch.device) -> str:
-    """The process group's backend for a device."""
+    """Return the process group's backend for a device. Raises `LaunchError` for MPS, which has none."""
     if device.type == "cpu":
         return "gloo"
     if device.type == "mps":
@@ -92,5 +96,5 @@ def backend_for(device: torch.device) -> str:
 
 
 def means_lost_peer(error: RuntimeError) -> bool:
-    """Whether a backend's complaint is that another process has gone."""
+    """Return whether a backend's error means that another process is gone."""
     return bool(_LOST.search(str(error)))

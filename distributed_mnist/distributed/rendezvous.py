@@ -1,4 +1,4 @@
-"""How a group meets: at a store that the launcher keeps, or rank 0, and by a roll call there."""
+"""Bring the ranks of a group together at a store, which the launcher or rank 0 serves."""
 
 import re
 import socket
@@ -9,42 +9,47 @@ import torch.distributed as dist
 from ..common.placement import Placement
 from ..errors import Hang, LaunchError, WorkerLost
 from . import port_discovery
-from .membership import Membership, Peer, meet
+from .membership import Membership, Peer, join_group
 
-RENDEZVOUS_SECONDS = 300.0  # hosts of one job can be minutes apart in starting
-_STORE_SECONDS = 30.0  # a store that the launcher keeps is there before we are
+RENDEZVOUS_SECONDS = 300.0  # the hosts of one job can start minutes apart
+_STORE_SECONDS = 30.0  # a store that the launcher serves exists before its processes
 _STALE = "; if that host is gone, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started"
 
 
 class Rendezvous:
-    """A group whose ranks have all met. Raises `LaunchError` if the others cannot be met.
+    """The result of a rendezvous: all ranks are present and know each other.
 
-    `listener` is a bound and listening socket for rank 0's store, where a launcher of ours holds one;
-    `port` is where this rank can be reached, `hang_after` how many seconds it waits for its siblings.
+    `listener` is a bound and listening socket for rank 0's store, if our own launcher opened one. `port` is
+    where this rank accepts connections. `hang_after` is how many seconds processes of our own launcher wait
+    for each other. Raises `LaunchError` if the other ranks cannot be reached.
 
-    Attributes: `peers`; `word`, which only this attempt of this group knows; `where` the store is, for
-    people; `store` and `signs`, two connections to it, since one may block.
+    Attributes: `peers`; `attempt`, a random name that only the ranks of this attempt know; `where`, the
+    store's address for messages; `store` and `heartbeat_store`, two connections to the store, since one may
+    block.
     """
 
     def __init__(
         self, placement: Placement, listener: socket.socket | None, port: int, hang_after: float
     ) -> None:
-        store = _meet(placement, listener)
+        store = _connect_store(placement, listener)
         self.where = f"{placement.host} port {store.port}"
-        jobs = dist.PrefixStore(placement.job, store)
+        job_store = dist.PrefixStore(placement.job, store)
         try:
-            call = _everyone(jobs, Peer.here(placement, port), placement, self.where, hang_after)
-            own = dist.PrefixStore(placement.job, _store(placement, store.port, serve=False))
+            membership = _join(job_store, Peer.here(placement, port), placement, self.where, hang_after)
+            second = dist.PrefixStore(placement.job, _store(placement, store.port, serve=False))
         except RuntimeError as error:
-            raise WorkerLost(f"lost rank 0 while meeting at {self.where} ({reason_of(error)})") from error
-        self.peers, self.word = call.peers, call.attempt
-        self.store, self.signs = dist.PrefixStore(self.word, jobs), dist.PrefixStore(self.word, own)
+            raise WorkerLost(
+                f"lost rank 0 during the rendezvous at {self.where} ({reason_of(error)})"
+            ) from error
+        self.peers, self.attempt = membership.peers, membership.attempt
+        self.store = dist.PrefixStore(self.attempt, job_store)
+        self.heartbeat_store = dist.PrefixStore(self.attempt, second)
 
 
-def _meet(placement: Placement, listener: socket.socket | None) -> dist.TCPStore:
-    """The store at which the group meets, served by the launcher or by rank 0. Raises `LaunchError`."""
+def _connect_store(placement: Placement, listener: socket.socket | None) -> dist.TCPStore:
+    """Serve the group's store, or connect to it. Raises `LaunchError`."""
     serve = placement.rank == 0 and not placement.store_exists
-    derived = len(placement.ports) > 1  # else the one port was told to all
+    derived = len(placement.ports) > 1  # else the launcher gave all ranks the same one port
     try:
         if listener is not None and serve:
             return _store(placement, listener.getsockname()[1], serve=True, listen_fd=listener.detach())
@@ -63,19 +68,17 @@ def _meet(placement: Placement, listener: socket.socket | None) -> dist.TCPStore
         return _store(placement, port, serve=False)
     except (RuntimeError, ValueError) as error:
         where = f"{placement.host}, port {placement.ports[0]}"
-        raise LaunchError(f"cannot meet the group at {where}: {reason_of(error)}") from error
+        raise LaunchError(f"cannot reach the group's store at {where}: {reason_of(error)}") from error
 
 
-def _everyone(
-    store: dist.Store, me: Peer, placement: Placement, where: str, hang_after: float
-) -> Membership:
-    """The finished roll call. Processes of our own launcher come at once, and can be started again."""
-    ours = placement.launcher == "spawned"
+def _join(store: dist.Store, me: Peer, placement: Placement, where: str, hang_after: float) -> Membership:
+    """Wait for all ranks. Processes of our own launcher start at once, and it can start them again."""
+    spawned = placement.launcher == "spawned"
+    seconds = max(hang_after, _STORE_SECONDS) if spawned else RENDEZVOUS_SECONDS
     try:
-        seconds = max(hang_after, _STORE_SECONDS) if ours else RENDEZVOUS_SECONDS
-        return meet(store, me, placement.size, where=where, seconds=seconds)
+        return join_group(store, me, placement.size, where=where, seconds=seconds)
     except LaunchError as error:
-        raise (Hang(str(error)) if ours else error) from None
+        raise (Hang(str(error)) if spawned else error) from None
 
 
 def _store(placement: Placement, port: int, *, serve: bool, listen_fd: int | None = None) -> dist.TCPStore:
@@ -91,6 +94,6 @@ def _store(placement: Placement, port: int, *, serve: bool, listen_fd: int | Non
 
 
 def reason_of(error: BaseException) -> str:
-    """The first sentence of a backend's message, without the place in its source that it begins with."""
+    """Return the first sentence of a backend's message, without the C++ source location in front."""
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return re.sub(r"\[[^\]]*\.cc:\d+\]\s*", "", first_line).split(". ")[0]

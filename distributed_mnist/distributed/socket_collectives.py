@@ -1,11 +1,12 @@
-"""Sockets between the ranks of a group on CPU, and the collectives over them.
+"""Collectives on CPU, over TCP sockets between the ranks.
 
-The rank that waits reads for itself. gloo has a thread for that, and where ranks compute on every core the
-kernel lets that thread wait for its turn: an exchange of 100 kB took two milliseconds, here it takes a
-tenth of one (docs/explanation/performance.md). And who reads a closed socket knows whose it was.
+The waiting rank's main thread reads the sockets itself. gloo has a thread for that. Where ranks compute on
+every core, that thread waits to be scheduled: an all-to-all of 100 kB took two milliseconds, and takes a
+tenth of a millisecond here (docs/explanation/performance.md). A closed socket also shows which rank is
+gone.
 
-Partners connect when they first have something to say. In a gather or a broadcast each rank speaks to
-those at distances 1, 2, 4, ... only, so that a group of a thousand has ten connections a rank.
+Two ranks connect when they first communicate. In an all-gather or a broadcast each rank communicates only
+with those at distances 1, 2, 4, ..., so in a group of a thousand each rank has ten connections.
 """
 
 import contextlib
@@ -20,51 +21,47 @@ from torch import Tensor
 from ..errors import WorkerLost, reason
 from .membership import Peer
 
-_LARGE = 4096  # elements: below, the time of a message counts more than what is in it
-_GREETING = 36  # bytes: the digest of the group's word, and a rank
-_CONNECT_SECONDS = 30.0  # where nothing answers at all, a system waits minutes
-_GREETING_SECONDS = 5.0  # whoever connects says at once who it is
-
-
-def open_listener() -> socket.socket:
-    """Where the others will reach this rank: a socket on a free port, open before anybody is told of it."""
-    dual = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if dual else socket.AF_INET
-    return socket.create_server(("", 0), family=family, dualstack_ipv6=dual, backlog=1024)
+_LARGE = 4096  # elements: in smaller messages the latency counts more than the length
+_GREETING_BYTES = 36  # the digest of the attempt's name, and a rank
+_CONNECT_SECONDS = 30.0  # where nothing answers at all, an operating system waits for minutes
+_GREETING_SECONDS = 5.0  # a rank that connects sends its greeting at once
 
 
 class SocketCollectives:
-    """The group's sockets. Collectives are called by all ranks in the same order, with tensors on the CPU.
+    """The collectives of a group whose tensors are on the CPU. All ranks call them in the same order.
 
-    `word` is the group's own: who does not know it is not let in. `host` is rank 0's. All raise
-    `WorkerLost`, naming the rank, when one they speak to has gone. (One that goes before it first connects
-    is found by the group's `watch`.)
+    `listener` accepts this rank's connections. `host` is the address of rank 0's host. `attempt` is the
+    name of this attempt of the group: a process that does not know it is refused. Every collective raises
+    `WorkerLost`, naming the rank, when a rank it communicates with is gone. (The watchdog finds a rank that
+    disappears before it first connects.)
     """
 
-    def __init__(self, rank: int, peers: Sequence[Peer], door: socket.socket, host: str, word: str) -> None:
+    def __init__(
+        self, rank: int, peers: Sequence[Peer], listener: socket.socket, host: str, attempt: str
+    ) -> None:
         self._rank, self._size, self._peers, self._host = rank, len(peers), peers, host
-        self._door = door
-        self._word = hashlib.sha256(word.encode()).digest()
-        self._links: dict[int, socket.socket] = {}
+        self._listener = listener
+        self._digest = hashlib.sha256(attempt.encode()).digest()
+        self._connections: dict[int, socket.socket] = {}
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """All ranks' tensors stacked by rank, `(...)` to `(size, ...)`, in log2(size) rounds.
+        """Stack all ranks' tensors by rank, `(...)` to `(size, ...)`, in log2(size) rounds.
 
-        Bruck and others, "Efficient algorithms for all-to-all communications", 1997: in each round a rank
-        passes on all it has, to the one as far back as that is much.
+        Bruck and others, "Efficient algorithms for all-to-all communications", 1997. In each round a rank
+        that has `n` rows sends them all to the rank `n` places before it.
         """
-        rows = tensor.new_empty((self._size, *tensor.shape))  # row i is of the i-th rank after this one
+        rows = tensor.new_empty((self._size, *tensor.shape))  # row i is from the i-th rank after this one
         rows[0] = tensor
-        have = 1
-        while have < self._size:
-            count = min(have, self._size - have)
-            after, before = (self._rank + have) % self._size, (self._rank - have) % self._size
-            self.send_recv({before: rows[:count]}, {after: rows[have : have + count]})
-            have += count
+        present = 1
+        while present < self._size:
+            count = min(present, self._size - present)
+            after, before = (self._rank + present) % self._size, (self._rank - present) % self._size
+            self.send_recv({before: rows[:count]}, {after: rows[present : present + count]})
+            present += count
         return rows.roll(self._rank, 0) if self._rank else rows
 
     def all_to_all(self, rows: Tensor) -> Tensor:
-        """Row `j` goes to rank `j`; row `i` of the answer came from rank `i`. `(size, ...)` both ways."""
+        """Send row `j` to rank `j`; row `i` of the result is from rank `i`. Both are `(size, ...)`."""
         rows = rows.contiguous()
         received = torch.empty_like(rows)
         received[self._rank] = rows[self._rank]
@@ -73,15 +70,15 @@ class SocketCollectives:
         return received
 
     def broadcast_(self, tensor: Tensor, src: int) -> Tensor:
-        """Rank `src`'s values in place on every rank, in log2(size) rounds: who has them passes them on.
+        """Copy rank `src`'s values into every rank's tensor, which is contiguous, in log2(size) rounds.
 
-        The tensor is contiguous.
+        In each round every rank that has the values sends them to one more rank.
         """
         place = (self._rank - src) % self._size
         distance = 1
         while distance < self._size and not place & distance:
             distance *= 2
-        if place:  # the lowest bit of a place says how far it is from whom it hears
+        if place:  # the lowest bit of a place is the distance to the rank that sends to it
             self.send_recv({}, {(self._rank - distance) % self._size: tensor})
         while (distance := distance // 2) > 0:
             if place + distance < self._size:
@@ -89,51 +86,53 @@ class SocketCollectives:
         return tensor
 
     def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
-        """Added up in place, in the order of ranks. Of a large tensor each rank adds a slice for all."""
+        """Sum in place, in the order of ranks. Of a large tensor each rank sums one slice for all."""
         if self._size == 2 or tensor.numel() < _LARGE:
-            return tensor.copy_(_added(self.all_gather(tensor)))
+            return tensor.copy_(_sum_in_order(self.all_gather(tensor)))
         width = -(-tensor.numel() // self._size)
         rows = tensor.new_zeros((self._size, width))
         rows.view(-1)[: tensor.numel()] = tensor.reshape(-1)
-        total = self.all_gather(_added(self.all_to_all(rows)))
+        total = self.all_gather(_sum_in_order(self.all_to_all(rows)))
         return tensor.copy_(total.view(-1)[: tensor.numel()].view(tensor.shape))
 
     def all_reduce_max_(self, tensor: Tensor) -> Tensor:
-        """The largest in each place, in place."""
+        """Take the maximum of each element, in place."""
         return tensor.copy_(self.all_gather(tensor).amax(0))
 
     def close(self) -> None:
-        """Hang up."""
-        for link in (self._door, *self._links.values()):
-            link.close()
+        """Close all connections."""
+        for connection in (self._listener, *self._connections.values()):
+            connection.close()
 
     def send_recv(self, sent: Mapping[int, Tensor], received: Mapping[int, Tensor]) -> None:
-        """Send to some ranks and receive from some, all at once; contiguous tensors, by rank.
+        """Send to some ranks and receive from some at the same time. Contiguous tensors, by rank.
 
-        Neither waits for the other: two ranks that send each other more than sockets hold would wait for
-        ever.
+        Sending does not wait for receiving or the other way round. Otherwise two ranks that send each other
+        more than sockets can hold would wait for ever.
         """
-        out = {rank: _bytes(tensor) for rank, tensor in sent.items() if tensor.numel()}
-        into = {rank: _bytes(tensor) for rank, tensor in received.items() if tensor.numel()}
-        links = {rank: self._link(rank) for rank in (*out, *into)}
-        while out or into:
+        to_send = {rank: _bytes(tensor) for rank, tensor in sent.items() if tensor.numel()}
+        to_receive = {rank: _bytes(tensor) for rank, tensor in received.items() if tensor.numel()}
+        connections = {rank: self._connection(rank) for rank in (*to_send, *to_receive)}
+        while to_send or to_receive:
             moved = False
-            for rank in list(out):
-                moved |= self._step(rank, out, lambda view, link=links[rank]: link.send(view))
-            for rank in list(into):
-                moved |= self._step(rank, into, lambda view, link=links[rank]: link.recv_into(view))
-            if not moved and (out or into):
+            for rank in list(to_send):
+                moved |= self._transfer(rank, to_send, connections[rank].send)
+            for rank in list(to_receive):
+                moved |= self._transfer(rank, to_receive, connections[rank].recv_into)
+            if not moved and (to_send or to_receive):
                 poll = select.poll()
-                for rank, link in links.items():
-                    wanted = select.POLLOUT * (rank in out) | select.POLLIN * (rank in into)
+                for rank, connection in connections.items():
+                    wanted = select.POLLOUT * (rank in to_send) | select.POLLIN * (rank in to_receive)
                     if wanted:
-                        poll.register(link, wanted)
+                        poll.register(connection, wanted)
                 poll.poll()
 
-    def _step(self, rank: int, left: dict[int, memoryview], move: Callable[[memoryview], int]) -> bool:
-        """Move what can be moved now of what is left for a rank; whether that was something."""
+    def _transfer(
+        self, rank: int, left: dict[int, memoryview], transfer: Callable[[memoryview], int]
+    ) -> bool:
+        """Transfer as much as possible now of what is left for a rank. Return whether any byte moved."""
         try:
-            count = move(left[rank])
+            count = transfer(left[rank])
         except BlockingIOError:
             return False
         except OSError as error:
@@ -146,47 +145,48 @@ class SocketCollectives:
             left[rank] = left[rank][count:]
         return True
 
-    def _link(self, rank: int) -> socket.socket:
-        """The connection with a rank: made by the higher of the two."""
-        while rank not in self._links:
+    def _connection(self, rank: int) -> socket.socket:
+        """Return the connection with a rank. The higher rank of the two opens it."""
+        while rank not in self._connections:
             if rank < self._rank:
-                self._links[rank] = self._connect(self._peers[rank])
+                self._connections[rank] = self._connect(self._peers[rank])
             else:
                 self._accept()
-        return self._links[rank]
+        return self._connections[rank]
 
     def _connect(self, peer: Peer) -> socket.socket:
-        place = peer.address or self._host, peer.port
+        host = peer.address or self._host
         try:
-            link = socket.create_connection(place, _CONNECT_SECONDS)
-            link.sendall(self._word + self._rank.to_bytes(4, "little"))
+            connection = socket.create_connection((host, peer.port), _CONNECT_SECONDS)
+            connection.sendall(self._digest + self._rank.to_bytes(4, "little"))
         except OSError as error:
-            where = f"at {place[0]} port {place[1]}"
-            raise WorkerLost(f"lost {peer}: {reason(error)} {where}") from error
-        return _prepared(link)
+            raise WorkerLost(f"lost {peer}: {reason(error)} at {host} port {peer.port}") from error
+        return _configured(connection)
 
     def _accept(self) -> None:
-        """Let one in, if it is of the group."""
-        link, _ = self._door.accept()
-        link.settimeout(_GREETING_SECONDS)
+        """Accept one connection, and close it unless it comes from a rank of this group."""
+        connection, _ = self._listener.accept()
+        connection.settimeout(_GREETING_SECONDS)
         greeting = b""
-        with contextlib.suppress(OSError):  # it said nothing, or went
-            while len(greeting) < _GREETING and (more := link.recv(_GREETING - len(greeting))):
-                greeting += more
-        word, rank = greeting[:-4], int.from_bytes(greeting[-4:], "little")
-        if len(greeting) == _GREETING and word == self._word and self._rank < rank < self._size:
-            self._links[rank] = _prepared(link)
+        with contextlib.suppress(OSError):  # it sent too little, or closed the connection
+            while len(greeting) < _GREETING_BYTES:
+                if not (received := connection.recv(_GREETING_BYTES - len(greeting))):
+                    break
+                greeting += received
+        digest, rank = greeting[:-4], int.from_bytes(greeting[-4:], "little")
+        if digest == self._digest and self._rank < rank < self._size:
+            self._connections[rank] = _configured(connection)
         else:
-            link.close()
+            connection.close()
 
 
-def _prepared(link: socket.socket) -> socket.socket:
-    link.setblocking(False)
-    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return link
+def _configured(connection: socket.socket) -> socket.socket:
+    connection.setblocking(False)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
 
 
-def _added(rows: Tensor) -> Tensor:
+def _sum_in_order(rows: Tensor) -> Tensor:
     total = rows[0].clone()
     for row in rows[1:]:
         total += row

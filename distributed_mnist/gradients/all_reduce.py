@@ -161,7 +161,7 @@ class DdpGradients:
             with nullcontext() if self._world.size == 1 else self._module.no_sync():  # type: ignore[operator]
                 self._surrogate_loss(forward_shards, shards, sizes).backward()
         last = self._surrogate_loss(forward_shards, self._passes[-1], sizes)
-        with self._world.communicating("a gradient sum", only=False):
+        with self._world.communicating("a gradient sum", also_computes=True):
             last.backward()
 
     def _surrogate_loss(self, forward_shards: ForwardShards, shards: range, sizes: Sequence[int]) -> Tensor:

@@ -1,5 +1,5 @@
-"""Start processes, look after them, and end them.
+"""Start the processes of a group, wait for them, restart them, and end them.
 
-`spawn` is our own launcher: it forks workers, passes signals on, and restarts the group when a worker
-dies. `rank_process` is the life of one process under any launcher.
+`spawn` is our own launcher: it forks workers, forwards signals to them, and restarts the group when a
+worker dies. `rank_process` runs one rank of a group, under any launcher.
 """

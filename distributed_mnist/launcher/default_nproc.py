@@ -1,4 +1,4 @@
-"""How many processes to start on this host when nobody said."""
+"""Choose how many processes to start on this host when the user does not say."""
 
 import sys
 from pathlib import Path
@@ -6,17 +6,17 @@ from pathlib import Path
 from ..common.placement import usable_cores
 from ..config import Recipe, Run
 
-# Roughly, on one core, forward and backward; and the work in a step below which a second process costs more
-# than it saves. Only used to choose a default: see docs/explanation/performance.md.
+# Approximate time of forward and backward on one core. Only used to choose a default: see
+# docs/explanation/performance.md.
 MICROSECONDS_PER_IMAGE = {"linear": 3, "mlp": 10, "cnn-small": 20, "cnn": 120, "cnn-large": 300}
-_WORTH_A_PROCESS = 1_500
+_MICROSECONDS_PER_PROCESS = 1_500  # with less work in a step, another process costs more than it saves
 
 
 def default_nproc(recipe: Recipe, options: Run) -> int:
-    """Processes to start where nobody said: one per accelerator, or on CPU as many as pay off.
+    """Return the number of processes: one per accelerator, or on CPU as many as are worth their cost.
 
-    On CPU that is one per core, up to the number of shards, as long as each has work enough in a step to
-    outweigh the exchange of gradients.
+    On CPU that is one per core, at most the number of shards, and only as many as have enough work in a
+    step to outweigh the all-reduce of gradients.
     """
     accelerators = 0 if options.device == "cpu" else _count_accelerators()
     if accelerators:
@@ -24,19 +24,22 @@ def default_nproc(recipe: Recipe, options: Run) -> int:
     step_microseconds = recipe.batch_size * MICROSECONDS_PER_IMAGE.get(
         recipe.model, MICROSECONDS_PER_IMAGE["cnn"]
     )
-    return max(1, min(usable_cores(), recipe.shards, step_microseconds // _WORTH_A_PROCESS))
+    return max(1, min(usable_cores(), recipe.shards, step_microseconds // _MICROSECONDS_PER_PROCESS))
 
 
 def trial_nproc(device: str) -> int:
-    """Processes to try exchanges between: one per accelerator, or on CPU per core, 2 to 4 of them."""
+    """Return how many processes test collectives: one per accelerator, or on CPU one per core, 2 to 4."""
     accelerators = 0 if device == "cpu" else _count_accelerators()
     return min(accelerators or max(usable_cores(), 2), 4)
 
 
 def _count_accelerators() -> int:
-    """Devices that torch can use; asks torch, whose import takes a second, only where there may be one."""
-    signs = ("/dev/nvidiactl", "/dev/kfd", "/dev/dri", "/dev/dxg")
-    if sys.platform != "darwin" and not any(Path(sign).exists() for sign in signs):
+    """Return the number of accelerators that torch can use.
+
+    It imports torch, which takes a second, only if a device file shows that there may be one.
+    """
+    device_files = ("/dev/nvidiactl", "/dev/kfd", "/dev/dri", "/dev/dxg")
+    if sys.platform != "darwin" and not any(Path(file).exists() for file in device_files):
         return 0
     import torch
 

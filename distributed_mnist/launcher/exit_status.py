@@ -1,4 +1,4 @@
-"""The ends of a group's processes, made one: what happened first, and what the others followed from."""
+"""Combine the exit codes of a group's processes into one exit status: that of the first cause."""
 
 import signal
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from multiprocessing.process import BaseProcess
 
 from ..errors import Interrupted, WorkerLost
 
-_UNKNOWN = 255  # what multiprocessing gives for a process whose end nobody can tell any more
+_UNKNOWN = 255  # multiprocessing's exit code of a process whose real one is not known any more
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,15 @@ class ExitStatus:
 
     code: int
     lost: str | None = None
-    """What happened, if it lost a process."""
+    """What happened, if the group lost a process."""
 
 
-def explained(failed: Sequence[tuple[int, BaseProcess]]) -> ExitStatus:
-    """The cause among a group's failures: a process ended by a signal, or an error of its own."""
+def group_exit_status(failed: Sequence[tuple[int, BaseProcess]]) -> ExitStatus:
+    """Return the cause among (rank, process) of all failures, in the order in which the processes ended.
+
+    The cause is a process that a signal ended, or else one with an error of its own. Processes that lost a
+    peer or were interrupted are consequences.
+    """
     for rank, worker in failed:
         if worker.exitcode is not None and worker.exitcode < 0:
             name = _signal_name(-worker.exitcode)
@@ -30,13 +34,13 @@ def explained(failed: Sequence[tuple[int, BaseProcess]]) -> ExitStatus:
             )
     codes = [worker.exitcode or 0 for _, worker in failed]
     if _UNKNOWN in codes:
-        return ExitStatus(WorkerLost.exit_code, "the server that the processes are forked from was ended")
-    own = [code for code in codes if code not in (WorkerLost.exit_code, Interrupted.exit_code)]
-    if own:
-        return ExitStatus(own[0])
+        return ExitStatus(WorkerLost.exit_code, "the server that forks the processes was ended")
+    own_errors = [code for code in codes if code not in (WorkerLost.exit_code, Interrupted.exit_code)]
+    if own_errors:
+        return ExitStatus(own_errors[0])
     if Interrupted.exit_code in codes:
         return ExitStatus(Interrupted.exit_code)
-    return ExitStatus(WorkerLost.exit_code, "the group fell apart")
+    return ExitStatus(WorkerLost.exit_code, "the group lost a process")
 
 
 def _signal_name(number: int) -> str:

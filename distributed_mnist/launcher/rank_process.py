@@ -1,4 +1,4 @@
-"""A process of a group, from its first line to its exit code."""
+"""Run one rank of a group: connect, do the work, and turn errors into an exit code."""
 
 import os
 import socket
@@ -11,8 +11,8 @@ from ..common import environment
 from ..common.placement import Placement
 from ..distributed.devices import choose_device
 from ..distributed.world import World
-from ..errors import Interrupted, tell
-from .signals import StoppedEarly, StopSignals, end_with
+from ..errors import Interrupted, print_error
+from .signals import StoppedEarly, StopSignals, stop_with_parent
 
 Body = Callable[[World, StopSignals], None]
 
@@ -27,18 +27,19 @@ def run_in_group(
     exact: bool = True,
     hang_after: float = 60.0,
     debug: bool = False,
-    tell: Callable[..., int] = tell,
+    report_error: Callable[..., int] = print_error,
 ) -> int:
-    """Join the group, call `body(world, signals)`, leave it; the exit code.
+    """Join the group, call `body(world, signals)`, leave the group, and return the exit code.
 
-    `exact` asks the device's libraries for results that do not vary from call to call; `hang_after` is how
-    many seconds the group may stand still; `tell` is called with what went wrong, and gives the code.
+    In a group of more than one process, the process ends here. `exact` asks the device's libraries for
+    results that do not vary from call to call. `hang_after` is how many seconds the group may make no
+    progress. `report_error` is called with an exception, and returns the exit code.
     """
     code = 0
     try:
         signals = StopSignals(placement)
-        if placement.parent:  # torchrun's agent, killed, would leave us behind
-            end_with(placement.parent)
+        if placement.parent:  # torchrun's agent: if it is killed, nothing else stops this process
+            stop_with_parent(placement.parent)
         environment.keep_memory()
         if exact:
             environment.order_additions()
@@ -49,12 +50,12 @@ def run_in_group(
         body(world, signals)
         world.close()
     except StoppedEarly as early:
-        code = tell(Interrupted(str(early)), placement, debug=debug)
+        code = report_error(Interrupted(str(early)), placement, debug=debug)
     except (Exception, KeyboardInterrupt) as error:
-        code = tell(error, placement, debug=debug)
+        code = report_error(error, placement, debug=debug)
     if placement.size > 1:
-        # Not by `return`: at the interpreter's end the backend's threads may still run, and abort the
-        # process (one run in three under torchrun) or wait for a peer that is gone.
+        # Do not return. While the interpreter shuts down, the backend's threads may still run and abort the
+        # process (one run in three under torchrun), or wait for a peer that is gone.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

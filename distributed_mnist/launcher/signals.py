@@ -1,7 +1,7 @@
-"""Signals that ask a run to stop: heard at once, obeyed at the next sync point.
+"""Handle signals that ask a run to stop. The run stops at the next sync point.
 
-SIGTERM (schedulers, torchrun), SIGINT (Ctrl-C) and SIGUSR1 (Slurm's `--signal`) all ask for the same: a
-checkpoint at one common step, and the exit code that says "start me again".
+SIGTERM (schedulers, torchrun), SIGINT (Ctrl-C) and SIGUSR1 (Slurm's `--signal`) have the same effect: a
+checkpoint at one common step, and the exit code that means "start me again".
 """
 
 import os
@@ -13,85 +13,92 @@ from types import FrameType
 from typing import Protocol
 
 from ..common.placement import Placement
-from ..errors import Interrupted, tell
+from ..errors import Interrupted, print_error
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 OBEY_SECONDS = 20.0
-"""How long a process asked to stop may take: torchrun, the most impatient, kills after 30."""
-_WATCH_SECONDS = 1.0
+"""How long a process may take to stop after a signal. torchrun is the least patient: it kills after 30."""
+_POLL_SECONDS = 1.0
 
 
 class StoppedEarly(BaseException):
-    """A signal came before there was a state worth saving. No `except Exception` on the way may take it
-    for a failure of its own."""
+    """A signal came before there was any state to save.
+
+    Not an `Exception`, so that no `except Exception` on the way takes it for a failure.
+    """
 
 
 class StopRequests(Protocol):
-    """Who knows whether a run was asked to stop: see `StopSignals`."""
+    """Says whether a run was asked to stop. `StopSignals` documents the methods."""
 
     def arm(self, resume_flags: str = ...) -> None: ...  # noqa: D102
     def requested(self) -> bool: ...  # noqa: D102
 
 
 class StopSignals:
-    """Installed for a process's life. Before `arm` the first signal raises `StoppedEarly` where it strikes,
-    afterwards it sets a flag that the loop looks at.
+    """Signal handlers, installed until the process ends.
 
-    Python runs handlers between two instructions of the main thread, which may be inside of a long
-    computation or wait for a rank that hangs. So a thread hears of signals too, and ends a process that has
-    not stopped by itself in time; the last checkpoint is what it leaves.
+    Before `arm`, the first signal raises `StoppedEarly` in the main thread. Afterwards a signal sets a
+    flag, which the training loop reads.
+
+    Python runs handlers between two instructions of the main thread. That thread may be inside a long
+    computation, or wait for a rank that hangs. So a second thread also notices signals, and ends the
+    process if it has not stopped by itself in time. The run then resumes from its last checkpoint.
     """
 
     def __init__(self, placement: Placement) -> None:
         self._placement = placement
-        self._armed, self._go_on = False, "--resume auto"
+        self._armed, self._resume_flags = False, "--resume auto"
         self._received: str | None = None
         self._interrupts = 0
-        heard, struck = socket.socketpair()
-        struck.setblocking(False)
-        signal.set_wakeup_fd(struck.fileno(), warn_on_full_buffer=False)
-        self._struck = struck  # kept open
-        threading.Thread(target=self._see_it_done, args=(heard,), daemon=True).start()
+        read_end, write_end = socket.socketpair()
+        write_end.setblocking(False)
+        signal.set_wakeup_fd(write_end.fileno(), warn_on_full_buffer=False)
+        self._write_end = write_end  # a reference, so that it stays open
+        threading.Thread(target=self._enforce_deadline, args=(read_end,), daemon=True).start()
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # our launcher blocks them until now
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # our own launcher blocks them until now
 
     def arm(self, resume_flags: str = "--resume auto") -> None:
-        """From now on there is a state worth saving; `resume_flags` are the flags that resume it."""
-        self._armed, self._go_on = True, resume_flags
+        """Declare that there is state to save from now on; `resume_flags` are the flags that resume it."""
+        self._armed, self._resume_flags = True, resume_flags
 
     def requested(self) -> bool:
-        """Whether this process was asked to stop."""
+        """Return whether a signal has asked this process to stop."""
         return self._received is not None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         first, self._received = self._received is None, signal.Signals(number).name
-        # A second Ctrl-C: the user does not want to wait. (After the first one our launcher's SIGTERM comes
-        # too, before the terminal's SIGINT or after it.)
+        # After a second Ctrl-C the user does not want to wait. (After one Ctrl-C our own launcher sends
+        # SIGTERM too, which may arrive before or after the terminal's SIGINT.)
         self._interrupts += number == signal.SIGINT
         if self._armed and number == signal.SIGINT and self._interrupts > 1:
             raise KeyboardInterrupt
         if not self._armed and first:
             raise StoppedEarly(f"stopped by {self._received} before there was anything to save")
 
-    def _see_it_done(self, heard: socket.socket) -> None:
-        while heard.recv(1)[0] not in SIGNALS:
+    def _enforce_deadline(self, read_end: socket.socket) -> None:
+        while read_end.recv(1)[0] not in SIGNALS:
             pass
-        # If rank 0 goes, those who wait for it do too; who is still there a moment later tells as well.
+        # When rank 0 ends, ranks that wait for it end too. A rank that still runs a moment later also
+        # reports.
         time.sleep(OBEY_SECONDS + (1.0 if self._placement.rank else 0.0))
-        text = f"asked to stop, but not done after {OBEY_SECONDS:.0f} s (a long step, or something hangs)"
-        error = Interrupted(f"{text}: a run goes on from its last checkpoint with {self._go_on}")
+        error = Interrupted(
+            f"asked to stop, but still running after {OBEY_SECONDS:.0f} s (a long step, or a hang): "
+            f"resume from the last checkpoint with {self._resume_flags}"
+        )
         error.on_one_rank = True
-        tell(error, self._placement)
+        print_error(error, self._placement)
         os._exit(error.exit_code)
 
 
-def end_with(parent: int) -> None:
-    """Ask this process to stop when the one that started it is gone: nobody else would."""
+def stop_with_parent(parent: int) -> None:
+    """Send this process SIGTERM when its parent, which has this process id, has ended."""
 
-    def watch() -> None:
+    def poll() -> None:
         while os.getppid() == parent:
-            time.sleep(_WATCH_SECONDS)
+            time.sleep(_POLL_SECONDS)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=poll, daemon=True).start()

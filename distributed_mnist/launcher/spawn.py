@@ -1,10 +1,9 @@
-"""Our own launcher: N processes on this host, looked after until all have ended, all started again when one
-dies.
+"""Our own launcher: start N processes on this host, wait for them, and restart all when one dies.
 
-They are forked from one server process that has imported torch already, so N of them start in little
-more time than one, and start again in much less. Rank 0 keeps the terminal; what the others print comes
-out with their rank in front. No port is chosen in advance: the launcher opens a socket on a free one and
-hands it to rank 0.
+All are forked from one server process that has already imported torch, so N of them start in little more
+time than one, and restart much faster. Rank 0 keeps the terminal. The output of the other ranks is printed
+with their rank in front. No port is chosen in advance: the launcher opens a listening socket on a free port
+and passes it to rank 0.
 """
 
 import contextlib
@@ -28,58 +27,53 @@ from typing import Any
 
 from ..common.placement import Placement
 from ..errors import Interrupted, tidy_terminal, write_line
-from .exit_status import ExitStatus, explained
+from .exit_status import ExitStatus, group_exit_status
 from .signals import OBEY_SECONDS, SIGNALS
-from .worker import Target, print_with_rank, resolve, work
+from .worker import Target, print_with_rank, resolve, run_worker
 
-_GLANCE_SECONDS = 0.5  # between two looks at deadlines; an end is seen at once
-GRACE_SECONDS = 2.0  # how long the others may take to end by themselves once one has failed
-
-
-def say(text: str) -> None:
-    """Tell a person what has happened to a group."""
-    write_line(text)
+_POLL_SECONDS = 0.5  # between two checks of the deadlines; the end of a process is noticed at once
+GRACE_SECONDS = 2.0  # how long the other processes may take to end by themselves after one has failed
 
 
 @dataclass(frozen=True)
 class Restarts:
-    """When a group that lost a process is started again."""
+    """When to restart a group that lost a process."""
 
     limit: int
-    """At most so often in a row without getting further."""
-    reached: Callable[[], int]
-    """How far the work has got, as a number that grows; below zero: there is nothing to go on from."""
+    """The most restarts in a row without progress."""
+    progress: Callable[[], int]
+    """Returns how far the work is, as a number that grows; below zero if there is no checkpoint."""
     resume_flags: str
-    """The flags with which a person goes on."""
+    """The flags with which a user resumes the work."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a group of processes is for."""
+    """The work of one group of processes."""
 
     target: Target
     argument: Any
     restarts: Restarts | None = None
-    """With them, the group is started again when a process dies."""
-    hand: Callable[[], Any] | None = None
-    """What it returns goes to each attempt's rank 0."""
-    say: Callable[[str], None] = say
-    """Told what happens to the processes."""
+    """When to restart the group if a process dies; None: never."""
+    rank_zero_argument: Callable[[], Any] | None = None
+    """Called once per attempt; its result is one more argument of rank 0's target."""
+    report: Callable[[str], None] = write_line
+    """Called with a message when something happens to the processes."""
 
 
 def start(placement: Placement | None, nproc: int | None, target: Target, argument: Any) -> int:
-    """Run `target` here, if a launcher placed this process or one is enough, else in `nproc` processes."""
+    """Run `target` here under another launcher or as one process, else in `nproc`; its exit code."""
     if placement is not None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # kept, until it is there to obey them
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # stay pending until the handlers are installed
     if placement is not None or nproc in (None, 1):
         return resolve(target)(placement or Placement(), None, argument)
     return spawn(nproc, [Task(target, argument)])
 
 
 def warm_up(*targets: Target) -> None:
-    """Start the server that workers are forked from, unless it runs already.
+    """Start the server that forks the workers, unless it runs already.
 
-    It imports the modules of these targets, and torch with them, while this process does other things.
+    It imports the modules of these targets, and with them torch, while this process continues.
     """
     context = _context()
     if context.get_start_method() == "forkserver":
@@ -88,38 +82,40 @@ def warm_up(*targets: Target) -> None:
 
 
 def start_server() -> None:
-    """Start multiprocessing's server, if there is none yet, so that its children are born with our signals
-    blocked: a program that forks others from there must unblock them."""
-    resource_tracker.ensure_running()  # it would unblock the signals when started later
+    """Start multiprocessing's fork server, if there is none yet, with our signals blocked.
+
+    Its children inherit that: a program that forks other processes from it must unblock the signals.
+    """
+    resource_tracker.ensure_running()  # if it is started later, it unblocks the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     forkserver.ensure_running()
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def spawn(nproc: int, tasks: Sequence[Task]) -> int:
-    """Do these works one after the other, each by a group of `nproc` processes, and return the exit code:
-    that of the first which failed.
+    """Run these tasks one after another, each in a group of `nproc` processes.
 
-    SIGTERM, SIGINT and SIGUSR1 are passed on. If a process dies, the others get some time to notice, and
-    are then ended.
+    Return 0, or the exit code of the first task that failed. SIGTERM, SIGINT and SIGUSR1 are forwarded to
+    the workers. If a process dies, the others have `GRACE_SECONDS` to notice it, and are then killed.
     """
-    stop = _Stop()
-    # Signals are kept for later rather than lost: by us whenever there are no workers to pass them on to,
-    # by those until they can obey, and by the server they are forked from for good, because a scheduler
-    # signals a whole process group and the server must outlive the workers to tell how they ended.
-    warm_up(*(work.target for work in tasks))
+    stop = _StopRequest()
+    # Signals are blocked, so that they stay pending and are not lost. This process blocks them while it has
+    # no workers, and a worker until it has installed its handlers. The server that forks the workers always
+    # blocks them: a scheduler signals the whole process group, and the server must outlive the workers to
+    # report their exit codes.
+    warm_up(*(task.target for task in tasks))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    handlers = {number: signal.signal(number, stop.pass_on) for number in SIGNALS}
+    handlers = {number: signal.signal(number, stop.on_signal) for number in SIGNALS}
     try:
-        for i, work in enumerate(tasks):
-            if i and stop.asked():  # too late for the one before, which was done
+        for i, task in enumerate(tasks):
+            if i and stop.requested():  # the signal came when the previous task was already done
                 restarts = tasks[i - 1].restarts
-                work.say(
+                task.report(
                     "stopped before all was done"
                     + (f"; go on with {restarts.resume_flags}" if restarts else "")
                 )
                 return Interrupted.exit_code
-            if (code := _until_done(nproc, work, stop)) != 0:
+            if (code := _run_with_restarts(nproc, task, stop)) != 0:
                 return code
         return 0
     finally:
@@ -128,84 +124,87 @@ def spawn(nproc: int, tasks: Sequence[Task]) -> int:
             signal.signal(number, handler)
 
 
-def _until_done(nproc: int, work: Task, stop: "_Stop") -> int:
-    """One group after the other, until one has done it or there is no sense in another."""
-    starter, restarts = secrets.token_hex(8), work.restarts
-    in_a_row, furthest = 0, restarts.reached() if restarts else 0
+def _run_with_restarts(nproc: int, task: Task, stop: "_StopRequest") -> int:
+    """Run one group after another until the task is done or `Restarts` allows no more; its exit code."""
+    launcher_id, restarts = secrets.token_hex(8), task.restarts
+    failures, best_progress = 0, restarts.progress() if restarts else 0
     while True:
-        ending = _Group(nproc, work, starter, stop).run()
-        if ending.lost is None:
-            return ending.code
+        status = _Group(nproc, task, launcher_id, stop).run()
+        if status.lost is None:
+            return status.code
         tidy_terminal(sys.stdout, cursor=True)
         if restarts is None:
-            work.say(ending.lost)
-            return ending.code
-        reached = restarts.reached()
-        by_hand = f"go on with {restarts.resume_flags}" if reached >= 0 else "there is no checkpoint yet"
-        if stop.asked():
-            work.say(f"{ending.lost} while it was to stop; {by_hand}")
+            task.report(status.lost)
+            return status.code
+        progress = restarts.progress()
+        advice = f"go on with {restarts.resume_flags}" if progress >= 0 else "there is no checkpoint yet"
+        if stop.requested():
+            task.report(f"{status.lost} while the run was stopping; {advice}")
             return Interrupted.exit_code
-        in_a_row = 1 if reached > furthest else in_a_row + 1
-        furthest = max(furthest, reached)
-        if in_a_row > restarts.limit:
+        failures = 1 if progress > best_progress else failures + 1
+        best_progress = max(best_progress, progress)
+        if failures > restarts.limit:
             limit = f"(--max-restarts {restarts.limit})"
-            often = f"; failure {in_a_row} in a row without a checkpoint {limit}" if in_a_row > 1 else ""
-            work.say(f"{ending.lost}{often}; {by_hand}")
-            return ending.code
-        often = f" (restart {in_a_row} of {restarts.limit} without a new one)" if in_a_row > 1 else ""
-        start = "the last checkpoint" if reached >= 0 else "the beginning"
-        work.say(f"{ending.lost}; starting again from {start}{often}")
+            count = f"; failure {failures} in a row without a checkpoint {limit}" if failures > 1 else ""
+            task.report(f"{status.lost}{count}; {advice}")
+            return status.code
+        count = f" (restart {failures} of {restarts.limit} without a new one)" if failures > 1 else ""
+        start = "the last checkpoint" if progress >= 0 else "the beginning"
+        task.report(f"{status.lost}; starting again from {start}{count}")
 
 
-class _Stop:
-    """Whether this process was asked to stop, and the workers to whom that is passed on."""
+class _StopRequest:
+    """Whether a signal asked this process to stop, and the workers to which it is forwarded."""
 
     def __init__(self) -> None:
         self._workers: list[BaseProcess] = []
-        self._passed: int | None = None
+        self._forwarded: int | None = None
         self.at_once = False
-        """By a second Ctrl-C."""
+        """Whether Ctrl-C was pressed a second time."""
         self._interrupted = False
         self.deadline: float | None = None
-        """When they should have obeyed."""
+        """When the workers must have stopped."""
 
-    def pass_on(self, number: int, frame: FrameType | None) -> None:
-        """The handler."""
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal: set the deadline, and forward it."""
         self.deadline = self.deadline or time.monotonic() + OBEY_SECONDS + GRACE_SECONDS
         if number == signal.SIGINT and self._interrupted:
-            self.at_once, self.deadline = True, time.monotonic() + _GLANCE_SECONDS
+            self.at_once, self.deadline = True, time.monotonic() + _POLL_SECONDS
         self._interrupted |= number == signal.SIGINT
-        # A terminal sends Ctrl-C to the workers too, and a second one means something else to them.
-        self._passed = signal.SIGTERM if number == signal.SIGINT else number
-        self._tell()
+        # Not as SIGINT: a terminal sends Ctrl-C to the workers too, and they would count two.
+        self._forwarded = signal.SIGTERM if number == signal.SIGINT else number
+        self._forward()
 
-    def take(self, workers: list[BaseProcess]) -> None:
-        """Pass on to these from now on, and what has come already: blocking a signal keeps it for later in
-        this thread only, and libraries have threads of their own."""
+    def forward_to(self, workers: list[BaseProcess]) -> None:
+        """Forward signals to these workers from now on, and the latest one if it has already come.
+
+        A signal may come although it is blocked: blocking is per thread, and libraries have their own
+        threads.
+        """
         self._workers = workers
-        if self._passed is not None:
-            self._tell()
+        if self._forwarded is not None:
+            self._forward()
 
-    def _tell(self) -> None:
+    def _forward(self) -> None:
         for worker in self._workers:
             if worker.is_alive() and worker.pid:
-                os.kill(worker.pid, self._passed or signal.SIGTERM)
+                os.kill(worker.pid, self._forwarded or signal.SIGTERM)
 
-    def asked(self) -> bool:
-        """Also by a signal that has come while they are blocked."""
+    def requested(self) -> bool:
+        """Return whether a signal has come, including one that is blocked and pending."""
         return self.deadline is not None or not signal.sigpending().isdisjoint(SIGNALS)
 
 
 class _Group:
-    """One attempt: `nproc` processes from their start to their ends."""
+    """One attempt at a task: `nproc` processes, from start to exit."""
 
-    def __init__(self, nproc: int, work: Task, starter: str, stop: _Stop) -> None:
-        self._nproc, self._work, self._starter, self._stop = nproc, work, starter, stop
+    def __init__(self, nproc: int, task: Task, launcher_id: str, stop: _StopRequest) -> None:
+        self._nproc, self._task, self._launcher_id, self._stop = nproc, task, launcher_id, stop
         self._workers: list[BaseProcess] = []
         self._printers: list[threading.Thread] = []
 
     def run(self) -> ExitStatus:
-        """Start the processes and wait for their ends. Signals are blocked before and after."""
+        """Start the processes and wait until all have ended. Signals are blocked before and after."""
         context = _context()
         alive_read, alive_write = context.Pipe(duplex=False)
         with socket.create_server(("127.0.0.1", 0)) as listener, alive_read:
@@ -213,14 +212,14 @@ class _Group:
                 self._start(context, rank, listener, alive_read)
         for printer in self._printers:
             printer.start()
-        self._stop.take(self._workers)
+        self._stop.forward_to(self._workers)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        ending = self._look_after()
+        status = self._wait_for_workers()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         alive_write.close()
         for printer in self._printers:
             printer.join(timeout=1)
-        return ending
+        return status
 
     def _start(self, context: Any, rank: int, listener: socket.socket, alive: Any) -> None:
         placement = Placement(
@@ -229,7 +228,7 @@ class _Group:
             local_rank=rank,
             local_size=self._nproc,
             ports=(listener.getsockname()[1],),
-            starter=self._starter,
+            launcher_id=self._launcher_id,
             launcher="spawned",
         )
         output = None
@@ -238,24 +237,25 @@ class _Group:
             self._printers.append(
                 threading.Thread(target=print_with_rank, args=(reader, rank), daemon=True)
             )
-        own = listener if rank == 0 else None
-        handed = self._work.hand() if self._work.hand is not None and rank == 0 else None
-        arguments = (self._work.target, placement, own, output, alive, self._work.argument, handed)
-        worker = context.Process(target=work, args=arguments, name=f"rank {rank}")
-        with _main_hidden():
+        task = self._task
+        mine = listener if rank == 0 else None
+        more = task.rank_zero_argument() if task.rank_zero_argument is not None and rank == 0 else None
+        arguments = (task.target, placement, mine, output, alive, task.argument, more)
+        worker = context.Process(target=run_worker, args=arguments, name=f"rank {rank}")
+        with _without_main_module():
             worker.start()
         if output is not None:
             output.close()
         self._workers.append(worker)
 
-    def _look_after(self) -> ExitStatus:
-        """Wait for all workers: 0, or the code of the failure that the others followed from."""
-        failed: list[tuple[int, BaseProcess]] = []  # in the order of their ends
+    def _wait_for_workers(self) -> ExitStatus:
+        """Wait until all workers have ended; kill those that are overdue."""
+        failed: list[tuple[int, BaseProcess]] = []  # in the order in which they ended
         deadline = math.inf
         overdue: set[int] = set()
         running = dict(enumerate(self._workers))
         while running:
-            ended = wait([worker.sentinel for worker in running.values()], _GLANCE_SECONDS)
+            ended = wait([worker.sentinel for worker in running.values()], _POLL_SECONDS)
             for rank, worker in list(running.items()):
                 if worker.sentinel in ended:
                     worker.join()
@@ -269,19 +269,22 @@ class _Group:
                     worker.kill()
         if overdue and self._stop.at_once:
             tidy_terminal(sys.stdout, cursor=True)
-            self._work.say("stopped at once; nothing saved since the last checkpoint")
+            self._task.report("stopped at once; nothing saved since the last checkpoint")
             return ExitStatus(130)
         if overdue and not failed:
             tidy_terminal(sys.stdout, cursor=True)
-            self._work.say(f"rank {', '.join(map(str, sorted(overdue)))} did not obey, and was ended")
+            ranks = ", ".join(map(str, sorted(overdue)))
+            self._task.report(f"rank {ranks} did not stop in time: killed")
             return ExitStatus(Interrupted.exit_code)
-        return explained(failed) if failed else ExitStatus(0)
+        return group_exit_status(failed) if failed else ExitStatus(0)
 
 
 @contextlib.contextmanager
-def _main_hidden() -> Iterator[None]:
-    """Workers need nothing of the program that starts them: without this, multiprocessing would run its
-    main file again in each, and a script that trains at its top level would train in all of them."""
+def _without_main_module() -> Iterator[None]:
+    """Keep multiprocessing from running the main file of this program again in each worker.
+
+    Workers need nothing of it, and a script that trains at its top level would train in all of them.
+    """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:
@@ -291,7 +294,7 @@ def _main_hidden() -> Iterator[None]:
 
 
 def _context() -> Any:
-    """Processes forked from a server that has imported torch; fresh interpreters where none can be."""
+    """Return multiprocessing's context: a fork server, or fresh interpreters where there is none."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     return multiprocessing.get_context("forkserver")

@@ -1,4 +1,4 @@
-"""A worker of our own launcher, from its fork to the code it ends with."""
+"""Run one worker of our own launcher, from its fork to its exit code."""
 
 import contextlib
 import importlib
@@ -17,44 +17,48 @@ from ..errors import WorkerLost, tidy_terminal
 from .signals import SIGNALS
 
 Target = str
-"""`module:function`, so that this process need not import what only the others need. The function is called
-as `function(placement, listener, argument)`, or with a fourth argument for what the launcher hands to rank
-0, and returns the process's exit code."""
+"""`module:function`, as text so that the launcher need not import what only its workers need. The function
+is called as `function(placement, listener, argument)`, on rank 0 perhaps with a fourth argument (see
+`spawn.Task`), and returns the process's exit code."""
 
-_ORPHAN_SECONDS = 10.0  # to stop at a common step and save, once the launcher is gone
+_ORPHAN_SECONDS = 10.0  # for a worker to stop at a sync point and save, after the launcher has ended
 
 
-def work(
+def run_worker(
     target: Target,
     placement: Placement,
     listener: socket.socket | None,
     output: Connection | None,
     alive: Connection,
     argument: Any,
-    handed: Any = None,
+    rank_zero_argument: Any = None,
 ) -> None:
-    """A worker's life. `alive` is the end of a pipe whose other end the launcher holds."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a server that others started may let them through
+    """Call the target and exit with its code.
+
+    `output` replaces standard output and standard error. `alive` is one end of a pipe; the launcher holds
+    the other end.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a fork server of another program may not block them
     threading.Thread(target=_end_with_launcher, args=(alive,), daemon=True).start()
     if output is not None:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    more = () if handed is None else (handed,)
+    more = () if rank_zero_argument is None else (rank_zero_argument,)
     code = resolve(target)(placement, listener, argument, *more)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # a process that failed must not wait in a finaliser for a peer that is gone
+    os._exit(code)  # a process that failed must not wait in a finalizer for a peer that is gone
 
 
 def resolve(target: Target) -> Callable[..., int]:
-    """The function that a target names."""
+    """Import and return the function that a target names."""
     module, _, function = target.partition(":")
     return getattr(importlib.import_module(module), function)
 
 
 def print_with_rank(reader: Connection, rank: int) -> None:
-    """In the launcher: pass on what a worker prints, line by line, until it ends."""
+    """In the launcher: print each line of a worker's output with its rank in front, until it ends."""
     with os.fdopen(os.dup(reader.fileno()), "r", errors="replace") as lines:
         for line in lines:
             tidy_terminal(sys.stderr)
@@ -63,7 +67,7 @@ def print_with_rank(reader: Connection, rank: int) -> None:
 
 
 def _end_with_launcher(alive: Connection) -> None:
-    """When the launcher dies, however it dies, so do we."""
+    """Stop this process when the launcher has ended, for whatever reason: the pipe then closes."""
     with contextlib.suppress(OSError, EOFError):
         alive.poll(None)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -64,7 +64,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     for chunk in range(world.rank * chunks // world.size, (world.rank + 1) * chunks // world.size):
-        world.status.moved()
+        world.status.made_progress()
         rows = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
         images, labels = split.images[rows].clone(), split.labels[rows].long()
         logits = forward(model, normalise(images, mean, std), precision)

@@ -54,7 +54,7 @@ def train(state: State, context: TrainingContext) -> Evaluation:
     world.status.enter("training")
     sync_points.start()
     for step in range(state.step, total_steps):
-        world.status.at(step + 1)
+        world.status.begin_step(step + 1)
         set_learning_rate(state.optimizer, lr_at(step))
         train_step(state, context, ledger, timer, step)
         state.step = step + 1

@@ -95,9 +95,8 @@ class SyncPoints:
         Returns whether this is so on any rank, as (stop, save).
         """
         if self._world.device.type != "cpu":
-            with self._world.communicating(
-                "a step", only=False
-            ):  # it includes exchange, by an unknown share
+            # The collectives of the step cannot be timed separately.
+            with self._world.communicating("a step", also_computes=True):
                 torch.accelerator.synchronize()
         self.seconds, self.steps = time.perf_counter() - self._started, step - self._last
         exchange = self._world.communication_seconds - self._communication_before

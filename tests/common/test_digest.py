@@ -1,4 +1,4 @@
-"""SHA-256 of values: equal for equal values however they are held, different for any difference."""
+"""Digests: equal for equal values in any memory layout, different for any difference."""
 
 import hashlib
 from itertools import combinations
@@ -12,7 +12,7 @@ from distributed_mnist.common.digest import START_OF_CHAIN, chain, digest
 
 
 def test_pinned() -> None:
-    """Published digests of weights and data are compared over years."""
+    """Published digests of weights and data must stay comparable for years."""
     value = {"b": [1, 2.5, None, True, "x"], "a": torch.arange(3, dtype=torch.float32)}
     assert digest(value) == "ebb6101ce774c69664e67065c283b651fe12335bfa230b12d9bb4b190ffb5f27"
 
@@ -39,7 +39,7 @@ def test_layout_in_memory_does_not_matter() -> None:
     assert digest(array.astype(">f4")) == digest(array)
 
 
-def test_an_expanded_tensor_is_its_values() -> None:
+def test_an_expanded_tensor_equals_its_copy() -> None:
     assert digest(torch.ones(1).expand(4)) == digest(torch.ones(4))
 
 
@@ -106,7 +106,7 @@ DIFFERENT: list[Any] = [
 ]
 
 
-def test_whatever_differs_has_another_digest() -> None:
+def test_different_values_have_different_digests() -> None:
     digests = [digest(value) for value in DIFFERENT]
     same = [
         (DIFFERENT[i], DIFFERENT[j])
@@ -116,7 +116,7 @@ def test_whatever_differs_has_another_digest() -> None:
     assert same == []
 
 
-def test_one_flipped_bit_is_seen() -> None:
+def test_one_flipped_bit_changes_the_digest() -> None:
     values = np.random.default_rng(0).standard_normal(50).astype(np.float32)
     digests = {digest(torch.from_numpy(values.copy()))}
     for place in range(0, 50 * 32, 37):
@@ -127,13 +127,13 @@ def test_one_flipped_bit_is_seen() -> None:
 
 
 @pytest.mark.parametrize("value", [object(), b"bytes", {1, 2}, 1j, torch.float32, np.array([object()])])
-def test_what_cannot_be_seen_into_is_refused(value: object) -> None:
+def test_unknown_types_are_refused(value: object) -> None:
     for nested in (value, [value], {"a": value}):
         with pytest.raises(TypeError):
             digest(nested)
 
 
-def test_a_chain_is_sha256_of_the_link_before_and_the_ids() -> None:
+def test_a_chain_is_sha256_of_the_previous_digest_and_the_ids() -> None:
     link = hashlib.sha256(b"").digest()
     chained = START_OF_CHAIN
     assert chained == link.hex()
@@ -143,7 +143,7 @@ def test_a_chain_is_sha256_of_the_link_before_and_the_ids() -> None:
         assert chained == link.hex()
 
 
-def test_a_chain_does_not_depend_on_the_integer_type_but_on_order_and_cuts() -> None:
+def test_a_chain_depends_on_order_and_cuts_but_not_on_the_integer_type() -> None:
     ids = np.array([5, 7, 9])
     expected = chain(START_OF_CHAIN, ids)
     assert chain(START_OF_CHAIN, ids.astype(np.int32)) == expected

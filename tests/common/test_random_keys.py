@@ -1,4 +1,4 @@
-"""Keyed random numbers: pinned bits, looked up at any place, another set for every key."""
+"""Keyed random numbers: fixed bits, random access, and different numbers for every key."""
 
 import hashlib
 
@@ -11,7 +11,7 @@ WORD = 2**64
 
 
 def philox(counter: int, key: int) -> list[int]:
-    """Four numbers of Philox 4x64-10, written down from Salmon et al., SC 2011, section 3.3."""
+    """Four numbers of Philox 4x64-10, as in Salmon et al., SC 2011, section 3.3."""
     x = [counter >> 64 * i & WORD - 1 for i in range(4)]
     k0, k1 = key % WORD, key >> 64
     for _ in range(10):
@@ -22,7 +22,7 @@ def philox(counter: int, key: int) -> list[int]:
 
 
 def test_pinned() -> None:
-    """Were any of these to change, every trained weight would."""
+    """If any of these changed, every trained weight would change."""
     assert key("order", 0, 3) == 0xF9301B3CAC9DA3F4C8C09585FBD57543
     assert torch_seed("init", 0) == 144463753856795913
     assert [hex(bits) for bits in random_bits(6, "order", 0, 3)] == [
@@ -44,18 +44,18 @@ def test_key_is_half_a_sha256_of_its_parts() -> None:
 
 def test_bits_are_philox() -> None:
     bits = random_bits(12, "some", 5)
-    # NumPy counts up before it makes a block: the first has counter 1.
+    # NumPy increments the counter before each block: the first block has counter 1.
     assert bits.tolist() == [word for block in (1, 2, 3) for word in philox(block, key("some", 5))]
     assert bits.dtype == np.uint64
 
 
 @pytest.mark.parametrize("start", [0, 4, 100, 4 * 10**9, 4 * (2**64 + 1)])
-def test_any_place_is_reached_directly(start: int) -> None:
+def test_random_access(start: int) -> None:
     expected = [word for block in (1, 2) for word in philox(start // 4 + block, key("x"))]
     assert random_bits(7, "x", start=start).tolist() == expected[:7]
 
 
-def test_start_is_a_place_in_the_same_sequence() -> None:
+def test_start_is_a_position_in_the_same_sequence() -> None:
     assert np.array_equal(random_bits(40, "x")[12:], random_bits(28, "x", start=12))
 
 
@@ -110,7 +110,7 @@ def test_permutation_has_each_number_once(count: int) -> None:
     assert sorted(order.tolist()) == list(range(count))
 
 
-def test_permutation_moves_with_every_part() -> None:
+def test_permutation_depends_on_every_part() -> None:
     orders = [permutation(50, "order", *parts).tolist() for parts in ((0, 0), (0, 1), (1, 0), (1, 1))]
     assert len({tuple(order) for order in orders}) == 4
     assert permutation(50, "order", 1, 0).tolist() == orders[2]

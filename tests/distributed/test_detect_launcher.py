@@ -1,4 +1,4 @@
-"""Who started this process, and where that puts it: from the environment alone, as a pure function."""
+"""Launcher detection as a pure function of the environment, and ports derived from a job's name."""
 
 import os
 import re
@@ -78,16 +78,16 @@ def refusal(env: Mapping[str, str], **changes: str | None) -> str:
 
 @pytest.mark.parametrize("env", [{}, {"PATH": "/bin", "HOME": "/root"}, BATCH_SCRIPT])
 def test_alone(env: dict[str, str]) -> None:
-    """A batch script that was not started by srun is one process, whatever its job was given."""
+    """A batch script that srun did not start is one process, however large its job is."""
     assert detect_launcher.detect(env) is None
 
 
-def test_one_task_of_slurm_is_alone() -> None:
-    """So that `srun dmnist train` uses its node's devices as `dmnist train` does."""
+def test_one_slurm_task_is_a_single_process() -> None:
+    """`srun dmnist train` then uses its node's devices as `dmnist train` does."""
     assert detect_launcher.detect({**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) is None
 
 
-def test_nothing_is_read_but_what_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_given_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
     assert detect_launcher.detect({}) is None
@@ -102,17 +102,17 @@ def test_torchrun() -> None:
     assert placement.launcher == "torchrun"
 
 
-def test_a_restarted_group_is_known_as_one() -> None:
+def test_a_restarted_group_keeps_its_launcher_id() -> None:
     first, second = placed(TORCHRUN, TORCHELASTIC_RESTART_COUNT="0"), placed(TORCHRUN)
     assert first.job == second.job
-    assert first.starter == second.starter != ""
-    assert placed(SRUN).starter == placed(SRUN, SLURM_RESTART_COUNT="2").starter
-    assert placed(SRUN).starter != placed(SRUN, SLURM_JOB_ID="78").starter
-    assert placed(OPENMPI).starter == ""  # mpirun starts nothing again
+    assert first.launcher_id == second.launcher_id != ""
+    assert placed(SRUN).launcher_id == placed(SRUN, SLURM_RESTART_COUNT="2").launcher_id
+    assert placed(SRUN).launcher_id != placed(SRUN, SLURM_JOB_ID="78").launcher_id
+    assert placed(OPENMPI).launcher_id == ""  # mpirun does not restart processes
 
 
 def test_environment_variables_of_any_launcher() -> None:
-    """Kubeflow sets four variables, and nothing local: one process a host."""
+    """Kubeflow sets four variables and no local rank: one process per host."""
     placement = placed(KUBEFLOW)
     assert (placement.rank, placement.size, placement.local_rank, placement.local_size) == (1, 2, 0, 1)
     assert (placement.host, placement.ports) == ("job-master-0", (23456,))
@@ -126,14 +126,14 @@ def test_torchrun_inside_slurm_is_torchrun() -> None:
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
 @pytest.mark.parametrize("env", [TORCHRUN, KUBEFLOW])
-def test_half_of_torchrun(env: dict[str, str], name: str) -> None:
+def test_missing_variables_of_torchrun(env: dict[str, str], name: str) -> None:
     message = refusal(env, **{name: None})
     assert message.startswith(f"{name} is not set")
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
-def test_one_variable_left_over(name: str) -> None:
-    """Someone exported it once, or a launcher is broken: training alone would be the wrong answer."""
+def test_one_variable_alone(name: str) -> None:
+    """It was exported before, or a launcher is broken. Training with one process would be wrong."""
     message = refusal({name: "1"})
     assert "is not set" in message
     assert re.search(rf"\b{name}\b", message)
@@ -158,7 +158,7 @@ def test_a_local_size_without_a_local_rank() -> None:
         ({"LOCAL_RANK": "-1"}, ["local rank -1"]),
     ],
 )
-def test_absurd_numbers(changes: dict[str, str], words: list[str]) -> None:
+def test_impossible_numbers(changes: dict[str, str], words: list[str]) -> None:
     message = refusal(TORCHRUN, **changes)
     for word in words:
         assert word in message
@@ -167,8 +167,8 @@ def test_absurd_numbers(changes: dict[str, str], words: list[str]) -> None:
 @pytest.mark.parametrize(
     "changes", [{"MASTER_PORT": "0"}, {"MASTER_PORT": "-5"}, {"MASTER_PORT": "70000"}, {"MASTER_ADDR": ""}]
 )
-def test_an_impossible_meeting_place(changes: dict[str, str]) -> None:
-    """Said at once, by the variable's name, instead of minutes later as a time-out."""
+def test_an_impossible_rendezvous_address(changes: dict[str, str]) -> None:
+    """Reported at once, with the variable's name, and not minutes later as a time-out."""
     (name,) = changes
     assert name in refusal(KUBEFLOW, **changes)
 
@@ -186,29 +186,29 @@ def test_srun_with_a_device_for_each_task() -> None:
     assert placed(SRUN, SLURM_GPUS_PER_TASK="1").own_device
 
 
-def test_all_ranks_of_srun_derive_the_same_meeting_place() -> None:
-    places = [
+def test_all_ranks_of_srun_derive_the_same_address() -> None:
+    placements = [
         placed(SRUN, SLURM_PROCID=str(rank), SLURM_NODEID=str(rank // 2), SLURM_LOCALID=str(rank % 2))
         for rank in range(5)
     ]
-    assert {(place.host, place.ports, place.job) for place in places} == {
-        (places[0].host, places[0].ports, places[0].job)
+    assert {(placement.host, placement.ports, placement.job) for placement in placements} == {
+        (placements[0].host, placements[0].ports, placements[0].job)
     }
-    assert [place.local_size for place in places] == [2, 2, 2, 2, 1]
-    assert len(set(places[0].ports)) > 1
-    assert all(1024 < port < 32_768 for port in places[0].ports)
+    assert [placement.local_size for placement in placements] == [2, 2, 2, 2, 1]
+    assert len(set(placements[0].ports)) > 1
+    assert all(1024 < port < 32_768 for port in placements[0].ports)
 
 
-def test_jobs_and_their_restarts_meet_apart() -> None:
+def test_jobs_and_their_restarts_use_different_ports() -> None:
     changes: list[dict[str, str]] = [
         {},
         {"SLURM_JOB_ID": "78"},
         {"SLURM_STEP_ID": "1"},
         {"SLURM_RESTART_COUNT": "1"},
     ]
-    places = [placed(SRUN, **change) for change in changes]
-    assert len({place.ports for place in places}) == 4
-    assert len({place.job for place in places}) == 4
+    placements = [placed(SRUN, **change) for change in changes]
+    assert len({placement.ports for placement in placements}) == 4
+    assert len({placement.job for placement in placements}) == 4
 
 
 def test_one_port_on_request() -> None:
@@ -234,13 +234,13 @@ def test_hostlists(nodes: str, first: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert placed(SRUN, SLURM_STEP_NODELIST=nodes).host == first
 
 
-def test_the_jobs_nodes_where_the_step_has_no_list(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_jobs_nodes_if_the_step_has_no_list(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [])
     assert placed(SRUN, SLURM_STEP_NODELIST=None, SLURM_JOB_NODELIST="n[8-9]").host == "n8"
     assert refusal(SRUN, SLURM_STEP_NODELIST=None).startswith("SLURM_JOB_NODELIST is not set")
 
 
-def test_a_node_whose_name_means_nothing_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_whose_name_does_not_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(*_: object) -> None:
         raise socket.gaierror("Name or service not known")
 
@@ -277,7 +277,7 @@ def test_tasks_per_node(node: int, tasks: int) -> None:
         "SLURM_LOCALID",
     ],
 )
-def test_half_of_srun(name: str) -> None:
+def test_missing_variables_of_srun(name: str) -> None:
     assert refusal(SRUN, **{name: None}).startswith(f"{name} is not set")
 
 
@@ -292,7 +292,7 @@ def test_half_of_srun(name: str) -> None:
         ({"SLURM_LOCALID": "2"}, ["local rank 2 of 2"]),
     ],
 )
-def test_absurd_slurm(changes: dict[str, str], words: list[str]) -> None:
+def test_impossible_numbers_of_srun(changes: dict[str, str], words: list[str]) -> None:
     message = refusal(SRUN, **changes)
     for word in words:
         assert word in message
@@ -325,7 +325,7 @@ def test_mpi_over_hosts_needs_a_name_or_a_port() -> None:
 
 
 @pytest.mark.parametrize("env", [OPENMPI, MPICH])
-def test_half_of_mpi(env: dict[str, str]) -> None:
+def test_missing_variables_of_mpi(env: dict[str, str]) -> None:
     for name in env:
         if name not in ("PMIX_NAMESPACE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
             assert refusal(env, **{name: None}).startswith(f"{name} is not set")
@@ -333,12 +333,12 @@ def test_half_of_mpi(env: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
 def test_mpi_without_a_size(name: str) -> None:
-    """A rank of which nobody knows how many there are must not train alone."""
+    """A rank that does not know the world size must not train alone."""
     env = OPENMPI if name in OPENMPI else MPICH
     assert name in refusal(env, **{name: None})
 
 
-def test_absurd_mpi() -> None:
+def test_impossible_numbers_of_mpi() -> None:
     assert "OMPI_COMM_WORLD_RANK is 2" in refusal(OPENMPI, OMPI_COMM_WORLD_RANK="2")
     assert "'one'" in refusal(MPICH, PMI_RANK="one")
     assert "local rank 2" in refusal(MPICH, MPI_LOCALRANKID="2")
@@ -348,8 +348,8 @@ def test_absurd_mpi() -> None:
 
 
 @pytest.mark.slow
-def test_a_busy_port_is_nobodys_problem(digits: Path, tmp_path: Path) -> None:
-    """Somebody else listens on the first port of the job and never answers; the group meets on the next."""
+def test_a_busy_port_is_skipped(digits: Path, tmp_path: Path) -> None:
+    """Another program listens on the job's first port and never answers. The group uses the next port."""
     job: dict[str, str] = {"PMIX_NAMESPACE": f"busy-{os.getpid()}"}
     ranks = [{**OPENMPI, **job, "OMPI_COMM_WORLD_RANK": r, "OMPI_COMM_WORLD_LOCAL_RANK": r} for r in "01"]
     first = placed(ranks[0]).ports[0]
@@ -364,7 +364,7 @@ def test_a_busy_port_is_nobodys_problem(digits: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_waiting_for_the_others(number: int, digits: Path, tmp_path: Path) -> None:
-    """Hosts can be minutes apart in starting; whoever waits for one can still be told to stop."""
+    """Hosts can start minutes apart. A rank that waits for another host still obeys signals."""
     port = free_port()
     variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     words = ["train", "--device", "cpu", "--dataset", "idx", "--data", digits, "--out", tmp_path / "out"]

@@ -1,4 +1,4 @@
-"""What ranks tell about themselves, and what is made of it when nothing moves: sentences, exactly."""
+"""Heartbeats, and the exact sentences of the diagnosis when a group makes no progress."""
 
 import re
 import runpy
@@ -11,37 +11,37 @@ from pathlib import Path
 import pytest
 
 from distributed_mnist.distributed import heartbeat
-from distributed_mnist.distributed.heartbeat import Heartbeat, RankStatus, ReceivedHeartbeat, verdict
+from distributed_mnist.distributed.heartbeat import Heartbeat, RankStatus, ReceivedHeartbeat, diagnose
 from distributed_mnist.distributed.membership import Peer
 
 NOW, LIMIT = 1000.0, 60.0
 PEERS = [Peer(rank, f"node{rank // 2}", 100 + rank) for rank in range(4)]
 BUSY = Heartbeat(9, "training", 41, None, 0.2, LIMIT, "", "12:00:00")
-WAITS = replace(BUSY, waiting="a sum", idle=60.0)
-"""As long as is allowed."""
-TOLD = "; rank 2 waited 60 s for it in a sum, at step 41 (--hang-after 60)"
+WAITS = replace(BUSY, waiting="an all-reduce", idle=60.0)
+"""Waiting for as long as is allowed."""
+WAITED = "; rank 2 waited 60 s for it in an all-reduce, at step 41 (--hang-after 60)"
 
 
-def judged(
-    signs: Mapping[int, Heartbeat | None],
+def diagnosis(
+    heartbeats: Mapping[int, Heartbeat | None],
     *,
     me: int = 2,
     ages: Mapping[int, float] | None = None,
     contact: float = 0.5,
     asynchronous: bool = False,
 ) -> tuple[str, int] | None:
-    """The verdict where everyone waits but those in `signs`; `ages` are seconds since a sign came."""
-    told = {**dict.fromkeys(range(4), WAITS), **signs}
-    heard = {
-        rank: ReceivedHeartbeat(sign, NOW - (ages or {}).get(rank, 0.0))
-        for rank, sign in told.items()
-        if sign is not None
+    """The diagnosis if all ranks wait except those in `heartbeats`; `ages` are seconds since they came."""
+    all_heartbeats = {**dict.fromkeys(range(4), WAITS), **heartbeats}
+    received = {
+        rank: ReceivedHeartbeat(heartbeat, NOW - (ages or {}).get(rank, 0.0))
+        for rank, heartbeat in all_heartbeats.items()
+        if heartbeat is not None
     }
-    return verdict(
+    return diagnose(
         me,
         PEERS,
-        heard,
-        contact=NOW - contact,
+        received,
+        last_contact=NOW - contact,
         now=NOW,
         limit=LIMIT,
         silence=LIMIT / 2,
@@ -57,105 +57,106 @@ def judged(
     "mine",
     [
         replace(WAITS, idle=59.9),
-        replace(BUSY, idle=3600.0),  # who does not wait does not judge: the others do
+        replace(BUSY, idle=3600.0),  # a rank that does not wait makes no diagnosis: the others do
         replace(BUSY, idle=3600.0, phase="saving a checkpoint", patience=300.0),
     ],
 )
 def test_too_early(mine: Heartbeat) -> None:
-    assert judged({1: None, 2: mine}) is None
-    assert judged({2: mine}, contact=100.0) is None
+    assert diagnosis({1: None, 2: mine}) is None
+    assert diagnosis({2: mine}, contact=100.0) is None
 
 
-def test_the_age_of_a_sign_counts() -> None:
+def test_the_age_of_a_heartbeat_counts() -> None:
     mine = replace(WAITS, idle=50.0)
-    assert judged({1: None, 2: mine}, ages={2: 9.0}) is None
-    assert judged({1: None, 2: mine}, ages={2: 10.0}) is not None
+    assert diagnosis({1: None, 2: mine}, ages={2: 9.0}) is None
+    assert diagnosis({1: None, 2: mine}, ages={2: 10.0}) is not None
 
 
 def test_a_busy_rank_may_be_busy() -> None:
-    assert judged({1: BUSY}) is None
-    assert judged({1: replace(BUSY, idle=53.9)}) is None
+    assert diagnosis({1: BUSY}) is None
+    assert diagnosis({1: replace(BUSY, idle=53.9)}) is None
 
 
 @pytest.mark.parametrize("phase", ["loading data", "saving a checkpoint"])
 def test_some_phases_may_be_long(phase: str) -> None:
-    assert judged({0: replace(BUSY, phase=phase, idle=260.0, patience=300.0)}) is None
-    found = judged({0: replace(BUSY, phase=phase, idle=280.0, patience=300.0)})
+    assert diagnosis({0: replace(BUSY, phase=phase, idle=260.0, patience=300.0)}) is None
+    found = diagnosis({0: replace(BUSY, phase=phase, idle=280.0, patience=300.0)})
     assert found == (
-        f"rank 0 (pid 100 on node0) does not go on: {phase}, step 41 for 280 s{TOLD}",
+        f"rank 0 (pid 100 on node0) has made no progress for 280 s: {phase}, step 41{WAITED}",
         1,
     )
 
 
-def test_who_was_waited_for_has_just_come() -> None:
-    """All wait in the same collective, and it is under way: nothing is wrong."""
-    assert judged({0: replace(WAITS, waiting="broadcast", idle=0.4)}) is None
-    assert judged({0: replace(WAITS, idle=53.0)}) is None
+def test_the_awaited_rank_has_just_arrived() -> None:
+    """All wait in the same collective, which is under way: nothing is wrong."""
+    assert diagnosis({0: replace(WAITS, waiting="broadcast", idle=0.4)}) is None
+    assert diagnosis({0: replace(WAITS, idle=53.0)}) is None
 
 
-# ---- Somebody is to blame --------------------------------------------------------------------------------
+# ---- Some rank is at fault -------------------------------------------------------------------------------
 
 
 def test_a_silent_rank() -> None:
-    found = judged({1: replace(BUSY, clock="11:59:29")}, ages={1: 30.1})
+    found = diagnosis({1: replace(BUSY, clock="11:59:29")}, ages={1: 30.1})
     assert found == (
         "rank 1 (pid 101 on node0) is stopped or cannot be reached: training, step 41, "
-        f"last sign of life at 11:59:29{TOLD}",
+        f"last heartbeat at 11:59:29{WAITED}",
         0,
     )
-    assert judged({1: BUSY}, ages={1: 29.9}) is None
+    assert diagnosis({1: BUSY}, ages={1: 29.9}) is None
 
 
-def test_a_silent_rank_that_seemed_to_wait() -> None:
-    found = judged({3: replace(WAITS, clock="11:58:00")}, ages={3: 120.0})
+def test_a_silent_rank_whose_last_heartbeat_said_it_waits() -> None:
+    found = diagnosis({3: replace(WAITS, clock="11:58:00")}, ages={3: 120.0})
     assert found is not None
     assert found[0].startswith(
         "rank 3 (pid 103 on node1) is stopped or cannot be reached: training, step 41"
     )
 
 
-def test_a_rank_that_never_gave_a_sign() -> None:
-    assert judged({3: None}) == (
-        f"rank 3 (pid 103 on node1) is stopped or cannot be reached: no sign{TOLD}",
+def test_a_rank_without_any_heartbeat() -> None:
+    assert diagnosis({3: None}) == (
+        f"rank 3 (pid 103 on node1) is stopped or cannot be reached: no heartbeat{WAITED}",
         0,
     )
 
 
-def test_a_rank_that_does_not_go_on() -> None:
+def test_a_rank_without_progress() -> None:
     stuck = replace(BUSY, step=42, idle=58.0, where="mine.py:17 forward")
-    assert judged({1: stuck}) == (
-        f"rank 1 (pid 101 on node0) does not go on: training, step 42 for 58 s in mine.py:17 forward{TOLD}",
+    assert diagnosis({1: stuck}) == (
+        "rank 1 (pid 101 on node0) has made no progress for 58 s: training, step 42, "
+        f"in mine.py:17 forward{WAITED}",
         0,
     )
-    assert judged({1: replace(stuck, where="")}) == (
-        f"rank 1 (pid 101 on node0) does not go on: training, step 42 for 58 s{TOLD}",
+    assert diagnosis({1: replace(stuck, where="")}) == (
+        f"rank 1 (pid 101 on node0) has made no progress for 58 s: training, step 42{WAITED}",
         0,
     )
 
 
-def test_several_are_named_and_the_first_that_waits_tells() -> None:
+def test_several_are_named_and_the_first_waiting_rank_reports() -> None:
     stuck = replace(BUSY, idle=61.0)
-    found = judged({0: stuck, 1: None})
+    found = diagnosis({0: stuck, 1: None})
     assert found == (
-        "rank 0 (pid 100 on node0) does not go on: training, step 41 for 61 s; "
-        f"rank 1 (pid 101 on node0) is stopped or cannot be reached: no sign{TOLD}",
+        "rank 0 (pid 100 on node0) has made no progress for 61 s: training, step 41; "
+        f"rank 1 (pid 101 on node0) is stopped or cannot be reached: no heartbeat{WAITED}",
         2,
     )
 
 
-def test_who_began_to_wait_later_does_not_tell() -> None:
-    """It has not found out yet, and would be gone, or told of a lost peer, before it does."""
+def test_a_rank_that_began_to_wait_later_does_not_report() -> None:
+    """It has no diagnosis yet, and would be ended, or see a lost peer, before it has one."""
     late = replace(WAITS, idle=55.0)
-    found = judged({0: late, 1: late, 3: None})
+    found = diagnosis({0: late, 1: late, 3: None})
     assert found is not None
     assert found[1] == 2
-    found = judged({0: late, 1: replace(WAITS, idle=59.7), 3: None})
+    found = diagnosis({0: late, 1: replace(WAITS, idle=59.7), 3: None})
     assert found is not None
     assert found[1] == 1
 
 
 def test_nobody_waits_long_enough_but_me() -> None:
-    found = judged({0: None, 1: None, 3: None})
+    found = diagnosis({0: None, 1: None, 3: None})
     assert found is not None
     assert found[1] == 2
 
@@ -164,72 +165,73 @@ def test_nobody_waits_long_enough_but_me() -> None:
 
 
 def test_the_store_is_out_of_reach() -> None:
-    """Then what the others do is not known either, so every rank tells it."""
-    found = judged({0: replace(BUSY, step=40)}, ages={0: 30.1, 1: 30.1, 3: 30.1}, contact=30.1)
+    """Then the other ranks' heartbeats are unknown too, so every rank reports."""
+    found = diagnosis({0: replace(BUSY, step=40)}, ages={0: 30.1, 1: 30.1, 3: 30.1}, contact=30.1)
     assert found == (
         "rank 0 (pid 100 on node0) is stopped or cannot be reached (its store at node0 port 7): "
-        f"last heard of while training, step 40{TOLD}",
+        f"last heartbeat: training, step 40{WAITED}",
         2,
     )
 
 
-def test_the_store_is_out_of_reach_and_rank_zero_was_never_heard_of() -> None:
-    assert judged({0: None, 1: None, 3: None}, contact=61.0) == (
-        f"rank 0 (pid 100 on node0) is stopped or cannot be reached (its store at node0 port 7){TOLD}",
+def test_the_store_is_out_of_reach_and_rank_zero_sent_no_heartbeat() -> None:
+    assert diagnosis({0: None, 1: None, 3: None}, contact=61.0) == (
+        f"rank 0 (pid 100 on node0) is stopped or cannot be reached (its store at node0 port 7){WAITED}",
         2,
     )
 
 
-def test_rank_zero_does_not_hear_its_own_store() -> None:
-    assert judged({}, me=0, contact=61.0) == (
+def test_rank_zero_cannot_reach_its_own_store() -> None:
+    assert diagnosis({}, me=0, contact=61.0) == (
         "rank 0 (pid 100 on node0) is stopped or cannot be reached (its store at node0 port 7); "
-        "rank 0 waited 60 s for it in a sum, at step 41 (--hang-after 60)",
+        "rank 0 waited 60 s for it in an all-reduce, at step 41 (--hang-after 60)",
         0,
     )
 
 
 def test_a_store_that_was_slow_once() -> None:
-    assert judged({1: BUSY}, contact=29.9) is None
+    assert diagnosis({1: BUSY}, contact=29.9) is None
 
 
-# ---- Nobody is to blame ----------------------------------------------------------------------------------
+# ---- No rank is at fault ---------------------------------------------------------------------------------
 
 
 def test_all_wait() -> None:
-    found = judged({1: replace(WAITS, waiting="a gather"), 3: replace(WAITS, step=42)})
+    found = diagnosis({1: replace(WAITS, waiting="an all-gather"), 3: replace(WAITS, step=42)})
     assert found == (
-        "no rank goes on, though all are alive (rank 0 (pid 100 on node0) in a sum at step 41, "
-        "rank 1 (pid 101 on node0) in a gather at step 41, rank 2 (pid 102 on node1) in a sum at step 41, "
-        "rank 3 (pid 103 on node1) in a sum at step 42): a connection between them is cut, "
-        "or they disagree about what comes next",
+        "no rank makes progress, though all are alive (rank 0 (pid 100 on node0) in an all-reduce at step "
+        "41, rank 1 (pid 101 on node0) in an all-gather at step 41, "
+        "rank 2 (pid 102 on node1) in an all-reduce at step 41, "
+        "rank 3 (pid 103 on node1) in an all-reduce at step 42): a connection between them is cut, "
+        "or they call different collectives",
         0,
     )
 
 
 def test_all_wait_and_one_does_so_in_its_long_phase() -> None:
-    """In which it may be long by itself, but not wait longer than others."""
+    """The phase may take long, but not the wait for other ranks."""
     waits = replace(WAITS, phase="saving a checkpoint", patience=300.0)
-    found = judged({0: waits})
+    found = diagnosis({0: waits})
     assert found is not None
-    assert found[0].startswith("no rank goes on")
+    assert found[0].startswith("no rank makes progress")
 
 
-# ---- Devices that work by themselves ---------------------------------------------------------------------
+# ---- Asynchronous devices --------------------------------------------------------------------------------
 
 
 def test_asynchronous_devices() -> None:
-    """The main thread is ahead of its device: one that stands in a step may wait for another rank."""
+    """The main thread runs ahead of its device: a rank stuck in a step may wait for another rank."""
     stands = replace(BUSY, idle=61.0, where="train.py:150 train_step")
     in_a_step = "training (train.py:150 train_step) at step 41"
-    assert judged({0: stands, 1: stands, 3: stands}, asynchronous=True) == (
-        f"no rank goes on, though all are alive (rank 0 (pid 100 on node0) {in_a_step}, "
-        f"rank 1 (pid 101 on node0) {in_a_step}, rank 2 (pid 102 on node1) in a sum at step 41, "
+    assert diagnosis({0: stands, 1: stands, 3: stands}, asynchronous=True) == (
+        f"no rank makes progress, though all are alive (rank 0 (pid 100 on node0) {in_a_step}, "
+        f"rank 1 (pid 101 on node0) {in_a_step}, rank 2 (pid 102 on node1) in an all-reduce at step 41, "
         f"rank 3 (pid 103 on node1) {in_a_step}): a connection between them is cut, "
-        "or they disagree about what comes next",
+        "or they call different collectives",
         0,
     )
-    assert judged({2: stands, 1: None}, asynchronous=True) == (
-        "rank 1 (pid 101 on node0) is stopped or cannot be reached: no sign; "
+    assert diagnosis({2: stands, 1: None}, asynchronous=True) == (
+        "rank 1 (pid 101 on node0) is stopped or cannot be reached: no heartbeat; "
         "rank 2 waited 61 s for it in a step, at step 41 (--hang-after 60)",
         0,
     )
@@ -237,62 +239,62 @@ def test_asynchronous_devices() -> None:
 
 @pytest.mark.parametrize("me", range(4))
 def test_asynchronous_devices_and_a_long_phase(me: int) -> None:
-    """Rank 0 fetches the data; on a GPU no less than on a CPU it may take its time."""
+    """Rank 0 downloads the data, which may take long on a GPU just as on a CPU."""
     loads = replace(BUSY, phase="loading data", idle=100.0, patience=3600.0)
-    assert judged({0: loads}, me=me, asynchronous=True) is None
-    assert judged({0: BUSY}, me=me, asynchronous=True) is None
+    assert diagnosis({0: loads}, me=me, asynchronous=True) is None
+    assert diagnosis({0: BUSY}, me=me, asynchronous=True) is None
 
 
-# ---- A rank's own part -----------------------------------------------------------------------------------
+# ---- A rank's own status ---------------------------------------------------------------------------------
 
 
-def test_a_sign_survives_its_way() -> None:
-    sign = replace(WAITS, where='a "quoted".py:1 naïve', clock="23:59:59")
-    assert Heartbeat.decode(sign.encode().encode()) == sign
+def test_encode_and_decode() -> None:
+    sent = replace(WAITS, where='a "quoted".py:1 naïve', clock="23:59:59")
+    assert Heartbeat.decode(sent.encode().encode()) == sent
     assert Heartbeat.decode(BUSY.encode().encode()) == BUSY
 
 
-def test_what_a_rank_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_heartbeat_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    mine = RankStatus(LIMIT)
+    status = RankStatus(LIMIT)
     main = threading.get_ident()
     clock.now += 0.5
-    sign = mine.sign(1, main)
-    assert (sign.number, sign.phase, sign.step, sign.waiting) == (1, "starting", 0, None)
-    assert (sign.idle, sign.patience, sign.where) == (0.5, LIMIT, "")
-    mine.enter("saving a checkpoint", patience=300.0)
+    sent = status.heartbeat(1, main)
+    assert (sent.number, sent.phase, sent.step, sent.waiting) == (1, "starting", 0, None)
+    assert (sent.idle, sent.patience, sent.where) == (0.5, LIMIT, "")
+    status.enter("saving a checkpoint", patience=300.0)
     clock.now += 7
-    sign = mine.sign(2, main)
-    assert (sign.number, sign.phase, sign.idle, sign.patience) == (2, "saving a checkpoint", 7, 300.0)
-    assert sign.where  # the line is looked for once it may matter
-    mine.enter("training", patience=1.0)  # never less than what is always allowed
-    mine.at(12)
-    mine.wait("an exchange")
+    sent = status.heartbeat(2, main)
+    assert (sent.number, sent.phase, sent.idle, sent.patience) == (2, "saving a checkpoint", 7, 300.0)
+    assert sent.where  # the line is included as soon as a rank is idle for a second
+    status.enter("training", patience=1.0)  # never less than in an ordinary phase
+    status.begin_step(12)
+    status.set_waiting("an all-to-all")
     clock.now += 2
-    sign = mine.sign(3, main)
-    assert (sign.phase, sign.step, sign.waiting, sign.idle) == ("training", 12, "an exchange", 2)
-    assert sign.patience == LIMIT
-    mine.wait(None)
-    assert mine.sign(4, main).waiting is None
-    assert mine.sign(4, main).idle == 0
+    sent = status.heartbeat(3, main)
+    assert (sent.phase, sent.step, sent.waiting, sent.idle) == ("training", 12, "an all-to-all", 2)
+    assert sent.patience == LIMIT
+    status.set_waiting(None)
+    assert status.heartbeat(4, main).waiting is None
+    assert status.heartbeat(4, main).idle == 0
 
 
-def test_time_in_which_all_of_a_process_was_stopped_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_in_which_the_process_was_suspended_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    mine = RankStatus(LIMIT)
-    mine.wait("a sum")
+    status = RankStatus(LIMIT)
+    status.set_waiting("an all-reduce")
     clock.now += 103
-    mine.slept(100)
-    assert mine.sign(1, threading.get_ident()).idle == 3
-    mine.slept(100)
-    assert mine.sign(2, threading.get_ident()).idle == 0
+    status.discount(100)
+    assert status.heartbeat(1, threading.get_ident()).idle == 3
+    status.discount(100)
+    assert status.heartbeat(2, threading.get_ident()).idle == 0
 
 
-@pytest.mark.parametrize("change", ["enter", "at", "wait", "go on"])
+@pytest.mark.parametrize("change", ["enter", "begin step", "wait", "go on"])
 def test_read_at_any_moment_a_rank_is_not_idle_for_what_it_did_before(
     change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other thread may look between two assignments."""
+    """The other thread may read between two assignments."""
     clock = Clock(monkeypatch)
     seen: list[Heartbeat] = []
 
@@ -300,22 +302,22 @@ def test_read_at_any_moment_a_rank_is_not_idle_for_what_it_did_before(
         def __setattr__(self, name: str, value: object) -> None:
             super().__setattr__(name, value)
             if watching:
-                seen.append(self.sign(len(seen), 0))
+                seen.append(self.heartbeat(len(seen), 0))
 
     watching = False
-    mine = Watched(LIMIT)
-    mine.wait("a sum" if change == "go on" else None)
-    mine.enter("saving a checkpoint", patience=300.0)
+    status = Watched(LIMIT)
+    status.set_waiting("an all-reduce" if change == "go on" else None)
+    status.enter("saving a checkpoint", patience=300.0)
     clock.now += 200
     watching = True
     if change == "enter":
-        mine.enter("training")
-    elif change == "at":
-        mine.at(3)
+        status.enter("training")
+    elif change == "begin step":
+        status.begin_step(3)
     else:
-        mine.wait(None if change == "go on" else "a gather")
+        status.set_waiting(None if change == "go on" else "an all-gather")
     assert seen
-    assert [sign.idle for sign in seen] == [0] * len(seen)
+    assert [sent.idle for sent in seen] == [0] * len(seen)
 
 
 class Clock:
@@ -331,13 +333,13 @@ class Clock:
     strftime = staticmethod(time.strftime)
 
 
-# ---- The line --------------------------------------------------------------------------------------------
+# ---- The line that is executed ---------------------------------------------------------------------------
 
 USERS = """
 import sys
 import torch
 from torch import nn
-from distributed_mnist.evaluate import forward
+from distributed_mnist.training.evaluate import forward
 
 def alone():
     return sys._getframe()
@@ -372,8 +374,8 @@ def nowhere():
     ],
 )
 def test_the_line_that_is_named(function: str, place: str, tmp_path: Path) -> None:
-    """A user's, where it is the user's model that works; else the program's, not that of who called it."""
+    """A line of the user's model if that is being executed; else the program's, not its caller's."""
     path = tmp_path / "mine.py"
     path.write_text(USERS.lstrip())
     frame = runpy.run_path(str(path))[function]()
-    assert re.fullmatch(place, heartbeat._place(frame))
+    assert re.fullmatch(place, heartbeat._user_line(frame))

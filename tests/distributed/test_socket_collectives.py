@@ -1,5 +1,7 @@
-"""Sockets between ranks, in groups of real processes: each collective is a plain reference's to the bit,
-strangers are no trouble, and who dies is named."""
+"""Socket collectives in groups of real processes.
+
+Each collective equals a plain reference bit for bit, strangers are refused, and a rank that dies is named.
+"""
 
 import hashlib
 import math
@@ -18,16 +20,17 @@ import torch
 from ranks import PATIENCE, run_ranks, server, try_ranks
 from torch import Tensor
 
-from distributed_mnist.distributed import socket_collectives as mesh_module
+from distributed_mnist.distributed import socket_collectives
 from distributed_mnist.distributed.membership import Peer
-from distributed_mnist.distributed.socket_collectives import _LARGE, SocketCollectives, open_listener
+from distributed_mnist.distributed.port_discovery import open_listener
+from distributed_mnist.distributed.socket_collectives import _LARGE, SocketCollectives
 from distributed_mnist.distributed.world import World
 from distributed_mnist.errors import WorkerLost
 
 SIZES = (2, 3, 4, 5, 7)
-WORD = "a word of our own"
+ATTEMPT = "the name of this attempt"
 EIGHT_MB = 8_000_000
-"""Bytes; more than two sockets hold."""
+"""Bytes; more than the buffers of two sockets hold."""
 
 DTYPES = (
     torch.float32, torch.float64, torch.bfloat16, torch.uint8, torch.int32, torch.int64, torch.bool
@@ -36,15 +39,15 @@ SHAPES = ((), (1,), (7,), (3, 5), (0,), (2, 0, 3), (1_000,))
 
 
 def fresh(world: World) -> tuple[SocketCollectives, list[int]]:
-    """A mesh in which nobody has met anybody yet, and the ports of its doors."""
-    door = open_listener()
-    ports = world.all_gather(torch.tensor(door.getsockname()[1])).tolist()
+    """Collectives without any connection yet, and the ranks' ports."""
+    listener = open_listener()
+    ports = world.all_gather(torch.tensor(listener.getsockname()[1])).tolist()
     peers = [replace(peer, port=port) for peer, port in zip(world.peers, ports, strict=True)]
-    return SocketCollectives(world.rank, peers, door, "127.0.0.1", WORD), ports
+    return SocketCollectives(world.rank, peers, listener, "127.0.0.1", ATTEMPT), ports
 
 
 def values(rank: int, dtype: torch.dtype, shape: Sequence[int], salt: int = 0) -> Tensor:
-    """What a rank says; floats of many magnitudes and both signs, so that orders of addition differ."""
+    """A rank's values; floats of many magnitudes and both signs, so that the order of additions matters."""
     rng = np.random.default_rng([rank, salt, math.prod(shape)])
     if dtype == torch.bool:
         return torch.from_numpy(np.array(rng.integers(0, 2, shape))).bool()
@@ -56,11 +59,11 @@ def values(rank: int, dtype: torch.dtype, shape: Sequence[int], salt: int = 0) -
     return torch.from_numpy(np.array(drawn)).to(dtype)
 
 
-Said = tuple[torch.dtype, tuple[int, ...], bytes]
+Content = tuple[torch.dtype, tuple[int, ...], bytes]
 
 
-def said(tensor: Tensor) -> Said:
-    """All that there is to a tensor."""
+def content(tensor: Tensor) -> Content:
+    """Everything about a tensor: dtype, shape and bytes."""
     return (
         tensor.dtype,
         tuple(tensor.shape),
@@ -78,65 +81,65 @@ def in_order(tensors: Sequence[Tensor]) -> Tensor:
 Key = tuple[str, torch.dtype, tuple[int, ...]]
 
 
-def speak(world: World) -> dict[Key, Said]:
-    """Every collective on every kind of tensor."""
-    mesh, _ = fresh(world)
+def all_collectives(world: World) -> dict[Key, Content]:
+    """Call every collective with every kind of tensor."""
+    collectives, _ = fresh(world)
     rank, size = world.rank, world.size
-    heard: dict[Key, Said] = {}
+    results: dict[Key, Content] = {}
     for dtype, shape in product(DTYPES, SHAPES):
         mine = values(rank, dtype, shape)
         rows = torch.stack([values(rank, dtype, shape, salt=j) for j in range(size)])
-        before = said(mine), said(rows)
-        heard["gather", dtype, shape] = said(mesh.all_gather(mine))
-        heard["exchange", dtype, shape] = said(mesh.all_to_all(rows))
-        assert (said(mine), said(rows)) == before, "what was sent has changed"
+        before = content(mine), content(rows)
+        results["gather", dtype, shape] = content(collectives.all_gather(mine))
+        results["exchange", dtype, shape] = content(collectives.all_to_all(rows))
+        assert (content(mine), content(rows)) == before, "the input has changed"
         for src in range(size):
             tensor = values(rank, dtype, shape, salt=src)
-            assert mesh.broadcast_(tensor, src) is tensor
-            heard[f"broadcast {src}", dtype, shape] = said(tensor)
+            assert collectives.broadcast_(tensor, src) is tensor
+            results[f"broadcast {src}", dtype, shape] = content(tensor)
         above, below = (rank + 1) % size, (rank - 1) % size
         theirs = torch.empty_like(mine)
-        mesh.send_recv({above: mine}, {below: theirs})
-        heard["swap", dtype, shape] = said(theirs)
+        collectives.send_recv({above: mine}, {below: theirs})
+        results["swap", dtype, shape] = content(theirs)
         if dtype != torch.bool:
             tensor = mine.clone()
-            assert mesh.all_reduce_sum_(tensor) is tensor
-            heard["sum", dtype, shape] = said(tensor)
+            assert collectives.all_reduce_sum_(tensor) is tensor
+            results["sum", dtype, shape] = content(tensor)
         tensor = mine.clone()
-        assert mesh.all_reduce_max_(tensor) is tensor
-        heard["max", dtype, shape] = said(tensor)
+        assert collectives.all_reduce_max_(tensor) is tensor
+        results["max", dtype, shape] = content(tensor)
     world.barrier()
-    mesh.close()
-    return heard
+    collectives.close()
+    return results
 
 
-def expected(rank: int, size: int, dtype: torch.dtype) -> dict[Key, Said]:
-    """The same, by a plain reference."""
-    found: dict[Key, Said] = {}
+def expected(rank: int, size: int, dtype: torch.dtype) -> dict[Key, Content]:
+    """The same results from a plain reference."""
+    found: dict[Key, Content] = {}
     for shape in SHAPES:
         everyone = [values(r, dtype, shape) for r in range(size)]
-        found["gather", dtype, shape] = said(torch.stack(everyone))
+        found["gather", dtype, shape] = content(torch.stack(everyone))
         to_me = [values(r, dtype, shape, salt=rank) for r in range(size)]
-        found["exchange", dtype, shape] = said(torch.stack(to_me))
+        found["exchange", dtype, shape] = content(torch.stack(to_me))
         for src in range(size):
-            found[f"broadcast {src}", dtype, shape] = said(values(src, dtype, shape, salt=src))
-        found["swap", dtype, shape] = said(everyone[(rank - 1) % size])
+            found[f"broadcast {src}", dtype, shape] = content(values(src, dtype, shape, salt=src))
+        found["swap", dtype, shape] = content(everyone[(rank - 1) % size])
         if dtype != torch.bool:
-            found["sum", dtype, shape] = said(in_order(everyone))
-        found["max", dtype, shape] = said(torch.stack(everyone).amax(0))
+            found["sum", dtype, shape] = content(in_order(everyone))
+        found["max", dtype, shape] = content(torch.stack(everyone).amax(0))
     return found
 
 
 @cache
-def heard(size: int) -> list[dict[Key, Said]]:
-    return run_ranks(speak, size)
+def results(size: int) -> list[dict[Key, Content]]:
+    return run_ranks(all_collectives, size)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES)
 def test_collectives(size: int, dtype: torch.dtype) -> None:
     for rank in range(size):
-        found = {key: value for key, value in heard(size)[rank].items() if key[1] == dtype}
+        found = {key: value for key, value in results(size)[rank].items() if key[1] == dtype}
         assert found == expected(rank, size, dtype)
 
 
@@ -145,32 +148,35 @@ def test_collectives(size: int, dtype: torch.dtype) -> None:
 LENGTHS = ((_LARGE - 1,), (_LARGE,), (_LARGE + 1,), (3, _LARGE + 5), (1, 1, 2 * _LARGE), (53, 311))
 
 
-def add(world: World) -> list[Said]:
-    mesh, _ = fresh(world)
-    return [said(mesh.all_reduce_sum_(values(world.rank, torch.float32, shape))) for shape in LENGTHS]
+def add(world: World) -> list[Content]:
+    collectives, _ = fresh(world)
+    return [
+        content(collectives.all_reduce_sum_(values(world.rank, torch.float32, shape))) for shape in LENGTHS
+    ]
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_short_and_long_sums_add_in_the_order_of_ranks(size: int) -> None:
-    """Below a length everyone adds everything, above it each rank a slice: the same bits."""
+    """Every rank sums a short tensor, and one slice of a long one: the same bits."""
     everyone = [[values(rank, torch.float32, shape) for rank in range(size)] for shape in LENGTHS]
-    reference = [said(in_order(tensors)) for tensors in everyone]
+    reference = [content(in_order(tensors)) for tensors in everyone]
     assert run_ranks(add, size) == [reference] * size
-    if size > 2:  # these numbers can tell orders apart
+    if size > 2:  # with these numbers the order matters
         assert all(
-            said(in_order(tensors[::-1])) != its for tensors, its in zip(everyone, reference, strict=True)
+            content(in_order(tensors[::-1])) != its
+            for tensors, its in zip(everyone, reference, strict=True)
         )
 
 
-def add_in_pieces(world: World) -> list[Said]:
-    """Views that do not lie in one piece are summed where they are."""
-    mesh, _ = fresh(world)
+def add_in_pieces(world: World) -> list[Content]:
+    """Sum views that are not contiguous, in place."""
+    collectives, _ = fresh(world)
     found = []
     for rows, columns in ((6, 5), (101, 90)):
         whole = values(world.rank, torch.float32, (rows, columns))
-        mesh.all_reduce_sum_(whole.t()[1:-1])
-        mesh.all_reduce_max_(whole[:2, ::2])
-        found.append(said(whole))
+        collectives.all_reduce_sum_(whole.t()[1:-1])
+        collectives.all_reduce_max_(whole[:2, ::2])
+        found.append(content(whole))
     return found
 
 
@@ -184,99 +190,103 @@ def test_sums_of_parts_leave_the_rest_alone() -> None:
             summed = [torch.cat([w[:, :1], total, w[:, -1:]], 1) for w in everyone]
             whole[:, 1:-1] = total
             whole[:2, ::2] = torch.stack([w[:2, ::2] for w in summed]).amax(0)
-            assert its == said(whole)
+            assert its == content(whole)
 
 
-def into_parts(world: World, what: str) -> bool:
-    """Whether what is received into a view that does not lie in one piece is there, or was refused."""
-    mesh, _ = fresh(world)
+def receive_into_views(world: World, what: str) -> bool:
+    """Whether values that are received into a view that is not contiguous arrive, or an error is raised."""
+    collectives, _ = fresh(world)
     rank, size = world.rank, world.size
     try:
         if what == "broadcast":
             part = torch.full((4, 6), float(rank))[:, :3]
-            return not mesh.broadcast_(part, 0).any()
+            return not collectives.broadcast_(part, 0).any()
         if what == "exchange":
             many = torch.arange(20 * size).view(5, 4, size).permute(2, 1, 0)
             rows, right = many + 100 * rank, [many[rank] + 100 * other for other in range(size)]
-            return torch.equal(mesh.all_to_all(rows), torch.stack(right))
+            return torch.equal(collectives.all_to_all(rows), torch.stack(right))
         part = torch.full((4, 6), -1.0)[:, :3]
-        mesh.send_recv({1 - rank: torch.full((4, 3), float(rank))}, {1 - rank: part})
+        collectives.send_recv({1 - rank: torch.full((4, 3), float(rank))}, {1 - rank: part})
         return bool((part == 1 - rank).all())
     except (RuntimeError, ValueError):
         return True
 
 
 @pytest.mark.parametrize("what", ["broadcast", "exchange", "swap"])
-def test_nothing_is_lost_on_the_way_into_a_view(what: str) -> None:
-    assert run_ranks(into_parts, 2, what) == [True, True]
+def test_receiving_into_a_view_loses_nothing(what: str) -> None:
+    assert run_ranks(receive_into_views, 2, what) == [True, True]
 
 
-# ---- More than sockets hold ------------------------------------------------------------------------------
+# ---- More than socket buffers hold -----------------------------------------------------------------------
 
 
 def digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
 
 
-def heap(rank: int, to: int, length: int = EIGHT_MB) -> Tensor:
+def random_bytes(rank: int, to: int, length: int = EIGHT_MB) -> Tensor:
     return torch.from_numpy(np.random.default_rng([rank, to]).integers(0, 256, length, dtype=np.uint8))
 
 
 def swap_much(world: World) -> list[str]:
-    """Everyone sends everyone eight megabytes, all at once; what came, by rank."""
-    mesh, _ = fresh(world)
+    """Every rank sends every other rank eight megabytes at once; digests of what came, by rank."""
+    collectives, _ = fresh(world)
     others = [rank for rank in range(world.size) if rank != world.rank]
     into = {rank: torch.zeros(EIGHT_MB, dtype=torch.uint8) for rank in others}
-    mesh.send_recv({rank: heap(world.rank, rank) for rank in others}, into)
+    collectives.send_recv({rank: random_bytes(world.rank, rank) for rank in others}, into)
     return [digest(into[rank]) if rank in into else "" for rank in range(world.size)]
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_much_goes_both_ways_at_once(size: int) -> None:
+def test_large_messages_both_ways_at_once(size: int) -> None:
     for rank, came in enumerate(run_ranks(swap_much, size)):
-        assert came == [digest(heap(other, rank)) if other != rank else "" for other in range(size)]
+        assert came == [digest(random_bytes(other, rank)) if other != rank else "" for other in range(size)]
 
 
 def uneven_swaps(world: World) -> list[str]:
-    """Much one way and a byte or nothing the other; then a round trip to see that nothing was left over."""
-    mesh, _ = fresh(world)
+    """Much one way, and a byte or nothing the other; then a collective, to see that nothing is left."""
+    collectives, _ = fresh(world)
     rank, other = world.rank, 1 - world.rank
     found = []
     for mine, theirs in ((EIGHT_MB, 1), (1, EIGHT_MB), (EIGHT_MB, 0), (0, EIGHT_MB), (0, 0), (3, 5)):
         lengths = (mine, theirs) if rank == 0 else (theirs, mine)
         into = torch.zeros(lengths[1], dtype=torch.uint8)
-        mesh.send_recv({other: heap(rank, other, lengths[0])}, {other: into})
-        assert torch.equal(into, heap(other, rank, lengths[1]))
-    found.append(digest(mesh.all_gather(heap(rank, 7, 100))))
+        collectives.send_recv({other: random_bytes(rank, other, lengths[0])}, {other: into})
+        assert torch.equal(into, random_bytes(other, rank, lengths[1]))
+    found.append(digest(collectives.all_gather(random_bytes(rank, 7, 100))))
     return found
 
 
-def test_much_one_way_and_little_the_other() -> None:
-    reference = digest(torch.stack([heap(rank, 7, 100) for rank in range(2)]))
+def test_a_large_and_a_small_message() -> None:
+    reference = digest(torch.stack([random_bytes(rank, 7, 100) for rank in range(2)]))
     assert run_ranks(uneven_swaps, 2) == [[reference]] * 2
 
 
 def collect_much(world: World) -> list[str]:
-    mesh, _ = fresh(world)
+    collectives, _ = fresh(world)
     rank, size = world.rank, world.size
-    found = [digest(mesh.all_gather(heap(rank, 0)))]
-    found.append(digest(mesh.broadcast_(heap(rank, 1), size - 1)))
-    rows = torch.stack([heap(rank, j, EIGHT_MB // 4) for j in range(size)])
+    found = [digest(collectives.all_gather(random_bytes(rank, 0)))]
+    found.append(digest(collectives.broadcast_(random_bytes(rank, 1), size - 1)))
+    rows = torch.stack([random_bytes(rank, j, EIGHT_MB // 4) for j in range(size)])
     assert torch.equal(
-        mesh.all_to_all(rows), torch.stack([heap(other, rank, EIGHT_MB // 4) for other in range(size)])
+        collectives.all_to_all(rows),
+        torch.stack([random_bytes(other, rank, EIGHT_MB // 4) for other in range(size)]),
     )
     return found
 
 
 def test_large_collectives() -> None:
     size = 3
-    reference = [digest(torch.stack([heap(rank, 0) for rank in range(size)])), digest(heap(size - 1, 1))]
+    reference = [
+        digest(torch.stack([random_bytes(rank, 0) for rank in range(size)])),
+        digest(random_bytes(size - 1, 1)),
+    ]
     assert run_ranks(collect_much, size) == [reference] * size
 
 
-def converse(world: World, seed: int) -> list[tuple[int, str, int]]:
-    """A hundred collectives of all lengths without a pause; those that were heard wrongly."""
-    mesh, _ = fresh(world)
+def many_collectives(world: World, seed: int) -> list[tuple[int, str, int]]:
+    """A hundred collectives of all lengths without a pause; those with a wrong result."""
+    collectives, _ = fresh(world)
     rank, size = world.rank, world.size
     rng = np.random.default_rng(seed)
     wrong = []
@@ -286,27 +296,29 @@ def converse(world: World, seed: int) -> list[tuple[int, str, int]]:
         everyone = [values(r, torch.float32, (size, length), salt=i) for r in range(size)]
         mine = everyone[rank].clone()
         if what == "gather":
-            right = torch.equal(mesh.all_gather(mine), torch.stack(everyone))
+            right = torch.equal(collectives.all_gather(mine), torch.stack(everyone))
         elif what == "exchange":
-            right = torch.equal(mesh.all_to_all(mine), torch.stack([rows[rank] for rows in everyone]))
+            right = torch.equal(
+                collectives.all_to_all(mine), torch.stack([rows[rank] for rows in everyone])
+            )
         elif what == "broadcast":
-            right = torch.equal(mesh.broadcast_(mine, src), everyone[src])
+            right = torch.equal(collectives.broadcast_(mine, src), everyone[src])
         else:
-            right = torch.equal(mesh.all_reduce_sum_(mine), in_order(everyone))
+            right = torch.equal(collectives.all_reduce_sum_(mine), in_order(everyone))
         if not right:
             wrong.append((i, what, length))
     return wrong
 
 
 @pytest.mark.parametrize("size", [2, 3, pytest.param(5, marks=pytest.mark.slow)])
-def test_a_long_conversation(size: int) -> None:
-    """Nothing of one message is left over for the next, and nobody who is early is misunderstood."""
-    assert run_ranks(converse, size, 11) == [[]] * size
+def test_many_collectives(size: int) -> None:
+    """Nothing of a message is left over for the next, and an early message is not confused with another."""
+    assert run_ranks(many_collectives, size, 11) == [[]] * size
 
 
 # ---- Strangers -------------------------------------------------------------------------------------------
 
-OURS, THEIRS = (hashlib.sha256(word.encode()).digest() for word in (WORD, "another"))
+OURS, THEIRS = (hashlib.sha256(name.encode()).digest() for name in (ATTEMPT, "another"))
 
 
 def number(rank: int) -> bytes:
@@ -314,72 +326,72 @@ def number(rank: int) -> bytes:
 
 
 STRANGERS: dict[str, tuple[bytes, bool]] = {
-    "another word": (THEIRS + number(2), True),
-    "another word, and goes": (THEIRS + number(2), False),
-    "a word of another language": (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" + bytes(100), True),
-    "half a greeting, and goes": (OURS[:20], False),
-    "the word alone, and goes": (OURS, False),
-    "half a greeting, and is silent": (OURS[:20], True),
+    "another name": (THEIRS + number(2), True),
+    "another name, closes": (THEIRS + number(2), False),
+    "another protocol": (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" + bytes(100), True),
+    "half a greeting, closes": (OURS[:20], False),
+    "the name alone, closes": (OURS, False),
+    "half a greeting, stays silent": (OURS[:20], True),
     "nothing": (b"", True),
-    "nothing, and goes": (b"", False),
-    "the rank of who is asked": (OURS + number(0), True),
+    "nothing, closes": (b"", False),
+    "the receiver's own rank": (OURS + number(0), True),
     "a rank beyond the last": (OURS + number(3), True),
     "a rank far beyond": (OURS + bytes([255] * 4), True),
 }
-"""What a stranger says, and whether it stays."""
+"""What a stranger sends, and whether it keeps the connection open."""
 
 
 def among_strangers(world: World, kind: str) -> tuple[list[int], list[int], int]:
-    """Strangers are the first at every door; what was heard afterwards, and how many were hung up on."""
-    mesh_module._GREETING_SECONDS = 0.3
-    mesh, ports = fresh(world)
-    says, stays = STRANGERS[kind]
-    guests = []
+    """Strangers connect to every rank first. Results of collectives, and how many were refused."""
+    socket_collectives._GREETING_SECONDS = 0.3
+    collectives, ports = fresh(world)
+    message, stays = STRANGERS[kind]
+    strangers = []
     if world.rank == 2:
-        for port in ports[:2] * 2:  # the last rank's door is nobody's: it goes to the others
-            guest = socket.create_connection(("127.0.0.1", port))
-            guest.sendall(says)
+        for port in ports[:2] * 2:  # no rank connects to the last one: it connects to the others
+            stranger = socket.create_connection(("127.0.0.1", port))
+            stranger.sendall(message)
             if stays:
-                guests.append(guest)
+                strangers.append(stranger)
             else:
-                guest.close()
+                stranger.close()
     world.barrier()
-    total = mesh.all_reduce_sum_(torch.tensor([1 + world.rank, 10])).tolist()
-    gathered = mesh.all_gather(torch.tensor(world.rank)).tolist()
-    turned_away = sum(map(hung_up, guests))
-    world.barrier()  # whose process ends hangs up on everybody
-    mesh.close()
-    return total, gathered, turned_away
+    total = collectives.all_reduce_sum_(torch.tensor([1 + world.rank, 10])).tolist()
+    gathered = collectives.all_gather(torch.tensor(world.rank)).tolist()
+    refused = sum(map(connection_closed, strangers))
+    world.barrier()  # a process that ends closes its connections
+    collectives.close()
+    return total, gathered, refused
 
 
-def hung_up(guest: socket.socket) -> bool:
-    guest.settimeout(PATIENCE / 4)
-    with guest:
+def connection_closed(stranger: socket.socket) -> bool:
+    stranger.settimeout(PATIENCE / 4)
+    with stranger:
         try:
-            return guest.recv(1) == b""
-        except ConnectionResetError:  # it had more to say than was listened to
+            return stranger.recv(1) == b""
+        except ConnectionResetError:  # it sent more than was read
             return True
 
 
 @pytest.mark.parametrize("kind", STRANGERS)
-def test_a_stranger_is_not_let_in_and_disturbs_nobody(kind: str) -> None:
+def test_a_stranger_is_refused_and_does_no_harm(kind: str) -> None:
     found = run_ranks(among_strangers, 3, kind)
-    for rank, (total, gathered, turned_away) in enumerate(found):
+    for rank, (total, gathered, refused) in enumerate(found):
         assert total == [6, 30]
         assert gathered == [0, 1, 2]
-        assert turned_away == (4 if rank == 2 and STRANGERS[kind][1] else 0)
+        assert refused == (4 if rank == 2 and STRANGERS[kind][1] else 0)
 
 
-def test_what_goes_over_the_wire() -> None:
-    """The digest of the word and not the word, the rank, and the tensor's bytes."""
-    with open_listener() as door, open_listener() as own:
-        peers = [Peer(0, "here", 100, port=door.getsockname()[1]), Peer(1, "here", 101)]
-        mesh = SocketCollectives(1, peers, own, "localhost", WORD)
-        mesh.send_recv({0: torch.tensor([1, 2, 255], dtype=torch.uint8)}, {})
-        link, _ = door.accept()
-        mesh.close()
-        with link, link.makefile("rb") as heard:
-            assert heard.read() == OURS + number(1) + bytes([1, 2, 255])
+def test_the_bytes_on_the_wire() -> None:
+    """The digest of the attempt's name and not the name, the rank, and the tensor's bytes."""
+    with open_listener() as listener, open_listener() as own:
+        peers = [Peer(0, "here", 100, port=listener.getsockname()[1]), Peer(1, "here", 101)]
+        collectives = SocketCollectives(1, peers, own, "localhost", ATTEMPT)
+        collectives.send_recv({0: torch.tensor([1, 2, 255], dtype=torch.uint8)}, {})
+        connection, _ = listener.accept()
+        collectives.close()
+        with connection, connection.makefile("rb") as stream:
+            assert stream.read() == OURS + number(1) + bytes([1, 2, 255])
 
 
 # ---- Deaths ----------------------------------------------------------------------------------------------
@@ -387,61 +399,63 @@ def test_what_goes_over_the_wire() -> None:
 WAYS = "(it closed the connection|connection reset by peer|broken pipe)"
 
 
-def die_in_the_middle(world: World, victim: int, noticed: Barrier) -> None:
-    """The victim sends each of the others the beginning of what they wait for, and is gone."""
-    mesh, _ = fresh(world)
-    mesh.all_to_all(torch.zeros(world.size, 1))
+def die_within_a_message(world: World, victim: int, noticed: Barrier) -> None:
+    """The victim sends each other rank the beginning of a message, and dies."""
+    collectives, _ = fresh(world)
+    collectives.all_to_all(torch.zeros(world.size, 1))
     if world.rank == victim:
         for other in range(world.size):
             if other != victim:
-                assert mesh._link(other).send(bytes(1_000)) == 1_000
+                assert collectives._connection(other).send(bytes(1_000)) == 1_000
         os._exit(9)
     try:
-        mesh.all_to_all(torch.ones(world.size, EIGHT_MB // 4))
+        collectives.all_to_all(torch.ones(world.size, EIGHT_MB // 4))
     except WorkerLost as error:
-        noticed.wait(PATIENCE)  # who leaves at once would be lost to the next in turn
+        noticed.wait(PATIENCE)  # a rank that leaves at once would be lost to the next one
         raise WorkerLost(f"noticed: {error}, {world.peers[victim].pid}") from None
 
 
 @pytest.mark.parametrize(("size", "victim"), [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2), (5, 3)])
-def test_who_dies_in_the_middle_of_a_message_is_named(size: int, victim: int) -> None:
-    ends = try_ranks(die_in_the_middle, size, victim, server().Barrier(size - 1))
+def test_a_rank_that_dies_within_a_message_is_named(size: int, victim: int) -> None:
+    ends = try_ranks(die_within_a_message, size, victim, server().Barrier(size - 1))
     assert ends[victim].error == "died without a word"
     for rank, end in enumerate(ends):
         if rank != victim:
-            said = rf"noticed: lost rank {victim} \(pid (?P<pid>\d+) on \S+\): {WAYS}, (?P=pid)$"
-            assert re.search(said, (end.error or "").strip()), end.error
+            message = rf"noticed: lost rank {victim} \(pid (?P<pid>\d+) on \S+\): {WAYS}, (?P=pid)$"
+            assert re.search(message, (end.error or "").strip()), end.error
 
 
-def hang_up_in_the_middle(world: World) -> None:
-    """All that rank 1 said was heard; the rest never comes."""
-    mesh, _ = fresh(world)
-    mesh.all_gather(torch.zeros(1))
+def close_within_a_message(world: World) -> None:
+    """Rank 1 sends a part of the message, which arrives, and then closes."""
+    collectives, _ = fresh(world)
+    collectives.all_gather(torch.zeros(1))
     if world.rank == 1:
-        mesh.send_recv({0: torch.zeros(1_000)}, {})
+        collectives.send_recv({0: torch.zeros(1_000)}, {})
         os._exit(9)
-    mesh.send_recv({}, {1: torch.zeros(2_000)})
+    collectives.send_recv({}, {1: torch.zeros(2_000)})
 
 
-def test_who_hangs_up_in_the_middle_of_a_message_is_named() -> None:
-    end, _ = try_ranks(hang_up_in_the_middle, 2)
-    said = r"WorkerLost: lost rank 1 \(pid \d+ on \S+\): it closed the connection$"
-    assert re.search(said, (end.error or "").strip()), end.error
+def test_a_rank_that_closes_within_a_message_is_named() -> None:
+    end, _ = try_ranks(close_within_a_message, 2)
+    message = r"WorkerLost: lost rank 1 \(pid \d+ on \S+\): it closed the connection$"
+    assert re.search(message, (end.error or "").strip()), end.error
 
 
-def die_before_they_meet(world: World) -> str:
-    """Rank 0 shuts its door and goes; rank 1 has not met it yet."""
-    mesh, _ = fresh(world)
+def die_before_connecting(world: World) -> str:
+    """Rank 0 closes its listener before rank 1 has connected to it."""
+    collectives, _ = fresh(world)
     if world.rank == 0:
-        mesh.close()
+        collectives.close()
     world.barrier()
     if world.rank == 1:
         with pytest.raises(WorkerLost) as lost:
-            mesh.all_gather(torch.ones(3))
+            collectives.all_gather(torch.ones(3))
         return f"{lost.value}, {world.peers[0].pid}"
     return ""
 
 
-def test_who_has_gone_before_they_met_is_named() -> None:
-    _, said = run_ranks(die_before_they_meet, 2)
-    assert re.fullmatch(r"lost rank 0 \(pid (\d+) on \S+\): connection refused at \S+ port \d+, \1", said)
+def test_a_rank_that_is_gone_before_it_connects_is_named() -> None:
+    _, message = run_ranks(die_before_connecting, 2)
+    assert re.fullmatch(
+        r"lost rank 0 \(pid (\d+) on \S+\): connection refused at \S+ port \d+, \1", message
+    )

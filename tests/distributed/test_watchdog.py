@@ -1,4 +1,4 @@
-"""The two threads that find a rank that stopped: at a store in memory, with what they would end caught."""
+"""The watchdog's threads, with a store in memory and without ending the process."""
 
 import threading
 import time
@@ -18,7 +18,7 @@ PEERS = [Peer(rank, "somewhere", 100 + rank) for rank in range(3)]
 
 
 class Store:
-    """torch's store as far as it is used; like it, waits for values that are not there."""
+    """The part of torch's store that is used. Like that, it waits for missing values."""
 
     def __init__(self) -> None:
         self.values: dict[str, str] = {}
@@ -35,6 +35,9 @@ class Store:
         self._answer()
         self.values[key] = value
 
+    def get(self, key: str, /) -> bytes:
+        return self.multi_get([key])[0]
+
     def check(self, keys: list[str], /) -> bool:
         self._answer()
         return all(key in self.values for key in keys)
@@ -48,37 +51,37 @@ class Store:
 
 
 class Group:
-    """A rank that watches, and the others as they seem to it; `code` is what its process would end with."""
+    """A rank with a watchdog, and its view of the others. `code` would be its process's exit code."""
 
     def __init__(self, rank: int) -> None:
         self.store = Store()
-        self.mine = RankStatus(LIMIT)
+        self.status = RankStatus(LIMIT)
         self.code: int | None = None
         self.over = threading.Event()
         self._number = 0
-        self._watch = Watchdog(
+        self._watchdog = Watchdog(
             Placement(rank=rank, size=3),
             PEERS,
-            self.mine,
+            self.status,
             self.store,
             limit=LIMIT,
             where="somewhere port 1",
             asynchronous=False,
         )
         self._threads = set(threading.enumerate())
-        self._watch.start()
+        self._watchdog.start()
 
     def end(self, code: int) -> None:
         """Instead of `os._exit`."""
         self.code = code
-        self._watch.stop()
+        self._watchdog.stop()
         self.over.set()
 
-    def says(self, rank: int, *, waiting: str | None = None, idle: float = 0.0) -> None:
-        """A new sign of another rank."""
+    def store_heartbeat(self, rank: int, *, waiting: str | None = None, idle: float = 0.0) -> None:
+        """Store a new heartbeat of another rank."""
         self._number += 1
-        sign = Heartbeat(self._number, "training", 3, waiting, idle, LIMIT, "", "12:00:00")
-        self.store.values[f"life/{rank}"] = sign.encode()
+        heartbeat = Heartbeat(self._number, "training", 3, waiting, idle, LIMIT, "", "12:00:00")
+        self.store.values[f"life/{rank}"] = heartbeat.encode()
 
     def until(self, what: Callable[[], object], meanwhile: Callable[[], None] = lambda: None) -> None:
         deadline = time.monotonic() + PATIENCE
@@ -88,7 +91,7 @@ class Group:
             time.sleep(0.02)
 
     def stop(self) -> None:
-        self._watch.stop()
+        self._watchdog.stop()
         self.store.answers.set()
         for thread in set(threading.enumerate()) - self._threads:
             thread.join(PATIENCE)
@@ -97,23 +100,23 @@ class Group:
 
 @pytest.fixture
 def group(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Group]:
-    """Watched by rank 0, unless the test asks for another."""
+    """The group as rank 0 sees it, unless the test asks for another rank."""
     group = Group(getattr(request, "param", 0))
     monkeypatch.setattr(watchdog.os, "_exit", group.end)
     yield group
     group.stop()
 
 
-def test_it_tells_what_this_rank_does(group: Group) -> None:
-    group.mine.at(7)
+def test_it_stores_this_ranks_heartbeat(group: Group) -> None:
+    group.status.begin_step(7)
     group.until(lambda: '"step": 7' in group.store.values.get("life/0", ""))
 
 
-def test_nobody_is_named_while_all_go_on(group: Group) -> None:
+def test_no_rank_is_named_while_all_make_progress(group: Group) -> None:
     def live() -> None:
-        group.says(1)
-        group.says(2, waiting="a sum")
-        group.mine.wait("a sum")
+        group.store_heartbeat(1)
+        group.store_heartbeat(2, waiting="an all-reduce")
+        group.status.set_waiting("an all-reduce")
 
     began = time.monotonic()
     group.until(lambda: group.over.is_set() or time.monotonic() > began + 2 * LIMIT, live)
@@ -121,9 +124,9 @@ def test_nobody_is_named_while_all_go_on(group: Group) -> None:
 
 
 def test_a_rank_falls_silent(group: Group, capfd: pytest.CaptureFixture[str]) -> None:
-    group.says(1)
-    group.mine.wait("a sum")
-    group.until(group.over.is_set, lambda: group.says(2, waiting="a sum"))
+    group.store_heartbeat(1)
+    group.status.set_waiting("an all-reduce")
+    group.until(group.over.is_set, lambda: group.store_heartbeat(2, waiting="an all-reduce"))
     assert group.code == 8
     line = capfd.readouterr().err
     assert line.startswith(
@@ -132,24 +135,24 @@ def test_a_rank_falls_silent(group: Group, capfd: pytest.CaptureFixture[str]) ->
     assert line.count("\n") == 1
 
 
-def test_a_rank_never_gave_a_sign(group: Group, capfd: pytest.CaptureFixture[str]) -> None:
-    """It stopped between being met and its first sign: the store must not be waited for, or blamed."""
-    group.mine.wait("a first meeting")
-    group.until(group.over.is_set, lambda: group.says(2, waiting="a first meeting"))
+def test_a_rank_without_any_heartbeat(group: Group, capfd: pytest.CaptureFixture[str]) -> None:
+    """It stopped between the rendezvous and its first heartbeat. The store must not be blamed."""
+    group.status.set_waiting("the process group setup")
+    group.until(group.over.is_set, lambda: group.store_heartbeat(2, waiting="the process group setup"))
     assert group.code == 8
     line = capfd.readouterr().err
     assert line.startswith(
-        "dmnist: rank 1 (pid 101 on somewhere) is stopped or cannot be reached: no sign; "
+        "dmnist: rank 1 (pid 101 on somewhere) is stopped or cannot be reached: no heartbeat; "
     )
 
 
 @pytest.mark.parametrize("how", ["broken", "stuck"])
 def test_the_store_is_gone(how: str, group: Group, capfd: pytest.CaptureFixture[str]) -> None:
-    """Its host ended the connection, or says nothing any more."""
-    group.says(1)
-    group.says(2)
+    """Its host closed the connection, or does not answer any more."""
+    group.store_heartbeat(1)
+    group.store_heartbeat(2)
     group.until(lambda: "life/0" in group.store.values)
-    group.mine.wait("a gather")
+    group.status.set_waiting("an all-gather")
     if how == "stuck":
         group.store.answers.clear()
     else:
@@ -162,28 +165,28 @@ def test_the_store_is_gone(how: str, group: Group, capfd: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("group", [2], indirect=True)
-def test_another_tells(group: Group, capfd: pytest.CaptureFixture[str]) -> None:
-    """And this one ends without a word, a moment later."""
-    group.mine.wait("a sum")
-    group.until(group.over.is_set, lambda: group.says(0, waiting="a sum", idle=LIMIT))
+def test_another_rank_reports(group: Group, capfd: pytest.CaptureFixture[str]) -> None:
+    """And this rank ends without a message a moment later."""
+    group.status.set_waiting("an all-reduce")
+    group.until(group.over.is_set, lambda: group.store_heartbeat(0, waiting="an all-reduce", idle=LIMIT))
     assert group.code == 8
     assert capfd.readouterr().err == ""
 
 
-def test_nobody_is_ended_after_the_end(group: Group) -> None:
-    group.mine.wait("a sum")
+def test_the_process_is_not_ended_after_stop(group: Group) -> None:
+    group.status.set_waiting("an all-reduce")
     group.stop()
     assert group.code is None
 
 
-def test_a_process_that_was_stopped_blames_nobody(group: Group) -> None:
-    """When it wakes up everything it knows is old; the others were stopped too, or named it long since."""
-    group.says(1)
-    group.says(2)
-    group.until(lambda: len(group._watch._heard) == 3)
-    before = dict(group._watch._heard)
-    contact, since = group._watch._contact, group.mine.since
-    group._watch._awake(100)  # more than has passed: nothing was heard in the future
-    assert contact <= group._watch._contact <= time.monotonic()
-    assert group.mine.since >= since
-    assert all(one.at >= before[rank].at for rank, one in group._watch._heard.items())
+def test_a_suspended_process_blames_no_rank(group: Group) -> None:
+    """When it continues, all heartbeats are old. The others were suspended too, or have reported it."""
+    group.store_heartbeat(1)
+    group.store_heartbeat(2)
+    group.until(lambda: len(group._watchdog._received) == 3)
+    before = dict(group._watchdog._received)
+    contact, since = group._watchdog._last_contact, group.status.last_progress
+    group._watchdog._discount(100)  # more than has passed: no time may lie in the future
+    assert contact <= group._watchdog._last_contact <= time.monotonic()
+    assert group.status.last_progress >= since
+    assert all(known.at >= before[rank].at for rank, known in group._watchdog._received.items())

@@ -339,7 +339,7 @@ def test_ddp_says_whom_it_lost(victim: int) -> None:
             assert re.search(rf"WorkerLost: lost rank {victim} \(pid \d+ on \S+\): ", end.error or ""), (
                 end.error
             )
-            assert (end.error or "").strip().endswith(", in a sum")
+            assert (end.error or "").strip().endswith(", in an all-reduce")
 
 
 COUNTS = (1, 10, 250, 300, 1_007)  # chunks: 1, 1, 1, 2, 5; fewer than ranks, and not a multiple of them

@@ -232,7 +232,7 @@ def _command(files: tuple[Path, Path], variables: dict[str, str], words: list[st
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, spawn.SIGNALS)
     _write_into(files, "ab")
-    spawn.work = functools.partial(_work_into, files)  # type: ignore[assignment]
+    spawn.run_worker = functools.partial(_work_into, files)  # type: ignore[assignment]
     os.environ.clear()
     os.environ.update(variables)
     main.main(words)
@@ -240,7 +240,7 @@ def _command(files: tuple[Path, Path], variables: dict[str, str], words: list[st
 
 def _work_into(files: tuple[Path, Path], *arguments: Any) -> None:
     _write_into(files, "ab")
-    child.work(*arguments)
+    child.run_worker(*arguments)
 
 
 def _write_into(files: tuple[Path, Path], mode: str) -> None:

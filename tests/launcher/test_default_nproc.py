@@ -1,4 +1,4 @@
-"""How many processes are started when nobody said."""
+"""The default number of processes."""
 
 import pytest
 
@@ -15,7 +15,7 @@ from distributed_mnist.launcher import default_nproc
         (64, Recipe(shards=16), 16),
         (64, Recipe(model="linear"), 1),  # too little work in a step
         (64, Recipe(model="linear", batch_size=8_192), 8),
-        (4, Recipe(model="package.module:factory"), 4),  # unknown: taken for a large one
+        (4, Recipe(model="package.module:factory"), 4),  # unknown: assumed to be large
         (4, Recipe(batch_size=1), 1),
     ],
 )

@@ -1,4 +1,4 @@
-"""A process dies or hangs while `dmnist train` runs: said in a line, started again, the same answer."""
+"""A process dies or hangs while `dmnist train` runs: one line, a restart, and the same weights."""
 
 import contextlib
 import os
@@ -18,14 +18,14 @@ pytestmark = [
 ]
 
 STEPS = 200
-"""Of two epochs; slowed down, about five seconds."""
+"""Steps of two epochs; slowed down, they take about five seconds."""
 RECIPE = ("--recipe", "classic", "--model", "faulty_model:network", "--batch-size", 11, "--lr", 0.003)
 FLAGS = (*RECIPE, "--epochs", 2, "--checkpoint-every", 15)
 HANG = 3
-"""Seconds; other processes of this host may get in the way for one or two."""
+"""Seconds; other processes on this host may delay it for one or two."""
 KILLED = r"rank {} \(pid {}\) was ended by SIGKILL \(out of memory, or by hand\)"
 AGAIN = r"; starting again from the (last checkpoint|beginning)( \(restart \d+ of \d+ without a new one\))?"
-GONE_ON = r"; (go on with --resume auto --out \S+|there is no checkpoint yet)"
+RESUME = r"; (go on with --resume auto --out \S+|there is no checkpoint yet)"
 
 
 @pytest.fixture(scope="module")
@@ -35,31 +35,31 @@ def undisturbed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 class Run(Program):
-    """A fresh `dmnist train` with more flags and variables; slow until `hurry()`."""
+    """A fresh `dmnist train` with these flags and variables; slow until `hurry()`."""
 
     def __init__(self, digits: Path, folder: Path, *flags: object, **variables: str) -> None:
         self.out = folder / "out"
         self._hurry = folder / "hurry"
         self.trouble = folder / "trouble"
-        """There when the model has begun to make trouble."""
-        words = ["train", "--device", "cpu", "--nproc", 2, "--dataset", "idx", "--data", digits, *FLAGS]
+        """Exists as soon as the model has begun to misbehave."""
+        command = ["train", "--device", "cpu", "--nproc", 2, "--dataset", "idx", "--data", digits, *FLAGS]
         own = {
             "PYTHONPATH": paced.python_path(),
             "SLOW_UNTIL": str(self._hurry),
             "TROUBLE_TOLD": str(self.trouble),
         }
-        super().__init__([*DMNIST, *words, "--out", self.out, *flags], cwd=folder, **own, **variables)
+        super().__init__([*DMNIST, *command, "--out", self.out, *flags], cwd=folder, **own, **variables)
 
     def hurry(self) -> None:
-        """Let it finish."""
+        """Let it run at full speed."""
         self._hurry.touch()
 
     def starts(self) -> list[dict[str, Any]]:
-        """The `start` events so far: one for each group that trained."""
+        """Return the `start` events so far: one for each group that trained."""
         return [event for event in events(self.out) if event["event"] == "start"]
 
     def under_way(self, groups: int = 1, steps: int = 20) -> list[int]:
-        """Wait for so many groups, of which the last has trained so many steps; its pids by rank."""
+        """Wait until the last of this many groups has trained this many steps; return its pids by rank."""
 
         def trains() -> bool:
             starts = self.starts()
@@ -69,12 +69,12 @@ class Run(Program):
         return [rank["pid"] for rank in self.starts()[-1]["ranks"]]
 
     def workers(self) -> list[int]:
-        """The workers' pids, oldest first: the launcher's grandchildren, once there are all of two."""
+        """Return the workers' pids, oldest first: the launcher's grandchildren."""
         alive = processes(self.pid)
         return sorted(pid for pid, parent in alive.items() if parent not in (self.pid, os.getpid()))
 
     def ends(self) -> Finished:
-        """Its end, and no process is left."""
+        """Wait for its end, and until no process is left."""
         ended = self.finish()
         deadline = time.monotonic() + PATIENCE
         while left := processes(self.pid):
@@ -85,27 +85,29 @@ class Run(Program):
 
 
 def last_step_of_last_group(out: Path) -> int:
-    told = events(out)
-    begun = [place for place, event in enumerate(told) if event["event"] == "start"]
-    steps = [event["step"] for event in told[begun[-1] :] if event["event"] == "steps"] if begun else []
+    logged = events(out)
+    begun = [place for place, event in enumerate(logged) if event["event"] == "start"]
+    steps = [event["step"] for event in logged[begun[-1] :] if event["event"] == "steps"] if begun else []
     return max(steps, default=-1)
 
 
 def lines(ended: Finished) -> list[str]:
-    """What the program and its ranks told of themselves: not the notices of the run."""
+    """Return the messages of the program and its ranks, without the notices of the run."""
     return [line for line in ended.stderr.splitlines() if "dmnist: " in line]
 
 
-def told(ended: Finished, *patterns: str) -> None:
-    """Exactly these lines, in this order."""
+def assert_messages(ended: Finished, *patterns: str) -> None:
+    """Check that there are exactly these messages, in this order."""
     found = lines(ended)
     assert len(found) == len(patterns), ended
     for line, pattern in zip(found, patterns, strict=True):
         assert re.fullmatch(pattern, line), (line, pattern)
 
 
-def same(run: Run, ended: Finished, expected: dict[str, Any], groups: int | None = None) -> None:
-    """The answer is that of a run that nothing happened to."""
+def assert_same_result(
+    run: Run, ended: Finished, expected: dict[str, Any], groups: int | None = None
+) -> None:
+    """Check that the result equals that of an undisturbed run."""
     assert ended.code == 0, ended
     result = events(run.out)[-1]["result"]
     for name in ("weights_sha256", "samples_sha256", "data_sha256", "test_loss", "test_accuracy", "steps"):
@@ -117,7 +119,7 @@ def same(run: Run, ended: Finished, expected: dict[str, Any], groups: int | None
 
 
 def recorded(out: Path) -> dict[int, float]:
-    """Each step's loss; a step that was repeated counts as the last time."""
+    """Return each step's loss; of a repeated step, the last one."""
     return {
         event["first_step"] + i: loss
         for event in events(out)
@@ -130,14 +132,14 @@ def recorded(out: Path) -> dict[int, float]:
 
 
 @pytest.mark.parametrize(("rank", "nproc"), [(0, 2), (1, 2), (0, 1)])
-def test_one_is_killed(rank: int, nproc: int, digits: Path, undisturbed: Any, tmp_path: Path) -> None:
+def test_one_rank_is_killed(rank: int, nproc: int, digits: Path, undisturbed: Any, tmp_path: Path) -> None:
     with Run(digits, tmp_path, "--nproc", nproc) as run:
         pid = run.under_way()[rank]
         os.kill(pid, signal.SIGKILL)
         run.hurry()
         ended = run.ends()
-    told(ended, "dmnist: " + KILLED.format(rank, pid) + AGAIN)
-    same(run, ended, undisturbed, groups=2)
+    assert_messages(ended, "dmnist: " + KILLED.format(rank, pid) + AGAIN)
+    assert_same_result(run, ended, undisturbed, groups=2)
 
 
 def test_all_are_killed_at_once(digits: Path, undisturbed: Any, tmp_path: Path) -> None:
@@ -147,8 +149,8 @@ def test_all_are_killed_at_once(digits: Path, undisturbed: Any, tmp_path: Path) 
             os.kill(pid, signal.SIGKILL)
         run.hurry()
         ended = run.ends()
-    told(ended, "dmnist: " + KILLED.format(r"\d", f"({'|'.join(map(str, pids))})") + AGAIN)
-    same(run, ended, undisturbed, groups=2)
+    assert_messages(ended, "dmnist: " + KILLED.format(r"\d", f"({'|'.join(map(str, pids))})") + AGAIN)
+    assert_same_result(run, ended, undisturbed, groups=2)
 
 
 def test_killed_twice(digits: Path, undisturbed: Any, tmp_path: Path) -> None:
@@ -159,25 +161,25 @@ def test_killed_twice(digits: Path, undisturbed: Any, tmp_path: Path) -> None:
         os.kill(second, signal.SIGKILL)
         run.hurry()
         ended = run.ends()
-    told(ended, *("dmnist: " + KILLED.format(*who) + AGAIN for who in ((1, first), (0, second))))
-    same(run, ended, undisturbed, groups=3)
+    assert_messages(ended, *("dmnist: " + KILLED.format(*who) + AGAIN for who in ((1, first), (0, second))))
+    assert_same_result(run, ended, undisturbed, groups=3)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_killed_before_it_trained(rank: int, digits: Path, undisturbed: Any, tmp_path: Path) -> None:
-    """At that moment the other may be on its way to it."""
+    """At that moment the other rank may be in the rendezvous."""
     with Run(digits, tmp_path) as run:
         pid = run.wait_for(lambda: len(run.workers()) == 2 and run.workers(), "two workers")[rank]
         os.kill(pid, signal.SIGKILL)
         assert run.starts() == []
         run.hurry()
         ended = run.ends()
-    told(ended, "dmnist: " + KILLED.format(rank, pid) + AGAIN)
-    same(run, ended, undisturbed, groups=1)
+    assert_messages(ended, "dmnist: " + KILLED.format(rank, pid) + AGAIN)
+    assert_same_result(run, ended, undisturbed, groups=1)
 
 
 def test_killed_while_it_writes_a_checkpoint(digits: Path, undisturbed: Any, tmp_path: Path) -> None:
-    """What it had written of it is not taken for one, and is cleared away."""
+    """The incomplete file is not used as a checkpoint, and is removed."""
     with Run(digits, tmp_path, "--checkpoint-every", 1) as run:
         pid = run.under_way()[0]
         checkpoints = run.out / "checkpoints"
@@ -187,14 +189,14 @@ def test_killed_while_it_writes_a_checkpoint(digits: Path, undisturbed: Any, tmp
             if not list(checkpoints.glob("*.part")):
                 continue
             os.kill(pid, signal.SIGSTOP)
-            if list(checkpoints.glob("*.part")):  # and it stays there
+            if list(checkpoints.glob("*.part")):  # and the process is stopped now, so it stays
                 break
             os.kill(pid, signal.SIGCONT)
         os.kill(pid, signal.SIGKILL)
         run.hurry()
         ended = run.ends()
-    told(ended, "dmnist: " + KILLED.format(0, pid) + AGAIN)
-    same(run, ended, undisturbed, groups=2)
+    assert_messages(ended, "dmnist: " + KILLED.format(0, pid) + AGAIN)
+    assert_same_result(run, ended, undisturbed, groups=2)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -203,35 +205,37 @@ def test_killed_in_an_evaluation(rank: int, digits: Path, undisturbed: Any, tmp_
     with Run(digits, tmp_path, **trouble) as run:
         run.hurry()
         ended = run.ends()
-    told(ended, "dmnist: " + KILLED.format(rank, r"\d+") + AGAIN)
-    same(run, ended, undisturbed, groups=2)
+    assert_messages(ended, "dmnist: " + KILLED.format(rank, r"\d+") + AGAIN)
+    assert_same_result(run, ended, undisturbed, groups=2)
 
 
 def test_it_gives_up(digits: Path, tmp_path: Path) -> None:
-    """A model that always dies at the same place will do so again."""
+    """A model that always dies at the same step will do so again."""
     flags = ("--checkpoint-every", 1000, "--max-restarts", 2)
     with Run(digits, tmp_path, *flags, TROUBLE="kill 1 train 60") as run:
         run.hurry()
         ended = run.ends()
     assert ended.code == 8
     died = "dmnist: " + KILLED.format(1, r"\d+")
-    why = rf"; failure 3 in a row without a checkpoint \(--max-restarts 2\){GONE_ON}"
-    told(ended, died + AGAIN, died + AGAIN, died + why)
+    why = rf"; failure 3 in a row without a checkpoint \(--max-restarts 2\){RESUME}"
+    assert_messages(ended, died + AGAIN, died + AGAIN, died + why)
     assert len(run.starts()) == 3
     assert not (run.out / "result.json").exists()
 
 
-def test_it_does_not_give_up_while_it_gets_further(digits: Path, undisturbed: Any, tmp_path: Path) -> None:
-    """Every group dies after its 60th step, having saved something."""
+def test_it_does_not_give_up_while_there_is_progress(
+    digits: Path, undisturbed: Any, tmp_path: Path
+) -> None:
+    """Every group dies after its 60th step, and has saved a checkpoint before."""
     with Run(digits, tmp_path, "--max-restarts", 1, TROUBLE="kill 0 train 240") as run:
         run.hurry()
         ended = run.ends()
     assert len(run.starts()) >= 4
-    told(ended, *["dmnist: " + KILLED.format(0, r"\d+") + AGAIN] * (len(run.starts()) - 1))
-    same(run, ended, undisturbed)
+    assert_messages(ended, *["dmnist: " + KILLED.format(0, r"\d+") + AGAIN] * (len(run.starts()) - 1))
+    assert_same_result(run, ended, undisturbed)
 
 
-# ---- What does not get better by starting again ----------------------------------------------------------
+# ---- Errors that a restart cannot fix --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -241,7 +245,7 @@ def test_it_does_not_give_up_while_it_gets_further(digits: Path, undisturbed: An
         (
             "raise 1 train 100",
             1,
-            r"\[rank 1\] dmnist: a defect, please report it: ArithmeticError: of the user's own .*",
+            r"\[rank 1\] dmnist: internal error, please report it: ArithmeticError: of the user's own .*",
         ),
     ],
 )
@@ -250,19 +254,19 @@ def test_an_error_of_its_own(trouble: str, code: int, line: str, digits: Path, t
         run.hurry()
         ended = run.ends()
     assert ended.code == code
-    told(ended, line)
+    assert_messages(ended, line)
     assert len(run.starts()) == 1
 
 
 # ---- A worker hangs --------------------------------------------------------------------------------------
 
-WAITED = rf"; rank \d waited \d+ s for it in an? [\w ]+, at step \d+ \(--hang-after {HANG}\)"
-LOST = r"dmnist: the group fell apart" + AGAIN
+WAITED = rf"; rank \d waited \d+ s for it in an? [\w -]+, at step \d+ \(--hang-after {HANG}\)"
+LOST = r"dmnist: the group lost a process" + AGAIN
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_is_stopped(rank: int, digits: Path, undisturbed: Any, tmp_path: Path) -> None:
-    """Rank 0 also serves the store through which they know of each other."""
+    """Rank 0 also serves the store with the heartbeats."""
     with Run(digits, tmp_path, "--hang-after", HANG) as run:
         pid = run.under_way()[rank]
         os.kill(pid, signal.SIGSTOP)
@@ -272,12 +276,12 @@ def test_one_is_stopped(rank: int, digits: Path, undisturbed: Any, tmp_path: Pat
     place = r"training, step \d+"
     if rank == 0:
         store = r"\(its store at 127.0.0.1 port \d+\)"
-        gone = rf"is stopped or cannot be reached {store}: last heard of while {place}"
-        told(ended, rf"\[rank 1\] dmnist: {who} {gone}{WAITED}", LOST)
+        gone = rf"is stopped or cannot be reached {store}: last heartbeat: {place}"
+        assert_messages(ended, rf"\[rank 1\] dmnist: {who} {gone}{WAITED}", LOST)
     else:
-        silent = rf"is stopped or cannot be reached: {place}, last sign of life at \d\d:\d\d:\d\d"
-        told(ended, rf"dmnist: {who} {silent}{WAITED}", LOST)
-    same(run, ended, undisturbed, groups=2)
+        silent = rf"is stopped or cannot be reached: {place}, last heartbeat at \d\d:\d\d:\d\d"
+        assert_messages(ended, rf"dmnist: {who} {silent}{WAITED}", LOST)
+    assert_same_result(run, ended, undisturbed, groups=2)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -288,10 +292,10 @@ def test_one_loops_in_a_users_model(rank: int, digits: Path, undisturbed: Any, t
         ended = run.ends()
     pid = run.starts()[0]["ranks"][rank]["pid"]
     who = rf"rank {rank} \(pid {pid} on \S+\)"
-    does = rf"{who} does not go on: training, step \d+ for \d+ s in troubled.py:\d+ trouble"
-    told(ended, r"(\[rank 1\] )?dmnist: " + does + WAITED, LOST)
+    does = rf"{who} has made no progress for \d+ s: training, step \d+, in faulty_model.py:\d+ trouble"
+    assert_messages(ended, r"(\[rank 1\] )?dmnist: " + does + WAITED, LOST)
     assert lines(ended)[0].startswith("[rank 1]") == (rank == 0)
-    same(run, ended, undisturbed, groups=2)
+    assert_same_result(run, ended, undisturbed, groups=2)
 
 
 @pytest.mark.parametrize("sync", ["tree", "ddp"])
@@ -301,28 +305,30 @@ def test_a_hang_that_comes_again(sync: str, digits: Path, tmp_path: Path) -> Non
         run.hurry()
         ended = run.ends()
     assert ended.code == 8
-    does = r"rank 1 \(.*\) does not go on: training, step \d+ for \d+ s in troubled.py:\d+ trouble"
-    told(ended, "dmnist: " + does + WAITED, "dmnist: the group fell apart" + GONE_ON)
+    does = (
+        r"rank 1 \(.*\) has made no progress for \d+ s: training, step \d+, in faulty_model.py:\d+ trouble"
+    )
+    assert_messages(ended, "dmnist: " + does + WAITED, "dmnist: the group lost a process" + RESUME)
 
 
 def test_all_are_stopped_for_a_while(digits: Path, undisturbed: Any, tmp_path: Path) -> None:
-    """Ctrl-Z, a suspended job, a paused container: nobody is to blame."""
+    """Ctrl-Z, a suspended job, a paused container: no rank is at fault."""
     with Run(digits, tmp_path, "--hang-after", HANG) as run:
         run.under_way()
         run.signal(signal.SIGSTOP, group=True)
-        time.sleep(2 * HANG)  # this is what happens to it
+        time.sleep(2 * HANG)  # not a wait for something: the suspension itself
         run.signal(signal.SIGCONT, group=True)
         run.hurry()
         ended = run.ends()
-    told(ended)
-    same(run, ended, undisturbed, groups=1)
+    assert_messages(ended)
+    assert_same_result(run, ended, undisturbed, groups=1)
 
 
-# ---- Asked to stop meanwhile -----------------------------------------------------------------------------
+# ---- Signals meanwhile -----------------------------------------------------------------------------------
 
-IN_VAIN = (
-    r"dmnist: asked to stop, but not done after 1 s \(a long step, or something hangs\): "
-    r"a run goes on from its last checkpoint with --resume auto --out \S+"
+STILL_RUNNING = (
+    r"dmnist: asked to stop, but still running after 1 s \(a long step, or a hang\): "
+    r"resume from the last checkpoint with --resume auto --out \S+"
 )
 RANK_1 = r"\[rank 1\] "
 
@@ -330,34 +336,35 @@ RANK_1 = r"\[rank 1\] "
 @pytest.mark.parametrize(
     ("trouble", "lines"),
     [
-        ("loop 1 train 100", (IN_VAIN, RANK_1 + IN_VAIN)),  # who hangs, and who tells for all
-        ("sleep 0 train 100", (IN_VAIN,)),
+        # The rank that hangs reports, and rank 0 for all others.
+        ("loop 1 train 100", (STILL_RUNNING, RANK_1 + STILL_RUNNING)),
+        ("sleep 0 train 100", (STILL_RUNNING,)),
     ],
 )
 def test_asked_to_stop_when_there_is_no_next_step(
     trouble: str, lines: tuple[str, ...], digits: Path, undisturbed: Any, tmp_path: Path
 ) -> None:
-    """Not at the next step then, but in the time that a scheduler grants."""
+    """Then it stops not at the next step, but within the time that a scheduler allows."""
     with Run(digits, tmp_path, TROUBLE=trouble, OBEY_SECONDS="1") as run:
         run.hurry()
         run.wait_for(run.trouble.exists, "the trouble")
         run.signal(signal.SIGTERM)
         ended = run.ends()
     assert ended.code == 75
-    told(ended, *lines)
+    assert_messages(ended, *lines)
     with Run(digits, tmp_path, "--resume", "auto") as run:
         run.hurry()
-        same(run, run.ends(), undisturbed, groups=2)
+        assert_same_result(run, run.ends(), undisturbed, groups=2)
 
 
 def test_asked_to_stop_when_rank_zero_cannot(digits: Path, tmp_path: Path) -> None:
-    """Then another says why it ends."""
+    """Then another rank reports why the run ends."""
     with Run(digits, tmp_path, OBEY_SECONDS="1") as run:
         os.kill(run.under_way()[0], signal.SIGSTOP)
         run.signal(signal.SIGTERM)
         ended = run.ends()
     assert ended.code == 75
-    told(ended, RANK_1 + IN_VAIN)
+    assert_messages(ended, RANK_1 + STILL_RUNNING)
 
 
 def test_asked_to_stop_while_a_new_group_starts(digits: Path, undisturbed: Any, tmp_path: Path) -> None:
@@ -368,14 +375,14 @@ def test_asked_to_stop_while_a_new_group_starts(digits: Path, undisturbed: Any, 
         run.signal(signal.SIGTERM)
         ended = run.ends()
     assert ended.code == 75
-    told(ended, "dmnist: " + KILLED.format(1, pids[1]) + AGAIN, r"dmnist: stopped by .*")
+    assert_messages(ended, "dmnist: " + KILLED.format(1, pids[1]) + AGAIN, r"dmnist: stopped by .*")
     with Run(digits, tmp_path, "--resume", "auto") as run:
         run.hurry()
-        same(run, run.ends(), undisturbed)
+        assert_same_result(run, run.ends(), undisturbed)
 
 
 def test_asked_to_stop_in_the_moment_of_a_death(digits: Path, undisturbed: Any, tmp_path: Path) -> None:
-    """Then nothing is started again, and no matter which of the two came first."""
+    """Then nothing is restarted, whichever of the two came first."""
     with Run(digits, tmp_path) as run:
         pid = run.under_way()[1]
         os.kill(pid, signal.SIGSTOP)
@@ -386,11 +393,11 @@ def test_asked_to_stop_in_the_moment_of_a_death(digits: Path, undisturbed: Any, 
     assert "starting again" not in ended.stderr
     with Run(digits, tmp_path, "--resume", "auto") as run:
         run.hurry()
-        same(run, run.ends(), undisturbed)
+        assert_same_result(run, run.ends(), undisturbed)
 
 
 def test_the_server_of_the_workers_is_killed(digits: Path, undisturbed: Any, tmp_path: Path) -> None:
-    """Their parent, which nobody looks for. It is said, and what was trained is not lost."""
+    """Their parent process. It is reported, and no training is lost."""
     with Run(digits, tmp_path) as run:
         pid = run.under_way()[0]
         parent = processes(run.pid)[pid]
@@ -401,5 +408,5 @@ def test_the_server_of_the_workers_is_killed(digits: Path, undisturbed: Any, tmp
         ended = run.ends()
     found = [line for line in lines(ended) if "starting again" in line]
     assert len(found) == 1, ended
-    assert re.fullmatch("dmnist: the server that the processes are forked from was ended" + AGAIN, found[0])
-    same(run, ended, undisturbed)
+    assert re.fullmatch("dmnist: the server that forks the processes was ended" + AGAIN, found[0])
+    assert_same_result(run, ended, undisturbed)

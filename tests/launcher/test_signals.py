@@ -1,4 +1,4 @@
-"""A process that is asked to stop: heard at once whatever it does, obeyed in bounded time."""
+"""Signals that ask a process to stop: noticed at once, and obeyed in bounded time."""
 
 import signal
 import subprocess
@@ -13,8 +13,8 @@ from ranks import PATIENCE
 
 HEAD = """
 import os, signal, sys, threading, time
-from distributed_mnist import signals
-from distributed_mnist.placement import Placement
+from distributed_mnist.common.placement import Placement
+from distributed_mnist.launcher import signals
 
 signals.OBEY_SECONDS = 0.3
 
@@ -43,7 +43,7 @@ stop.arm()
 
 
 class Process:
-    """A script that says what happens to it."""
+    """A script that prints what happens to it."""
 
     def __init__(self, process: "subprocess.Popen[str]", output: IO[str]) -> None:
         self._process, self._output = process, output
@@ -51,16 +51,16 @@ class Process:
     def signal(self, number: int) -> None:
         self._process.send_signal(number)
 
-    def tells(self, line: str) -> None:
+    def write_line(self, line: str) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
 
-    def says(self) -> str:
+    def read_line(self) -> str:
         return self._output.readline().strip()
 
-    def ends(self) -> tuple[int, str, str]:
-        """Its code, and what else it said and told."""
+    def finish(self) -> tuple[int, str, str]:
+        """Return its exit code, and the rest of its output and errors."""
         stdout, stderr = self._process.communicate(timeout=PATIENCE)
         return self._process.returncode, stdout.strip(), stderr.strip()
 
@@ -83,19 +83,19 @@ def script(text: str, *arguments: object) -> Iterator[Process]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_before_there_is_anything_to_save(number: signal.Signals) -> None:
+def test_a_signal_before_there_is_anything_to_save(number: signal.Signals) -> None:
     with script(EARLY) as process:
-        assert process.says() == "ready"
+        assert process.read_line() == "ready"
         process.signal(number)
-        assert process.ends() == (
+        assert process.finish() == (
             75,
             f"stopped by {number.name} before there was anything to save",
             "",
         )
 
 
-def test_a_signal_that_came_before_anybody_heard() -> None:
-    """A launcher blocks them until now; none is lost."""
+def test_a_signal_before_the_handlers_are_installed() -> None:
+    """A launcher blocks signals until then; none is lost."""
     blocked = """
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -107,10 +107,10 @@ def test_a_signal_that_came_before_anybody_heard() -> None:
         os._exit(75)
     """
     with script(blocked) as process:
-        assert process.ends() == (75, "stopped by SIGTERM before there was anything to save", "")
+        assert process.finish() == (75, "stopped by SIGTERM before there was anything to save", "")
 
 
-def test_no_failure_of_its_own_is_made_of_it() -> None:
+def test_except_exception_does_not_catch_it() -> None:
     swallowed = """
     stop = signals.StopSignals(Placement())
     try:
@@ -118,17 +118,17 @@ def test_no_failure_of_its_own_is_made_of_it() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             until(lambda: False)
         except Exception:
-            say("taken for a failure")
+            say("caught as a failure")
     except BaseException as early:
         say(type(early).__name__)
         os._exit(0)
     """
     with script(swallowed) as process:
-        assert process.ends() == (0, "StoppedEarly", "")
+        assert process.finish() == (0, "StoppedEarly", "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_then_it_is_a_question_that_the_loop_asks(number: signal.Signals) -> None:
+def test_a_signal_sets_a_flag_once_armed(number: signal.Signals) -> None:
     loop = """
     say(stop.requested())
     until(stop.requested)
@@ -136,9 +136,9 @@ def test_then_it_is_a_question_that_the_loop_asks(number: signal.Signals) -> Non
     os._exit(75)
     """
     with script(ARMED + textwrap.dedent(loop), 0) as process:
-        assert process.says() == "False"
+        assert process.read_line() == "False"
         process.signal(number)
-        assert process.ends() == (75, "True", "")
+        assert process.finish() == (75, "True", "")
 
 
 def test_ctrl_c_twice() -> None:
@@ -153,14 +153,14 @@ def test_ctrl_c_twice() -> None:
         os._exit(130)
     """
     with script("signals.OBEY_SECONDS = 30\n" + ARMED + textwrap.dedent(twice), 0) as process:
-        assert process.says() == "ready"
+        assert process.read_line() == "ready"
         process.signal(signal.SIGINT)
-        assert process.says() == "heard"
+        assert process.read_line() == "heard"
         process.signal(signal.SIGINT)
-        assert process.ends() == (130, "at once", "")
+        assert process.finish() == (130, "at once", "")
 
 
-def test_sigterm_twice_is_asked_once() -> None:
+def test_sigterm_twice_counts_once() -> None:
     twice = """
     say("ready")
     until(stop.requested)
@@ -168,15 +168,15 @@ def test_sigterm_twice_is_asked_once() -> None:
     until(lambda: False)
     """
     with script(ARMED + textwrap.dedent(twice), 0) as process:
-        assert process.says() == "ready"
+        assert process.read_line() == "ready"
         process.signal(signal.SIGTERM)
-        assert process.says() == "heard"
+        assert process.read_line() == "heard"
         process.signal(signal.SIGTERM)
-        assert process.ends()[0] == 75
+        assert process.finish()[0] == 75
 
 
-def test_the_launchers_sigterm_and_one_ctrl_c_are_not_two() -> None:
-    """A terminal sends Ctrl-C to all, and our launcher passes it on: in either order it is asked once."""
+def test_the_launchers_sigterm_and_ctrl_c_count_once() -> None:
+    """A terminal sends Ctrl-C to all, and our launcher forwards it. In either order it counts once."""
     both = """
     try:
         say("ready")
@@ -189,35 +189,35 @@ def test_the_launchers_sigterm_and_one_ctrl_c_are_not_two() -> None:
     os._exit(75)
     """
     with script(ARMED + textwrap.dedent(both), 0) as process:
-        assert process.says() == "ready"
+        assert process.read_line() == "ready"
         process.signal(signal.SIGTERM)
-        assert process.says() == "heard"
+        assert process.read_line() == "heard"
         process.signal(signal.SIGINT)
-        process.tells("go on")
-        assert process.ends() == (75, "asked", "")
+        process.write_line("go on")
+        assert process.finish() == (75, "asked", "")
 
 
 STUCK = {
     "in Python": "while True: pass",
     "outside of Python": "import ctypes; ctypes.CDLL(None).sleep(30)",
-    "for another": "lock = threading.Lock(); lock.acquire(); lock.acquire()",
+    "for a lock": "lock = threading.Lock(); lock.acquire(); lock.acquire()",
 }
 
 
 @pytest.mark.parametrize("how", STUCK)
-def test_a_process_that_does_not_come_to_a_step_is_ended(how: str) -> None:
+def test_a_process_that_reaches_no_sync_point_is_ended(how: str) -> None:
     with script(ARMED + 'say("ready")\nwhile True:\n    ' + STUCK[how], 0) as process:
-        assert process.says() == "ready"
+        assert process.read_line() == "ready"
         process.signal(signal.SIGTERM)
-        code, stdout, stderr = process.ends()
+        code, stdout, stderr = process.finish()
     assert (code, stdout) == (75, "")
     assert stderr == (
-        "dmnist: asked to stop, but not done after 0 s (a long step, or something hangs): "
-        "a run goes on from its last checkpoint with --resume auto"
+        "dmnist: asked to stop, but still running after 0 s (a long step, or a hang): "
+        "resume from the last checkpoint with --resume auto"
     )
 
 
-def test_other_signals_mean_nothing() -> None:
+def test_other_signals_have_no_effect() -> None:
     other = """
     signal.signal(signal.SIGUSR2, lambda *_: say("SIGUSR2"))
     say("ready")
@@ -226,18 +226,18 @@ def test_other_signals_mean_nothing() -> None:
     os._exit(0)
     """
     with script(ARMED + textwrap.dedent(other), 0) as process:
-        assert process.says() == "ready"
+        assert process.read_line() == "ready"
         process.signal(signal.SIGUSR2)
-        assert process.ends() == (0, "SIGUSR2\nFalse", "")
+        assert process.finish() == (0, "SIGUSR2\nFalse", "")
 
 
 ORPHAN = """
 parent = os.getpid()
 if os.fork() == 0:
-    signals._WATCH_SECONDS = 0.05
+    signals._POLL_SECONDS = 0.05
     stop = signals.StopSignals(Placement())
     stop.arm()
-    signals.end_with(parent)
+    signals.stop_with_parent(parent)
     say("ready")
     until(stop.requested)
     say(stop.requested() and os.getppid() != parent)
@@ -246,8 +246,8 @@ signal.pause()
 """
 
 
-def test_a_process_whose_parent_is_gone_is_asked_to_stop() -> None:
+def test_a_process_stops_when_its_parent_has_ended() -> None:
     with script(ORPHAN) as process:
-        assert process.says() == "ready"
+        assert process.read_line() == "ready"
         process.signal(signal.SIGKILL)
-        assert process.says() == "True"
+        assert process.read_line() == "True"

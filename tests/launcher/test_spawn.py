@@ -1,4 +1,4 @@
-"""Our own launcher: how the ends of its processes become one end, and when they are started again."""
+"""Our own launcher: how exit codes are combined, and when processes are restarted."""
 
 import json
 import os
@@ -24,40 +24,40 @@ NAME = r"rank {} \(pid \d+\) was ended by {}"
 MEMORY = r" \(out of memory, or by hand\)"
 AGAIN = r"; starting again from the (last checkpoint|beginning)( \(restart \d+ of \d+ without a new one\))?"
 FLAGS = "--resume auto --out here"
-GONE_ON = f"; go on with {FLAGS}"
+RESUME = f"; go on with {FLAGS}"
 LONG = 30.0
 
-Act = int | str
+Action = int | str
 
 
 def act(placement: Placement, listener: socket.socket | None, plan: dict[str, Any]) -> int:
-    """What a process does: end with a code, kill itself, or wait. Earlier groups of the plan left files."""
+    """One process of a plan: exit with a code, kill itself, or wait. Files of earlier groups count them."""
     folder = Path(plan["folder"])
     group = sum(1 for _ in folder.glob(f"{placement.rank}.*"))
-    about = {"pid": os.getpid(), "starter": placement.starter, "listens": listener is not None}
+    about = {"pid": os.getpid(), "launcher_id": placement.launcher_id, "listens": listener is not None}
     (folder / f"{placement.rank}.{group}").write_text(json.dumps(about))
     groups = plan["groups"]
-    does: Act = groups[min(group, len(groups) - 1)][placement.rank]
-    if does in ("deaf", "nearly done"):
+    action: Action = groups[min(group, len(groups) - 1)][placement.rank]
+    if action in ("ignore", "nearly done"):
         for number in spawn.SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-    if does == "obey":
+    if action == "obey":
         signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
-    # Only now: another rank may have asked for a signal already.
+    # Not before: another rank may already have caused a signal.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, spawn.SIGNALS)
-    if isinstance(does, int):
-        return does
-    if does.startswith("SIG"):
-        os.kill(os.getpid(), getattr(signal, does))
-    if does == "print":
+    if isinstance(action, int):
+        return action
+    if action.startswith("SIG"):
+        os.kill(os.getpid(), getattr(signal, action))
+    if action == "print":
         print("one line\nand another, not ended", end="", flush=True)
         print(" é\udcff", file=sys.stderr, flush=True)
         return 0
     (folder / f"waits.{placement.rank}.{group}").touch()
-    if does == "nearly done":
+    if action == "nearly done":
         time.sleep(0.5)
         return 0
-    deadline = time.monotonic() + LONG  # what waits is ended by the launcher, or else by itself
+    deadline = time.monotonic() + LONG  # the launcher ends a process that waits, or it ends by itself
     while time.monotonic() < deadline:
         time.sleep(0.01)
     return 99
@@ -70,9 +70,9 @@ def little_grace(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Launched:
-    """The processes of a plan: one list of acts a group, by rank; the last is that of all later groups."""
+    """The processes of a plan: a list of actions per group, by rank; the last also for later groups."""
 
-    def __init__(self, folder: Path, *groups: list[Act]) -> None:
+    def __init__(self, folder: Path, *groups: list[Action]) -> None:
         self.folder, self._groups = folder, groups
 
     def run(self, restarts: Restarts | None = None) -> int:
@@ -83,16 +83,16 @@ class Launched:
         return code
 
     def processes(self) -> list[dict[str, Any]]:
-        """All that ran, by rank and group."""
+        """All processes that ran, by rank and group."""
         return [json.loads(path.read_text()) for path in sorted(self.folder.glob("[0-9]*"))]
 
     def groups(self) -> int:
-        """How many groups there were."""
+        """The number of groups that ran."""
         return len(list(self.folder.glob("0.*")))
 
 
-def told(capsys: pytest.CaptureFixture[str], *patterns: str) -> None:
-    """Exactly these lines on standard error."""
+def assert_messages(capsys: pytest.CaptureFixture[str], *patterns: str) -> None:
+    """Check that standard error has exactly these lines."""
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(patterns), lines
     for line, pattern in zip(lines, patterns, strict=True):
@@ -103,15 +103,15 @@ def no_progress(limit: int) -> Restarts:
     return Restarts(limit, lambda: 5, FLAGS)
 
 
-# ---- One end ---------------------------------------------------------------------------------------------
+# ---- Exit codes ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("acts", "code"),
+    ("actions", "code"),
     [
         ([0], 0),
         ([0, 0, 0], 0),
-        ([3, 8, 8], 3),  # an error of its own, and those who lost it
+        ([3, 8, 8], 3),  # one with its own error, and those that lost it
         ([8, 8, 4], 4),
         ([75, 75], 75),
         ([75, 8], 75),
@@ -119,31 +119,29 @@ def no_progress(limit: int) -> Restarts:
         ([0, 1], 1),
     ],
 )
-def test_many_ends_are_one(
-    acts: list[Act], code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_exit_codes_are_combined(
+    actions: list[Action], code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And nothing is started again that ended by itself."""
-    launched = Launched(tmp_path, acts)
+    """And a group that ended by itself is not restarted."""
+    launched = Launched(tmp_path, actions)
     assert launched.run(no_progress(3)) == code
     assert launched.groups() == 1
-    told(capsys)
+    assert_messages(capsys)
 
 
-def test_rank_zero_is_given_the_meeting_place(tmp_path: Path) -> None:
+def test_rank_zero_gets_the_listener(tmp_path: Path) -> None:
     launched = Launched(tmp_path, [0, 0, 0])
     launched.run()
     assert [about["listens"] for about in launched.processes()] == [True, False, False]
 
 
-def test_the_others_do_not_wait_for_ever(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    launched = Launched(tmp_path, ["wait", 6, "deaf"])
+def test_the_other_processes_are_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    launched = Launched(tmp_path, ["wait", 6, "ignore"])
     assert launched.run(no_progress(3)) == 6
-    told(capsys)
+    assert_messages(capsys)
 
 
-def test_what_they_print_has_their_rank_in_front(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_output_has_the_rank_in_front(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert Launched(tmp_path, [0, "print", "print"]).run() == 0
     lines = capsys.readouterr().err.splitlines()
     for rank in (1, 2):
@@ -153,7 +151,7 @@ def test_what_they_print_has_their_rank_in_front(
     assert len(lines) == 4
 
 
-# ---- Started again ---------------------------------------------------------------------------------------
+# ---- Restarts --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -161,30 +159,30 @@ def test_what_they_print_has_their_rank_in_front(
 def test_one_dies(
     victim: int, how: str, more: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first: list[Act] = ["wait", "wait"]
+    first: list[Action] = ["wait", "wait"]
     first[victim] = how
     launched = Launched(tmp_path, first, [0, 0])
     assert launched.run(no_progress(3)) == 0
     assert launched.groups() == 2
-    told(capsys, NAME.format(victim, how) + more + AGAIN)
+    assert_messages(capsys, NAME.format(victim, how) + more + AGAIN)
 
 
-def test_a_new_group_knows_its_launcher(tmp_path: Path) -> None:
+def test_a_restarted_group_has_the_same_launcher_id(tmp_path: Path) -> None:
     launched = Launched(tmp_path, ["SIGKILL", 8], [8, "SIGKILL"], [0, 0])
     assert launched.run(no_progress(3)) == 0
     assert launched.groups() == 3
-    starters = {about["starter"] for about in launched.processes()}
-    assert len(starters) == 1
+    launcher_ids = {about["launcher_id"] for about in launched.processes()}
+    assert len(launcher_ids) == 1
     other = Launched(tmp_path, [0, 0])
     other.run()
-    assert len({about["starter"] for about in other.processes()}) == 2
+    assert len({about["launcher_id"] for about in other.processes()}) == 2
 
 
-def test_a_hang_that_was_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Those who found it end with 8; the one that hangs is ended, and is not who is told of."""
-    launched = Launched(tmp_path, [8, "deaf", 8], [0, 0, 0])
+def test_a_hang(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The ranks that diagnosed it exit with 8. The hanging one is killed, but not reported as the cause."""
+    launched = Launched(tmp_path, [8, "ignore", 8], [0, 0, 0])
     assert launched.run(no_progress(1)) == 0
-    told(capsys, r"the group fell apart" + AGAIN)
+    assert_messages(capsys, r"the group lost a process" + AGAIN)
 
 
 @pytest.mark.parametrize("limit", [0, 1, 3])
@@ -195,25 +193,25 @@ def test_it_gives_up(limit: int, tmp_path: Path, capsys: pytest.CaptureFixture[s
     died = NAME.format(0, "SIGKILL") + MEMORY
     limited = rf" \(--max-restarts {limit}\)"
     often = f"; failure {limit + 1} in a row without a checkpoint{limited}" if limit else ""
-    told(capsys, *[died + AGAIN] * limit, died + often + GONE_ON)
+    assert_messages(capsys, *[died + AGAIN] * limit, died + often + RESUME)
 
 
-def test_without_restarts_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_restarts_it_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert Launched(tmp_path, ["SIGKILL", 8]).run() == 8
-    told(capsys, NAME.format(0, "SIGKILL") + MEMORY)
+    assert_messages(capsys, NAME.format(0, "SIGKILL") + MEMORY)
 
 
-def test_getting_further_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """At most two in a row without: 1, 1, then further, and again 1, 1 and further."""
+def test_progress_resets_the_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At most two failures in a row without progress: 1, 1, progress, 1, 1, progress."""
     reached = iter([0, 0, 7, 7, 7, 9, 9, 9, 9])
     launched = Launched(tmp_path, *[["SIGKILL", 8]] * 5, [0, 0])
     assert launched.run(Restarts(3, lambda: next(reached), FLAGS)) == 0
     assert launched.groups() == 6
-    told(capsys, *[NAME.format(0, "SIGKILL") + MEMORY + AGAIN] * 5)
+    assert_messages(capsys, *[NAME.format(0, "SIGKILL") + MEMORY + AGAIN] * 5)
 
 
-def test_going_back_is_not_getting_further(tmp_path: Path) -> None:
-    """The newest checkpoint was damaged and is gone: until it is passed nothing was gained."""
+def test_going_back_is_not_progress(tmp_path: Path) -> None:
+    """The newest checkpoint was damaged and is gone. There is no progress until its step is passed."""
     reached = iter([90, 60, 75, 90, 90])
     launched = Launched(tmp_path, ["SIGKILL", 8])
     assert launched.run(Restarts(2, lambda: next(reached), FLAGS)) == 8
@@ -224,7 +222,7 @@ def test_going_back_is_not_getting_further(tmp_path: Path) -> None:
 
 
 def when(path: Path, then: Callable[[], None]) -> Any:
-    """A thread that waits for a file and does something then."""
+    """Start a thread that waits for a file and then calls a function."""
     import threading
 
     def watch() -> None:
@@ -240,7 +238,7 @@ def when(path: Path, then: Callable[[], None]) -> Any:
 
 @pytest.fixture
 def heard() -> Any:
-    """Signals that the launcher did not take for itself; without it they would end this process."""
+    """Signals that the launcher did not handle; without this they would end the process."""
     received: list[int] = []
     before = {number: signal.signal(number, lambda n, _: received.append(n)) for number in spawn.SIGNALS}
     yield received
@@ -249,61 +247,61 @@ def heard() -> Any:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_passed_on(
+def test_a_signal_is_forwarded(
     number: int, heard: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asking = when(tmp_path / "waits.1.0", lambda: os.kill(os.getpid(), number))
+    thread = when(tmp_path / "waits.1.0", lambda: os.kill(os.getpid(), number))
     launched = Launched(tmp_path, ["obey", "obey"])
     assert launched.run(no_progress(3)) == 75
-    asking.join()
+    thread.join()
     assert heard == []
-    told(capsys)
+    assert_messages(capsys)
 
 
-def test_asked_to_stop_nothing_is_started_again(
+def test_no_restart_after_a_signal(
     heard: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A process that dies of the signal is lost, but the group was to end."""
-    asking = when(tmp_path / "waits.1.0", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    """A process that dies of the signal is lost, but the group was stopping anyway."""
+    thread = when(tmp_path / "waits.1.0", lambda: os.kill(os.getpid(), signal.SIGTERM))
     launched = Launched(tmp_path, ["obey", "wait"])
     assert launched.run(no_progress(3)) == 75
-    asking.join()
+    thread.join()
     assert launched.groups() == 1
     assert heard == []
-    told(capsys, NAME.format(1, "SIGTERM") + f" while it was to stop{GONE_ON}")
+    assert_messages(capsys, NAME.format(1, "SIGTERM") + f" while the run was stopping{RESUME}")
 
 
 def test_ctrl_c_twice_while_one_hangs(
     heard: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whoever presses it twice does not want to wait for those who do not listen."""
+    """A user who presses it twice does not want to wait for processes that ignore it."""
 
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.2)  # a person; two at once would be one signal
+        time.sleep(0.2)  # like a person; two at once would be one signal
         os.kill(os.getpid(), signal.SIGINT)
 
-    asking = when(tmp_path / "waits.1.0", twice)
-    launched = Launched(tmp_path, ["deaf", "deaf"])
+    thread = when(tmp_path / "waits.1.0", twice)
+    launched = Launched(tmp_path, ["ignore", "ignore"])
     assert launched.run(no_progress(3)) == 130
-    asking.join()
+    thread.join()
     assert launched.groups() == 1
     assert heard == []
-    told(capsys, "stopped at once; nothing saved since the last checkpoint")
+    assert_messages(capsys, "stopped at once; nothing saved since the last checkpoint")
 
 
-def test_a_deaf_group_is_ended_in_the_end(
+def test_a_group_that_ignores_signals_is_killed(
     heard: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(spawn, "OBEY_SECONDS", 0.5)
-    asking = when(tmp_path / "waits.1.0", lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert Launched(tmp_path, ["deaf", "deaf"]).run(no_progress(3)) == 75
-    asking.join()
-    told(capsys, "rank 0, 1 did not obey, and was ended")
+    thread = when(tmp_path / "waits.1.0", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert Launched(tmp_path, ["ignore", "ignore"]).run(no_progress(3)) == 75
+    thread.join()
+    assert_messages(capsys, "rank 0, 1 did not stop in time: killed")
 
 
 def test_asked_to_stop_between_two_groups(heard: list[int], tmp_path: Path) -> None:
-    """One has ended, the next is not there yet."""
+    """One has ended, and the next has not started."""
     looked = []
 
     def reached() -> int:
@@ -317,7 +315,7 @@ def test_asked_to_stop_between_two_groups(heard: list[int], tmp_path: Path) -> N
     assert heard == []
 
 
-def test_the_handlers_of_before_are_back(heard: list[int], tmp_path: Path) -> None:
+def test_the_previous_handlers_are_restored(heard: list[int], tmp_path: Path) -> None:
     Launched(tmp_path, ["SIGKILL", 8], [0, 0]).run(no_progress(1))
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) & {*spawn.SIGNALS} == set()
     os.kill(os.getpid(), signal.SIGTERM)
@@ -325,26 +323,26 @@ def test_the_handlers_of_before_are_back(heard: list[int], tmp_path: Path) -> No
 
 
 def blocked(placement: Placement, listener: socket.socket | None, plan: dict[str, Any]) -> int:
-    """Ends with the number of our signals that wait."""
+    """Exit with the number of signals that are blocked."""
     return len(signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(spawn.SIGNALS))
 
 
-def _born_listening(alive: Any) -> None:
+def _without_blocked_signals(alive: Any) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, spawn.SIGNALS)
-    child.work("test_spawn:blocked", Placement(), None, None, alive, None)
+    child.run_worker("test_spawn:blocked", Placement(), None, None, alive, None)
 
 
-def test_a_worker_of_a_server_that_lets_signals_through_keeps_them_for_later() -> None:
+def test_a_worker_blocks_signals_if_its_server_does_not() -> None:
     context = server()
     alive, held = context.Pipe(duplex=False)
-    worker = context.Process(target=_born_listening, args=(alive,))
+    worker = context.Process(target=_without_blocked_signals, args=(alive,))
     worker.start()
     worker.join(LONG)
     held.close()
     assert worker.exitcode == len(spawn.SIGNALS)
 
 
-# ---- Several works, and asked to stop when nobody is there to be told ------------------------------------
+# ---- Several tasks, and signals between them -------------------------------------------------------------
 
 
 def _listen() -> None:
@@ -352,18 +350,18 @@ def _listen() -> None:
     time.sleep(LONG)
 
 
-def test_who_comes_after_a_signal_is_told_of_it() -> None:
-    stop = spawn._Stop()
+def test_workers_that_start_after_a_signal_receive_it() -> None:
+    stop = spawn._StopRequest()
     worker = server().Process(target=_listen)
     worker.start()
-    stop.pass_on(signal.SIGUSR1, None)
-    assert stop.asked()
-    stop.take([worker])
+    stop.on_signal(signal.SIGUSR1, None)
+    assert stop.requested()
+    stop.forward_to([worker])
     worker.join(LONG)
     assert worker.exitcode == -signal.SIGUSR1
 
 
-def test_one_work_after_the_other(tmp_path: Path) -> None:
+def test_one_task_after_the_other(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in "abc"]
     for folder in folders:
         folder.mkdir()
@@ -372,10 +370,10 @@ def test_one_work_after_the_other(tmp_path: Path) -> None:
     assert [len(list(folder.iterdir())) for folder in folders] == [1, 1, 0]
 
 
-def test_a_stop_too_late_for_one_work_stops_before_the_next(
+def test_a_signal_too_late_for_one_task_stops_before_the_next(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plans = [{"folder": str(tmp_path), "groups": [[does]]} for does in ("nearly done", 0)]
+    plans = [{"folder": str(tmp_path), "groups": [[action]]} for action in ("nearly done", 0)]
     tasks = [Task("test_spawn:act", plan, no_progress(1)) for plan in plans]
 
     def ask() -> None:
@@ -384,9 +382,9 @@ def test_a_stop_too_late_for_one_work_stops_before_the_next(
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    asking = threading.Thread(target=ask)
-    asking.start()
+    thread = threading.Thread(target=ask)
+    thread.start()
     assert spawn.spawn(1, tasks) == 75
-    asking.join()
+    thread.join()
     assert len(list(tmp_path.glob("0.*"))) == 1
-    told(capsys, "stopped before all was done" + GONE_ON)
+    assert_messages(capsys, "stopped before all was done" + RESUME)

@@ -15,7 +15,7 @@ from distributed_mnist.runs.run_folder import RunFolder, open_folder
 
 def opened(launcher_id: str, out: Path | None = None, seed: int = 0) -> RunFolder:
     """Open a folder as a group of one process, write a checkpoint, and release the lock, as if killed."""
-    world = World(Placement(starter=launcher_id), torch.device("cpu"), "none")
+    world = World(Placement(launcher_id=launcher_id), torch.device("cpu"), "none")
     folder = open_folder(world, Run(out=out), Recipe(seed=seed), "mine")
     assert folder.lock is not None
     folder.lock.release()
