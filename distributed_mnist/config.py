@@ -32,42 +32,42 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|seconds?|min|minutes?)")
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run reads its data and writes its results, and how it runs. Weights do not depend on it."""
+    """Where a run reads data and writes results, and how it executes. These do not affect the weights."""
 
     dataset: str = "mnist"
     """mnist, fashion-mnist, kmnist, qmnist, emnist-SPLIT, generated (drawn digits), idx (your own files),
-    or auto (mnist if it is available, else generated)."""
+    or auto (mnist if available, otherwise generated)."""
     data: Path = Path("data")
-    """Folder with the data. Missing files are downloaded into it."""
+    """Data folder. Missing files are downloaded into it."""
     train_size: int = 60_000
-    """Number of training images, with --dataset generated."""
+    """Number of training images to draw, with --dataset generated."""
     test_size: int = 10_000
-    """Number of test images, with --dataset generated."""
+    """Number of test images to draw, with --dataset generated."""
     data_seed: int = 0
-    """Seed of the images, with --dataset generated."""
+    """Seed for the drawn digits, with --dataset generated."""
     out: Path | None = None
-    """Folder for the run's checkpoints and records; by default a new one under runs/."""
+    """Folder for checkpoints and logs (default: a new folder under runs/)."""
     resume: str | None = None
-    """Checkpoint to resume from, or auto for the newest intact one in --out."""
+    """Checkpoint to resume from, or auto for the newest valid one in --out."""
     checkpoint_every: str = "5 seconds"
-    """How often to save a checkpoint, in the background: in seconds or minutes ('5 seconds'), steps
-    (500) or epochs ('2 epochs')."""
+    """How often to save a checkpoint, in the background: in seconds or minutes ('5 seconds'), steps (500)
+    or epochs ('2 epochs')."""
     eval_every: str = "1 epoch"
     """How often to evaluate on the test images: in steps (500) or epochs ('2 epochs')."""
     keep: int = 3
-    """How many of the newest checkpoints to keep, besides the best one."""
+    """How many of the newest checkpoints to keep, in addition to the best one."""
     max_restarts: int = 3
-    """When a process dies, all are restarted from the last checkpoint: at most this often in a row without
-    reaching a new one. (Other launchers, such as torchrun, have their own rules.)"""
+    """If a process dies, restart all processes from the last checkpoint. Give up after this many restarts
+    in a row without a new checkpoint. (Other launchers have their own restart settings.)"""
     hang_after: float = 60.0
-    """Seconds to wait for a process that makes no progress, before the others report it and end."""
+    """If a process makes no progress for this many seconds, the others report it and exit."""
     nproc: int | None = None
-    """Processes to start on this host; by default one per GPU, or on CPU as many as make it faster."""
+    """Number of processes to start on this host (default: one per GPU; on CPU, as many as speed it up)."""
     device: Device = "auto"
-    """auto uses a GPU or other accelerator if there is one; cpu does not."""
+    """auto uses a GPU or other accelerator if there is one; cpu always uses the CPU."""
     micro_batch: int | None = None
-    """With --sync ddp, the most images per forward pass, to save memory; by default a process's whole part
-    of the batch. (tree uses one shard, or several with 512 images in total.)"""
+    """With --sync ddp, the most images to put through the model at once, to save memory (default: the
+    process's whole share of the batch). With tree it is one shard, or several shards up to 512 images."""
 
     def __post_init__(self) -> None:
         """Raises `UsageError` for impossible values."""
@@ -115,61 +115,62 @@ def checkpoint_interval(text: str, steps_per_epoch: int) -> tuple[int | None, fl
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights, except the data."""
+    """Everything that determines the weights, apart from the data."""
 
     model: str = "cnn"
     """linear, mlp, cnn, cnn-small, cnn-large, or your own as package.module:factory, where factory(classes)
-    returns a torch module. The package is in the current directory, or installed."""
+    returns a torch module. The package may be in the current directory or installed."""
     epochs: int = 3
     """Number of passes over the training images."""
     steps: int = 0
-    """The most steps to train: the run ends there, even within an epoch. 0 sets no limit."""
+    """Maximum number of steps. The run ends there even in the middle of an epoch. 0 means no limit."""
     batch_size: int = 256
-    """Images per step in all processes together (the global batch)."""
+    """Images per step, summed over all processes (the global batch)."""
     optimizer: Optimizer = "adam"
-    """Optimizer. muon makes the updates of hidden layers orthogonal, and uses Adam for the rest."""
+    """Optimizer. muon orthogonalizes the updates of hidden layers and uses Adam for all other weights."""
     lr: float = 0.001
-    """Learning rate; the highest one, if the schedule changes it."""
+    """Learning rate. If the schedule changes it, its peak."""
     beta1: float = 0.9
-    """Decay of Adam's running mean of gradients."""
+    """Adam's decay rate for the running mean of gradients."""
     beta2: float = 0.999
-    """Decay of Adam's running mean of squared gradients."""
+    """Adam's decay rate for the running mean of squared gradients."""
     momentum: float = 0.9
-    """Momentum of sgd and muon."""
+    """Momentum, with sgd and muon."""
     adam_lr: float = 0.005
-    """With --optimizer muon, the highest learning rate of Adam, which updates biases and the last layer."""
+    """With --optimizer muon, the peak learning rate of the weights that Adam updates: biases and the last
+    layer."""
     weight_decay: float = 0.0
     """Weight decay: decoupled with adamw and muon, otherwise added to the gradient."""
     schedule: Schedule = "constant"
-    """How the learning rate changes during training."""
+    """How the learning rate changes over the run."""
     decay_every: int = 10
-    """With --schedule step, epochs between two decays."""
+    """With --schedule step, number of epochs between decays."""
     decay_factor: float = 0.1
-    """With --schedule step, the factor of the learning rate at each decay."""
+    """With --schedule step, factor by which each decay multiplies the learning rate."""
     warmup: float = 0.25
-    """With --schedule one-cycle or cosine, the fraction of all steps in which the learning rate rises."""
+    """With --schedule one-cycle or cosine, fraction of all steps over which the learning rate rises."""
     final_div: float = 1000.0
-    """With --schedule one-cycle, the highest learning rate divided by the last one."""
+    """With --schedule one-cycle, the peak learning rate divided by the final one."""
     average: float = 0.0
-    """Average the weights over this fraction of all steps, at the end of training; the mean replaces the
-    last weights. With one-cycle, set --final-div to 5 to 20: a learning rate near zero changes nothing."""
+    """Average the weights over this last fraction of all steps and use the mean as the final weights. With
+    one-cycle, use a --final-div of 5 to 20: at a learning rate near zero the weights hardly change."""
     label_smoothing: float = 0.0
-    """Fraction of each target's probability that is spread evenly over all classes."""
+    """Fraction of each target's probability to spread evenly over all classes."""
     shift: float = 0.0
-    """Augmentation by random shifts, of at most this many pixels in each direction."""
+    """Augmentation: random shift of up to this many pixels in each direction."""
     rotate: float = 0.0
-    """Augmentation by random rotation, of at most this many degrees in each direction."""
+    """Augmentation: random rotation of up to this many degrees in each direction."""
     scale: float = 0.0
-    """Augmentation by random zoom, in or out by at most this fraction."""
+    """Augmentation: random zoom, in or out, by up to this fraction."""
     seed: int = 0
-    """Seed of all randomness: initial weights, order of samples, augmentation, dropout."""
+    """Seed for everything random: initial weights, sample order, augmentation and dropout."""
     sync: Sync = "tree"
-    """How to sum gradients: tree gives the same bits at any number of processes, ddp
-    (DistributedDataParallel) the same except for rounding."""
+    """How gradients are summed. tree gives bit-identical results at any number of processes; ddp
+    (DistributedDataParallel) gives the same results up to rounding."""
     shards: int = 8
-    """Parts of a global batch: at most this many processes can share it."""
+    """Number of parts each global batch is split into. This is also the maximum number of processes."""
     precision: Precision = "fp32"
-    """Precision of the model's arithmetic: fp32, or bf16 by autocast (the weights stay fp32)."""
+    """Precision of the model's arithmetic: fp32, or bf16 via autocast (weights stay in fp32)."""
 
     def __post_init__(self) -> None:
         """Raises `UsageError` for impossible values."""

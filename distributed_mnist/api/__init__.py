@@ -1,4 +1,4 @@
-"""The program from Python: `train`, `evaluate` and `load`, as the package exports them.
+"""The Python API: `train`, `evaluate` and `load`, which the package exports.
 
-In: recipes, arrays and models as Python objects. Out: a `Result`, or an exception of `errors`.
+Input: recipes, arrays and models as Python objects. Output: a `Result`, or an exception from `errors`.
 """

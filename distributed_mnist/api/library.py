@@ -1,7 +1,7 @@
-"""The program from Python: `train`, `evaluate` and `load`, which raise what the command would print.
+"""The Python API: `train`, `evaluate` and `load`. They raise the errors that the command would print.
 
-They are the command's own parts, so a run has the same weights either way. Settings of torch that a run
-needs are put back when it ends.
+They run the same code as the command, so the weights are the same. torch settings that a run changes are
+restored when it ends.
 """
 
 import contextlib
@@ -28,31 +28,30 @@ from ..distributed import detect_launcher
 from ..distributed.devices import choose_device
 from ..distributed.world import World
 from ..errors import CheckpointError, UsageError
-from ..inference import score as assess
-from ..inference import trained
-from ..inference.trained import Trained
+from ..inference.score import evaluate_trained, load_dataset
+from ..inference.trained import Trained, find_checkpoint, restore
 from ..models.zoo import temporary_model
 from ..runs import layout
-from ..training import run as job
+from ..training import run as training
 from ..training.evaluate import Evaluation
-from ..training.evaluate import evaluate as score
-from .multi_process import console_for, in_processes
+from ..training.evaluate import evaluate as evaluate_network
+from .multi_process import console_for, train_in_processes
 
 Factory = Callable[[int], nn.Module]
-"""Makes a model for so many classes."""
-_RUN_FIELDS = {each.name for each in dataclasses.fields(Run)}
-_INTERVALS = ("checkpoint_every", "eval_every")  # steps are numbers here
-_RECIPE_FIELDS = {each.name for each in dataclasses.fields(Recipe)}
+"""Makes a model, given the number of classes."""
+_RUN_FIELDS = {field.name for field in dataclasses.fields(Run)}
+_INTERVALS = ("checkpoint_every", "eval_every")  # here they may also be integers, which count steps
+_RECIPE_FIELDS = {field.name for field in dataclasses.fields(Recipe)}
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to."""
+    """The result of a training run."""
 
     accuracy: float
-    """Fraction of the test images that the final weights get right."""
+    """Fraction of the test images that the final weights classify correctly."""
     loss: float
-    """Mean cross-entropy of the test images, in nats."""
+    """Mean cross-entropy on the test images, in nats."""
     steps: int
     weights_sha256: str
     samples_sha256: str
@@ -63,15 +62,15 @@ class Result:
 
     def load(self) -> Trained:
         """The network with its final weights. Raises `CheckpointError` if they are no longer in `out`."""
-        kept = layout.checkpoints_in(self.out / "checkpoints")
-        found = next((path for path in reversed(kept) if layout.step_of(path) == self.steps), None)
-        if found is None:
+        checkpoints = layout.checkpoints_in(self.out / "checkpoints")
+        final = next((path for path in reversed(checkpoints) if layout.step_of(path) == self.steps), None)
+        if final is None:
             raise CheckpointError(f"the checkpoint of step {self.steps} is no longer in {self.out}")
-        return load(found, model=self._model)
+        return load(final, model=self._model)
 
     @cached_property
     def model(self) -> nn.Module:
-        """The network with its final weights: see `Trained.network`."""
+        """The network with its final weights, see `Trained.network`."""
         return self.load().network
 
 
@@ -87,22 +86,27 @@ def train(
     verbose: bool = False,
     **settings: Any,
 ) -> Result:
-    """`dmnist train`: by default in this process, without a word.
+    """Train like `dmnist train`, but by default in this process and without output.
 
-    `recipe` is a recipe's name, a TOML file or a `Recipe`; `settings` are the fields of `Recipe`, which
-    override it, and those of `Run`. `model` is a model's name, `package.module:factory`, or such a function
-    itself. `dataset` is a name, a folder with four IDX files of your own, or what `from_arrays` returns;
-    `data` is the folder where named ones are, or are downloaded to. `out` is the run's folder, by default
-    a new one under `runs`. With `nproc` above 1 so many processes are started, and ended. Under torchrun,
-    srun or mpirun all ranks call this, once, and each gets the result.
+    - `recipe`: a recipe's name, a TOML file, or a `Recipe`.
+    - `model`: a model's name, `package.module:factory`, or the factory function itself.
+    - `dataset`: a name, a folder with four IDX files of your own, or the result of `from_arrays`.
+    - `data`: the folder of named data sets. Missing files are downloaded into it.
+    - `out`: the run's folder, by default a new one under `runs`.
+    - `nproc`: above 1, start this many processes for the run.
+    - `resume`: a checkpoint to resume from, or "auto" for the newest valid one in `out`.
+    - `verbose`: print progress as the command does.
+    - `settings`: fields of `Recipe`, which override the recipe, and fields of `Run`.
 
-    Raises subclasses of `DmnistError`: `UsageError` for settings that cannot be used, and so on.
+    Under torchrun, srun or mpirun, every rank calls this once and gets the result. Raises subclasses of
+    `DmnistError`, such as `UsageError` for invalid settings.
     """
-    name, factory = _named(model)
-    nproc, settings = _plain(nproc), {key: _plain(value) for key, value in settings.items()}
-    chosen, title = _recipe(recipe, settings, name)
-    given, dataset_name, folder = _dataset(dataset, data)
-    carried_out: dict[str, Any] = {
+    name, factory = _name_and_factory(model)
+    nproc = _python_number(nproc)
+    settings = {key: _python_number(value) for key, value in settings.items()}
+    recipe, title = _override_recipe(recipe, settings, name)
+    given, dataset_name, folder = _resolve_dataset(dataset, data)
+    run_settings: dict[str, Any] = {
         key: str(value) if key in _INTERVALS and isinstance(value, int) else value
         for key, value in settings.items()
         if key in _RUN_FIELDS
@@ -113,7 +117,7 @@ def train(
         out=Path(out) if out is not None else None,
         resume=None if resume is None else str(resume),
         nproc=nproc,
-        **carried_out,
+        **run_settings,
     )
     console = console_for(verbose)
 
@@ -122,16 +126,19 @@ def train(
 
     placement = detect_launcher.detect()
     if placement is not None and nproc not in (None, placement.local_size):
-        raise UsageError(f"nproc={nproc}, but {placement.launcher} started this process: leave it away")
+        raise UsageError(
+            f"nproc={nproc}, but {placement.launcher} started {placement.local_size} processes here: "
+            "leave out nproc"
+        )
     if placement is None and nproc not in (None, 1):
-        result = in_processes(nproc, chosen, run, title, verbose, factory, read)
+        result = train_in_processes(nproc, recipe, run, title, verbose, factory, read)
     else:
         with (
-            _factory_known(name, factory),
-            _joined(placement or ALONE, run, chosen.sync == "tree") as world,
+            _registered_model(name, factory),
+            _joined_group(placement or ALONE, run, exact=recipe.sync == "tree") as world,
         ):
-            result = job.run(
-                world, chosen, run, title=title, console=console, signals=_NoSignals(), read=read
+            result = training.run(
+                world, recipe, run, title=title, console=console, signals=_NoStopRequests(), read=read
             )
     return Result(
         accuracy=result["test_accuracy"],
@@ -145,14 +152,14 @@ def train(
 def load(
     path: str | Path, *, model: str | Factory | None = None, device: torch.device | str = "cpu"
 ) -> Trained:
-    """The network in a checkpoint, or the best one in a run's folder, ready to use on `device`.
+    """Load the network in a checkpoint, or the best one in a run's folder, ready to use on `device`.
 
-    A checkpoint of a model of your own needs `model`, as `train` was given it. Raises `CheckpointError`.
+    A checkpoint of your own model needs the `model` that you passed to `train`. Raises `CheckpointError`.
     """
-    found = trained.find(Path(path))
-    name, factory = _named(model)
-    with _factory_known(name, factory), torch.random.fork_rng():
-        return trained.restore(found, model=name, device=torch.device(device))
+    files = find_checkpoint(Path(path))
+    name, factory = _name_and_factory(model)
+    with _registered_model(name, factory), torch.random.fork_rng():
+        return restore(files, model=name, device=torch.device(device))
 
 
 def evaluate(
@@ -162,11 +169,12 @@ def evaluate(
     data: str | Path | None = None,
     model: str | Factory | None = None,
 ) -> Evaluation:
-    """Score a run, a checkpoint or a network on a data set's test images, in this process.
+    """Evaluate a run, a checkpoint or a network on a data set's test images, in this process.
 
-    For `dataset` and `data` see `train`; without them, what it was trained on. A run's folder stands for
-    its best checkpoint, a `Result` for the final weights. A bare torch module is given images
-    normalised by the data set's mean and deviation, and needs `dataset`. Raises `DmnistError`s.
+    `dataset` and `data` are as in `train`. Their default is the data set that the network was trained on. A
+    run's folder stands for its best checkpoint, a `Result` for the final weights. A bare torch module needs
+    `dataset`, and its inputs are normalised with the data set's mean and standard deviation. Raises
+    subclasses of `DmnistError`.
     """
     if isinstance(what, str | Path):
         what = load(what, model=model)
@@ -174,44 +182,52 @@ def evaluate(
         what = what.load()
     network = what.network if isinstance(what, Trained) else what
     if dataset is None and not isinstance(what, Trained):
-        raise UsageError("a bare network does not know its data set: give dataset")
+        raise UsageError("a bare network does not know its data set: pass dataset")
     given, name, folder = None, None, None if data is None else Path(data)
     if dataset is not None:
-        given, name, folder = _dataset(dataset, data or "data")
+        given, name, folder = _resolve_dataset(dataset, data or "data")
     console = console_for(False)
     world = World(ALONE, next(network.parameters()).device, "none")
-    with _settings_kept():
-        torch.set_num_threads(1)  # as in training with `tree`: the loss comes out the same to the bit
+    with _torch_settings_restored():
+        torch.set_num_threads(1)  # as in training with `tree`, so that the loss is bit-identical
         if isinstance(what, Trained):
             trained = what
-            held = broadcast_dataset(world, lambda: given or assess.read(trained, name, folder, console))
-            return assess.score(trained, held, world, its_own=dataset is None and data is None)
-        held = broadcast_dataset(
+            loaded = broadcast_dataset(world, lambda: given or load_dataset(trained, name, folder, console))
+            same_data = dataset is None and data is None
+            return evaluate_trained(trained, loaded, world, require_training_data=same_data)
+        loaded = broadcast_dataset(
             world,
             lambda: given or prefetch.read(Run(dataset=name or "", data=folder or Path("data")), console),
         )
-        classes, scale = len(held.class_names), {"mean": held.mean, "std": held.std}
-        return score(network, held.test, world, classes=classes, precision="fp32", **scale)
+        return evaluate_network(
+            network,
+            loaded.test,
+            world,
+            classes=len(loaded.class_names),
+            mean=loaded.mean,
+            std=loaded.std,
+            precision="fp32",
+        )
 
 
-class _NoSignals:
-    """Of a run in somebody's own process, whose signals are not ours: Ctrl-C is a `KeyboardInterrupt`."""
+class _NoStopRequests:
+    """Never asks a run to stop: in the user's own process, Ctrl-C raises `KeyboardInterrupt`."""
 
     def arm(self, resume_flags: str = "") -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def requested(self) -> bool:
-        """Never."""
+        """Return False."""
         return False
 
 
 @contextlib.contextmanager
-def _joined(placement: Placement, run: Run, exact: bool) -> Iterator[World]:
-    """This process's place in its group, for as long as it takes."""
+def _joined_group(placement: Placement, run: Run, *, exact: bool) -> Iterator[World]:
+    """Join the process group, and leave it at the end. `exact` is as in `run_in_group`."""
     if exact:
         environment.order_additions()
     device = torch.device("cpu") if run.device == "cpu" else choose_device(placement)
-    with _settings_kept():
+    with _torch_settings_restored():
         world = World.connect(placement, device=device, hang_after=run.hang_after)
         try:
             yield world
@@ -222,8 +238,8 @@ def _joined(placement: Placement, run: Run, exact: bool) -> Iterator[World]:
 
 
 @contextlib.contextmanager
-def _settings_kept() -> Iterator[None]:
-    """What a run sets in torch is put back: threads, determinism, the state of random numbers."""
+def _torch_settings_restored() -> Iterator[None]:
+    """Restore the torch settings that a run changes: threads, determinism and the random state."""
     threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -236,8 +252,8 @@ def _settings_kept() -> Iterator[None]:
         torch.backends.cudnn.benchmark = benchmark
 
 
-def _named(model: str | Factory | None) -> tuple[str | None, Factory | None]:
-    """A model's name, and the function where one was given."""
+def _name_and_factory(model: str | Factory | None) -> tuple[str | None, Factory | None]:
+    """A model's name, and its factory function if the user passed one."""
     if model is None or isinstance(model, str):
         return model, None
     if not callable(model):
@@ -246,17 +262,20 @@ def _named(model: str | Factory | None) -> tuple[str | None, Factory | None]:
     return f"{getattr(model, '__module__', None) or '__main__'}:{name}", model
 
 
-def _plain(value: Any) -> Any:
-    """Python's own number for one of NumPy's, as loops over settings have them."""
+def _python_number(value: Any) -> Any:
+    """Convert a NumPy number, as from a loop over `np.linspace`, to a Python number."""
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _factory_known(name: str | None, factory: Factory | None) -> contextlib.AbstractContextManager[None]:
+def _registered_model(name: str | None, factory: Factory | None) -> contextlib.AbstractContextManager[None]:
+    """Make a factory function available under its name, so that it need not be importable."""
     return temporary_model(name, factory) if name and factory else contextlib.nullcontext()
 
 
-def _recipe(recipe: str | Recipe, settings: dict[str, Any], model: str | None) -> tuple[Recipe, str]:
-    """The recipe with what overrides it, and its name for people."""
+def _override_recipe(
+    recipe: str | Recipe, settings: dict[str, Any], model: str | None
+) -> tuple[Recipe, str]:
+    """The recipe with the user's settings applied, and its name for display."""
     known = _RECIPE_FIELDS | _RUN_FIELDS
     for name in settings:
         if name not in known:
@@ -269,8 +288,8 @@ def _recipe(recipe: str | Recipe, settings: dict[str, Any], model: str | None) -
     return Recipe.from_dict(base.to_dict() | changes, "settings"), title
 
 
-def _dataset(dataset: str | Path | Dataset, data: str | Path) -> tuple[Dataset | None, str, Path]:
-    """The data set if it was given whole; else its name, and the folder to look for it in."""
+def _resolve_dataset(dataset: str | Path | Dataset, data: str | Path) -> tuple[Dataset | None, str, Path]:
+    """The data set if it is already in memory, otherwise None; its name; and the folder to load it from."""
     if isinstance(dataset, Dataset):
         return dataset, "idx", Path(data)
     if isinstance(dataset, str) and (dataset in NAMES or not Path(dataset).is_dir()):

@@ -1,4 +1,4 @@
-"""`in_python.train` in several processes: what our launcher tells them, and what comes back."""
+"""Train in several processes for `library.train`: start them, and raise their error here if they fail."""
 
 import dataclasses
 import importlib
@@ -27,58 +27,65 @@ from ..launcher.rank_process import run_in_group
 from ..launcher.signals import StopSignals
 from ..reporting.console import make_console
 from ..runs import layout
-from ..training import run as job
+from ..training import run as training
 
 
 @dataclass(frozen=True)
 class WorkerTask:
-    """What the launcher tells its workers."""
+    """What the launcher passes to each worker."""
 
     recipe: Recipe
     run: Run
     title: str
     verbose: bool
-    told: Path
-    """Folder for what goes wrong: a file a rank."""
+    error_folder: Path
+    """Each rank that fails writes its error to a file here, named after the rank."""
 
 
 def work(
     placement: Placement,
     listener: socket.socket | None,
-    order: WorkerTask,
-    handed: PrefetchedData | None = None,
+    task: WorkerTask,
+    prefetched: PrefetchedData | None = None,
 ) -> int:
-    """One rank of a `train` with several processes; its exit code. Rank 0 is handed the data."""
+    """Run one rank of a `train` with several processes. Returns its exit code.
+
+    `prefetched` is the data set on rank 0, and None on the other ranks.
+    """
 
     def body(world: World, signals: StopSignals) -> None:
-        read = handed.receive if handed else _nobody_reads
-        console = console_for(order.verbose)
-        job.run(
-            world, order.recipe, order.run, title=order.title, console=console, signals=signals, read=read
+        training.run(
+            world,
+            task.recipe,
+            task.run,
+            title=task.title,
+            console=console_for(task.verbose),
+            signals=signals,
+            read=prefetched.receive if prefetched else _refuse_to_read,
         )
 
-    def tell(error: BaseException, placement: Placement, *, debug: bool) -> int:
+    def save_error(error: BaseException, placement: Placement, *, debug: bool) -> int:
         failure = error if isinstance(error, Exception) else DmnistError(type(error).__name__)
-        kind, text = described(failure)
-        (order.told / str(placement.rank)).write_bytes(pickle.dumps((kind, text)))
-        return kind.exit_code
+        error_class, text = described(failure)
+        (task.error_folder / str(placement.rank)).write_bytes(pickle.dumps((error_class, text)))
+        return error_class.exit_code
 
     return run_in_group(
         placement,
         listener,
         body,
-        device=order.run.device,
-        exact=order.recipe.sync == "tree",
-        hang_after=order.run.hang_after,
-        report_error=tell,
+        device=task.run.device,
+        exact=task.recipe.sync == "tree",
+        hang_after=task.run.hang_after,
+        report_error=save_error,
     )
 
 
-def _nobody_reads() -> Dataset:
-    raise AssertionError("rank 0 is handed the data")
+def _refuse_to_read() -> Dataset:
+    raise AssertionError("only rank 0 reads the data, and the launcher passes it the data")
 
 
-def in_processes(
+def train_in_processes(
     nproc: int,
     recipe: Recipe,
     run: Run,
@@ -87,56 +94,64 @@ def in_processes(
     factory: Callable[[int], Any] | None,
     read: Callable[[Callable[[], bool]], Dataset],
 ) -> dict[str, Any]:
-    """Train in `nproc` processes of our own launcher; what `result.json` says. Raises what they raised."""
+    """Train in `nproc` processes started by our launcher. Returns the content of `result.json`.
+
+    `factory` makes the model if the user passed a function, else it is None. `read(stopped)` loads the data
+    set, see `Prefetcher`. Raises the error that a process raised, or `WorkerLost` for one that died.
+    """
     if factory is not None:
         _require_importable(recipe.model, factory)
     if threading.current_thread() is not threading.main_thread():
-        raise UsageError("nproc above 1 can only be asked for in the main thread, which is sent signals")
+        raise UsageError("nproc above 1 works only in the main thread, which receives signals")
     recipe.check_size(nproc)
     out = run.out or layout.new_folder(title)
     run = dataclasses.replace(run, out=out)
-    said: list[str] = []
+    messages: list[str] = []
 
-    def say(text: str) -> None:
-        said.append(text)
+    def record_message(text: str) -> None:
+        messages.append(text)
         if verbose:
             write_line(text)
 
-    with tempfile.TemporaryDirectory() as told, prefetch.Prefetcher(read) as data:
-        order = WorkerTask(recipe, run, title, verbose, Path(told))
+    with tempfile.TemporaryDirectory() as error_folder, prefetch.Prefetcher(read) as data:
+        task = WorkerTask(recipe, run, title, verbose, Path(error_folder))
         restarts = spawn.Restarts(
             run.max_restarts, partial(layout.newest_step, out), layout.resume_flags(out)
         )
         code = spawn.spawn(
-            nproc, [spawn.Task(f"{__name__}:work", order, restarts, data.for_rank_zero, say)]
+            nproc, [spawn.Task(f"{__name__}:work", task, restarts, data.for_rank_zero, record_message)]
         )
         if code:
-            raise _failure(code, said, Path(told))
+            raise _make_error(code, messages, Path(error_folder))
     return json.loads((out / "result.json").read_text())
 
 
-def _failure(code: int, said: list[str], told: Path) -> BaseException:
-    """The error of a group that ended with `code`: a rank's own, or what the launcher said of it."""
-    if code == 130:  # by a second Ctrl-C
+def _make_error(code: int, messages: list[str], error_folder: Path) -> BaseException:
+    """The error to raise for a group that exited with `code`.
+
+    It is the error of a rank with this exit code, or `WorkerLost` with the last of the launcher's
+    `messages`, which say how a process was lost.
+    """
+    if code == 130:  # after a second Ctrl-C
         return KeyboardInterrupt()
-    errors = [pickle.loads(path.read_bytes()) for path in sorted(told.iterdir())]
-    own = next((kind(text) for kind, text in errors if kind.exit_code == code), None)
-    if own is not None and not (said and isinstance(own, WorkerLost)):
-        return own
-    return WorkerLost(said[-1] if said else f"the processes ended with code {code}")
+    saved = [pickle.loads(path.read_bytes()) for path in sorted(error_folder.iterdir())]
+    error = next((error_class(text) for error_class, text in saved if error_class.exit_code == code), None)
+    if error is not None and not (messages and isinstance(error, WorkerLost)):
+        return error
+    return WorkerLost(messages[-1] if messages else f"the processes exited with code {code}")
 
 
 def _require_importable(name: str, factory: Callable[[int], Any]) -> None:
-    """Raise `UsageError` for a function that other processes would not find."""
+    """Raise `UsageError` for a function that the other processes cannot import."""
     module, _, attribute = name.partition(":")
     found = getattr(importlib.import_module(module), attribute, None) if module != "__main__" else None
     if found is not factory:
         raise UsageError(
-            f"the processes of nproc cannot import {name}: put it at the top level of a module of its own, "
-            "not of the script or notebook, or leave nproc at 1"
+            f"the processes of nproc cannot import {name}: define it at the top level of a module, not in "
+            "the script or notebook itself, or leave nproc at 1"
         )
 
 
 def console_for(verbose: bool) -> Console:
-    """Where a run is told of: standard output, or nowhere."""
+    """The console for progress output: standard output if `verbose`, otherwise nowhere."""
     return make_console() if verbose else Console(quiet=True, force_terminal=False)

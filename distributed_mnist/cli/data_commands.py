@@ -1,4 +1,4 @@
-"""`dmnist data`: fetch, check or draw a data set."""
+"""`dmnist data`: download, check or draw a data set."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from ..reporting.console import make_console, print_json
 
 
 def fetch(*, dataset: str, data: Path, mirror: Sequence[str], as_json: bool) -> int:
-    """Download; the exit code. Raises `DataError`."""
+    """Download a data set and print the paths. Returns the exit code. Raises `DataError`."""
     console = make_console(stderr=as_json)
     with DataProgress(console) as progress:
         paths = datasets.fetch(dataset, data, mirrors=mirror or None, progress=progress)
@@ -26,20 +26,20 @@ def fetch(*, dataset: str, data: Path, mirror: Sequence[str], as_json: bool) -> 
 
 
 def check(*, dataset: str, data: Path, as_json: bool) -> int:
-    """Tell what is there; the exit code. Raises `DataError` for files that cannot be used."""
+    """Print the state of each file. Returns the exit code. Raises `DataError` if any file is unusable."""
     console = make_console(stderr=as_json)
     with console.status(Text(f"reading {dataset} in {data}")):
         findings = datasets.check(dataset, data)
     if as_json:
-        plain = [{**dataclasses.asdict(finding), "path": str(finding.path)} for finding in findings]
-        print_json({"dataset": dataset, "files": plain})
+        files = [{**dataclasses.asdict(finding), "path": str(finding.path)} for finding in findings]
+        print_json({"dataset": dataset, "files": files})
     else:
         paths = [str(finding.path) for finding in findings]
         rows = ["-" if finding.rows is None else f"{finding.rows:,}" for finding in findings]
-        wide, high = max(map(len, paths)), max(map(len, rows))
+        path_width, rows_width = max(map(len, paths)), max(map(len, rows))
         lines = [
             (
-                f"{path:<{wide}}  {count:>{high}} rows  ",
+                f"{path:<{path_width}}  {count:>{rows_width}} rows  ",
                 finding.verdict,
                 "green" if finding.ok else "bold red",
             )
@@ -48,13 +48,13 @@ def check(*, dataset: str, data: Path, as_json: bool) -> int:
         _print_lines(console, lines)
     bad = [finding for finding in findings if not finding.ok]
     if bad:
-        of = f"{len(bad)} of {len(findings)} files of {dataset} cannot be used"
-        raise DataError(f"{of}: {', '.join(str(finding.path) for finding in bad)}")
+        counts = f"{len(bad)} of {len(findings)} files of {dataset} cannot be used"
+        raise DataError(f"{counts}: {', '.join(str(finding.path) for finding in bad)}")
     return 0
 
 
 def generate(*, out: Path, train_size: int, test_size: int, data_seed: int, as_json: bool) -> int:
-    """Draw and write; the exit code. Raises `DataError`."""
+    """Draw a data set and write it to `out`. Returns the exit code. Raises `DataError`."""
     console = make_console(stderr=as_json)
     with DataProgress(console) as progress:
         drawn = datasets.load(
@@ -67,20 +67,20 @@ def generate(*, out: Path, train_size: int, test_size: int, data_seed: int, as_j
         )
         paths = [str(path) for path in datasets.write(drawn, out, progress)]
     if as_json:
-        from ..common.digest import digest  # noqa: PLC0415 - imports torch, a second or two
+        from ..common.digest import digest  # noqa: PLC0415 - imports torch, which takes a second or two
 
         sizes = {"train_size": train_size, "test_size": test_size}
-        sha256 = digest(list(drawn.arrays().values()))  # as a run on these files tells it
-        plain = {"dataset": "generated", **sizes, "data_seed": data_seed, "data_sha256": sha256}
-        print_json({**plain, "paths": paths})
+        sha256 = digest(list(drawn.arrays().values()))  # as in a run's records
+        result = {"dataset": "generated", **sizes, "data_seed": data_seed, "data_sha256": sha256}
+        print_json({**result, "paths": paths})
     else:
-        told = f"{train_size:,} + {test_size:,} images drawn with seed {data_seed}"
-        _print_lines(console, [*paths, f"{told}: use them with --dataset idx --data {out}"])
+        summary = f"{train_size:,} + {test_size:,} images drawn with seed {data_seed}"
+        _print_lines(console, [*paths, f"{summary}: use them with --dataset idx --data {out}"])
     return 0
 
 
 def _print_lines(console: Console, lines: Sequence[str | tuple[str, str, str]]) -> None:
-    """Whole lines, as they are: text, or text and a verdict with its style."""
+    """Print unwrapped lines. Each is a text, or a text, a verdict and the verdict's style."""
     for line in lines:
-        plain, verdict, style = (line, "", "") if isinstance(line, str) else line
-        console.print(Text.assemble(plain, (verdict, style)), soft_wrap=True)
+        text, verdict, style = (line, "", "") if isinstance(line, str) else line
+        console.print(Text.assemble(text, (verdict, style)), soft_wrap=True)

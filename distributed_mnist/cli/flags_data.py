@@ -1,4 +1,4 @@
-"""The flags of `dmnist data`: see `flags`."""
+"""Flags of the `dmnist data` commands. See `flags_train`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,50 +11,50 @@ from .flags_train import CommonFlags
 
 
 @dataclass(frozen=True)
-class Fetch(CommonFlags):
-    """Download a data set, verified, into a folder."""
+class NamedDataset(CommonFlags):
+    """Flags of the commands that work on the files of a named data set."""
 
     dataset: tyro.conf.Positional[str] = "mnist"
     """Name of the data set."""
-    data: Path = Path("data")
-    """Folder to put it in, laid out as torchvision does."""
-    mirror: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Address to download from instead of the published ones, a folder with the files; may be repeated."""
 
     def __post_init__(self) -> None:
-        """Raises `UsageError` for a name that is no data set, or that has no files."""
+        """Raise `UsageError` for an unknown name, or a data set that has no files."""
         require_name(self.dataset, files=True)
 
 
 @dataclass(frozen=True)
-class Check(CommonFlags):
-    """Say what is in a folder of data: every file, its rows, its checksum, and whether it is sound."""
+class Fetch(NamedDataset):
+    """Download a data set into a folder and verify it."""
 
-    dataset: tyro.conf.Positional[str] = "mnist"
-    """Name of the data set."""
+    data: Path = Path("data")
+    """Folder to download to. Its layout is torchvision's."""
+    mirror: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """URL of a folder to download the files from, instead of the published ones. May be repeated."""
+
+
+@dataclass(frozen=True)
+class Check(NamedDataset):
+    """Check the files of a data set: number of rows, checksums, and whether each file is valid."""
+
     data: Path = Path("data")
     """Folder to look in."""
-
-    def __post_init__(self) -> None:
-        """Raises `UsageError` for a name that is no data set, or that has no files."""
-        require_name(self.dataset, files=True)
 
 
 @dataclass(frozen=True)
 class Generate(CommonFlags):
-    """Draw digits and write them as four IDX files, for --dataset idx here or for any other program."""
+    """Draw digits and write them as four IDX files, for --dataset idx or for other programs."""
 
     out: tyro.conf.Positional[Path]
     """Folder to write to."""
     train_size: int = 60_000
-    """Training images to draw."""
+    """Number of training images to draw."""
     test_size: int = 10_000
-    """Test images to draw."""
+    """Number of test images to draw."""
     data_seed: int = 0
-    """Seed of the drawn digits: the same seed draws the same digits everywhere."""
+    """Seed for the drawn digits. The same seed gives the same digits on every machine."""
 
     def __post_init__(self) -> None:
-        """Raises `UsageError` for impossible values."""
+        """Raise `UsageError` for invalid values."""
         for name in ("train_size", "test_size"):
             require(getattr(self, name) >= 1, name, "at least 1", self)
         require(0 <= self.data_seed < 2**63, "data_seed", "between 0 and 2^63 - 1", self)

@@ -1,17 +1,17 @@
-"""The command line's flags: one class a command, one field a flag, its docstring the help.
+"""Flags of the commands that train. Each command is a class, each flag a field, each help text a docstring.
 
-Here those of the commands that train; `flags_use` and `flags_data` have the rest, `grammar` reads them.
+`flags_use` and `flags_data` define the other commands. `parser` parses a command line into one of these.
 """
 
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from ..common.installed import install
-from ..config import Recipe, Run, flag, require
+from ..config import Device, Recipe, Run, flag, require
 from ..data.catalog import require_name
 from ..errors import UsageError
 from ..runs.layout import members_in
@@ -19,61 +19,64 @@ from ..runs.layout import members_in
 
 @dataclass(frozen=True, kw_only=True)
 class CommonFlags:
-    """What every command has."""
+    """Flags of every command."""
 
     json: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Print one JSON object on standard output and nothing else there."""
+    """Print exactly one JSON object to standard output, and nothing else."""
     debug: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Show the traceback of an error."""
+    """Show the full traceback on errors."""
 
 
 @dataclass(frozen=True)
 class Train(CommonFlags):
-    """Train a digit classifier; the same weights on any number of processes."""
+    """Train a digit classifier. The weights are the same for any number of processes."""
 
     settings: Annotated[tyro.conf.OmitArgPrefixes[Recipe], tyro.conf.arg(name="recipe")]
     run: tyro.conf.OmitArgPrefixes[Run] = field(default_factory=Run)
     recipe: str = "default"
-    """Where the settings below come from: default, classic (the original script's), fast, accurate, or your
-    own TOML file. Flags override it."""
+    """Recipe that provides the settings below: default, classic (the original script's settings), fast,
+    accurate, or your own TOML file. Flags override its settings."""
     ensemble: int = 1
-    """Train so many networks one after the other, seeds counting up from --seed, and let them vote."""
+    """Train this many networks one after another, with seeds counting up from --seed, and combine them by
+    voting."""
 
     tensorboard: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Write events for TensorBoard too, into the run's folder."""
+    """Also write TensorBoard event files to the run's folder."""
 
     def __post_init__(self) -> None:
-        """Raises `UsageError` for an unknown data set, and for what cannot be done."""
+        """Raise `UsageError` for an unknown data set, invalid values, or flags that cannot be combined."""
         if self.tensorboard and find_spec("tensorboard") is None:
-            raise UsageError(f"--tensorboard needs it: {install('tensorboard')}")
+            raise UsageError(f"--tensorboard needs the package tensorboard: {install('tensorboard')}")
         require_name(self.run.dataset)
         require(self.ensemble >= 1, "ensemble", "at least 1", self)
         out = self.run.out
         if self.ensemble == 1 and self.run.resume == "auto" and out and (members := members_in(out)):
             raise UsageError(f"{out} is an ensemble: add --ensemble {len(members)}")
         if self.ensemble > 1 and self.run.resume not in (None, "auto"):
-            raise UsageError("--ensemble goes on with --resume auto: one checkpoint is of one network")
+            raise UsageError(
+                "--ensemble can only resume with --resume auto: a checkpoint holds just one network"
+            )
 
 
 @dataclass(frozen=True)
 class Verify(CommonFlags):
-    """The known-answer test of a machine: train a small job at several sizes, compare every digest. Under
-    torchrun, srun or mpirun: each process alone, then all of them together."""
+    """Run a known-answer test on this machine: train a small job with several numbers of processes and
+    compare all digests. Under torchrun, srun or mpirun: in each process alone, then in all together."""
 
     nproc: int | None = None
-    """Train at 1, 2, ... N processes; by default one per core or GPU, at most 4."""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto takes a GPU or other accelerator if there is one, cpu never does."""
+    """Train with 1, 2, ... up to N processes (default: one per core or GPU, at most 4)."""
+    device: Device = "auto"
+    """auto uses a GPU or other accelerator if there is one; cpu always uses the CPU."""
     chaos: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Then train with faults at random moments: processes killed, stopped, terminated, sizes changed,
-    checkpoints torn. The answer must be the same."""
+    """Afterwards, train again while injecting faults at random times: kill, suspend or terminate processes,
+    change the number of processes, corrupt checkpoints. The result must be the same."""
     faults: int | None = None
-    """With --chaos, how many faults; by default 8."""
+    """With --chaos, number of faults (default: 8)."""
     seed: int | None = None
-    """With --chaos, what decides the faults; by default random, and printed."""
+    """With --chaos, seed for the faults (default: random; the seed is printed)."""
 
     def __post_init__(self) -> None:
-        """Raises `UsageError` for impossible values."""
+        """Raise `UsageError` for invalid values."""
         for name in ("nproc", "faults"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, "at least 1", self)
@@ -84,39 +87,39 @@ class Verify(CommonFlags):
 
 
 SECTIONS = ("startup", "data", "scaling", "exchange", "time-to-99")
-"""What `dmnist bench` measures, in this order."""
+"""The sections of `dmnist bench`, in the order in which it measures them."""
 
 
 @dataclass(frozen=True)
 class Bench(CommonFlags):
-    """Measure this machine: start-up, data, throughput and scaling against a plain loop, exchanges, time to
-    99 %. Takes some minutes; nothing else should run meanwhile."""
+    """Benchmark this machine: startup, data loading, throughput and scaling compared to a plain training
+    loop, gradient exchange, and time to 99 % accuracy. Takes a few minutes on an otherwise idle machine."""
 
     sections: tyro.conf.Positional[tuple[str, ...]] = ()
-    """What to measure: startup, data, scaling, exchange, time-to-99; by default all."""
+    """What to measure: startup, data, scaling, exchange, time-to-99 (default: all)."""
     recipe: str = "default"
-    """Recipe of startup and scaling."""
+    """Recipe for startup and scaling."""
     nproc: int | None = None
-    """Measure at 1, 2, ... N processes; by default one per core, at most 4."""
+    """Measure with 1, 2, ... up to N processes (default: one per core, at most 4)."""
     runs: Annotated[int, tyro.conf.arg(metavar="N")] = 3
-    """How often each thing is measured."""
+    """Number of repetitions of each measurement."""
     seeds: int = 5
-    """How many runs of time-to-99."""
+    """Number of runs for time-to-99."""
     seconds: float = 2.0
-    """About how long each run of scaling trains."""
+    """Approximate training time of each scaling run, in seconds."""
     dataset: str = "auto"
-    """Data set; auto takes mnist if it can be had, else drawn digits."""
+    """Data set. auto uses mnist if available, otherwise drawn digits."""
     data: Path = Path("data")
-    """Folder with the data; what is missing is downloaded into it."""
+    """Data folder. Missing files are downloaded into it."""
     out: Path | None = None
-    """Folder for bench.json, and bench.svg, a plot."""
+    """Folder for the results (bench.json) and a plot of them (bench.svg)."""
 
     def __post_init__(self) -> None:
-        """Raises `UsageError` for impossible values."""
+        """Raise `UsageError` for invalid values."""
         if unknown := [name for name in self.sections if name not in SECTIONS]:
-            raise UsageError(f"bench measures {', '.join(SECTIONS)}, and no {unknown[0]!r}")
+            raise UsageError(f"bench has no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
         for name in ("runs", "seeds"):
             require(getattr(self, name) >= 1, name, "at least 1", self)
         require(self.nproc is None or self.nproc >= 1, "nproc", "at least 1", self)
-        require(0 < self.seconds <= 3600, "seconds", "above zero, and an hour at most", self)
+        require(0 < self.seconds <= 3600, "seconds", "above zero and at most 3600", self)
         require_name(self.dataset)

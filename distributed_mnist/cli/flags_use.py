@@ -1,4 +1,4 @@
-"""The flags of the commands that use what was trained: see `flags`."""
+"""Flags of the commands that use trained networks or examine a run or a machine. See `flags_train`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ..config import require
+from ..config import Device, require
 from ..data.catalog import require_name
 from ..errors import UsageError
 from .flags_train import CommonFlags
@@ -16,23 +16,23 @@ Format = Literal["onnx", "safetensors", "torch"]
 
 @dataclass(frozen=True)
 class Evaluate(CommonFlags):
-    """Score a checkpoint on the test images: every image once, on any number of processes."""
+    """Evaluate a checkpoint on the test images, each exactly once, with any number of processes."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint, ours or the original script's, or a run's folder, whose best is taken."""
+    """A checkpoint (from dmnist or the original script), or a run's folder, to use its best checkpoint."""
     model: str | None = None
     """For a checkpoint of your own model: the package.module:factory it was trained with."""
     dataset: str | None = None
-    """Data set to score on; by default the one it was trained on."""
+    """Data set to evaluate on (default: the one it was trained on)."""
     data: Path | None = None
-    """Folder with the data; by default the one it was trained from if that is here, else data."""
+    """Data folder (default: the folder it was trained from if it exists here, otherwise data)."""
     nproc: int | None = None
-    """Processes to start here; by default one."""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto takes a GPU or other accelerator if there is one, cpu never does."""
+    """Number of processes to start on this host (default: 1)."""
+    device: Device = "auto"
+    """auto uses a GPU or other accelerator if there is one; cpu always uses the CPU."""
 
     def __post_init__(self) -> None:
-        """Raises `UsageError` for impossible values."""
+        """Raise `UsageError` for invalid values."""
         require(self.nproc is None or self.nproc >= 1, "nproc", "at least 1", self)
         if self.dataset is not None:
             require_name(self.dataset)
@@ -40,25 +40,25 @@ class Evaluate(CommonFlags):
 
 @dataclass(frozen=True)
 class Predict(CommonFlags):
-    """Say what is drawn in pictures: of any size, dark on light or light on dark, photos too."""
+    """Classify pictures of digits: any size, dark on light or light on dark, photos too."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint, ours or the original script's, or a run's folder, whose best is taken."""
+    """A checkpoint (from dmnist or the original script), or a run's folder, to use its best checkpoint."""
     images: tyro.conf.Positional[tuple[Path, ...]]
-    """Image files of one digit each, folders of them, or an IDX file of images, raw or .gz."""
+    """Image files with one digit each, folders of such files, or IDX files of images, raw or .gz."""
     top: int = 1
-    """How many classes to name for each, the likeliest first."""
+    """Number of classes to list for each picture, most likely first."""
     ink: Literal["auto", "dark", "light"] = "auto"
-    """Whether the digit is darker or lighter than its ground; auto looks at the border."""
+    """Whether the digit is darker or lighter than the background. auto decides by the picture's border."""
     show: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Show what the network is given: the digit cut out, scaled and centred as MNIST's are."""
+    """Show the network's input: the digit cropped, scaled and centered as in MNIST."""
     model: str | None = None
     """For a checkpoint of your own model: the package.module:factory it was trained with."""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto takes a GPU or other accelerator if there is one, cpu never does."""
+    device: Device = "auto"
+    """auto uses a GPU or other accelerator if there is one; cpu always uses the CPU."""
 
     def __post_init__(self) -> None:
-        """Raises `UsageError` for impossible values."""
+        """Raise `UsageError` for invalid values."""
         if not self.images:
             raise UsageError("predict needs pictures (dmnist predict --help lists the flags)")
         require(self.top >= 1, "top", "at least 1", self)
@@ -66,67 +66,68 @@ class Predict(CommonFlags):
 
 @dataclass(frozen=True)
 class Report(CommonFlags):
-    """Make one page of a run, or of several side by side, from their files; of a running one too."""
+    """Write an HTML report of one run, or a comparison of several. Runs in progress work too."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of runs."""
+    """Folders of the runs."""
     out: Path | None = None
-    """File to write; by default report.html in the run's folder, or here for several runs."""
+    """File to write (default: report.html, in the run's folder or, for several runs, the current one)."""
 
     def __post_init__(self) -> None:
-        """Raises `UsageError` without a run."""
+        """Raise `UsageError` if no run is given."""
         if not self.runs:
             raise UsageError("report needs a run's folder (dmnist report --help lists the flags)")
 
 
 @dataclass(frozen=True)
 class Watch(CommonFlags):
-    """Follow a run that somebody else started, by its files: progress, its ranks, and who holds them up. It
-    ends with the run; Ctrl-C ends only the watching."""
+    """Follow a run from another terminal or host by reading its files: progress, ranks and stragglers.
+    Exits when the run ends. Ctrl-C stops watching, not the run."""
 
     run: tyro.conf.Positional[Path]
-    """The run's folder. With --json how it stands now, and no more."""
+    """The run's folder. With --json, print the current state and exit."""
 
 
 @dataclass(frozen=True)
 class Doctor(CommonFlags):
-    """Examine this machine, or under torchrun, srun or mpirun this job: versions, devices, names, exchanges
-    between the processes, disk, data. For what is not good it says what to do."""
+    """Check this machine or, under torchrun, srun or mpirun, this job: versions, devices, host names,
+    collectives, disk and data. Suggests a fix for each problem it finds."""
 
     nproc: int | None = None
-    """Processes to start here for what takes several; by default one per core, 2 to 4."""
+    """Number of processes for the checks of collectives (default: one per GPU, at most 4; without GPUs one
+    per core, 2 to 4)."""
     out: Path = Path("runs")
-    """Where checkpoints would go."""
+    """Folder where checkpoints would be written."""
     dataset: str = "mnist"
-    """Data set to look for; nothing is downloaded."""
+    """Data set to look for. Nothing is downloaded."""
     data: Path = Path("data")
-    """Folder to look in."""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto takes a GPU or other accelerator if there is one, cpu never does."""
+    """Data folder to look in."""
+    device: Device = "auto"
+    """auto uses a GPU or other accelerator if there is one; cpu always uses the CPU."""
 
     def __post_init__(self) -> None:
-        """Raises `UsageError` for impossible values."""
+        """Raise `UsageError` for invalid values."""
         require(self.nproc is None or self.nproc >= 1, "nproc", "at least 1", self)
         require_name(self.dataset)
 
 
 @dataclass(frozen=True)
 class Export(CommonFlags):
-    """Write a checkpoint as a file that runs without dmnist, and compare what it computes with torch."""
+    """Export a checkpoint to a file that runs without dmnist, and check its outputs against torch's."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint, ours or the original script's, or a run's folder, whose best is taken."""
+    """A checkpoint (from dmnist or the original script), or a run's folder, to use its best checkpoint."""
     model: str | None = None
     """For a checkpoint of your own model: the package.module:factory it was trained with."""
     format: tuple[Format, ...] = ("onnx",)
-    """onnx for onnxruntime in any language, safetensors for the bare weights, torch for a .pt2 of
+    """onnx: for onnxruntime in any language. safetensors: the weights only. torch: a .pt2 file from
     torch.export."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """File to write; by default model.onnx, model.safetensors, model.pt2 in the run's folder."""
+    """File to write (default: model.onnx, model.safetensors or model.pt2 in the run's folder)."""
 
     def __post_init__(self) -> None:
-        """Raises `UsageError` for impossible combinations."""
+        """Raise `UsageError` for invalid combinations."""
         require(len(self.format) >= 1, "format", "at least one of onnx, safetensors, torch", self)
-        require(len(set(self.format)) == len(self.format), "format", "different ones", self)
+        require(len(set(self.format)) == len(self.format), "format", "given without repeats", self)
         if self.out is not None and len(self.format) > 1:
-            raise UsageError("--out names one file: give one --format with it, or leave it out")
+            raise UsageError("--out names one file: use it with one --format, or leave it out")

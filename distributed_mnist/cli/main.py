@@ -1,4 +1,4 @@
-"""The `dmnist` command: from flags to what each command does. Heavy imports wait until one is needed."""
+"""The `dmnist` command: parse the flags and run the command. Slow imports happen only when needed."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ _WORKERS = "distributed_mnist.cli.workers"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The `dmnist` command. Ends the process with a documented exit code."""
+    """Run the `dmnist` command and exit with a documented exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--debug" not in arguments:
         environment.keep_torch_quiet()
@@ -31,8 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
             sys.stdout.write(f"dmnist {version('distributed-mnist')}, torch {version('torch')}\n")
             sys.exit(0)
         if arguments[:1] == ["train"] and not {"-h", "--help"} & set(arguments):
-            _begin_to_import_torch()
-        from .parser import parse  # and tyro, which takes a while
+            _start_importing_torch()
+        from .parser import parse  # imports tyro, which takes a while
 
         command = parse(arguments)
         code = _COMMANDS[type(command).__name__](command)
@@ -45,12 +45,12 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _begin_to_import_torch() -> None:
-    """In the server that workers are forked from, while this process imports and parses for itself."""
+def _start_importing_torch() -> None:
+    """Start the fork server, which imports torch while this process imports tyro and parses the flags."""
     from ..distributed.detect_launcher import detect
     from ..launcher import spawn
 
-    with contextlib.suppress(LaunchError):  # told later, when the answer is needed
+    with contextlib.suppress(LaunchError):  # raised again when the command detects the launcher
         if detect() is None:
             spawn.warm_up(f"{_WORKERS}:train")
 
@@ -62,35 +62,35 @@ def _train(command: "Train") -> int:
     from ..reporting.console import make_console
     from ..runs import layout
 
-    placement = _placed(command.run.nproc)
+    placement = _detect_placement(command.run.nproc)
     if placement is not None:
         if command.ensemble > 1:
             raise UsageError(
-                f"--ensemble starts processes by itself: run it alone, not under {placement.launcher}"
+                f"--ensemble starts its own processes: run it alone, not under {placement.launcher}"
             )
         return spawn.start(placement, None, f"{_WORKERS}:train", command)
     nproc = command.run.nproc or default_nproc(command.settings, command.run)
     command.settings.check_size(nproc)
-    # One folder through all restarts, so chosen here.
-    whole = command.run.out or layout.new_folder(command.recipe)
-    command = dataclasses.replace(command, run=dataclasses.replace(command.run, out=whole))
+    # Chosen here, so that all restarts use the same folder.
+    out = command.run.out or layout.new_folder(command.recipe)
+    command = dataclasses.replace(command, run=dataclasses.replace(command.run, out=out))
     with prefetch.Prefetcher(
         partial(prefetch.read, command.run, make_console(stderr=command.json))
     ) as data:
         tasks = []
-        for out, one in _members(command, whole):
-            reached = partial(layout.newest_step, out)
+        for member_out, member in _split_into_members(command, out):
+            reached = partial(layout.newest_step, member_out)
             restarts = spawn.Restarts(
-                command.run.max_restarts, reached, layout.resume_flags(whole, command.ensemble)
+                command.run.max_restarts, reached, layout.resume_flags(out, command.ensemble)
             )
-            tasks.append(spawn.Task(f"{_WORKERS}:train", one, restarts, data.for_rank_zero))
+            tasks.append(spawn.Task(f"{_WORKERS}:train", member, restarts, data.for_rank_zero))
         if command.ensemble > 1:
             tasks.append(spawn.Task(f"{_WORKERS}:vote", command, rank_zero_argument=data.for_rank_zero))
         return spawn.spawn(nproc, tasks)
 
 
-def _members(command: "Train", out: Path) -> list[tuple[Path, "Train"]]:
-    """The folder and the command of each network of an ensemble, or of the one there is."""
+def _split_into_members(command: "Train", out: Path) -> list[tuple[Path, "Train"]]:
+    """The folder and the command for each member of an ensemble, or for the only network."""
     from ..runs.layout import member_folder
 
     if command.ensemble == 1:
@@ -113,18 +113,18 @@ def _members(command: "Train", out: Path) -> list[tuple[Path, "Train"]]:
 def _evaluate(command: "Evaluate") -> int:
     from ..launcher import spawn
 
-    placement = _placed(command.nproc)
+    placement = _detect_placement(command.nproc)
     return spawn.start(placement, command.nproc, f"{_WORKERS}:evaluate", command)
 
 
 def _verify(command: "Verify") -> int:
     from ..launcher import spawn
 
-    placement = _placed(command.nproc)
+    placement = _detect_placement(command.nproc)
     if placement is not None:
         if command.chaos:
             raise UsageError(
-                f"--chaos starts and kills processes by itself: run it alone on a host, not under "
+                "--chaos starts and kills its own processes: run it alone on a host, not under "
                 f"{placement.launcher}"
             )
         return spawn.start(placement, None, f"{_WORKERS}:verify", command)
@@ -135,22 +135,22 @@ def _doctor(command: "Doctor") -> int:
     from ..launcher import spawn
     from ..launcher.default_nproc import trial_nproc
 
-    placement = _placed(command.nproc)
+    placement = _detect_placement(command.nproc)
     nproc = None if placement else command.nproc or trial_nproc(command.device)
     return spawn.start(placement, nproc, f"{_WORKERS}:doctor", command)
 
 
 def _bench(command: "Bench") -> int:
-    placement = _placed(None)
+    placement = _detect_placement(None)
     if placement is not None:
-        raise UsageError(f"bench starts processes by itself: run it alone, not under {placement.launcher}")
+        raise UsageError(f"bench starts its own processes: run it alone, not under {placement.launcher}")
     return _call("bench.command", "run", command)
 
 
 def _call(module: str, function: str, command: Any) -> int:
-    """Import one of our modules and call its function with the command's flags as keyword arguments.
+    """Import a module of this package and call its function with the command's flags as keyword arguments.
 
-    `--json` is passed as `as_json`; `--debug` concerns only `main`.
+    `--json` is passed as `as_json`. `--debug` is not passed: only `main` needs it.
     """
     flags = {field.name: getattr(command, field.name) for field in dataclasses.fields(command)}
     del flags["debug"]
@@ -158,14 +158,19 @@ def _call(module: str, function: str, command: Any) -> int:
     return getattr(imported, function)(as_json=flags.pop("json"), **flags)
 
 
-def _placed(nproc: int | None) -> "Placement | None":
-    """Where another launcher has placed this process, if one has. Raises `UsageError` if `--nproc` asks
-    for another number of processes than that launcher started here."""
+def _detect_placement(nproc: int | None) -> "Placement | None":
+    """This process's rank and world size if another launcher started it, otherwise None.
+
+    Raises `UsageError` if `--nproc` differs from the number of processes that the launcher started here.
+    """
     from ..distributed.detect_launcher import detect
 
     placement = detect()
     if placement is not None and nproc not in (None, placement.local_size):
-        raise UsageError(f"--nproc {nproc}, but {placement.launcher} started this process: leave it away")
+        raise UsageError(
+            f"--nproc {nproc}, but {placement.launcher} started {placement.local_size} processes here: "
+            "leave out --nproc"
+        )
     return placement
 
 

@@ -1,15 +1,18 @@
-"""The original script's command: from its flags to processes. `classic_job.py` is what each does."""
+"""Start the original script's job with the flags of `multi_proc_single_gpu.py`.
+
+`original_worker` runs in each process.
+"""
 
 from dataclasses import dataclass
 
+from ..config import require
 from ..distributed import detect_launcher
-from ..errors import UsageError
 from ..launcher import spawn
 
 
 @dataclass(frozen=True)
 class Options:
-    """The original's flags; None where it matters whether one was given."""
+    """The original script's flags. None means not given, for flags where that makes a difference."""
 
     root: str
     workers: int | None
@@ -29,14 +32,16 @@ class Options:
     seed: int
 
     def __post_init__(self) -> None:
-        for name, least in (("world_size", 1), ("epochs", 0), ("start_epoch", 0)):
-            if getattr(self, name) < least:
-                flag = name.replace("_", "-")
-                raise UsageError(f"--{flag} must be at least {least}, not {getattr(self, name)}")
+        """Raise `UsageError` for invalid values."""
+        for name, minimum in (("world_size", 1), ("epochs", 0), ("start_epoch", 0)):
+            require(getattr(self, name) >= minimum, name, f"at least {minimum}", self)
 
 
 def main(options: Options) -> int:
-    """Run the job here, or in `--world-size` processes of our own if no launcher started this one."""
+    """Run the job in this process if a launcher started it, otherwise start `--world-size` processes.
+
+    Returns the exit code.
+    """
     return spawn.start(
         detect_launcher.detect(), options.world_size, "distributed_mnist.cli.original_worker:work", options
     )

@@ -1,4 +1,4 @@
-"""One rank's life in the original script's job: its files, its line per epoch, on this program's loop."""
+"""Run one rank of the original script's job: its files and its output, with our training loop."""
 
 import socket
 import sys
@@ -31,25 +31,25 @@ from ..training.setup import make_gradients, make_model, pack, use_threads
 from ..training.state import ZERO_TOTALS, State, TrainingContext
 from .original_script import Options
 
-FOLDER = Path("checkpoints")  # in the current folder, as the original has it
+FOLDER = Path("checkpoints")  # in the current folder, as in the original
 
 
 def work(placement: Placement, listener: socket.socket | None, options: Options) -> int:
-    """Join the group and run the job in it; the exit code."""
+    """Join the process group and run the job. Returns the exit code."""
     without_nccl = options.backend == "nccl" and not torch.cuda.is_available()
     backend = None if without_nccl else options.backend
-
-    def body(world: World, signals: StopSignals) -> None:
-        run(world, options, signals)
-
-    return run_in_group(placement, listener, body, backend=backend, exact=False)
+    return run_in_group(placement, listener, partial(run, options), backend=backend, exact=False)
 
 
-def run(world: World, options: Options, signals: StopSignals) -> None:
-    """Train or evaluate as the original does. Every rank calls it."""
-    say = _say if world.rank == 0 else _nothing
-    for line in explanations(options, world):
-        say(f"note: {line}")
+def run(options: Options, world: World, signals: StopSignals) -> None:
+    """Train or evaluate like the original. Every rank calls it."""
+
+    def say(line: str) -> None:
+        if world.rank == 0:
+            _print_line(line)
+
+    for note in make_notes(options, world):
+        say(f"note: {note}")
     recipe = load_recipe("classic").replace(
         epochs=max(options.epochs, 1),
         batch_size=options.batch_size,
@@ -60,7 +60,7 @@ def run(world: World, options: Options, signals: StopSignals) -> None:
     )
     use_threads(world, recipe)
     content: Content | None = None
-    if options.resume:  # before the data: a missing file is soon told
+    if options.resume:  # before loading the data, so that a missing file is reported at once
         say(f"=> loading checkpoint '{options.resume}'")
         raw = world.on_rank_zero(lambda: read_bytes(Path(options.resume)))
         content = decode(raw, options.resume)
@@ -73,12 +73,17 @@ def run(world: World, options: Options, signals: StopSignals) -> None:
     state = State(model, make_optimizer(recipe, model), step=options.start_epoch * batches.steps_per_epoch)
     if content is not None:
         name = options.resume
-        state.restore(_complete(content, batches.steps_per_epoch, data, name), name)
+        state.restore(_adapt_checkpoint(content, batches.steps_per_epoch, data, name), name)
         say(f"=> loaded checkpoint '{name}' (epoch {state.step // batches.steps_per_epoch})")
-    scoring: dict[str, Any] = {"classes": len(data.class_names), "mean": data.mean, "std": data.std}
+    evaluation_options: dict[str, Any] = {
+        "classes": len(data.class_names),
+        "mean": data.mean,
+        "std": data.std,
+        "precision": "fp32",
+    }
     require_same_weights(state, world)
     if options.evaluate:
-        result = evaluate(model, data.test, world, precision="fp32", **scoring)
+        result = evaluate(model, data.test, world, **evaluation_options)
         say(f"test loss: {result.loss:.6f}, test acc: {result.accuracy:.2%}.")
         return
 
@@ -93,7 +98,7 @@ def run(world: World, options: Options, signals: StopSignals) -> None:
         sink=EpochLines(options.epochs) if world.rank == 0 else NullSink(),
         pack=partial(pack, state, recipe, data, Run(), batches.steps_per_epoch),
         stop_requested=signals.requested,
-        evaluation_options={**scoring, "precision": "fp32"},
+        evaluation_options=evaluation_options,
         save_every=batches.steps_per_epoch,
         eval_every=batches.steps_per_epoch,
     )
@@ -107,32 +112,38 @@ def run(world: World, options: Options, signals: StopSignals) -> None:
         raise OutputError(f"trained, but {state.unsaved}")
 
 
-def explanations(options: Options, world: World) -> list[str]:
-    """One line for what is different here, and for each flag given that has nothing to do."""
+def make_notes(options: Options, world: World) -> list[str]:
+    """One line for each difference from the original, and for each given flag that has no effect."""
     lines = []
     if world.device.type == "cpu":
-        lines.append("no GPU here, training on CPU" + (f" with {world.backend}" if world.size > 1 else ""))
+        backend = f" with {world.backend}" if world.size > 1 else ""
+        lines.append(f"no GPU found, training on the CPU{backend}")
     if options.workers is not None:
-        lines.append("--workers has nothing to do: the data is kept on the device, no process loads it")
+        lines.append("--workers has no effect: the data stays on the device, there are no loader processes")
     for name in ("momentum", "weight_decay"):
         if getattr(options, name) is not None:
             lines.append(
                 f"--{name.replace('_', '-')} has no effect, as in the original: it trains with Adam"
             )
-    for name, why in (("init_method", "a free port is found"), ("rank", "ranks are given out")):
+    for name, why in (
+        ("init_method", "a free port is chosen automatically"),
+        ("rank", "ranks are assigned automatically"),
+    ):
         if getattr(options, name) is not None:
-            lines.append(f"--{name.replace('_', '-')} has nothing to do: {why}")
+            lines.append(f"--{name.replace('_', '-')} has no effect: {why}")
     if options.world_size not in (1, world.size):
         lines.append(
-            f"--world-size is {options.world_size}, but {world.launcher} started {world.size}: that holds"
+            f"--world-size {options.world_size} has no effect: "
+            f"{world.launcher} started {world.size} processes"
         )
     return lines
 
 
 class OriginalStore(BackgroundStore):
-    """`checkpoints/checkpoint_{epoch}.pth.tar` after each epoch, the best also as `model_best.pth.tar`.
+    """Writes `checkpoints/checkpoint_{epoch}.pth.tar` after each epoch.
 
-    One saved within an epoch, because the run was asked to stop, is `checkpoint_{epoch}_{step}.pth.tar`.
+    The best one is also written as `model_best.pth.tar`. If the run is asked to stop within an epoch, it
+    writes `checkpoint_{epoch}_{step}.pth.tar`.
     """
 
     def __init__(self, steps_per_epoch: int) -> None:
@@ -149,54 +160,57 @@ class OriginalStore(BackgroundStore):
     def write(self, path: Path, content: Content, *, best: bool) -> None:
         """See `BackgroundStore`."""
         data = encode(to_original(content))
-        if best:  # first: see `RunStore.write`
+        if best:  # written first, see `RunStore.write`
             write(FOLDER / "model_best.pth.tar", data)
         write(path, data)
 
 
 class EpochLines:
-    """The original's line per epoch on standard output, once."""
+    """Prints the original's line per epoch to standard output, on rank 0 only."""
 
     def __init__(self, epochs: int) -> None:
         self._epochs = epochs
 
     def log(self, event: str, **fields: Any) -> None:
-        """See `observe.Sink`."""
+        """See `events.Sink`."""
         if event == "notice":
-            _say(f"note: {fields['text']}")
+            _print_line(f"note: {fields['text']}")
         if event == "evaluation":
             epoch = round(fields["epoch"]) - 1
-            _say(
+            _print_line(
                 f"Epoch: {epoch}/{self._epochs}, "
                 f"train loss: {fields['train_loss']:.6f}, train acc: {fields['train_accuracy']:.2%}, "
                 f"test loss: {fields['test_loss']:.6f}, test acc: {fields['test_accuracy']:.2%}."
             )
 
     def close(self) -> None:
-        """See `observe.Sink`."""
+        """See `events.Sink`."""
 
 
-def _complete(content: Content, steps_per_epoch: int, data: Data, name: str) -> Content:
-    """A checkpoint as one of this job's: the original knows epochs, not steps, and records no samples.
+def _adapt_checkpoint(content: Content, steps_per_epoch: int, data: Data, name: str) -> Content:
+    """The content of a checkpoint, adapted to this job. `name` is the file's name, for errors.
 
-    Of ours with another batch size only the epoch counts too. Raises `CheckpointError` for one of other
-    data, or of the middle of an epoch that has other steps here.
+    The original's checkpoints count epochs, not steps, and do not record samples. A checkpoint of ours with
+    another batch size also keeps only its epoch.
+
+    Raises `CheckpointError` for a checkpoint from other data, or from the middle of an epoch that
+    has another number of steps.
     """
     dataset = content["dataset"]
     if dataset is not None and dataset["sha256"] != data.sha256:
-        raise CheckpointError(f"{name} is of other data: {dataset['name']} {dataset['sha256'][:12]}…")
+        raise CheckpointError(
+            f"{name} was trained on other data: {dataset['name']} {dataset['sha256'][:12]}…"
+        )
     if content.get("steps_per_epoch") == steps_per_epoch:
         return content
     if content["recipe"] is not None and content["step"] % content["steps_per_epoch"]:
-        raise CheckpointError(f"{name} is of the middle of an epoch: go on with the same --batch-size")
-    fresh = {"samples_sha256": START_OF_CHAIN, "train_seconds": 0.0, "totals": dict(ZERO_TOTALS)}
-    return {**content, **fresh, "step": content["epoch"] * steps_per_epoch}
+        raise CheckpointError(
+            f"{name} is from the middle of an epoch: resume it with the same --batch-size"
+        )
+    reset = {"samples_sha256": START_OF_CHAIN, "train_seconds": 0.0, "totals": dict(ZERO_TOTALS)}
+    return {**content, **reset, "step": content["epoch"] * steps_per_epoch}
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
-
-
-def _nothing(line: str) -> None:
-    pass

@@ -1,5 +1,6 @@
-"""From words to a command: what `flags` describes, read by tyro, with help in the program's own words."""
+"""Parse the command line with tyro into one of the classes of `flags_*`."""
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -16,11 +17,11 @@ from ..runs import layout
 from .flags_data import Check, Fetch, Generate
 from .flags_train import Bench, Train, Verify
 from .flags_use import Doctor, Evaluate, Export, Predict, Report, Watch
-from .usage_errors import complaint, kinds
+from .usage_errors import explain_usage_error, plain_types
 
-_SUMMARY = "Distributed training of digit classifiers. dmnist --version tells its and torch's version."
-_METAVARS = {int: "N", float: "X", Path: "DIR", str: "NAME"}
-_OTHER_METAVARS = {
+_SUMMARY = "Distributed training of digit classifiers. dmnist --version prints its and torch's version."
+_METAVARS_BY_TYPE = {int: "N", float: "X", Path: "DIR", str: "NAME"}
+_METAVARS_BY_NAME = {
     "checkpoint": "CHECKPOINT",
     "checkpoint_every": "EVERY",
     "eval_every": "EVERY",
@@ -33,7 +34,7 @@ _OTHER_METAVARS = {
     "sections": "[SECTION ...]",
 }
 
-GRAMMAR: dict[str, Any] = {
+COMMANDS: dict[str, Any] = {
     "train": Train,
     "evaluate": Evaluate,
     "predict": Predict,
@@ -45,106 +46,102 @@ GRAMMAR: dict[str, Any] = {
     "bench": Bench,
     "data": {"fetch": Fetch, "check": Check, "generate": Generate},
 }
-"""Commands by name; a dictionary is a group of them."""
-_GROUPS = {"data": "Fetch, check or draw data sets."}
+"""Command classes by name. A nested dictionary is a group of commands."""
+_GROUPS = {"data": "Download, check or draw data sets."}
 
 
 def parse(arguments: list[str]) -> Any:
-    """The command with its flags, as one of the classes of `GRAMMAR`.
+    """Parse a command line into an instance of one of the classes in `COMMANDS`.
 
-    Prints help and exits for `--help`; raises `UsageError` for bad flags.
+    Prints help and exits for `--help`. Raises `UsageError` for invalid arguments.
     """
-    # torch.distributed.launch puts this before everything else; the environment says the same.
-    arguments = [word for word in arguments if not re.fullmatch(r"--local[-_]rank=\d+", word)]
+    # torch.distributed.launch inserts this flag before all others. The environment has the same value.
+    arguments = [argument for argument in arguments if not re.fullmatch(r"--local[-_]rank=\d+", argument)]
     train = _train_defaults(arguments)
-    shown = io.StringIO()
+    tyro_message = io.StringIO()
     try:
-        with contextlib.redirect_stderr(shown), _metavars():
-            return tyro.cli(_union(GRAMMAR, train), prog="dmnist", args=arguments, description=_SUMMARY)
+        with contextlib.redirect_stderr(tyro_message), _help_rules():
+            return tyro.cli(_union(COMMANDS, train), prog="dmnist", args=arguments, description=_SUMMARY)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise UsageError(complaint(GRAMMAR, arguments, shown.getvalue())) from None
+        raise UsageError(explain_usage_error(COMMANDS, arguments, tyro_message.getvalue())) from None
 
 
-def _union(grammar: dict[str, Any], train: Train) -> Any:
-    """The type of which tyro makes a parser: one of the commands, each under its name."""
+def _union(commands: dict[str, Any], train: Train) -> Any:
+    """The union type that tyro turns into subcommands. `train` holds the defaults of `dmnist train`."""
     parts: list[Any] = []
-    for name, kind in grammar.items():
-        if isinstance(kind, dict):
+    for name, command in commands.items():
+        if isinstance(command, dict):
             group = tyro.conf.subcommand(name, description=_GROUPS[name])
-            parts.append(Annotated[_union(kind, train), group])
-        elif kind is Train:
-            parts.append(Annotated[kind, tyro.conf.subcommand(name, default=train)])
+            parts.append(Annotated[_union(command, train), group])
+        elif command is Train:
+            parts.append(Annotated[command, tyro.conf.subcommand(name, default=train)])
         else:
-            parts.append(Annotated[kind, tyro.conf.subcommand(name)])
-    return Union[tuple(parts)]  # noqa: UP007 - `|` has no such form
+            parts.append(Annotated[command, tyro.conf.subcommand(name)])
+    return Union[tuple(parts)]  # noqa: UP007 - `|` cannot be applied to a tuple
 
 
 def _train_defaults(arguments: list[str]) -> Train:
-    """`train` as its flags find it: with the recipe that is named; where a run is to go on, with its data,
-    and if none is named with its recipe."""
-    named, out, run = _value(arguments, "--recipe"), _value(arguments, "--out"), Run()
-    told = layout.config_in(Path(out)) if out and _value(arguments, "--resume") == "auto" else None
-    if told is not None:
-        if _value(arguments, "--dataset") in (None, told["run"].get("dataset")):
-            data = {name: told["run"][name] for name in DATA_OPTIONS if name in told["run"]}
+    """The defaults of the flags of `train`.
+
+    They come from the recipe that `--recipe` names. With `--resume auto`, the data settings come from the
+    run in `--out`, and so does the recipe unless `--recipe` names one.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--recipe", "--out", "--resume", "--dataset"):
+        early.add_argument(name, nargs="?")  # tyro reports a missing value
+    given, _ = early.parse_known_args(arguments if arguments[:1] == ["train"] else [])
+    config = layout.config_in(Path(given.out)) if given.out and given.resume == "auto" else None
+    run = Run()
+    if config is not None:
+        if given.dataset in (None, config["run"].get("dataset")):
+            data = {name: config["run"][name] for name in DATA_OPTIONS if name in config["run"]}
             run = Run(**{**data, "data": Path(data.get("data", "data"))})
-        if named is None:
-            settings = {key: value for key, value in told["recipe"].items() if not _names_code(key, value)}
-            return Train(settings=Recipe.from_dict(settings, str(out)), run=run, recipe=f"of {out}")
-    named = named or "default"
-    return Train(settings=load_recipe(named), run=run, recipe=named)
+        if given.recipe is None:
+            settings = {key: value for key, value in config["recipe"].items() if not _is_code(key, value)}
+            return Train(settings=Recipe.from_dict(settings, given.out), run=run, recipe=f"of {given.out}")
+    recipe = given.recipe or "default"
+    return Train(settings=load_recipe(recipe), run=run, recipe=recipe)
 
 
-def _names_code(key: str, value: object) -> bool:
-    """A file must not choose what is imported: a model of the user's own is named by the user."""
+def _is_code(key: str, value: object) -> bool:
+    """Whether a setting names a user's model, which is code that only a user, not a file, may import."""
     return key == "model" and ":" in str(value)
 
 
-def _value(arguments: list[str], flag: str) -> str | None:
-    """What follows a flag of `train`, if it is there."""
-    found = None
-    for i, argument in enumerate(arguments if arguments[:1] == ["train"] else []):
-        if argument == flag and i + 1 < len(arguments):
-            found = arguments[i + 1]
-        if argument.startswith(f"{flag}="):
-            found = argument.removeprefix(f"{flag}=")
-    return found
-
-
-def _metavars() -> ConstructorRegistry:
-    """Rules that call a number N and a folder DIR in the help, and do not mention defaults of None."""
+def _help_rules() -> ConstructorRegistry:
+    """Rules for tyro's help: metavars such as N and DIR, and no defaults of None, False or ''."""
     registry = ConstructorRegistry()
-    asking = False
+    nested = False
 
     def rule(info: StructTypeInfo) -> StructConstructorSpec | None:
-        nonlocal asking
-        if asking or not dataclasses.is_dataclass(info.type):
+        nonlocal nested
+        if nested or not dataclasses.is_dataclass(info.type):
             return None
-        asking = True  # the other rules are asked, then what they say is changed
+        nested = True  # so that the next line applies tyro's own rules and not this one
         try:
             spec: Any = ConstructorRegistry.get_struct_spec(info)
         finally:
-            asking = False
+            nested = False
         if not isinstance(spec, StructConstructorSpec):
             return spec
-        return dataclasses.replace(spec, fields=tuple(map(_shown, spec.fields)))
+        return dataclasses.replace(spec, fields=tuple(map(_with_metavar, spec.fields)))
 
     registry.struct_rule(rule)
     return registry
 
 
-def _shown(spec: StructFieldSpec) -> StructFieldSpec:
-    """A flag with its metavar, and its help without the line breaks of the source."""
-    found = kinds(spec.type)
-    if any(map(dataclasses.is_dataclass, found)):
+def _with_metavar(spec: StructFieldSpec) -> StructFieldSpec:
+    """The field with its metavar, and with its help text on one line."""
+    types = plain_types(spec.type)
+    if any(map(dataclasses.is_dataclass, types)):
         return spec  # a group of flags
-    kind = next((kind for kind in _METAVARS if kind in found), None)
-    metavar = _OTHER_METAVARS.get(spec.name, _METAVARS[kind]) if kind else None
-    stated = (getattr(note, "metavar", None) for note in getattr(spec.type, "__metadata__", ()))
-    metavar = next(filter(None, stated), metavar)  # beside the flag, where its name means another thing
-    told = spec.helptext() if callable(spec.helptext) else spec.helptext
+    kind = next((kind for kind in _METAVARS_BY_TYPE if kind in types), None)
+    metavar = _METAVARS_BY_NAME.get(spec.name, _METAVARS_BY_TYPE[kind]) if kind else None
+    annotated = (getattr(note, "metavar", None) for note in getattr(spec.type, "__metadata__", ()))
+    metavar = next(filter(None, annotated), metavar)  # an annotated metavar has priority
+    help_text = spec.helptext() if callable(spec.helptext) else spec.helptext
     hint = lambda default: "" if default in ("None", "False", "") else f"(default: {default})"  # noqa: E731
-    shown: Any = Annotated[spec.type, tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)]
-    return dataclasses.replace(spec, type=shown, helptext=" ".join((told or "").split()))
+    type_with_metavar: Any = Annotated[spec.type, tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)]
+    return dataclasses.replace(spec, type=type_with_metavar, helptext=" ".join((help_text or "").split()))

@@ -1,4 +1,8 @@
-"""What is wrong with a command line, in one line: what tyro refused is looked at again here."""
+"""Explain in one line what is wrong with a command line.
+
+tyro's own messages span several lines and do not always name the flag at fault, so arguments that tyro
+rejects are checked again here. This module also reads the type annotations of flags, for the help texts.
+"""
 
 import dataclasses
 import re
@@ -9,104 +13,112 @@ import tyro
 from ..common.suggest import did_you_mean
 from ..config import flag
 
-_NEEDED = {
+_REQUIRED = {
     "evaluate": "a CHECKPOINT or a run's folder",
     "predict": "a CHECKPOINT or a run's folder, and pictures",
     "watch": "a run's folder",
     "export": "a CHECKPOINT or a run's folder",
     "data generate": "a folder to write to",
 }
-_FLAG = re.compile(r"--?[a-zA-Z]")  # and not a negative number
+_FLAG = re.compile(r"--?[a-zA-Z]")  # does not match negative numbers
 
 
-def complaint(grammar: dict[str, Any], arguments: list[str], box: str) -> str:
-    """What is wrong with `arguments`. `grammar` is commands by name, nested; `box` is what tyro drew."""
-    level: Any = grammar
+def explain_usage_error(commands: dict[str, Any], arguments: list[str], tyro_message: str) -> str:
+    """What is wrong with `arguments`, in one line.
+
+    `commands` maps names to command classes, or to nested dictionaries of them. `tyro_message` is what tyro
+    printed, the fallback if nothing wrong is found here.
+    """
+    level: Any = commands
     command = ""
-    words = list(arguments)
+    rest = list(arguments)
     while isinstance(level, dict):
         names = [f"{command} {name}".strip() for name in level]
-        if not words:
-            return f"which command? {_either(names)}; --help after one tells more"
-        word = words.pop(0)
-        if word.startswith("-"):
-            return f"{word.partition('=')[0]} comes after a command: {_either(names)}"
-        command = f"{command} {word}".strip()
-        if word not in level:
+        if not rest:
+            return f"which command? {_join_choices(names)} (dmnist COMMAND --help lists the flags)"
+        argument = rest.pop(0)
+        if argument.startswith("-"):
+            return f"{argument.partition('=')[0]} must come after a command: {_join_choices(names)}"
+        command = f"{command} {argument}".strip()
+        if argument not in level:
             return f"there is no command {command!r}; there are {', '.join(names)}"
-        level = level[word]
-    # Where we find nothing, what tyro drew a box around.
-    problem = _problem(command, level, words) or " ".join(re.sub(r"[│|╭╮╰╯─]+", " ", box).split())
+        level = level[argument]
+    problem = _find_problem(command, level, rest)
+    if problem is None:
+        without_frame = re.sub(r"[│|╭╮╰╯─]+", " ", tyro_message)
+        problem = " ".join(without_frame.split())
     return f"{problem} (dmnist {command} --help lists the flags)"
 
 
-def kinds(annotation: Any) -> set[Any]:
-    """The plain types in an annotation; a Literal is its own."""
+def plain_types(annotation: Any) -> set[Any]:
+    """The types that an annotation consists of. A Literal counts as one type."""
     if get_origin(annotation) is Literal or not get_args(annotation):
         return {annotation}
     if get_origin(annotation) is Annotated:
-        return kinds(get_args(annotation)[0])
-    return set[Any]().union(*map(kinds, get_args(annotation)))
+        return plain_types(get_args(annotation)[0])
+    return set[Any]().union(*map(plain_types, get_args(annotation)))
 
 
-def _problem(command: str, grammar: type, words: list[str]) -> str | None:
-    """The first word that is not in the command's grammar, or what is missing."""
-    flags = _flags(grammar)
-    given: list[str] = []
-    while words:
-        word = words.pop(0)
-        if not _FLAG.match(word):
-            given.append(word)
-            continue
-        shown, attached, value = word.partition("=")
-        name = shown.replace("_", "-")
-        if name not in flags:
-            return f"{command} has no flag {shown}{did_you_mean(name, flags, cutoff=0.7)}"
-        if flags[name] is bool:
-            continue
-        if not attached:
-            if not words or _FLAG.match(words[0]):
-                return f"{name} needs a value"
-            value = words.pop(0)
-        while get_origin(flags[name]) is tuple and words and not _FLAG.match(words[0]):
-            words.pop(0)
-        rule = _rule(kinds(flags[name]), value)
-        if rule:
-            return f"{name} must be {rule}, not {value!r}"
-    if surplus := given[_positionals(grammar) :]:
-        return f"{command} does not know what to do with {surplus[0]!r}"
-    return None if given or command not in _NEEDED else f"{command} needs {_NEEDED[command]}"
+def without_metadata(annotation: Any) -> Any:
+    """`X` for `Annotated[X, ...]`; any other annotation unchanged."""
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
-def _flags(grammar: type) -> dict[str, Any]:
-    """A command's flags with their types."""
-    found: dict[str, Any] = {}
-    for name, annotation in get_type_hints(grammar, include_extras=True).items():
-        plain = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
-        if _is_positional(annotation):
-            continue
-        if dataclasses.is_dataclass(plain):
-            found |= _flags(plain)  # type: ignore[arg-type]
-        else:
-            found[flag(name)] = plain
-    return found
-
-
-def _positionals(grammar: type) -> int:
-    return sum(map(_is_positional, get_type_hints(grammar, include_extras=True).values()))
-
-
-def _is_positional(annotation: Any) -> bool:
+def is_positional(annotation: Any) -> bool:
+    """Whether a field is given by position instead of with a flag."""
     return tyro.conf.Positional in getattr(annotation, "__metadata__", ())
 
 
-def _rule(kinds: set[Any], value: str) -> str | None:
-    """What a value of these types must be, if this one is not."""
-    if value == "None" and type(None) in kinds:
+def _find_problem(command: str, command_class: type, arguments: list[str]) -> str | None:
+    """The first invalid or missing argument, explained; None if nothing wrong is found."""
+    flags = _flag_types(command_class)
+    positionals: list[str] = []
+    while arguments:
+        argument = arguments.pop(0)
+        if not _FLAG.match(argument):
+            positionals.append(argument)
+            continue
+        typed_name, has_value, value = argument.partition("=")
+        name = typed_name.replace("_", "-")
+        if name not in flags:
+            return f"{command} has no flag {typed_name}{did_you_mean(name, flags, cutoff=0.7)}"
+        if flags[name] is bool:
+            continue
+        if not has_value:
+            if not arguments or _FLAG.match(arguments[0]):
+                return f"{name} needs a value"
+            value = arguments.pop(0)
+        while get_origin(flags[name]) is tuple and arguments and not _FLAG.match(arguments[0]):
+            arguments.pop(0)
+        if rule := _violated_rule(plain_types(flags[name]), value):
+            return f"{name} must be {rule}, not {value!r}"
+    hints = get_type_hints(command_class, include_extras=True)
+    if unexpected := positionals[sum(map(is_positional, hints.values())) :]:
+        return f"{command} got an unexpected argument {unexpected[0]!r}"
+    return None if positionals or command not in _REQUIRED else f"{command} needs {_REQUIRED[command]}"
+
+
+def _flag_types(command_class: type) -> dict[str, Any]:
+    """The type of each flag of a command."""
+    types: dict[str, Any] = {}
+    for name, annotation in get_type_hints(command_class, include_extras=True).items():
+        plain = without_metadata(annotation)
+        if is_positional(annotation):
+            continue
+        if dataclasses.is_dataclass(plain):
+            types |= _flag_types(plain)  # type: ignore[arg-type]
+        else:
+            types[flag(name)] = plain
+    return types
+
+
+def _violated_rule(types: set[Any], value: str) -> str | None:
+    """What a value of one of these types must be, if this one is not; None if it is valid."""
+    if value == "None" and type(None) in types:
         return None
-    for kind in kinds:
+    for kind in types:
         if get_origin(kind) is Literal and value not in get_args(kind):
-            return _either(list(get_args(kind)))
+            return _join_choices(list(get_args(kind)))
         if kind in (int, float):
             try:
                 kind(value)
@@ -115,5 +127,5 @@ def _rule(kinds: set[Any], value: str) -> str | None:
     return None
 
 
-def _either(names: list[str]) -> str:
+def _join_choices(names: list[str]) -> str:
     return " or ".join([", ".join(names[:-1]), names[-1]])

@@ -1,11 +1,13 @@
-"""What one process of a group does for a command: join, work, print what only one should print.
+"""Run one rank of a command: join the process group, do the work, print the result on rank 0.
 
-Named by the launcher as `module:function`, so that the process that starts others need not import torch.
+The launcher names these functions as `module:function`, so that the process that starts the others need not
+import torch.
 """
 
 import socket
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -14,16 +16,17 @@ from ..data import prefetch
 from ..data.datasets import Dataset
 from ..data.prefetch import PrefetchedData
 from ..distributed.world import World
-from ..doctor import command as examine
-from ..inference import ensemble, score
+from ..doctor import command as doctor_command
+from ..inference.ensemble import evaluate_ensemble
+from ..inference.score import evaluate_checkpoint
 from ..launcher.rank_process import run_in_group
 from ..launcher.signals import StopSignals
 from ..reporting.console import make_console, print_json
 from ..runs.layout import resume_flags
-from ..training import run
+from ..training import run as training
 from ..verify import under_launcher
 from ..verify.results_table import ResultsTable
-from .flags_train import Train, Verify
+from .flags_train import CommonFlags, Train, Verify
 from .flags_use import Doctor, Evaluate
 
 
@@ -31,26 +34,29 @@ def train(
     placement: Placement,
     listener: socket.socket | None,
     command: Train,
-    handed: PrefetchedData | None = None,
+    prefetched: PrefetchedData | None = None,
 ) -> int:
-    """One rank of `dmnist train`; its exit code. `handed` is the data, where our launcher reads it."""
+    """Run one rank of `dmnist train`. Returns its exit code.
+
+    `prefetched` is the data set on rank 0 if our launcher reads it.
+    """
 
     def body(world: World, signals: StopSignals) -> None:
-        result = run.run(
+        result = training.run(
             world,
             command.settings,
             command.run,
             title=command.recipe,
             console=make_console(stderr=command.json),
             signals=signals,
-            read=_reader(command, handed),
+            read=_dataset_reader(command, prefetched),
             tensorboard=command.tensorboard,
             resume_flags=resume_flags(command.run.out.parent, command.ensemble)
             if command.ensemble > 1 and command.run.out
             else None,
         )
-        if command.json and world.rank == 0 and command.ensemble == 1:
-            print_json(result)
+        if command.ensemble == 1:  # else `vote` prints the result
+            _print_result(world, command, result)
 
     exact = command.settings.sync == "tree"
     return run_in_group(
@@ -68,22 +74,21 @@ def vote(
     placement: Placement,
     listener: socket.socket | None,
     command: Train,
-    handed: PrefetchedData | None = None,
+    prefetched: PrefetchedData | None = None,
 ) -> int:
-    """One rank of what follows the training of an ensemble; its exit code."""
+    """Run one rank of the vote that follows the training of an ensemble. Returns its exit code."""
 
     def body(world: World, signals: StopSignals) -> None:
         assert command.run.out is not None  # the launcher has chosen it
-        result = ensemble.run(
+        result = evaluate_ensemble(
             world,
             command.settings,
             command.run.out,
             command.ensemble,
             console=make_console(stderr=command.json),
-            read=_reader(command, handed),
+            read=_dataset_reader(command, prefetched),
         )
-        if command.json and world.rank == 0:
-            print_json(result)
+        _print_result(world, command, result)
 
     return run_in_group(
         placement,
@@ -95,33 +100,25 @@ def vote(
     )
 
 
-def _reader(command: Train, handed: PrefetchedData | None) -> Callable[[], Dataset]:
-    return (
-        handed.receive if handed else partial(prefetch.read, command.run, make_console(stderr=command.json))
-    )
-
-
 def evaluate(placement: Placement, listener: socket.socket | None, command: Evaluate) -> int:
-    """One rank of `dmnist evaluate`; its exit code."""
+    """Run one rank of `dmnist evaluate`. Returns its exit code."""
 
     def body(world: World, signals: StopSignals) -> None:
-        console = make_console(stderr=command.json)
-        result = score.run(
+        result = evaluate_checkpoint(
             world,
             command.checkpoint,
             model=command.model,
             dataset=command.dataset,
             folder=command.data,
-            console=console,
+            console=make_console(stderr=command.json),
         )
-        if command.json and world.rank == 0:
-            print_json(result)
+        _print_result(world, command, result)
 
     return run_in_group(placement, listener, body, device=command.device, debug=command.debug)
 
 
 def verify(placement: Placement, listener: socket.socket | None, command: Verify) -> int:
-    """One rank of a `dmnist verify` in a world of another launcher; its exit code."""
+    """Run one rank of `dmnist verify` under another launcher. Returns its exit code."""
 
     def body(world: World, signals: StopSignals) -> None:
         under_launcher.run(world, ResultsTable.make(as_json=command.json, shown=world.rank == 0), signals)
@@ -130,14 +127,25 @@ def verify(placement: Placement, listener: socket.socket | None, command: Verify
 
 
 def doctor(placement: Placement, listener: socket.socket | None, command: Doctor) -> int:
-    """One rank of `dmnist doctor`; its exit code."""
+    """Run one rank of `dmnist doctor`. Returns its exit code."""
 
     def body(world: World, signals: StopSignals) -> None:
-        console = make_console(stderr=command.json)
         torch.set_num_threads(1)  # as in training
-        result = examine.run(world, command.out, command.dataset, command.data, console)
-        if command.json and world.rank == 0:
-            print_json(result)
-        examine.conclude(result)
+        console = make_console(stderr=command.json)
+        result = doctor_command.run(world, command.out, command.dataset, command.data, console)
+        _print_result(world, command, result)
+        doctor_command.conclude(result)
 
     return run_in_group(placement, listener, body, device=command.device, debug=command.debug)
+
+
+def _dataset_reader(command: Train, prefetched: PrefetchedData | None) -> Callable[[], Dataset]:
+    if prefetched:
+        return prefetched.receive
+    return partial(prefetch.read, command.run, make_console(stderr=command.json))
+
+
+def _print_result(world: World, command: CommonFlags, result: dict[str, Any]) -> None:
+    """Print what `--json` asks for."""
+    if command.json and world.rank == 0:
+        print_json(result)

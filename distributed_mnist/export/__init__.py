@@ -1,5 +1,5 @@
-"""`dmnist export`: write a trained network as a file that runs without this program.
+"""`dmnist export`: write a trained network to a file that runs without this program.
 
-In: a checkpoint. Out: an ONNX, safetensors or torch.export file that was read back and compared before
-it was kept. One module for each format.
+Input: a checkpoint. Output: an ONNX, safetensors or torch.export file, which is kept only after it was read
+back and its outputs were compared. Each format has its own module.
 """

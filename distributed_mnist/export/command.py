@@ -1,4 +1,4 @@
-"""`dmnist export`: a checkpoint as a file that others run, read back and compared."""
+"""`dmnist export`: write a checkpoint in another format, read it back and compare its outputs."""
 
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -14,21 +14,21 @@ from torch import Tensor
 from ..common.atomic_write import written_aside
 from ..common.installed import install
 from ..errors import OutputError, UsageError, VerificationError, reason
-from ..inference.trained import Trained, find, restore
+from ..inference.trained import Trained, find_checkpoint, restore
 from ..inference.vote import Vote
 from ..reporting.console import make_console, print_json
 from . import onnx, pt2, safetensors
-from .check import Difference, compare, require_same, test_images
-from .inference_module import INPUT, MARK, About, Exported, about
+from .check import Difference, compare_logits, require_same_metadata, sample_images
+from .inference_module import INPUT, PRODUCER, InferenceModule, Metadata, make_metadata
 
 
 @dataclass(frozen=True)
 class _Format:
     suffix: str
-    needs: tuple[str, ...]
-    """Packages that are not among our own needs; the extra of ours with them has the format's name."""
-    encode: Callable[[Exported, About], bytes]
-    decode: Callable[[bytes, Trained], tuple[Callable[[Tensor], Tensor], About]]
+    packages: tuple[str, ...]
+    """Packages that this format needs in addition. The extra of the format's name installs them."""
+    encode: Callable[[InferenceModule, Metadata], bytes]
+    decode: Callable[[bytes, Trained], tuple[Callable[[Tensor], Tensor], Metadata]]
 
 
 _FORMATS = {
@@ -41,57 +41,59 @@ _FORMATS = {
 def run(
     *, checkpoint: Path, model: str | None, format: Sequence[str], out: Path | None, as_json: bool
 ) -> int:
-    """Write a checkpoint in these formats; the exit code. Raises `DmnistError`s."""
+    """Export a checkpoint to each format. Returns the exit code. Raises subclasses of `DmnistError`."""
     for name in format:
         _require_packages(name)
-    trained = restore(find(checkpoint), model=model, device=torch.device("cpu"))
+    trained = restore(find_checkpoint(checkpoint), model=model, device=torch.device("cpu"))
     if isinstance(trained.network, Vote) and "safetensors" in format:
         raise UsageError(
-            "--format safetensors is of one network: name it, or export the vote as onnx or torch"
+            "--format safetensors holds one network, not an ensemble: name one of its networks, or use "
+            "--format onnx or torch"
         )
-    exported = Exported(trained.network, trained.mean, trained.std)
-    told = about(trained)
+    module = InferenceModule(trained.network, trained.mean, trained.std)
+    metadata = make_metadata(trained)
     console = make_console(stderr=as_json)
     files = []
     for name in format:
         path = out or _default_path(checkpoint, _FORMATS[name].suffix)
-        _require_ours(path)
+        _require_overwritable(path)
         with console.status(Text(f"exporting to {path}")):
-            files.append(_write(path, name, trained, exported, told))
-        _show(console, files[-1])
-    autocast = _autocast_difference(trained, exported)
-    if autocast is not None:
+            files.append(_write(path, name, trained, module, metadata))
+        _print_file(console, files[-1])
+    autocast_difference = _autocast_difference(trained, module)
+    if autocast_difference is not None:
         console.print(
             f"computes in fp32; trained with {trained.recipe.precision} autocast, whose logits differ by "
-            f"up to {autocast:.1e}",
+            f"up to {autocast_difference:.1e}",
             soft_wrap=True,
         )
-    console.print(f"takes {INPUT}", soft_wrap=True)
+    console.print(f"input {INPUT}", soft_wrap=True)
     if as_json:
         print_json(
             {
                 "checkpoint": trained.path,
-                "weights_sha256": told["weights_sha256"],
+                "weights_sha256": metadata["weights_sha256"],
                 "input": INPUT,
-                "autocast_difference": autocast,
+                "autocast_difference": autocast_difference,
                 "files": files,
-                "metadata": told,
+                "metadata": metadata,
             }
         )
     return 0
 
 
 def _require_packages(name: str) -> None:
-    missing = [package for package in _FORMATS[name].needs if importlib.util.find_spec(package) is None]
+    packages = _FORMATS[name].packages
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise UsageError(
             f"--format {name} needs {', '.join(missing)}: {install(name)}; "
-            f"--format torch needs nothing more"
+            "--format torch needs no other packages"
         )
 
 
 def _default_path(checkpoint: Path, suffix: str) -> Path:
-    """In the run's folder: `model` for its best checkpoint, for one that was named the name of that."""
+    """The file to write in the run's folder: `model` for a folder, otherwise the checkpoint's name."""
     if checkpoint.is_dir():
         return checkpoint / f"model{suffix}"
     folder = checkpoint.parent
@@ -99,32 +101,39 @@ def _default_path(checkpoint: Path, suffix: str) -> Path:
     return run / (checkpoint.name.split(".")[0] + suffix)
 
 
-def _require_ours(path: Path) -> None:
-    """Raises `OutputError` if something lies at `path` that is not an earlier export."""
+def _require_overwritable(path: Path) -> None:
+    """Raise `OutputError` if there is a file at `path` that is not an earlier export."""
     try:
-        ours = MARK.encode() in path.read_bytes()
+        is_export = PRODUCER.encode() in path.read_bytes()
     except FileNotFoundError:
         return
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {reason(error)}") from None
-    if not ours:
-        raise OutputError(f"{path} is there and no export of ours: name another with --out, or remove it")
+    if not is_export:
+        raise OutputError(
+            f"{path} exists and is not an earlier export: choose another file with --out, or remove it"
+        )
 
 
-def _write(path: Path, name: str, trained: Trained, exported: Exported, told: About) -> dict[str, Any]:
-    """One file, which gets its name when it has been read back and compared; what `--json` tells of it."""
-    form = _FORMATS[name]
+def _write(
+    path: Path, name: str, trained: Trained, module: InferenceModule, metadata: Metadata
+) -> dict[str, Any]:
+    """Write one file, read it back and compare it, then give it its final name.
+
+    Returns what `--json` prints about it.
+    """
+    format_ = _FORMATS[name]
     try:
-        data = form.encode(exported, told)
-    except Exception as error:  # a graph of code that may be anybody's: torch raises many types
+        data = format_.encode(module, metadata)
+    except Exception as error:  # the model may be any code, and torch raises many types of errors
         raise UsageError(
-            f"the model {trained.recipe.model} cannot be exported to {name}: {_why(error)} "
-            f"(--debug shows where)"
+            f"the model {trained.recipe.model} cannot be exported to {name}: {_shorten(error)} "
+            "(--debug shows where)"
         ) from error
     try:
         with written_aside(path) as part:
             part.write_bytes(data)
-            difference = _read_back(part.read_bytes(), form, trained, exported, told, str(path))
+            difference = _read_back(part.read_bytes(), format_, trained, module, metadata, str(path))
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {reason(error)}") from None
     return {
@@ -138,34 +147,41 @@ def _write(path: Path, name: str, trained: Trained, exported: Exported, told: Ab
 
 
 def _read_back(
-    data: bytes, form: _Format, trained: Trained, exported: Exported, told: About, name: str
+    data: bytes,
+    format_: _Format,
+    trained: Trained,
+    module: InferenceModule,
+    metadata: Metadata,
+    path: str,
 ) -> Difference:
-    """Raises `VerificationError` unless the file is what was to be written."""
+    """Decode a file and compare it with `module` and `metadata`. Raises `VerificationError`."""
     try:
-        run, got = form.decode(data, trained)
-    except Exception as error:  # each library has its own types for a bad file
-        raise VerificationError(f"{name} was not kept: it cannot be read back: {_why(error)}") from error
-    require_same(got, told, name)
-    return compare(run, exported, name)
+        run, read_metadata = format_.decode(data, trained)
+    except Exception as error:  # each library raises its own types for a bad file
+        raise VerificationError(
+            f"{path} was not kept: it cannot be read back: {_shorten(error)}"
+        ) from error
+    require_same_metadata(read_metadata, metadata, path)
+    return compare_logits(run, module, path)
 
 
-def _why(error: Exception) -> str:
-    """The first sentence of what torch says, which goes on for a page."""
+def _shorten(error: Exception) -> str:
+    """The first sentence of an error message, since torch's messages can fill a screen."""
     text = " ".join(str(error).split())
     if "specialized it to be a constant" in text:
-        return "it fixes the number of images; where it has len(x), x.shape[0] may do"
+        return "it works for one batch size only; if it uses len(x), try x.shape[0]"
     return text.partition(". ")[0][:200] or type(error).__name__
 
 
 @torch.no_grad()
-def _autocast_difference(trained: Trained, exported: Exported) -> float | None:
-    """How far the logits are from those of `dmnist evaluate`; None if that computes in fp32 too."""
+def _autocast_difference(trained: Trained, module: InferenceModule) -> float | None:
+    """The greatest difference from the logits of `dmnist evaluate`; None if that uses fp32 too."""
     if trained.recipe.precision == "fp32":
         return None
-    return max((trained.logits(images) - exported(images)).abs().max().item() for images in test_images())
+    return max((trained.logits(images) - module(images)).abs().max().item() for images in sample_images())
 
 
-def _show(console: Console, file: dict[str, Any]) -> None:
+def _print_file(console: Console, file: dict[str, Any]) -> None:
     line = Text.assemble(
         (file["path"], "bold"),
         f": {file['format']}, {file['bytes']:,} bytes, logits within {file['max_difference']:.1e} of "

@@ -1,6 +1,7 @@
-"""A trained network as others run it: from the bytes of images to logits, the normalisation inside.
+"""The network that is exported: it maps the bytes of images to logits, and includes the normalisation.
 
-What a stranger must know to use it, or to trust it, goes into the file as text, see `about`.
+Each exported file also holds metadata as text, with all that a user needs to run and trust it. See
+`make_metadata`.
 """
 
 import io
@@ -22,18 +23,18 @@ from ..inference.trained import Trained
 
 INPUT = "images: uint8 (n, 28, 28), white on black, 0 to 255 as in MNIST's files; n is 1 or more"
 OUTPUT = "logits: float32 (n, classes), in the order of class_names; softmax makes probabilities of them"
-MARK = "dmnist export"
-"""Begins the metadata `producer` of each file: how an export is told from somebody's other file."""
+PRODUCER = "dmnist export"
+"""Start of each file's metadata field `producer`. It distinguishes an export from a user's other files."""
 
-About = dict[str, str]
-"""The metadata of a file: values are text, lists and objects as JSON, numbers that read back exact."""
+Metadata = dict[str, str]
+"""A file's metadata. Lists and objects are in JSON. Numbers are written so that they read back exactly."""
 
 
-class Exported(nn.Module):
-    """A network with its normalisation: images `(n, 28, 28)` uint8 to logits `(n, classes)` float32.
+class InferenceModule(nn.Module):
+    """A network with its normalisation: maps images `(n, 28, 28)` uint8 to logits `(n, classes)` float32.
 
-    It computes in fp32, whatever it was trained in: bf16 autocast is a matter of the machine, and a graph
-    that had it inside would be slow or impossible elsewhere.
+    It computes in fp32, whatever the precision of training. bf16 autocast depends on the machine, and a
+    graph with autocast inside would be slow or impossible to run elsewhere.
     """
 
     def __init__(self, network: nn.Module, mean: float, std: float) -> None:
@@ -47,14 +48,15 @@ class Exported(nn.Module):
         return self.network(normalise(images, self.mean, self.std))
 
 
-def about(trained: Trained) -> About:
-    """The metadata of an export. The test accuracy is there if the run's `result.json` is of these weights.
+def make_metadata(trained: Trained) -> Metadata:
+    """The metadata of an export.
 
-    Raises `CheckpointError` if that file cannot be read.
+    It has the test accuracy if the run's `result.json` is of the same weights. Raises `CheckpointError` if
+    that file cannot be read.
     """
     sha256 = trained.weights_sha256
-    told = {
-        "producer": f"{MARK} {version('distributed-mnist')}",
+    metadata = {
+        "producer": f"{PRODUCER} {version('distributed-mnist')}",
         "input": INPUT,
         "output": OUTPUT,
         "class_names": json.dumps(trained.class_names),
@@ -66,16 +68,16 @@ def about(trained: Trained) -> About:
         "precision": "fp32",
         "weights_sha256": sha256,
     }
-    if trained.content["recipe"]:  # the original script's checkpoints do not tell theirs
-        told["recipe"] = json.dumps(trained.content["recipe"])
-    result = _result(trained.folder)
+    if trained.content["recipe"]:  # the original script's checkpoints do not have one
+        metadata["recipe"] = json.dumps(trained.content["recipe"])
+    result = _read_result(trained.folder)
     if result.get("weights_sha256") == sha256 and "test_accuracy" in result:
-        told["test_accuracy"] = repr(result["test_accuracy"])
-    return told
+        metadata["test_accuracy"] = repr(result["test_accuracy"])
+    return metadata
 
 
-def _result(folder: Path) -> dict[str, Any]:
-    """The `result.json` of a run; empty if there is none."""
+def _read_result(folder: Path) -> dict[str, Any]:
+    """The content of a run's `result.json`; empty if there is none."""
     path = folder / "result.json"
     try:
         result = json.loads(path.read_bytes())
@@ -86,29 +88,31 @@ def _result(folder: Path) -> dict[str, Any]:
     return result if isinstance(result, dict) else {}
 
 
-def graph(exported: Exported) -> torch.export.ExportedProgram:
-    """The network as a graph for any number of images.
+def export_graph(module: InferenceModule) -> torch.export.ExportedProgram:
+    """The module as a graph for any batch size.
 
-    Raises what `torch.export` does where Python decides by values or the number of images is fixed.
+    Raises `torch.export`'s errors if the model branches on values or works for one batch size only.
     """
-    any_number = {"images": {0: torch.export.Dim("n", min=1)}}
-    example = torch.zeros(2, 28, 28, dtype=torch.uint8)  # of one image torch would make a constant
+    any_batch_size = {"images": {0: torch.export.Dim("n", min=1)}}
+    example = torch.zeros(2, 28, 28, dtype=torch.uint8)  # torch would make a batch size of 1 a constant
     with torch.no_grad(), quiet():
-        program = torch.export.export(exported, (example,), dynamic_shapes=any_number)
+        program = torch.export.export(module, (example,), dynamic_shapes=any_batch_size)
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of this machine, which are nobody's business
+        node.meta.pop("stack_trace", None)  # file names and paths of this machine
     return program
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what torch's exporters print and log of themselves; what is wrong with a model they raise."""
+    """Suppress what torch's exporters print and log. They raise errors for problems with the model."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # such as that torchvision, which we do not use, is absent
+    logging.disable(
+        logging.WARNING
+    )  # such as the warning that torchvision, which we do not use, is missing
     try:
-        # They print the graph that failed, a page.
+        # Without the redirection they print the whole graph if they fail.
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            # torch's own copying of its own classes.
+            # torch warns about its own use of its own classes.
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
             yield
     finally:

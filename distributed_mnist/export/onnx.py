@@ -1,4 +1,4 @@
-"""Exports as ONNX: one file, weights inside, for onnxruntime in any language and for browsers."""
+"""Export to ONNX: one file with the weights inside, for onnxruntime in any language and for browsers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,45 +7,50 @@ import torch
 from torch import Tensor
 
 from ..inference.trained import Trained
-from .inference_module import About, Exported, graph, quiet
+from .inference_module import InferenceModule, Metadata, export_graph, quiet
 
 OPSET = 18
-"""The oldest that torch's exporter writes natively: runtimes from 2023 on read it (onnxruntime 1.14)."""
-_IR_VERSION = 8  # of that time; torch writes the newest, which older runtimes refuse
+"""The oldest that torch's exporter writes natively. Runtimes since 2023 (onnxruntime 1.14) read it."""
+_IR_VERSION = 8  # as old as OPSET; torch writes the newest version, which older runtimes reject
 
 
-def encode(exported: Exported, about: About) -> bytes:
-    """The file's bytes, the same for the same network. Raises what torch raises."""
-    import onnx  # noqa: PLC0415 - an extra, not always there
+def encode(module: InferenceModule, metadata: Metadata) -> bytes:
+    """The file's bytes, identical for identical networks. Raises torch's errors."""
+    import onnx  # noqa: PLC0415 - an optional dependency
 
     with quiet():
         program = torch.onnx.export(
-            graph(exported),
+            export_graph(module),
             dynamo=True,
             opset_version=OPSET,
             input_names=["images"],
             output_names=["logits"],
             verbose=False,
         )
-    assert program is not None  # it is, with dynamo
+    assert program is not None  # always true with dynamo
     model = program.model_proto
-    _strip(model)
+    _remove_exporter_notes(model)
     model.ir_version, model.producer_name, model.producer_version = _IR_VERSION, "dmnist", ""
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "n"
-    onnx.helper.set_model_props(model, about)
+    onnx.helper.set_model_props(model, metadata)
     return model.SerializeToString(deterministic=True)
 
 
-def decode(data: bytes, trained: Trained) -> tuple[Callable[[Tensor], Tensor], About]:
-    """What the file computes, by onnxruntime, and its metadata. Raises what `onnx` does for a bad file."""
+def decode(data: bytes, trained: Trained) -> tuple[Callable[[Tensor], Tensor], Metadata]:
+    """The file as a function that runs in onnxruntime, and its metadata.
+
+    Raises `onnx`'s errors for a bad file.
+    """
     import onnx  # noqa: PLC0415
     import onnxruntime  # noqa: PLC0415
 
     onnx.checker.check_model(data, full_check=True)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1  # more are pinned to cores, which containers refuse, with a complaint
-    options.log_severity_level = 3  # errors
+    options.intra_op_num_threads = (
+        1  # more would be pinned to cores, which fails with warnings in containers
+    )
+    options.log_severity_level = 3  # errors only
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
     def run(images: Tensor) -> Tensor:
@@ -55,10 +60,10 @@ def decode(data: bytes, trained: Trained) -> tuple[Callable[[Tensor], Tensor], A
     return run, dict(session.get_modelmeta().custom_metadata_map)
 
 
-def _strip(model: Any) -> None:
-    """Takes out what the exporter notes of its own work: names of its classes, paths of this machine.
+def _remove_exporter_notes(model: Any) -> None:
+    """Remove the exporter's notes, such as names of its classes and paths of this machine.
 
-    The names of dynamic sizes among it change from process to process.
+    They would also make the file's bytes vary: names of dynamic sizes differ from process to process.
     """
     del model.graph.value_info[:]
     del model.graph.metadata_props[:]

@@ -1,4 +1,4 @@
-"""Exports as torch's own graph, `.pt2`: needs torch and nothing of ours."""
+"""Export to torch's own graph format, `.pt2`, which needs only torch to run."""
 
 import io
 import warnings
@@ -9,25 +9,27 @@ import torch
 from torch import Tensor
 
 from ..inference.trained import Trained
-from .inference_module import About, Exported, graph
+from .inference_module import InferenceModule, Metadata, export_graph
 
-_EXTRA = "archive/extra/"  # where in a `.pt2`, which is a zip archive, `extra_files` lie: one a key here
+_EXTRA = "archive/extra/"  # folder of `extra_files` in the `.pt2`, a zip archive; one file per metadata key
 
 
-def encode(exported: Exported, about: About) -> bytes:
-    """The file's bytes, the same for the same network. Raises what `torch.export` raises."""
-    program = graph(exported)
+def encode(module: InferenceModule, metadata: Metadata) -> bytes:
+    """The file's bytes, identical for identical networks. Raises `torch.export`'s errors."""
+    program = export_graph(module)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        # Said of weights with channels last, which are whole all the same.
+        # A false alarm about weights in channels-last format, which are complete.
         warnings.filterwarnings("ignore", "No complete tensor found", UserWarning)
-        torch.export.save(program, buffer, extra_files=dict(about))
+        torch.export.save(program, buffer, extra_files=dict(metadata))
     return buffer.getvalue()
 
 
-def decode(data: bytes, trained: Trained) -> tuple[Callable[[Tensor], Tensor], About]:
-    """What the file computes, and its metadata. Raises what `torch.export.load` raises for a bad file."""
+def decode(data: bytes, trained: Trained) -> tuple[Callable[[Tensor], Tensor], Metadata]:
+    """The file as a function, and its metadata. Raises `torch.export.load`'s errors for a bad file."""
     names = zipfile.ZipFile(io.BytesIO(data)).namelist()
-    about = {name.removeprefix(_EXTRA): "" for name in names if name.startswith(_EXTRA)}
-    run = torch.export.load(io.BytesIO(data), extra_files=about).module()  # fills in the values
-    return run, about
+    metadata = {name.removeprefix(_EXTRA): "" for name in names if name.startswith(_EXTRA)}
+    run = torch.export.load(
+        io.BytesIO(data), extra_files=metadata
+    ).module()  # fills in the metadata's values
+    return run, metadata

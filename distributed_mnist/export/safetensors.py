@@ -1,4 +1,4 @@
-"""Exports as safetensors: the raw weights under their names, for programs that have the network's code."""
+"""Export to safetensors: the raw weights by name, for programs that have the network's code."""
 
 import json
 from collections.abc import Callable
@@ -9,48 +9,50 @@ from torch import Tensor
 
 from ..inference.trained import Trained
 from ..models.zoo import build, place
-from .inference_module import About, Exported
+from .inference_module import InferenceModule, Metadata
 
-_LENGTH = 8  # bytes, little-endian, of the header that follows: the file format's own description
+_LENGTH_BYTES = 8  # the file starts with its header's length, little-endian
 
 
-def encode(exported: Exported, about: About) -> bytes:
-    """The file's bytes, the same for the same network."""
-    from safetensors.torch import save  # noqa: PLC0415 - an extra, not always there
+def encode(module: InferenceModule, metadata: Metadata) -> bytes:
+    """The file's bytes, identical for identical networks."""
+    from safetensors.torch import save  # noqa: PLC0415 - an optional dependency
 
-    # Copies: weights that a network uses in two places the format refuses to hold once.
+    # Copied, because the format rejects tensors that share memory, such as weights used in two places.
     weights = {
         name: tensor.detach().clone(memory_format=torch.contiguous_format)
-        for name, tensor in exported.network.state_dict().items()
+        for name, tensor in module.network.state_dict().items()
     }
-    return _in_order(save(weights, about))
+    return _sort_metadata(save(weights, metadata))
 
 
-def decode(data: bytes, trained: Trained) -> tuple[Callable[[Tensor], Tensor], About]:
-    """What a new network of the same model computes with these weights, and the file's metadata.
+def decode(data: bytes, trained: Trained) -> tuple[Callable[[Tensor], Tensor], Metadata]:
+    """A new network of the same model with the file's weights, and the file's metadata.
 
-    The normalisation is the one that the metadata tells. Raises what `safetensors` raises for a bad file,
-    and RuntimeError if weights are missing.
+    The normalisation comes from the metadata. Raises `safetensors`'s errors for a bad file, and
+    RuntimeError if weights are missing.
     """
     from safetensors.torch import load  # noqa: PLC0415
 
-    about = _header(data)["__metadata__"]
-    network = build(about["model"], len(trained.class_names), trained.recipe.seed + 1)  # other weights
+    metadata = _split(data)[0]["__metadata__"]
+    # Another seed gives other initial weights, so that a weight missing from the file changes the outputs.
+    network = build(metadata["model"], len(trained.class_names), trained.recipe.seed + 1)
     network.load_state_dict(load(data))
-    cpu = torch.device("cpu")
-    return Exported(place(network, cpu), float(about["mean"]), float(about["std"])), about
+    network = place(network, torch.device("cpu"))
+    return InferenceModule(network, float(metadata["mean"]), float(metadata["std"])), metadata
 
 
-def _header(data: bytes) -> dict[str, Any]:
-    length = int.from_bytes(data[:_LENGTH], "little")
-    return json.loads(data[_LENGTH : _LENGTH + length])
+def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """A file's header and its tensor data."""
+    length = int.from_bytes(data[:_LENGTH_BYTES], "little")
+    header_end = _LENGTH_BYTES + length
+    return json.loads(data[_LENGTH_BYTES:header_end]), data[header_end:]
 
 
-def _in_order(data: bytes) -> bytes:
-    """The same file with its metadata by name: the library writes them in another order each time."""
-    header = _header(data)
+def _sort_metadata(data: bytes) -> bytes:
+    """The same file with sorted metadata, because the library's order varies from call to call."""
+    header, tensors = _split(data)
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _LENGTH)  # so that the tensors stay aligned
-    length = int.from_bytes(data[:_LENGTH], "little")
-    return len(text).to_bytes(_LENGTH, "little") + text + data[_LENGTH + length :]
+    text += b" " * (-len(text) % 8)  # keeps the tensors aligned
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text + tensors

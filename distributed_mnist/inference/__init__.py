@@ -1,4 +1,4 @@
-"""Use trained networks: load a checkpoint, score it, classify pictures, let an ensemble vote.
+"""Use trained networks: load a checkpoint, evaluate it, classify pictures, combine an ensemble.
 
-In: a checkpoint, or a run's folder, and images. Out: logits, predictions and an `Evaluation`.
+Input: a checkpoint or a run's folder, and images. Output: logits, predictions and an `Evaluation`.
 """

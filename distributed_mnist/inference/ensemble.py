@@ -1,4 +1,4 @@
-"""Several networks of one recipe, from seeds that count up, and their vote."""
+"""Evaluate an ensemble: networks of one recipe with consecutive seeds, which vote."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -17,48 +17,40 @@ from ..distributed.world import World
 from ..reporting.terminal import Terminal
 from ..runs.checkpoint import read_bytes
 from ..runs.layout import checkpoints_in, member_folder, write_json
-from ..training.evaluate import evaluate
-from .trained import Found, restore
+from .score import evaluate_trained
+from .trained import CheckpointFiles, restore
 
 
-def run(
+def evaluate_ensemble(
     world: World, recipe: Recipe, out: Path, members: int, *, console: Console, read: Callable[[], Dataset]
 ) -> dict[str, Any]:
-    """Let the trained networks in `out` vote, and return what `--json` prints.
+    """Evaluate the vote of the trained networks in `out`. Returns what `--json` prints.
 
-    Rank 0 reads them, each as it was at its end, and `read()`, the data; all ranks score a part of the
+    Rank 0 reads each network's final weights, and the data with `read()`. Each rank evaluates a part of the
     test images.
     """
     torch.set_num_threads(1)  # as in training
     data = broadcast_dataset(world, read)
     recipes = [recipe.replace(seed=recipe.seed + i) for i in range(members)]
-    found, results = world.on_rank_zero(lambda: _read(out, recipes))
-    vote = world.on_every_rank(lambda: restore(found, model=recipe.model, device=world.device)).network
-    score = evaluate(
-        vote,
-        data.test,
-        world,
-        classes=len(data.class_names),
-        mean=data.mean,
-        std=data.std,
-        precision=recipe.precision,
-    )
-    told = ("test_accuracy", "test_loss", "weights_sha256", "train_seconds", "out")
+    files, member_results = world.on_rank_zero(lambda: _read_members(out, recipes))
+    trained = world.on_every_rank(lambda: restore(files, model=recipe.model, device=world.device))
+    evaluation = evaluate_trained(trained, data, world, require_training_data=False)
+    member_fields = ("test_accuracy", "test_loss", "weights_sha256", "train_seconds", "out")
     result = {
         "dataset": data.name,
         "model": recipe.model,
         "world_size": world.size,
-        "test_accuracy": score.accuracy,
-        "test_loss": score.loss,
-        "test_images": score.images,
-        "mean_accuracy_alone": fmean(one["test_accuracy"] for one in results),
+        "test_accuracy": evaluation.accuracy,
+        "test_loss": evaluation.loss,
+        "test_images": evaluation.images,
+        "mean_accuracy_alone": fmean(member["test_accuracy"] for member in member_results),
         "members": [
-            {"seed": one.seed, **{name: found[name] for name in told}}
-            for one, found in zip(recipes, results, strict=True)
+            {"seed": member.seed, **{name: member_result[name] for name in member_fields}}
+            for member, member_result in zip(recipes, member_results, strict=True)
         ],
-        "weights_sha256": digest([one["weights_sha256"] for one in results]),
+        "weights_sha256": digest([member["weights_sha256"] for member in member_results]),
         "data_sha256": data.sha256,
-        "confusion": score.confusion,
+        "confusion": evaluation.confusion,
         "out": str(out),
     }
     world.on_rank_zero(lambda: write_json(out / "result.json", result))
@@ -67,12 +59,12 @@ def run(
     return result
 
 
-def _read(out: Path, recipes: Sequence[Recipe]) -> tuple[Found, list[dict[str, Any]]]:
-    """The networks' last checkpoints, and their results."""
+def _read_members(out: Path, recipes: Sequence[Recipe]) -> tuple[CheckpointFiles, list[dict[str, Any]]]:
+    """Read the members' last checkpoints and their results."""
     files, results = [], []
     for recipe in recipes:
         folder = member_folder(out, recipe.seed)
         path = checkpoints_in(folder / "checkpoints")[-1]
         files.append((str(path), read_bytes(path)))
         results.append(json.loads((folder / "result.json").read_text()))
-    return Found(str(out), files, [one["weights_sha256"] for one in results]), results
+    return CheckpointFiles(str(out), files, [result["weights_sha256"] for result in results]), results

@@ -1,4 +1,4 @@
-"""`dmnist predict`: what is drawn in pictures, and how sure a network is of it."""
+"""`dmnist predict`: classify pictures of digits, with a confidence for each."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,28 +21,29 @@ from ..errors import DataError, write_line
 from ..reporting.console import make_console, print_json
 from . import image_files
 from .image_files import SIDE
-from .trained import Trained, find, restore
+from .trained import Trained, find_checkpoint, restore
 
 _BATCH = 256
-_UNSURE = 0.8
-"""Below this confidence a person should look."""
-_WIDE = 60
-_IDX_TYPES = bytes([0x08, 0x09, 0x0B, 0x0C, 0x0D, 0x0E])  # the third byte
-_SHADES = " ▀▄█"
+_LOW_CONFIDENCE = 0.8
+"""Below this confidence a person should check the prediction."""
+_MAX_NAME_WIDTH = 60
+_IDX_TYPES = bytes([0x08, 0x09, 0x0B, 0x0C, 0x0D, 0x0E])  # possible values of an IDX file's third byte
+_HALF_BLOCKS = " ▀▄█"
 
 
 @dataclass(frozen=True)
-class Item:
-    """A picture as the network takes it: `(28, 28)` uint8, white on black."""
+class Picture:
+    """One picture, prepared for the network."""
 
     path: Path
     index: int | None
-    """Which image of an IDX file."""
+    """The image's index in an IDX file; None for other files."""
     pixels: NDArray[np.uint8]
+    """`(28, 28)`, white on black."""
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """The name to print."""
         return str(self.path) if self.index is None else f"{self.path}[{self.index}]"
 
 
@@ -57,35 +58,42 @@ def run(
     device: Literal["auto", "cpu"],
     as_json: bool,
 ) -> int:
-    """Classify these pictures and print what they show; the exit code.
+    """Classify pictures and print the predictions. Returns the exit code.
 
-    Raises `CheckpointError`, and at the end `DataError` for unusable pictures."""
-    chosen = torch.device("cpu") if device == "cpu" else choose_device(ALONE)
-    trained = restore(find(checkpoint), model=model, device=chosen)
+    Raises `CheckpointError`, and `DataError` at the end if any picture was unusable.
+    """
+    torch_device = torch.device("cpu") if device == "cpu" else choose_device(ALONE)
+    trained = restore(find_checkpoint(checkpoint), model=model, device=torch_device)
     console = make_console(stderr=as_json)
-    files = [file for path in images for file in _files(path)]
-    wide = max((len(str(file)) for file in files), default=0)
-    found: list[dict[str, Any]] = []
+    files = [file for path in images for file in _find_files(path)]
+    name_width = min(max((len(str(file)) for file in files), default=0), _MAX_NAME_WIDTH)
+    results: list[dict[str, Any]] = []
     unusable = 0
-    for batch in _batches(_items(files, ink)):
-        good = [one.pixels for one in batch if isinstance(one, Item)]
-        answers = iter(classify(trained, good, top) if good else [])
-        for one in batch:
-            if not isinstance(one, Item):
-                write_line(one)
+    for batch in _batches(_read_pictures(files, ink)):
+        usable = [item.pixels for item in batch if isinstance(item, Picture)]
+        predictions = iter(classify(trained, usable, top) if usable else [])
+        for item in batch:
+            if not isinstance(item, Picture):
+                write_line(item)
                 unusable += 1
                 continue
-            told = next(answers)
+            prediction = next(predictions)
             if as_json:
-                found.append({"path": str(one.path), "index": one.index, **told})
+                results.append({"path": str(item.path), "index": item.index, **prediction})
             else:
-                _show(console, one, told, min(wide, _WIDE))
+                _print_prediction(console, item, prediction, name_width)
             if show:
-                console.print(Text(as_text(one.pixels)), soft_wrap=True)
+                console.print(Text(as_text(item.pixels)), soft_wrap=True)
     if as_json:
-        about = {"model": trained.recipe.model, "checkpoint": trained.path, "dataset": trained.dataset}
         print_json(
-            {**about, "weights_sha256": trained.weights_sha256, "images": found, "unusable": unusable}
+            {
+                "model": trained.recipe.model,
+                "checkpoint": trained.path,
+                "dataset": trained.dataset,
+                "weights_sha256": trained.weights_sha256,
+                "images": results,
+                "unusable": unusable,
+            }
         )
     if unusable:
         raise DataError(f"{unusable} of {len(files)} pictures could not be used")
@@ -93,87 +101,94 @@ def run(
 
 
 def classify(trained: Trained, images: list[NDArray[np.uint8]], top: int = 1) -> list[dict[str, Any]]:
-    """For each image `(28, 28)` its `class` (a name), `label` (its number), `confidence` (0 to 1), and the
-    `top` likeliest as a list of the same."""
-    probabilities = trained.logits(torch.from_numpy(np.stack(images))).softmax(1).cpu()
-    values, labels = probabilities.topk(min(top, probabilities.shape[1]))
-    answers = []
-    for each, numbers in zip(values.tolist(), labels.tolist(), strict=True):
-        likeliest = [
+    """Classify images `(28, 28)`. Returns a dictionary for each.
+
+    It holds the `class` (a name), its `label` (an index), its `confidence` (0 to 1), and in `top` a list of
+    the `top` most likely classes in the same form.
+    """
+    probabilities = trained.probabilities(torch.from_numpy(np.stack(images))).cpu()
+    top_values, top_labels = probabilities.topk(min(top, probabilities.shape[1]))
+    predictions = []
+    for values, labels in zip(top_values.tolist(), top_labels.tolist(), strict=True):
+        most_likely = [
             {"class": trained.class_names[label], "label": label, "confidence": value}
-            for value, label in zip(each, numbers, strict=True)
+            for value, label in zip(values, labels, strict=True)
         ]
-        answers.append({**likeliest[0], "top": likeliest})
-    return answers
+        predictions.append({**most_likely[0], "top": most_likely})
+    return predictions
 
 
 def as_text(pixels: NDArray[np.uint8]) -> str:
-    """`(28, 28)` pixels as 14 lines of half blocks."""
+    """Draw `(28, 28)` pixels as 14 lines of half-block characters."""
     lit = (pixels > 127).astype(int)
     shades = lit[0::2] + 2 * lit[1::2]
-    return "\n".join("".join(_SHADES[shade] for shade in row).rstrip() for row in shades.tolist())
+    return "\n".join("".join(_HALF_BLOCKS[shade] for shade in row).rstrip() for row in shades.tolist())
 
 
-def _files(path: Path) -> list[Path]:
-    """The file itself, or the pictures in and below a folder. Raises `DataError` if there are none."""
+def _find_files(path: Path) -> list[Path]:
+    """The file itself, or all pictures in a folder and its subfolders.
+
+    Raises `DataError` if the folder has none.
+    """
     if not path.is_dir():
         return [path]
-    known = set(Image.registered_extensions())
-    found = [file for file in path.rglob("*") if file.suffix.lower() in known and file.is_file()]
-    if not found:
+    suffixes = set(Image.registered_extensions())
+    files = [file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file()]
+    if not files:
         raise DataError(f"{path} has no pictures in it")
-    return sorted(found, key=_by_number)
+    return sorted(files, key=_natural_order)
 
 
-def _by_number(path: Path) -> list[tuple[str, int]]:
-    """Sorts 2.png before 10.png."""
+def _natural_order(path: Path) -> list[tuple[str, int]]:
+    """A sort key that puts 2.png before 10.png."""
     return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", str(path))]
 
 
-def _items(files: Iterable[Path], ink: image_files.Ink) -> Iterator[Item | str]:
-    """The pictures of these files, and of those that cannot be used what is wrong with them."""
+def _read_pictures(files: Iterable[Path], ink: image_files.Ink) -> Iterator[Picture | str]:
+    """Yield the pictures in these files, and an error message for each that is unusable."""
     for file in files:
         try:
             if _is_idx(file):
-                yield from _of_idx(file)
+                yield from _read_idx(file)
             else:
-                yield Item(file, None, image_files.normalised(image_files.read(file), ink))
+                yield Picture(file, None, image_files.to_mnist_format(image_files.read_grey(file), ink))
         except DataError as error:
             yield str(error)
         except ValueError as error:
             yield f"{file}: {error}"
 
 
-def _batches(items: Iterator[Item | str]) -> Iterator[list[Item | str]]:
+def _batches(items: Iterator[Picture | str]) -> Iterator[list[Picture | str]]:
     while batch := list(islice(items, _BATCH)):
         yield batch
 
 
 def _is_idx(path: Path) -> bool:
-    """Whether a file is IDX or gzip by its first bytes; no picture begins like either."""
+    """Whether a file is IDX or gzip, by its first bytes. No picture starts with either."""
     try:
         with path.open("rb") as file:
-            begin = file.read(4)
-        numbers = len(begin) == 4 and begin[:2] == b"\0\0" and begin[2] in _IDX_TYPES and begin[3] > 0
-        return begin[:2] == b"\x1f\x8b" or numbers
+            start = file.read(4)
     except OSError:
-        return False  # told by whoever reads it as a picture
+        return False  # reading it as a picture will report the error
+    is_raw_idx = len(start) == 4 and start[:2] == b"\0\0" and start[2] in _IDX_TYPES and start[3] > 0
+    return is_raw_idx or start[:2] == b"\x1f\x8b"
 
 
-def _of_idx(path: Path) -> Iterator[Item]:
+def _read_idx(path: Path) -> Iterator[Picture]:
     images = idx.read(path)
     if images.dtype != np.uint8 or images.shape[1:] != (SIDE, SIDE):
         raise DataError(f"{path} holds {images.dtype} {images.shape}, not images of {SIDE} by {SIDE} bytes")
     for index, pixels in enumerate(images):
-        yield Item(path, index, pixels)
+        yield Picture(path, index, pixels)
 
 
-def _show(console: Console, item: Item, told: dict[str, Any], wide: int) -> None:
-    line = Text(f"{item.name:<{wide}}  ")
-    for i, one in enumerate(told["top"]):
-        style = "bold" if i == 0 else "dim"
-        sure = "" if one["confidence"] >= _UNSURE or i else "yellow"
-        line += (
-            Text("   " * bool(i)) + Text(one["class"], style) + Text(f"  {one['confidence']:6.2%}", sure)
-        )
+def _print_prediction(
+    console: Console, picture: Picture, prediction: dict[str, Any], name_width: int
+) -> None:
+    line = Text(f"{picture.name:<{name_width}}  ")
+    for i, candidate in enumerate(prediction["top"]):
+        confidence = candidate["confidence"]
+        line.append("   " if i else "")
+        line.append(candidate["class"], "dim" if i else "bold")
+        line.append(f"  {confidence:6.2%}", "yellow" if i == 0 and confidence < _LOW_CONFIDENCE else "")
     console.print(line, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`dmnist evaluate`: score a checkpoint on a data set."""
+"""`dmnist evaluate`: evaluate a checkpoint on a data set."""
 
 import time
 from pathlib import Path
@@ -17,10 +17,10 @@ from ..errors import CheckpointError, DataError
 from ..reporting.confusion import per_class, table
 from ..runs import layout
 from ..training.evaluate import Evaluation, evaluate
-from .trained import Trained, find, restore
+from .trained import Trained, find_checkpoint, restore
 
 
-def run(
+def evaluate_checkpoint(
     world: World,
     path: Path,
     *,
@@ -29,19 +29,19 @@ def run(
     folder: Path | None,
     console: Console,
 ) -> dict[str, Any]:
-    """Score the checkpoint at `path` and return what `--json` prints.
+    """Evaluate the checkpoint at `path`, or the best one of the run there. Returns what `--json` prints.
 
-    Rank 0 reads the checkpoint and the data and sends them to the others. `path` may be a run's folder: its
-    best checkpoint is taken. A checkpoint of a user's own model names code, which is only run if `model`
-    names the same: a stranger's file must not choose what is imported.
+    Rank 0 reads the checkpoint and the data and sends them to the other ranks. `dataset` and `folder` are
+    as in `load_dataset`, `model` is as in `restore`.
     """
-    torch.set_num_threads(1)  # as in training with `tree`: the loss comes out the same to the bit
-    found = world.on_rank_zero(lambda: find(path))
-    trained = world.on_every_rank(lambda: restore(found, model=model, device=world.device))
-    data = broadcast_dataset(world, lambda: read(trained, dataset, folder, console))
-    began = time.perf_counter()
-    result = score(trained, data, world, its_own=dataset is None and folder is None)
-    seconds = time.perf_counter() - began
+    torch.set_num_threads(1)  # as in training with `tree`, so that the loss is bit-identical
+    files = world.on_rank_zero(lambda: find_checkpoint(path))
+    trained = world.on_every_rank(lambda: restore(files, model=model, device=world.device))
+    data = broadcast_dataset(world, lambda: load_dataset(trained, dataset, folder, console))
+    start = time.perf_counter()
+    same_data = dataset is None and folder is None
+    result = evaluate_trained(trained, data, world, require_training_data=same_data)
+    seconds = time.perf_counter() - start
     if world.rank == 0:
         line = Text.assemble(
             (trained.path, "bold"),
@@ -56,7 +56,7 @@ def run(
         "dataset": data.name,
         "model": trained.recipe.model,
         "world_size": world.size,
-        **_training(trained),
+        **_training_summary(trained),
         "test_accuracy": result.accuracy,
         "test_loss": result.loss,
         "test_images": result.images,
@@ -71,40 +71,49 @@ def run(
     }
 
 
-def read(trained: Trained, dataset: str | None, folder: Path | None, console: Console) -> Dataset:
-    """The data set of that name in that folder, or what it was trained on: digits are drawn as then."""
-    told = trained.content["dataset"] or {}
+def load_dataset(trained: Trained, dataset: str | None, folder: Path | None, console: Console) -> Dataset:
+    """Load the data set called `dataset` from `folder`. The default is what `trained` was trained on.
+
+    Digits are drawn with the same seed and sizes as for training. Raises `DataError`.
+    """
+    trained_on = trained.content["dataset"] or {}
     if dataset is None and trained.dataset not in NAMES:
         raise DataError(
-            f"{trained.path} was trained on {trained.dataset!r}, data given in Python: name a data set, or "
-            "give those (dataset)"
+            f"{trained.path} was trained on {trained.dataset!r}, which was passed from Python: name a data "
+            "set, or pass that data again (dataset)"
         )
-    drawn = {key: told[key] for key in ("seed", "train_size", "test_size") if key in told}
+    drawn = {key: trained_on[key] for key in ("seed", "train_size", "test_size") if key in trained_on}
     with DataProgress(console) as progress:
-        place = folder or _folder_of(trained, dataset) or Path("data")
-        return load(dataset or trained.dataset, place, progress=progress, **drawn)
+        folder = folder or (_training_data_folder(trained) if dataset is None else None) or Path("data")
+        return load(dataset or trained.dataset, folder, progress=progress, **drawn)
 
 
-def _folder_of(trained: Trained, dataset: str | None) -> Path | None:
-    """Where the data were that it was trained on, if they are asked for and it is still there."""
-    told = layout.config_in(trained.folder) if dataset is None else None
-    place = Path(str(told["run"].get("data", ""))) if told else None
-    return place if place is not None and place.is_dir() else None
+def _training_data_folder(trained: Trained) -> Path | None:
+    """The folder that the training data came from, if the run recorded it and it still exists."""
+    config = layout.config_in(trained.folder)
+    folder = Path(str(config["run"].get("data", ""))) if config else None
+    return folder if folder is not None and folder.is_dir() else None
 
 
-def score(trained: Trained, data: Data, world: World, *, its_own: bool) -> Evaluation:
-    """On the data's test images. Raises `CheckpointError` for data with classes that it does not know, and
-    `DataError` where they should be `its_own`, those it was trained on, and are not."""
+def evaluate_trained(
+    trained: Trained, data: Data, world: World, *, require_training_data: bool
+) -> Evaluation:
+    """Evaluate a trained network on the test images. Every rank calls it.
+
+    Raises `CheckpointError` if the data has more classes than the network. Raises `DataError` if
+    `require_training_data` is set and the network was trained on other data.
+    """
     classes = len(trained.class_names)
-    known = (trained.content["dataset"] or {}).get("sha256")
-    if its_own and known not in (None, data.sha256):
+    expected = (trained.content["dataset"] or {}).get("sha256")
+    if require_training_data and expected not in (None, data.sha256):
         raise DataError(
-            f"{trained.path} was trained on other data than there are now (sha256 {known[:12]}, not "
-            f"{data.sha256[:12]}): say which to score on"
+            f"{trained.path} was trained on other data than is here now (sha256 {expected[:12]}, not "
+            f"{data.sha256[:12]}): name the data set or the folder to evaluate on"
         )
     if len(data.class_names) > classes:
-        told = f"knows {classes} classes, {data.name} has {len(data.class_names)}"
-        raise CheckpointError(f"{trained.path} {told}")
+        raise CheckpointError(
+            f"{trained.path} has {classes} classes, but {data.name} has {len(data.class_names)}"
+        )
     return evaluate(
         trained.network,
         data.test,
@@ -116,13 +125,13 @@ def score(trained: Trained, data: Data, world: World, *, its_own: bool) -> Evalu
     )
 
 
-def _training(trained: Trained) -> dict[str, Any]:
-    """What the checkpoint tells of its training; None where the original script wrote it."""
+def _training_summary(trained: Trained) -> dict[str, Any]:
+    """How the checkpoint was trained. Fields that the original script does not record are None."""
     content, recipe = trained.content, trained.recipe
-    known = content["recipe"] is not None
+    is_ours = content["recipe"] is not None
     return {
-        "epochs": recipe.epochs if known else content["epoch"],
-        "steps": content["step"] if known else None,
+        "epochs": recipe.epochs if is_ours else content["epoch"],
+        "steps": content["step"] if is_ours else None,
         "samples_sha256": content["samples_sha256"],
         "train_seconds": content.get("train_seconds"),
     }

@@ -1,5 +1,4 @@
-"""What was trained, ready to use: a checkpoint, a run's folder or an ensemble's, as a network with what
-belongs to it."""
+"""Load a trained network, with all that is needed to use it, from a checkpoint, a run or an ensemble."""
 
 import dataclasses
 import json
@@ -24,13 +23,13 @@ from ..runs.layout import checkpoint_path, checkpoints_in, member_folder, member
 from ..training.evaluate import forward
 from .vote import Vote
 
-_ORIGINALS: dict[str, Any] = {
+_ORIGINAL_DATASET: dict[str, Any] = {
     "name": "mnist",
     "class_names": DIGITS,
     "mean": MNIST_CONSTANTS[0],
     "std": MNIST_CONSTANTS[1],
 }
-"""The data set of the original script's checkpoints, which do not tell."""
+"""The data set of the original script's checkpoints, which do not record it."""
 
 
 @dataclass(frozen=True)
@@ -38,28 +37,29 @@ class Trained:
     """A trained network in evaluation mode, on its device."""
 
     network: nn.Module
-    """Takes normalised images `(n, 1, 28, 28)`, gives logits `(n, classes)`."""
+    """Maps normalised images `(n, 1, 28, 28)` to logits `(n, classes)`."""
     recipe: Recipe
     class_names: tuple[str, ...]
     mean: float
-    """Of the pixels (0 to 1) of the images it was trained on, and below their deviation."""
+    """Mean of the training images' pixels, which range from 0 to 1."""
     std: float
+    """Standard deviation of the training images' pixels."""
     dataset: str
     """Name of the data set it was trained on."""
     content: Content = field(repr=False)
     """The checkpoint."""
     path: str
-    """Where the checkpoint was read; of networks that vote, the ensemble's folder."""
+    """The checkpoint's path. For an ensemble, its folder."""
 
     @property
     def weights_sha256(self) -> str:
-        """As the run tells it: of networks that vote, of theirs."""
-        digests = [digest(dict(one.state_dict())) for one in self._networks]
+        """SHA-256 of the weights, as the run reports it. For an ensemble, of its members' digests."""
+        digests = [digest(dict(network.state_dict())) for network in self._networks]
         return digest(digests) if isinstance(self.network, Vote) else digests[0]
 
     @property
     def folder(self) -> Path:
-        """Of the run that the checkpoint lies in."""
+        """The folder of the run, or the ensemble, that the checkpoint belongs to."""
         return Path(self.path) if isinstance(self.network, Vote) else Path(self.path).parent.parent
 
     @property
@@ -68,53 +68,57 @@ class Trained:
 
     @torch.no_grad()
     def logits(self, images: Tensor | NDArray[np.uint8]) -> Tensor:
-        """float32 `(n, classes)` of images `(n, 28, 28)` uint8, white on black as MNIST's are."""
+        """Logits, float32 `(n, classes)`, for images `(n, 28, 28)` uint8, white on black as in MNIST."""
         device = next(self.network.parameters()).device
-        normal = normalise(torch.as_tensor(images).to(device, copy=True), self.mean, self.std)
-        return forward(self.network, normal, self.recipe.precision)
+        normalised = normalise(torch.as_tensor(images).to(device, copy=True), self.mean, self.std)
+        return forward(self.network, normalised, self.recipe.precision)
 
     def probabilities(self, images: Tensor | NDArray[np.uint8]) -> Tensor:
-        """What the network gives each class, `(n, classes)`; for `images` see `logits`."""
+        """The probability of each class, float32 `(n, classes)`. `images` is as in `logits`."""
         return self.logits(images).softmax(1)
 
     def predict(self, images: Tensor | NDArray[np.uint8]) -> Tensor:
-        """int64 `(n,)`: the class of the highest logit; its name is in `class_names`."""
+        """The most likely class of each image, int64 `(n,)`. These are indices into `class_names`."""
         return self.logits(images).argmax(1)
 
 
 @dataclass(frozen=True)
-class Found:
-    """The files of a network, or of those that vote."""
+class CheckpointFiles:
+    """The checkpoint file of a network, or the files of an ensemble's members."""
 
     path: str
     """The checkpoint, or the ensemble's folder."""
     files: list[tuple[str, bytes]]
-    """Each checkpoint's path and bytes."""
-    weights: Sequence[str] = ()
-    """Of networks that vote, the digests of their weights when they did."""
+    """Path and content of each checkpoint."""
+    member_weights: Sequence[str] = ()
+    """For an ensemble, the SHA-256 digest of each member's weights when it was evaluated."""
 
 
-def find(path: Path) -> Found:
-    """The checkpoint at `path`, or the best of the run's folder there, or the last ones of an ensemble's.
+def find_checkpoint(path: Path) -> CheckpointFiles:
+    """Read the checkpoint at `path`. For a run's folder it is the best one, for an ensemble's its members'.
 
     Raises `CheckpointError` if there is none.
     """
     for best in (path / "checkpoints" / "best.pt", path / "best.pt", path / "model_best.pth.tar"):
         if best.is_file():
-            return Found(str(best), [(str(best), read_bytes(best))])
+            return CheckpointFiles(str(best), [(str(best), read_bytes(best))])
     if members := members_in(path):
-        return _voters(path, members[0])
+        return _find_members(path, example=members[0])
     if steps := checkpoints_in(path / "checkpoints"):
         raise CheckpointError(
-            f"{path} was not scored before it stopped: name a checkpoint, such as {steps[-1]}"
+            f"{path} has no best checkpoint, because it stopped before its first evaluation: name a "
+            f"checkpoint, such as {steps[-1]}"
         )
     if path.is_dir():
         raise CheckpointError(f"{path} has no checkpoint in it")
-    return Found(str(path), [(str(path), read_bytes(path))])
+    return CheckpointFiles(str(path), [(str(path), read_bytes(path))])
 
 
-def _voters(path: Path, one: Path) -> Found:
-    """The networks of an ensemble that its `result.json` is the vote of, as they were then."""
+def _find_members(path: Path, *, example: Path) -> CheckpointFiles:
+    """Read the final checkpoints of the members that the ensemble's `result.json` lists.
+
+    Raises `CheckpointError` for an unfinished ensemble, with the member's folder `example` as a suggestion.
+    """
     try:
         members = json.loads((path / "result.json").read_text())["members"]
         folders = [member_folder(path, member["seed"]) for member in members]
@@ -122,33 +126,36 @@ def _voters(path: Path, one: Path) -> Found:
         weights = [member["weights_sha256"] for member in members]
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(
-            f"{path} is an unfinished ensemble: name one of its networks, such as {one}"
+            f"{path} is an unfinished ensemble: name one of its networks, such as {example}"
         ) from None
     files = [
         checkpoint_path(folder / "checkpoints", step) for folder, step in zip(folders, steps, strict=True)
     ]
-    return Found(str(path), [(str(file), read_bytes(file)) for file in files], weights)
+    return CheckpointFiles(str(path), [(str(file), read_bytes(file)) for file in files], weights)
 
 
-def restore(found: Found, *, model: str | None, device: torch.device) -> Trained:
-    """The network in the files that were found, or the vote of several.
+def restore(checkpoint: CheckpointFiles, *, model: str | None, device: torch.device) -> Trained:
+    """Load the network in a checkpoint, or the combined network of an ensemble.
 
-    A checkpoint of a user's own model names code, which is only run if `model` names the same: a stranger's
-    file must not choose what is imported. Raises `CheckpointError` if it does not, or for a damaged file.
+    A checkpoint of a user's own model names code. It is imported only if `model` names the same code,
+    because a file from a stranger must not choose what is imported. Raises `CheckpointError` if `model`
+    differs, for a damaged file, and for an ensemble whose members have changed since it was evaluated.
     """
-    networks = [_restore(path, raw, model, device) for path, raw in found.files]
-    if len(networks) == 1:
-        return networks[0]
-    for one, then in zip(networks, found.weights, strict=True):
-        if one.weights_sha256 != then:
+    members = [_restore_one(path, raw, model, device) for path, raw in checkpoint.files]
+    if len(members) == 1:
+        return members[0]
+    for member, expected in zip(members, checkpoint.member_weights, strict=True):
+        if member.weights_sha256 != expected:
             raise CheckpointError(
-                f"{one.path} has other weights than when {found.path} voted: let it vote again"
+                f"{member.path} has other weights than when {checkpoint.path} was evaluated: resume the "
+                "ensemble with --resume auto to evaluate it again"
             )
-    vote = Vote([one.network for one in networks]).eval()
-    return dataclasses.replace(networks[0], network=vote, path=found.path)
+    vote = Vote([member.network for member in members]).eval()
+    return dataclasses.replace(members[0], network=vote, path=checkpoint.path)
 
 
-def _restore(path: str, raw: bytes, model: str | None, device: torch.device) -> Trained:
+def _restore_one(path: str, raw: bytes, model: str | None, device: torch.device) -> Trained:
+    """Load one network from a checkpoint's content `raw`; `path` is for errors."""
     content = decode(raw, path)
     try:
         recipe = Recipe.from_dict(content["recipe"], path) if content["recipe"] else Recipe(model="linear")
@@ -156,12 +163,21 @@ def _restore(path: str, raw: bytes, model: str | None, device: torch.device) -> 
         raise CheckpointError(f"{error}: another version of dmnist wrote it") from None
     if recipe.model not in MODELS and recipe.model != model:
         raise CheckpointError(
-            f"{path} is of the model {recipe.model}, which is code outside this program: "
+            f"{path} uses the model {recipe.model}, which is code outside this program: "
             f"if you trust it, add --model {recipe.model}"
         )
-    told = content["dataset"] or _ORIGINALS
-    names = tuple(told["class_names"])
-    network = build(recipe.model, len(names), recipe.seed)
+    dataset = content["dataset"] or _ORIGINAL_DATASET
+    class_names = tuple(dataset["class_names"])
+    network = build(recipe.model, len(class_names), recipe.seed)
     load_weights(network, content["model"], path)
     network = place(network, device).eval()
-    return Trained(network, recipe, names, told["mean"], told["std"], told["name"], content, path)
+    return Trained(
+        network=network,
+        recipe=recipe,
+        class_names=class_names,
+        mean=dataset["mean"],
+        std=dataset["std"],
+        dataset=dataset["name"],
+        content=content,
+        path=path,
+    )

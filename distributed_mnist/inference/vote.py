@@ -1,4 +1,4 @@
-"""Several networks as one, which says what they believe together."""
+"""Combine several networks into one by averaging their probabilities."""
 
 import math
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 
 class Vote(nn.Module):
-    """The logarithm of the mean of several models' probabilities, `(n, classes)`.
+    """Computes the logarithm of the mean of several models' probabilities, `(n, classes)`.
 
-    Its highest is what they vote for, and its cross-entropy the loss of that. (Means of probabilities: see
-    Lakshminarayanan and others, "Simple and scalable predictive uncertainty estimation using deep
-    ensembles", 2017.)
+    These are logits: the highest is the ensemble's prediction, and their cross-entropy is the ensemble's
+    loss. (Averaging of probabilities: Lakshminarayanan and others, "Simple and scalable predictive
+    uncertainty estimation using deep ensembles", 2017.)
     """
 
     def __init__(self, members: Sequence[nn.Module]) -> None:
@@ -22,5 +22,5 @@ class Vote(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """See the class."""
-        each = [F.log_softmax(member(images).float(), dim=1) for member in self.members]
-        return torch.stack(each).logsumexp(0) - math.log(len(each))
+        log_probabilities = [F.log_softmax(member(images).float(), dim=1) for member in self.members]
+        return torch.stack(log_probabilities).logsumexp(0) - math.log(len(log_probabilities))

@@ -1,69 +1,74 @@
-"""Writes `docs/reference/commands.md` from the code: every command, every flag, every built-in recipe.
+"""Write `docs/reference/commands.md` from the code: every command, flag and built-in recipe.
 
     python docs/reference/make_commands.py
 
-Walks `grammar.GRAMMAR` and the data classes there, so a new command or flag needs nothing here. A test
-compares the file with what this would write.
+It reads `parser.COMMANDS` and the classes there, so a new command or flag needs no change here. A test
+checks that the file is up to date.
 """
 
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import docstring_parser
-import tyro
 
 from distributed_mnist.cli.flags_train import CommonFlags
-from distributed_mnist.cli.parser import GRAMMAR
-from distributed_mnist.cli.usage_errors import kinds
+from distributed_mnist.cli.parser import COMMANDS
+from distributed_mnist.cli.usage_errors import is_positional, plain_types, without_metadata
 from distributed_mnist.config import Recipe, Run, flag, load_recipe, recipe_names
 
 PAGE = Path(__file__).with_name("commands.md")
 HEAD = """\
 # Reference
 
-Every command, every flag, every field of a recipe. This page is written from the code by
-`docs/reference/make_commands.py`; do not edit it.
+All commands, flags and recipe fields. `docs/reference/make_commands.py` generates this page from the code.
+Do not edit it.
 
-`dmnist COMMAND --help` says the same in a terminal. What a command can end with stands in
-[exit-codes.md](exit-codes.md), what a run leaves behind in [run-folder.md](run-folder.md).
+`dmnist COMMAND --help` shows the same information in a terminal. See [exit-codes.md](exit-codes.md) for the
+exit codes and [run-folder.md](run-folder.md) for the files that a run writes.
 """
-EVERYWHERE = "Every command has these:"
+EVERYWHERE = "Every command has these flags:"
 TAKES = {int: "integer", float: "number", str: "text", Path: "path", bool: ""}
 PARTS = {
-    Recipe: "What decides the weights: the recipe",
-    Run: "How it is carried out: the weights stay the same",
+    Recipe: "The recipe: settings that determine the weights",
+    Run: "The run: settings that do not affect the weights",
 }
 
 
+RECIPE_NOTE = """\
+Each flag is also a field of a recipe's TOML file, with `_` instead of `-`. The defaults below are those of
+the recipe `default`.
+"""
+
+
 def main() -> None:
-    """Writes the page."""
+    """Write the page."""
     PAGE.write_text(page())
 
 
 def page() -> str:
     """The whole page as Markdown."""
-    commands = list(_commands(GRAMMAR, "dmnist"))
+    commands = list(_commands(COMMANDS, "dmnist"))
     contents = [f"- [`{name}`](#{_anchor(name)}): {_summary(kind)}" for name, kind in commands]
-    contents.append("- [The recipes that come with it](#recipes)")
+    contents.append("- [Built-in recipes](#recipes)")
     parts = [HEAD, "\n".join(contents) + "\n", f"{EVERYWHERE}\n\n{_table(CommonFlags)}"]
     parts += [_section(name, kind) for name, kind in commands]
     parts.append(_recipes())
     return "\n".join(parts)
 
 
-def _commands(grammar: dict[str, Any], before: str) -> Iterator[tuple[str, type]]:
-    """The full name and the class of each command; groups are walked into."""
-    for name, kind in grammar.items():
+def _commands(commands: dict[str, Any], prefix: str) -> Iterator[tuple[str, type]]:
+    """The full name and the class of each command, including those in groups."""
+    for name, kind in commands.items():
         if isinstance(kind, dict):
-            yield from _commands(kind, f"{before} {name}")
+            yield from _commands(kind, f"{prefix} {name}")
         else:
-            yield f"{before} {name}", kind
+            yield f"{prefix} {name}", kind
 
 
 def _section(name: str, kind: type) -> str:
-    """A command: what it does, how it is called, its flags."""
+    """The section of one command: summary, usage and flags."""
     words = [_positional(field) for field in _fields(kind) if _is_positional(kind, field)]
     usage = " ".join([name, *words, "[flags]"])
     parts = [f"## {name}\n", f"{_summary(kind)}\n", f"```text\n{usage}\n```\n"]
@@ -73,28 +78,26 @@ def _section(name: str, kind: type) -> str:
         parts.append(_table(kind, own))
     for field in nested:
         inner = _plain(kind, field)
-        told = "Each is also a field of a recipe's TOML file, with `_` for `-`. " if inner is Recipe else ""
-        recipe = "Defaults are those of the recipe `default`.\n" if inner is Recipe else ""
         parts.append(f"### {PARTS.get(inner, field.name)}\n")
-        if told:
-            parts.append(f"{told}{recipe}")
+        if inner is Recipe:
+            parts.append(RECIPE_NOTE)
         parts.append(_table(inner))
     return "\n".join(parts)
 
 
 def _table(kind: type, fields: list[dataclasses.Field[Any]] | None = None) -> str:
-    """The flags of a class, one a row."""
-    told = _told(kind)
+    """A table of the flags of a class, one per row."""
+    help_texts = _help_texts(kind)
     rows = ["| flag | takes | default | meaning |", "| --- | --- | --- | --- |"]
     for field in fields or _fields(kind):
         name = _positional(field) if _is_positional(kind, field) else flag(field.name)
-        cells = [f"`{name}`", _takes(kind, field), _default(kind, field), told[field.name]]
+        cells = [f"`{name}`", _takes(kind, field), _default(kind, field), help_texts[field.name]]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
 
 
 def _recipes() -> str:
-    """The built-in recipes side by side: fields in which they differ."""
+    """A table of the fields in which the built-in recipes differ, and a list of the other fields."""
     recipes = {name: load_recipe(name) for name in recipe_names()}
     rows = [
         f"| field | {' | '.join(f'`{name}`' for name in recipes)} |",
@@ -109,8 +112,10 @@ def _recipes() -> str:
     listed = ", ".join(f"`{field.name} = {_toml(field.default)}`" for field in same)
     return (
         "## Recipes\n\n"
-        "What comes with the program, by `--recipe NAME`. *Italics* is what a file of your own has "
-        "if it does not say.\n\n" + "\n".join(rows) + f"\n\nIn all of them: {listed}.\n"
+        "The built-in recipes, for `--recipe NAME`. A value in *italics* is the field's default, which "
+        "also applies to your own TOML file if it does not set the field.\n\n"
+        + "\n".join(rows)
+        + f"\n\nIn all of them: {listed}.\n"
     )
 
 
@@ -123,7 +128,7 @@ def _toml(value: object) -> str:
 
 
 def _fields(kind: type) -> list[dataclasses.Field[Any]]:
-    """In the order to be shown: what comes without a flag first."""
+    """The fields in the order to show them: positional arguments first."""
     fields: list[dataclasses.Field[Any]] = list(dataclasses.fields(kind))
     return sorted(fields, key=lambda field: not _is_positional(kind, field))
 
@@ -137,13 +142,12 @@ def _annotation(kind: type, field: dataclasses.Field[Any]) -> Any:
 
 
 def _plain(kind: type, field: dataclasses.Field[Any]) -> Any:
-    """The field's type without what tyro is told about it."""
-    annotation = _annotation(kind, field)
-    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    """The field's type without the metadata for tyro."""
+    return without_metadata(_annotation(kind, field))
 
 
 def _is_positional(kind: type, field: dataclasses.Field[Any]) -> bool:
-    return tyro.conf.Positional in getattr(_annotation(kind, field), "__metadata__", ())
+    return is_positional(_annotation(kind, field))
 
 
 def _positional(field: dataclasses.Field[Any]) -> str:
@@ -151,10 +155,12 @@ def _positional(field: dataclasses.Field[Any]) -> str:
 
 
 def _takes(kind: type, field: dataclasses.Field[Any]) -> str:
-    """What is to be given: one of several words, or a kind of value."""
-    found = kinds(_annotation(kind, field)) - {type(None), ...}
-    choices = [str(word) for one in found if get_origin(one) is Literal for word in get_args(one)]
-    plain = sorted(str(TAKES.get(one, one.__name__)) for one in found if get_origin(one) is not Literal)
+    """What a flag takes: a type of value, or one of several words."""
+    found = plain_types(_annotation(kind, field)) - {type(None), ...}
+    choices = [str(word) for type_ in found if get_origin(type_) is Literal for word in get_args(type_)]
+    plain = sorted(
+        str(TAKES.get(type_, type_.__name__)) for type_ in found if get_origin(type_) is not Literal
+    )
     words = " or ".join([", ".join(f"`{word}`" for word in choices)] * bool(choices) + plain)
     return f"{words}, any number" if get_origin(_plain(kind, field)) is tuple else words
 
@@ -166,8 +172,8 @@ def _default(kind: type, field: dataclasses.Field[Any]) -> str:
     return "" if value is None or value is False or value == () else f"`{value}`"
 
 
-def _told(kind: type) -> dict[str, str]:
-    """The docstring of each field, of this class and of those it comes from, on one line."""
+def _help_texts(kind: type) -> dict[str, str]:
+    """The docstring of each field of a class and of its base classes, on one line."""
     found: dict[str, str] = {}
     for parent in reversed(kind.__mro__[:-1]):
         for parameter in docstring_parser.parse_from_object(parent).params:
@@ -176,7 +182,7 @@ def _told(kind: type) -> dict[str, str]:
 
 
 def _summary(kind: type) -> str:
-    """The class's docstring on one line."""
+    """The class's docstring, on one line."""
     return " ".join((kind.__doc__ or "").split())
 
 

@@ -1,4 +1,4 @@
-"""The program from Python: the command's answers, errors raised in the caller, own models and data."""
+"""The Python API: the same results as the command, errors raised in the caller, own models and data."""
 
 import json
 import re
@@ -32,7 +32,7 @@ SHORT: dict[str, Any] = {"recipe": "fast", "steps": 3, "device": "cpu"}
 
 @pytest.fixture(scope="module")
 def result(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """A run of three steps, in this process."""
+    """A run of three steps in this process."""
     return train(**SHORT, dataset=digits, out=tmp_path_factory.mktemp("library") / "run")
 
 
@@ -109,13 +109,13 @@ def test_whatever_is_evaluated_scores_the_same(result: Result, digits: Path) -> 
         assert (scored.accuracy, scored.loss) == (result.accuracy, result.loss)
     bare = evaluate(result.model, data)  # in fp32, where the run has bf16
     assert bare.loss == pytest.approx(result.loss, rel=1e-2)
-    assert evaluate(result, data=digits).loss == result.loss  # the data set it was trained on, by its name
+    assert evaluate(result, data=digits).loss == result.loss  # the data set it was trained on, by name
 
 
 def test_scored_on_what_it_was_trained_on_and_nothing_else_unasked(
     result: Result, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own_score = evaluate(result)  # from where its data were
+    own_score = evaluate(result)  # on data from the recorded folder
     assert own_score.images == 300
     other = datasets.load("generated", Path(), train_size=50, test_size=40, seed=8)
     datasets.write(other, tmp_path / "data")
@@ -123,14 +123,14 @@ def test_scored_on_what_it_was_trained_on_and_nothing_else_unasked(
     assert evaluate(result, tmp_path / "data").images == 40
     (result.out / "config.json").rename(result.out / "aside")
     try:
-        with pytest.raises(DataError, match="trained on other data than there are now"):
+        with pytest.raises(DataError, match="trained on other data than is here now"):
             evaluate(result)
     finally:
         (result.out / "aside").rename(result.out / "config.json")
-    with pytest.raises(UsageError, match="does not know its data set: give dataset"):
+    with pytest.raises(UsageError, match="does not know its data set: pass dataset"):
         evaluate(result.model)
     arrays_only = train(**SHORT, dataset=from_arrays(**arrays()), out=tmp_path / "own")
-    with pytest.raises(DataError, match="trained on 'own', data given in Python: name a data set"):
+    with pytest.raises(DataError, match="trained on 'own', which was passed from Python: name a data set"):
         evaluate(arrays_only)
 
 
@@ -143,7 +143,7 @@ def test_a_network_with_other_outputs(digits: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"keep": "3"}, "--keep must be a whole number, not '3'"),
         ({"device": torch.device("cpu")}, "--device must be auto or cpu, not device"),
@@ -152,8 +152,10 @@ def test_a_network_with_other_outputs(digits: Path) -> None:
         ({"hang_after": True}, "--hang-after must be a number, not True"),
     ],
 )
-def test_settings_of_other_types(settings: dict[str, Any], told: str, digits: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_settings_of_other_types(
+    settings: dict[str, Any], message: str, digits: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message):
         train("fast", dataset=digits, out=tmp_path / "run", **settings)
 
 
@@ -239,7 +241,7 @@ def test_errors_are_raised_here(
 
 
 def test_numbers_of_numpy_are_numbers(result: Result, digits: Path, tmp_path: Path) -> None:
-    """As a loop over `np.linspace` has them."""
+    """As from a loop over `np.linspace`."""
     numbers = {"steps": np.int64(3), "lr": np.float64(0.2), "keep": np.int32(2), "nproc": np.int64(1)}
     again = train(**SHORT | numbers, dataset=digits, out=tmp_path / "run")
     assert again.weights_sha256 == result.weights_sha256
@@ -260,7 +262,7 @@ def test_settings_that_cannot_be_used() -> None:
             train(**settings)
 
 
-def test_a_process_that_is_lost_is_told(digits: Path, tmp_path: Path) -> None:
+def test_a_lost_process_is_reported(digits: Path, tmp_path: Path) -> None:
     ranks.server()
     with pytest.raises(WorkerLost, match="SIGKILL"):
         train(
@@ -268,7 +270,7 @@ def test_a_process_that_is_lost_is_told(digits: Path, tmp_path: Path) -> None:
         )
 
 
-def test_a_run_stopped_in_the_caller_goes_on(result: Result, digits: Path, tmp_path: Path) -> None:
+def test_a_run_interrupted_in_the_caller_resumes(result: Result, digits: Path, tmp_path: Path) -> None:
     calls = 0
 
     class Stopped(nn.Module):
@@ -303,16 +305,16 @@ def test_a_run_stopped_in_the_caller_goes_on(result: Result, digits: Path, tmp_p
 
 
 def test_a_script_needs_no_guard(digits: Path, tmp_path: Path) -> None:
-    script = REPOSITORY / "tests" / "library_script.py"
+    script = REPOSITORY / "tests" / "helpers" / "library_script.py"
     ended = ranks.run([sys.executable, script, digits, tmp_path / "run"])
     assert ended.code == 0, ended
-    told = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert ended.stdout.split() == ["started", told["weights_sha256"]]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert ended.stdout.split() == ["started", result["weights_sha256"]]
     assert not ended.stderr
 
 
 def test_the_documents_examples_run(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As written, in order, on the small digits."""
+    """The examples run as written and in order, on the small data set."""
     text = (REPOSITORY / "docs" / "how-to" / "library.md").read_text()
     examples = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     assert len(examples) >= 3

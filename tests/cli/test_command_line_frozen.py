@@ -1,6 +1,7 @@
-"""The command line is an interface: scripts break when a flag goes. Each change here is a decision.
+"""The command line is an interface: removing a flag breaks users' scripts. Each change must be deliberate.
 
-After a deliberate change: `UPDATE_GOLDEN=1 pytest tests/test_cli_frozen.py`, and look at the difference.
+After a deliberate change, run `UPDATE_GOLDEN=1 pytest tests/cli/test_command_line_frozen.py` and review the
+difference.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ COMMANDS = [
     "data check",
     "data generate",
 ]
-# What DESIGN promises to scripts, whatever the golden file says.
+# Flags that scripts may rely on, whatever the golden file says.
 PROMISED = (
     "--recipe --dataset --data --model --epochs --batch-size --lr --seed --nproc --sync --shards "
     "--precision --out --resume --checkpoint-every --json"
@@ -49,7 +50,7 @@ def usage(command: str) -> str:
 
 
 def flags_in(text: str) -> list[str]:
-    """Flags at the beginning of a line of help."""
+    """The flags at the start of lines of help."""
     lines = [line.lstrip("│ ") for line in text.splitlines()]
     found = [re.findall(r"(?<![\w-])--?[a-z][\w-]*", line) for line in lines if line.startswith("-")]
     return sorted({flag for line in found for flag in line})

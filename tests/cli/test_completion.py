@@ -1,4 +1,4 @@
-"""What the shell completes, asked of a real bash."""
+"""Shell completion, tested in a real bash."""
 
 import subprocess
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""The original script's three commands, verbatim, on real MNIST: its line, its files, its flags.
+"""The original script's three commands, verbatim, on real MNIST: output lines, files and flags.
 
-MNIST is taken from the folder in DMNIST_DATA, or from `shared/mnist` beside the repository.
+MNIST is read from the folder in DMNIST_DATA, or from `shared/mnist` next to the repository.
 """
 
 import os
@@ -17,7 +17,7 @@ MNIST = Path(os.environ.get("DMNIST_DATA") or REPOSITORY.parent / "shared" / "mn
 SCRIPT = REPOSITORY / "multi_proc_single_gpu.py"
 PYTHON = (sys.executable, SCRIPT)
 
-pytestmark = pytest.mark.skipif(not MNIST.is_dir(), reason="no MNIST here: name its folder in DMNIST_DATA")
+pytestmark = pytest.mark.skipif(not MNIST.is_dir(), reason="MNIST not found: set DMNIST_DATA to its folder")
 
 # "Epoch: 0/1, train loss: 0.481228, train acc: 87.40%, test loss: 0.303561, test acc: 91.63%."
 LINE = re.compile(
@@ -28,7 +28,7 @@ SCORE = re.compile(r"test loss: (\d+\.\d{6}), test acc: (\d+\.\d\d)%\.")
 
 
 def epoch_lines(ended: Finished) -> list[re.Match[str]]:
-    """The lines about epochs, each in the exact format."""
+    """The lines about epochs, all in the exact format."""
     assert ended.code == 0, ended
     lines = [line for line in (ended.stdout + ended.stderr).splitlines() if "Epoch:" in line]
     matches = [LINE.fullmatch(line) for line in lines]
@@ -42,7 +42,7 @@ def saved(folder: Path, name: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
-    """The first command: `torch.distributed.launch`, two processes, every flag."""
+    """The first command: `torch.distributed.launch` with two processes and all flags of that command."""
     folder = tmp_path_factory.mktemp("launched")
     launch = [*LAUNCH, "--nproc_per_node=2", f"--master_port={free_port()}", SCRIPT]
     flags = ["--world-size", 2, "--workers", 4, "--root", MNIST, "--epochs", 1]
@@ -51,7 +51,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
 
 @pytest.fixture(scope="module")
 def spawned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
-    """The second: plain, the script starts its processes itself. Here with every other flag."""
+    """The second command: the script starts its own processes. Here with every other flag."""
     folder = tmp_path_factory.mktemp("spawned")
     flags = ["-s", 2, "-j", 4, "--root", MNIST, "--epochs", 1, "--start-epoch", 0, "--batch-size", 256]
     flags += ["--learning-rate", "1e-3", "--momentum", 0.9, "--wd", "1e-4", "--backend", "nccl"]
@@ -65,7 +65,7 @@ def test_one_line_an_epoch_and_the_originals_files(way: str, request: pytest.Fix
     folder, ended = request.getfixturevalue(way)
     (line,) = epoch_lines(ended)
     assert line.group(1, 2) == ("0", "1")
-    assert float(line[6]) > 90  # what one epoch of the original comes to
+    assert float(line[6]) > 90  # the original reaches this in one epoch
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
         "checkpoint_0.pth.tar",
         "model_best.pth.tar",
@@ -92,20 +92,20 @@ def test_both_ways_train_the_same(launched: tuple[Path, Finished], spawned: tupl
 
 
 @pytest.mark.slow
-def test_flags_without_a_job_are_explained_once(
+def test_flags_without_effect_are_explained_once(
     launched: tuple[Path, Finished], spawned: tuple[Path, Finished]
 ) -> None:
-    told = (launched[1].stdout + launched[1].stderr).splitlines()
-    assert sum("--workers" in line for line in told) == 1
-    told = (spawned[1].stdout + spawned[1].stderr).splitlines()
+    lines = (launched[1].stdout + launched[1].stderr).splitlines()
+    assert sum("--workers" in line for line in lines) == 1
+    lines = (spawned[1].stdout + spawned[1].stderr).splitlines()
     for flag in ("--workers", "--momentum", "--weight-decay", "--init-method", "--rank"):
-        assert sum(flag in line for line in told) == 1, flag
+        assert sum(flag in line for line in lines) == 1, flag
     assert "Traceback" not in launched[1].stderr + spawned[1].stderr
 
 
 @pytest.mark.slow
 def test_evaluate(launched: tuple[Path, Finished]) -> None:
-    """The third command: the score is that of the epoch's line, and nothing is written."""
+    """The third command: the score equals the one in the epoch's line, and no file is written."""
     folder, ended = launched
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     flags = ["--world-size", 1, "--evaluate", "--resume", "checkpoints/model_best.pth.tar"]
@@ -118,8 +118,8 @@ def test_evaluate(launched: tuple[Path, Finished]) -> None:
 
 
 @pytest.mark.slow
-def test_resume_goes_on_with_the_next_epoch(spawned: tuple[Path, Finished], tmp_path: Path) -> None:
-    """From a file as the original leaves it, without anything of ours in it."""
+def test_resume_continues_with_the_next_epoch(spawned: tuple[Path, Finished], tmp_path: Path) -> None:
+    """From a file as the original writes it, without our additional fields."""
     content = saved(spawned[0], "checkpoint_0.pth.tar")
     theirs = {key: content[key] for key in ("epoch", "state_dict", "best_acc", "optimizer")}
     torch.save(theirs, tmp_path / "start.pth.tar")
@@ -128,7 +128,7 @@ def test_resume_goes_on_with_the_next_epoch(spawned: tuple[Path, Finished], tmp_
     (line,) = epoch_lines(ended)
     assert line.group(1, 2) == ("1", "2")
     (before,) = epoch_lines(spawned[1])
-    assert float(line[3]) < float(before[3])  # it has not begun anew
+    assert float(line[3]) < float(before[3])  # it did not start over
     assert saved(tmp_path, "checkpoint_1.pth.tar")["epoch"] == 2
     assert "=> loaded checkpoint 'start.pth.tar' (epoch 1)" in ended.stdout
 

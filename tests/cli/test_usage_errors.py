@@ -1,4 +1,4 @@
-"""What a user can get wrong: one line on standard error, the documented exit code, nothing half-written."""
+"""Users' mistakes: one line on standard error, the documented exit code, and no half-written files."""
 
 import fcntl
 import gzip
@@ -20,7 +20,7 @@ RECIPE = ("--recipe", "classic", "--epochs", 1, "--batch-size", 128)
 
 @pytest.fixture(scope="module")
 def good(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run on the small digits."""
+    """The folder of a finished run on the small data set."""
     out = tmp_path_factory.mktemp("good") / "out"
     train("--dataset", "idx", "--data", digits, *RECIPE, nproc=1, out=out)
     return out
@@ -32,7 +32,7 @@ def checkpoint(good: Path) -> Path:
 
 
 def refused(ended: Finished, code: int, *words: str) -> str:
-    """The one line that a refusal is."""
+    """Check that a command was refused in one line with these words. Returns the line."""
     assert ended.code == code, ended
     assert ended.stdout == ""
     assert "Traceback" not in ended.stderr
@@ -45,7 +45,7 @@ def refused(ended: Finished, code: int, *words: str) -> str:
 
 
 def nothing_in(folder: Path) -> None:
-    """A run that never began leaves no folder."""
+    """Check that a run that never started has not created a folder."""
     assert [str(path.relative_to(folder)) for path in folder.rglob("*")] == []
 
 
@@ -117,7 +117,7 @@ FLAGS = [
 def test_bad_flags_of_train(
     flags: str, words: list[str], digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before any folder is made: neither one that was named nor one under `runs`."""
+    """They are refused before any folder is created, in `--out` or under `runs`."""
     monkeypatch.chdir(tmp_path)
     out = () if flags == "--resume auto" else ("--out", tmp_path / "out")
     alone = () if "--nproc" in flags else ("--nproc", 1)
@@ -133,7 +133,7 @@ def test_bad_flags_of_train(
     [
         ([], ["train, evaluate, predict, report, watch, export, verify, doctor, bench or data", "--help"]),
         (["trian"], ["there is no command 'trian'; there are train, evaluate, predict"]),
-        (["--nproc", "2", "train"], ["--nproc comes after a command"]),
+        (["--nproc", "2", "train"], ["--nproc must come after a command"]),
         (["evaluate"], ["evaluate needs a CHECKPOINT", "folder"]),
         (["evaluate", "a.pt", "b.pt"], ["'b.pt'"]),
         (["evaluate", "a.pt", "--dataset", "kminst"], ["'kminst'; did you mean kmnist?"]),
@@ -224,7 +224,7 @@ def test_an_empty_data_folder(tmp_path: Path) -> None:
 
 @pytest.fixture
 def spoilt(digits: Path, tmp_path: Path) -> Path:
-    """The small digits once more, to be spoilt."""
+    """A copy of the small data set, to be damaged."""
     folder = tmp_path / "data"
     shutil.copytree(digits, folder)
     return folder
@@ -332,7 +332,7 @@ def test_auto_with_other_data_leaves_the_run_alone(good: Path, tmp_path: Path) -
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The run in a folder; not who looked at it last."""
+    """The content of a run's files, except those that record who used the folder last."""
     return {
         path.name: path.read_bytes()
         for path in folder.rglob("*")
@@ -368,7 +368,7 @@ def test_more_processes_than_shards(digits: Path, tmp_path: Path) -> None:
 
 
 def test_one_line_for_a_group_of_three(tmp_path: Path) -> None:
-    """What all ranks know, rank 0 tells."""
+    """Rank 0 reports an error that all ranks have."""
     words = ("train", "--device", "cpu", "--nproc", 3, "--dataset", "idx", "--data", tmp_path / "nowhere")
     ended = run([*DMNIST, *words, "--out", tmp_path / "out", "--json"])
     refused(ended, DATA, str(tmp_path / "nowhere"))
@@ -416,7 +416,7 @@ def test_a_folder_that_holds_a_run(digits: Path, good: Path) -> None:
 
 
 def test_a_folder_in_use(digits: Path, tmp_path: Path) -> None:
-    """The lock is the kernel's, and is taken here as a live run takes it."""
+    """The test takes the kernel's lock in the same way as a live run."""
     out = tmp_path / "out"
     out.mkdir()
     with (out / ".lock").open("w") as lock:
@@ -426,7 +426,7 @@ def test_a_folder_in_use(digits: Path, tmp_path: Path) -> None:
         refused(start(digits, out), OUTPUT, str(out), "in use", "pid 4711 on elsewhere")
         refused(start(digits, out, "--resume", "auto"), OUTPUT, "in use")
     assert [path.name for path in out.iterdir()] == [".lock"]
-    assert start(digits, out).code == 0  # the lock went with its owner
+    assert start(digits, out).code == 0  # the lock was released with its owner
 
 
 def test_a_file_in_the_way(digits: Path, tmp_path: Path) -> None:
@@ -453,14 +453,14 @@ def test_something_in_the_way_inside(name: str, digits: Path, tmp_path: Path) ->
 
 
 def test_a_folder_that_cannot_be_written(digits: Path) -> None:
-    """Nobody can make a folder in /proc, not even root."""
+    """Not even root can create a folder in /proc."""
     if not Path("/proc/self").exists():
         pytest.skip("no /proc")
     refused(start(digits, Path("/proc/dmnist/out")), OUTPUT, "/proc/dmnist/out")
 
 
 def test_a_loss_that_is_not_finite(digits: Path, tmp_path: Path) -> None:
-    """The step and the last good checkpoint are named; the run's folder tells the rest."""
+    """The error names the step and the last good checkpoint. The run's folder has the details."""
     out = tmp_path / "out"
     flags = ("--model", "mlp", "--optimizer", "sgd", "--lr", "1e30")
     ended = start(digits, out, *flags)
@@ -491,14 +491,14 @@ def test_debug_shows_where(tmp_path: Path) -> None:
 
 
 def test_a_fresh_program_says_the_same(tmp_path: Path) -> None:
-    """The others here are forked from a warm server; this one is not."""
+    """The other tests run in processes forked from a server with warm imports. This one does not."""
     ended = run([*DMNIST, "train", "--recipe", "nonsense", "--json"], cwd=tmp_path)
     refused(ended, USAGE, "there is no recipe 'nonsense'")
     nothing_in(tmp_path)
 
 
 def test_the_original_script_without_torch(tmp_path: Path) -> None:
-    """With -S a python sees none of the installed packages."""
+    """With -S, Python does not see the installed packages."""
     ended = run(
         [sys.executable, "-S", REPOSITORY / "multi_proc_single_gpu.py", "--epochs", 1], cwd=tmp_path
     )
@@ -508,7 +508,7 @@ def test_the_original_script_without_torch(tmp_path: Path) -> None:
 
 
 def test_the_original_script_interrupted(tmp_path: Path) -> None:
-    """Whatever it is doing: here, while it looks for packages."""
+    """Interrupted while it looks for packages."""
     program = (
         "import sys, importlib.util, multi_proc_single_gpu as script\n"
         "def interrupted(name): raise KeyboardInterrupt\n"

@@ -1,4 +1,4 @@
-"""`dmnist export`: files that others run, read here as they would read them."""
+"""`dmnist export`: exported files are read with the same libraries that users read them with."""
 
 import dataclasses
 import json
@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from distributed_mnist.errors import OutputError, UsageError, VerificationError
 from distributed_mnist.export import command
 from distributed_mnist.export.check import BATCHES
 from distributed_mnist.export.inference_module import INPUT
-from distributed_mnist.inference.trained import Trained, find, restore
+from distributed_mnist.inference.trained import Trained, find_checkpoint, restore
 from distributed_mnist.models.zoo import MODELS, build
 from distributed_mnist.runs.checkpoint import encode
 
@@ -40,10 +41,10 @@ EXAMPLES = {
 
 
 def save(folder: Path, model: str, *, classes: int = 10, precision: str = "fp32") -> Trained:
-    """A run's folder with a network of random weights, as if it had been trained."""
+    """Make a run's folder with a network of random weights, as if it had been trained."""
     network = build(model, classes, seed=3)
     noise = torch.Generator().manual_seed(5)
-    for parameter in network.parameters():  # some begin at zero, where nothing could be told apart
+    for parameter in network.parameters():  # some start at zero, where a wrong weight would not show
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=noise)
     content: dict[str, Any] = {
         "format": 1,
@@ -68,7 +69,7 @@ def save(folder: Path, model: str, *, classes: int = 10, precision: str = "fp32"
     best = folder / "checkpoints" / "best.pt"
     best.parent.mkdir(parents=True)
     best.write_bytes(encode(content))
-    return restore(find(folder), model=model, device=torch.device("cpu"))
+    return restore(find_checkpoint(folder), model=model, device=torch.device("cpu"))
 
 
 def onnx_logits(path: Path, images: np.ndarray) -> np.ndarray:
@@ -78,7 +79,7 @@ def onnx_logits(path: Path, images: np.ndarray) -> np.ndarray:
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """As each format's own tools show it."""
+    """A file's metadata, read with the format's own library."""
     if path.suffix == ".onnx":
         return dict(onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map)
     if path.suffix == ".safetensors":
@@ -96,7 +97,7 @@ def export(
     format: Sequence[str] = ("onnx",),
     out: Path | None = None,
 ) -> int:
-    """`dmnist export` in this process."""
+    """Run `dmnist export` in this process."""
     return command.run(checkpoint=checkpoint, model=model, format=format, out=out, as_json=False)
 
 
@@ -123,12 +124,12 @@ def test_every_model_in_every_format(model: str, tmp_path: Path, capfd: pytest.C
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dictionary
     assert digest(weights) == digest(dict(trained.network.state_dict()))
     for name in FORMATS:
-        told = metadata(tmp_path / FILES[name])
-        assert json.loads(told["class_names"]) == list("abcdefg")
-        assert (float(told["mean"]), float(told["std"])) == (0.25, 0.4)
-        assert told["weights_sha256"] == digest(weights)
-        assert told["input"] == INPUT
-        assert told["producer"].startswith("dmnist export ")
+        about = metadata(tmp_path / FILES[name])
+        assert json.loads(about["class_names"]) == list("abcdefg")
+        assert (float(about["mean"]), float(about["std"])) == (0.25, 0.4)
+        assert about["weights_sha256"] == digest(weights)
+        assert about["input"] == INPUT
+        assert about["producer"].startswith("dmnist export ")
 
 
 def test_one_onnx_file_for_old_runtimes_without_a_trace_of_this_machine(tmp_path: Path) -> None:
@@ -150,7 +151,7 @@ def test_one_onnx_file_for_old_runtimes_without_a_trace_of_this_machine(tmp_path
 
 
 def test_the_same_network_gives_the_same_file(tmp_path: Path) -> None:
-    """Also in another process, and after other exports in this one."""
+    """Also in another process, and after other exports in this process."""
     save(tmp_path / "a", "cnn-small", precision="bf16")
     save(tmp_path / "b", "cnn-small", precision="bf16")
     export(tmp_path / "a", format=FORMATS)
@@ -165,16 +166,16 @@ def test_what_a_run_tells(digits: Path, tmp_path: Path) -> None:
     result = train(
         *("--recipe", "fast", "--dataset", "idx", "--data", digits, "--epochs", 1), nproc=1, out=run
     )
-    told = dmnist("export", run, "--json").json()
-    (file,) = told["files"]
+    output = dmnist("export", run, "--json").json()
+    (file,) = output["files"]
     assert file["path"] == str(run / "model.onnx")
     assert file["bytes"] == (run / "model.onnx").stat().st_size
     assert 0 < file["max_difference"] <= file["allowed_difference"] < 1e-2
     assert file["compared_images"] == sum(BATCHES)
-    assert file["max_difference"] < told["autocast_difference"] < 0.5  # `fast` is in bf16
+    assert file["max_difference"] < output["autocast_difference"] < 0.5  # `fast` is in bf16
     about = metadata(run / "model.onnx")
-    assert about == told["metadata"]
-    assert about["weights_sha256"] == result["weights_sha256"] == told["weights_sha256"]
+    assert about == output["metadata"]
+    assert about["weights_sha256"] == result["weights_sha256"] == output["weights_sha256"]
     assert float(about["test_accuracy"]) == result["test_accuracy"]
     assert json.loads(about["recipe"])["model"] == "cnn-small"
     said = dmnist("export", run / "checkpoints" / "best.pt", "--format", "torch")
@@ -230,25 +231,25 @@ def test_a_model_that_is_no_graph(
 
 def falsify(monkeypatch: pytest.MonkeyPatch, form: str, change: Any) -> None:
     right = command._FORMATS[form]
-    wrong = dataclasses.replace(right, encode=lambda network, told: change(right.encode, network, told))
+    wrong = dataclasses.replace(right, encode=partial(change, right.encode))
     monkeypatch.setitem(command._FORMATS, form, wrong)
 
 
-def wrong_weight(encode: Any, network: Any, told: Any) -> bytes:
+def wrong_weight(encode: Any, network: Any, metadata: Any) -> bytes:
     weight = next(network.parameters())
     weight.data[0] += 0.01
     try:
-        return encode(network, told)
+        return encode(network, metadata)
     finally:
         weight.data[0] -= 0.01
 
 
-def wrong_mean(encode: Any, network: Any, told: Any) -> bytes:
-    return encode(network, told | {"mean": "0.26"})
+def wrong_mean(encode: Any, network: Any, metadata: Any) -> bytes:
+    return encode(network, metadata | {"mean": "0.26"})
 
 
-def torn(encode: Any, network: Any, told: Any) -> bytes:
-    data = encode(network, told)
+def torn(encode: Any, network: Any, metadata: Any) -> bytes:
+    data = encode(network, metadata)
     return data[: len(data) // 2]
 
 
@@ -283,7 +284,7 @@ def test_only_an_earlier_export_is_written_over(tmp_path: Path) -> None:
     save(tmp_path, "linear")
     out = tmp_path / "mine.onnx"
     out.write_bytes(b"years of work")
-    with pytest.raises(OutputError, match="no export of ours"):
+    with pytest.raises(OutputError, match="is not an earlier export"):
         export(tmp_path, out=out)
     assert out.read_bytes() == b"years of work"
     out.unlink()
@@ -310,7 +311,7 @@ def test_a_missing_extra(form: Any, package: str, tmp_path: Path, monkeypatch: p
         ((), "export needs a CHECKPOINT or a run's folder"),
         (("run", "--format", "pickle"), "--format must be onnx, safetensors or torch, not 'pickle'"),
         (("run", "--format"), "--format"),
-        (("run", "--format", "onnx", "onnx"), "--format must be different ones"),
+        (("run", "--format", "onnx", "onnx"), "--format must be given without repeats"),
         (("run", "--format", "onnx", "torch", "--out", "x"), "--out names one file"),
         (("nowhere",), "nowhere: no such file"),
     ],
@@ -326,7 +327,7 @@ def test_the_documents_examples_run_without_us(digits: Path, tmp_path: Path) -> 
     words = ("--model", "cnn", "--dataset", "idx", "--data", digits, "--epochs", 3)
     train(*words, nproc=1, out=tmp_path)
     export(tmp_path, format=FORMATS)
-    trained = restore(find(tmp_path), model=None, device=torch.device("cpu"))
+    trained = restore(find_checkpoint(tmp_path), model=None, device=torch.device("cpu"))
     images = draw(40, "documents")[0]
     np.save(tmp_path / "images.npy", images)
     best = trained.logits(torch.from_numpy(images)).argmax(1)

@@ -1,5 +1,4 @@
-"""`--ensemble N`: each network is the one that its seed alone gives, and the vote is the mean of what they
-believe."""
+"""`--ensemble N`: each network equals a run with its seed alone, and the vote is their mean probability."""
 
 import json
 import signal
@@ -66,8 +65,8 @@ def test_members_are_what_their_seeds_give_at_any_size(tmp_path: Path, data: tup
     assert votes[0]["test_loss"] < sum(result["test_loss"] for result in results) / 3
 
 
-def test_it_goes_on_where_it_was(tmp_path: Path, data: tuple[object, ...]) -> None:
-    """One network is finished, another was stopped half-way: only what is missing is trained."""
+def test_it_resumes_where_it_stopped(tmp_path: Path, data: tuple[object, ...]) -> None:
+    """One network is finished and another stopped half-way. Only the missing steps are trained."""
     flags = (*data, *FLAGS, "--schedule", "constant")
     whole, out = tmp_path / "whole", tmp_path / "out"
     train(*flags, nproc=1, out=out / "seed-3")
@@ -78,7 +77,7 @@ def test_it_goes_on_where_it_was(tmp_path: Path, data: tuple[object, ...]) -> No
     assert again["weights_sha256"] == train(*flags, "--ensemble", 2, nproc=1, out=whole)["weights_sha256"]
 
 
-def test_a_stop_and_what_it_says_to_go_on(tmp_path: Path, data: tuple[object, ...]) -> None:
+def test_a_stop_prints_how_to_resume(tmp_path: Path, data: tuple[object, ...]) -> None:
     out = tmp_path / "out"
     command = (
         *DMNIST,
@@ -104,8 +103,8 @@ def test_a_stop_and_what_it_says_to_go_on(tmp_path: Path, data: tuple[object, ..
 
 
 def test_json_is_one_object(tmp_path: Path, data: tuple[object, ...]) -> None:
-    told = dmnist("train", *data, *FLAGS, "--ensemble", 2, "--out", tmp_path / "out", "--json").json()
-    assert told == json.loads((tmp_path / "out/result.json").read_text())
+    output = dmnist("train", *data, *FLAGS, "--ensemble", 2, "--out", tmp_path / "out", "--json").json()
+    assert output == json.loads((tmp_path / "out/result.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -128,7 +127,7 @@ def test_it_starts_its_own_processes(tmp_path: Path) -> None:
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     ended = dmnist("train", "--ensemble", 2, "--out", tmp_path / "out", **of_torchrun, **address)
     assert ended.code == 2, ended
-    assert "--ensemble starts processes by itself" in ended.stderr
+    assert "--ensemble starts its own processes" in ended.stderr
 
 
 def test_the_vote_is_scored_predicts_and_is_exported(
@@ -136,9 +135,9 @@ def test_the_vote_is_scored_predicts_and_is_exported(
 ) -> None:
     out = tmp_path / "out"
     result = train(*data, *FLAGS, "--ensemble", 2, nproc=1, out=out)
-    told = dmnist("evaluate", out, "--device", "cpu", "--json").json()
+    evaluated = dmnist("evaluate", out, "--device", "cpu", "--json").json()
     same = ("test_accuracy", "test_loss", "weights_sha256", "data_sha256", "confusion")
-    assert {name: told[name] for name in same} == {name: result[name] for name in same}
+    assert {name: evaluated[name] for name in same} == {name: result[name] for name in same}
     images = next(digits.glob("t10k-images*"))
     seen = dmnist("predict", out, images, "--device", "cpu", "--json").json()
     labels = idx.read(next(digits.glob("t10k-labels*")))
@@ -150,21 +149,21 @@ def test_the_vote_is_scored_predicts_and_is_exported(
         == f"{out}/model.pt2"
     )
     refused = dmnist("export", out, "--format", "safetensors")
-    assert (refused.code, refused.stderr.count("is of one network")) == (2, 1)
+    assert (refused.code, refused.stderr.count("holds one network")) == (2, 1)
 
 
 def test_only_who_voted_votes(tmp_path: Path, data: tuple[object, ...]) -> None:
     out = tmp_path / "out"
     train(*data, *FLAGS, "--ensemble", 3, nproc=1, out=out)
     two = train(*data, *FLAGS, "--ensemble", 2, "--resume", "auto", nproc=1, out=out)
-    told = dmnist("evaluate", out, "--device", "cpu", "--json").json()
-    assert told["weights_sha256"] == two["weights_sha256"]
-    assert told["test_loss"] == two["test_loss"]
+    evaluated = dmnist("evaluate", out, "--device", "cpu", "--json").json()
+    assert evaluated["weights_sha256"] == two["weights_sha256"]
+    assert evaluated["test_loss"] == two["test_loss"]
     other, one = (out / f"seed-{seed}" / "checkpoints" / "step_00000004.pt" for seed in (5, 3))
     one.write_bytes(other.read_bytes())
     ended = dmnist("evaluate", out)
     assert ended.code == 4
-    assert f"has other weights than when {out} voted" in ended.stderr
+    assert f"has other weights than when {out} was evaluated" in ended.stderr
 
 
 def test_one_network_is_not_trained_over_an_ensemble(tmp_path: Path, data: tuple[object, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Pictures as MNIST's makers would have made them, and what `dmnist predict` says of them."""
+"""Conversion of pictures to MNIST's format, and the predictions of `dmnist predict`."""
 
 import gzip
 import json
@@ -21,25 +21,25 @@ DIGITS = datasets.load("generated", Path(), train_size=1, test_size=40).test_ima
 
 
 def enlarged(digit: NDArray[np.uint8], factor: int, left: int, top: int) -> NDArray[np.uint8]:
-    """A digit made larger and put somewhere into a larger black picture."""
+    """A digit scaled up and placed in a larger black picture."""
     large = Image.fromarray(digit).resize((28 * factor, 28 * factor), Image.Resampling.BICUBIC)
-    ground = Image.new("L", (28 * factor + left + 30, 28 * factor + top + 50), 0)
-    ground.paste(large, (left, top))
-    return np.asarray(ground)
+    background = Image.new("L", (28 * factor + left + 30, 28 * factor + top + 50), 0)
+    background.paste(large, (left, top))
+    return np.asarray(background)
 
 
 def alike(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
-    """Correlation of two images' pixels, one moved by a pixel at most: a centre may round either way."""
+    """Correlation of two images' pixels, moved by up to one pixel, since a centre may round either way."""
     moves = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
     moved = [np.roll(one, move, (0, 1)).ravel() for move in moves]
-    return max(float(np.corrcoef(each, other.ravel())[0, 1]) for each in moved)
+    return max(float(np.corrcoef(pixels, other.ravel())[0, 1]) for pixels in moved)
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 39), st.integers(2, 9), st.integers(0, 300), st.integers(0, 300), st.booleans())
 def test_in_the_box_and_centred(which: int, factor: int, left: int, top: int, inverted: bool) -> None:
     large = enlarged(DIGITS[which], factor, left, top)
-    got = image_files.normalised(255 - large if inverted else large)
+    got = image_files.to_mnist_format(255 - large if inverted else large)
     rows, columns = np.flatnonzero(got.any(1)), np.flatnonzero(got.any(0))
     extent = max(np.ptp(rows), np.ptp(columns)) + 1
     assert extent == image_files.BOX
@@ -47,16 +47,16 @@ def test_in_the_box_and_centred(which: int, factor: int, left: int, top: int, in
     centres: list[float] = [float(np.average(np.arange(28), weights=got.sum(axis))) for axis in (1, 0)]
     for centre, places in zip(centres, (rows, columns), strict=True):
         assert abs(centre - 14) <= 0.51 or places[0] == 0 or places[-1] == 27  # else no room to move
-    assert alike(got, image_files.normalised(255 - DIGITS[which])) > 0.75
+    assert alike(got, image_files.to_mnist_format(255 - DIGITS[which])) > 0.75
 
 
 def test_what_is_in_the_form_already_stays_as_it_is() -> None:
     for digit in DIGITS:
-        assert np.array_equal(image_files.normalised(digit), digit)
+        assert np.array_equal(image_files.to_mnist_format(digit), digit)
 
 
 def test_a_photo(tmp_path: Path) -> None:
-    """Ink on paper in slanting light, with noise, blur and a speck."""
+    """Ink on paper in uneven light, with noise, blur and a speck."""
     rng = np.random.default_rng(0)
     for digit in DIGITS[:10]:
         ink = enlarged(digit, 6, 40, 60) / 255
@@ -65,43 +65,43 @@ def test_a_photo(tmp_path: Path) -> None:
         paper[20:23, 20:23] = 0.3
         photo = Image.fromarray((255 * paper.clip(0, 1)).astype(np.uint8)).convert("RGB")
         photo.filter(ImageFilter.GaussianBlur(1)).save(tmp_path / "photo.jpg", quality=75)
-        got = image_files.normalised(image_files.read(tmp_path / "photo.jpg"))
-        assert alike(got, image_files.normalised(255 - digit)) > 0.75
+        got = image_files.to_mnist_format(image_files.read_grey(tmp_path / "photo.jpg"))
+        assert alike(got, image_files.to_mnist_format(255 - digit)) > 0.75
 
 
 def test_files_of_many_kinds_read_the_same(tmp_path: Path) -> None:
     grey = 255 - enlarged(DIGITS[0], 4, 10, 10)
-    expected = image_files.normalised(grey)
+    expected = image_files.to_mnist_format(grey)
     whole = Image.fromarray(grey)
     clear = Image.new("RGBA", whole.size, (0, 0, 0, 0))
     clear.paste(Image.new("RGBA", whole.size, "black"), mask=Image.fromarray(255 - grey))
     sixteen = Image.fromarray(grey.astype(np.uint16) * 257)
     for name, image in {"a.png": whole, "b.bmp": whole, "c.webp": clear, "d.tif": sixteen}.items():
-        image.save(tmp_path / name, lossless=True)  # which only WebP can choose
-        assert alike(image_files.normalised(image_files.read(tmp_path / name)), expected) > 0.999
-    assert alike(image_files.normalised(grey, ink="dark"), expected) == pytest.approx(1)
+        image.save(tmp_path / name, lossless=True)  # an option of WebP only
+        assert alike(image_files.to_mnist_format(image_files.read_grey(tmp_path / name)), expected) > 0.999
+    assert alike(image_files.to_mnist_format(grey, ink="dark"), expected) == pytest.approx(1)
 
 
 def test_what_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(DataError, match=r"text\.png is not an image"):
-        image_files.read(tmp_path / "text.png")
+        image_files.read_grey(tmp_path / "text.png")
     Image.fromarray(DIGITS[0]).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:80])
     with pytest.raises(DataError, match=r"cut\.png"):
-        image_files.read(tmp_path / "cut.png")
+        image_files.read_grey(tmp_path / "cut.png")
     Image.new("1", (20_000, 10_000)).save(tmp_path / "bomb.png")
     with pytest.raises(DataError, match="too many pixels"):
-        image_files.read(tmp_path / "bomb.png")
+        image_files.read_grey(tmp_path / "bomb.png")
     for blank in (np.zeros((28, 28)), np.full((90, 60), 255), np.full((28, 28), 130)):
         with pytest.raises(ValueError, match="nothing is drawn"):
-            image_files.normalised(blank.astype(np.uint8))
+            image_files.to_mnist_format(blank.astype(np.uint8))
 
 
 def test_tiny_pictures_and_what_begins_like_an_idx_file(tmp_path: Path) -> None:
     tiny = np.array([[255, 255], [0, 255]], np.uint8)
     with pytest.raises(ValueError, match="nothing is drawn in it"):
-        image_files.normalised(tiny)
+        image_files.to_mnist_format(tiny)
     Image.fromarray(DIGITS[0]).resize((32, 32)).save(tmp_path / "icon.ico")
     assert (tmp_path / "icon.ico").read_bytes()[:2] == b"\0\0"
     assert not predict._is_idx(tmp_path / "icon.ico")
@@ -115,7 +115,7 @@ def test_several_digits_are_refused() -> None:
         cut = [digit[:, digit.any(0)] for digit in (one, other)]
         pair = np.pad(np.hstack([cut[0], np.zeros((28, 3), np.uint8), cut[1]]), 4)
         try:
-            image_files.normalised(255 - np.kron(pair, np.ones((4, 4), np.uint8)))
+            image_files.to_mnist_format(255 - np.kron(pair, np.ones((4, 4), np.uint8)))
         except ValueError as error:
             assert "several digits are drawn in it" in str(error)
             refused += 1
@@ -125,26 +125,26 @@ def test_several_digits_are_refused() -> None:
 def test_files_that_are_like_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = Image.new("L", (60, 60), 255)
     image.paste(0, (25, 10, 35, 50))
-    image.save(tmp_path / "a.tga", compression="tga_rle")  # begins with two zeros, as IDX files do
+    image.save(tmp_path / "a.tga", compression="tga_rle")  # starts with two zeros, like IDX files
     assert (tmp_path / "a.tga").read_bytes()[:2] == b"\0\0"
     values = np.asarray(image, np.float32) / 255
     Image.fromarray(values).save(tmp_path / "b.tiff")  # from 0 to 1
     for name in ("a.tga", "b.tiff"):
         assert not predict._is_idx(tmp_path / name)
-        assert np.abs(image_files.read(tmp_path / name).astype(int) - np.asarray(image)).max() <= 1
+        assert np.abs(image_files.read_grey(tmp_path / name).astype(int) - np.asarray(image)).max() <= 1
 
     def fails(*_: object) -> None:
         raise RuntimeError("Failed to decode")
 
     monkeypatch.setattr(Image, "open", fails)
     with pytest.raises(DataError, match=r"b\.tiff is damaged: Failed to decode"):
-        image_files.read(tmp_path / "b.tiff")
+        image_files.read_grey(tmp_path / "b.tiff")
 
 
 def test_folders_in_the_order_of_numbers(tmp_path: Path) -> None:
     for name in ("10.png", "9.png", "a2.png", "a10.png", "notes.txt"):
         (tmp_path / name).write_text("")
-    names = [path.name for path in predict._files(tmp_path)]
+    names = [path.name for path in predict._find_files(tmp_path)]
     assert names == ["9.png", "10.png", "a2.png", "a10.png"]
 
 
@@ -187,10 +187,10 @@ def test_pictures_folders_and_idx_files_agree(run: Path, digits: Path, tmp_path:
     for what in ("sub", "images-idx3-ubyte", "images.gz"):
         ended = dmnist("predict", run, tmp_path / what, "--top", "3", "--json", "--device", "cpu")
         assert ended.code == 0, ended
-        told = json.loads(ended.stdout)
-        assert told["unusable"] == 0
-        answers.append([image["top"] for image in told["images"]])
-        for image in told["images"]:
+        output = json.loads(ended.stdout)
+        assert output["unusable"] == 0
+        answers.append([image["top"] for image in output["images"]])
+        for image in output["images"]:
             assert len(image["top"]) == 3
             assert image["confidence"] == max(one["confidence"] for one in image["top"])
     assert answers[0] == answers[1] == answers[2]

@@ -157,7 +157,13 @@ def test_a_link_comes_back(expected: Any, digits: Path, job: Job) -> None:
 
 # ---- Rank 0 cannot be reached ----------------------------------------------------------------------------
 
-IMPATIENT = "from distributed_mnist import cli, meeting; meeting.MEETING_SECONDS = 2; cli.main()"
+IMPATIENT = """
+from distributed_mnist.cli.main import main
+from distributed_mnist.distributed import rendezvous
+
+rendezvous.RENDEZVOUS_SECONDS = 2
+main()
+"""
 """The command with less time for the ranks to meet. (Hosts of a job can be minutes apart in starting.)"""
 
 

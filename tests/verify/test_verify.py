@@ -292,7 +292,7 @@ def test_json_has_what_the_table_shows(capsys: pytest.CaptureFixture[str]) -> No
         ("--chaos --seed -1", "--seed"),
         ("--nproc 0", "--nproc must be at least 1"),
         ("--nproc 9", "--nproc must be between 1 and 8, not 9"),
-        ("surplus", "verify does not know what to do with 'surplus'"),
+        ("surplus", "verify got an unexpected argument 'surplus'"),
         ("--device tpu", "--device must be auto or cpu"),
     ],
 )
