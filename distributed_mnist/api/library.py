@@ -30,7 +30,7 @@ from ..distributed.world import World
 from ..errors import CheckpointError, UsageError
 from ..inference.score import evaluate_trained, load_dataset
 from ..inference.trained import Trained, find_checkpoint, restore
-from ..models.zoo import temporary_model
+from ..models.build import temporary_model
 from ..runs import layout
 from ..training import run as training
 from ..training.evaluate import Evaluation

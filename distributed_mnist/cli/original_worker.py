@@ -17,8 +17,10 @@ from ..data.broadcast import Data, broadcast_dataset
 from ..data.progress import DataProgress
 from ..distributed.world import World
 from ..errors import CheckpointError, OutputError
+from ..gradients.setup import make_gradients
 from ..launcher.rank_process import run_in_group
 from ..launcher.signals import StopSignals
+from ..models.build import make_model
 from ..optim.schedule import make_optimizer
 from ..reporting.events import NullSink
 from ..runs.checkpoint import Content, decode, encode, read_bytes, write
@@ -27,8 +29,8 @@ from ..runs.original_format import to_original
 from ..training.batches import Batches
 from ..training.evaluate import evaluate
 from ..training.loop import require_same_weights, train
-from ..training.setup import make_gradients, make_model, pack, use_threads
-from ..training.state import ZERO_TOTALS, State, TrainingContext
+from ..training.state import ZERO_TOTALS, State, TrainingContext, pack
+from ..training.threads import use_threads
 from .original_script import Options
 
 FOLDER = Path("checkpoints")  # in the current folder, as in the original
@@ -68,7 +70,7 @@ def run(options: Options, world: World, signals: StopSignals) -> None:
         data = broadcast_dataset(
             world, lambda: datasets.load("mnist", Path(options.root), progress=progress)
         )
-    model, traits = make_model(recipe, len(data.class_names), world)
+    model, traits = make_model(recipe, len(data.class_names), world.device)
     batches = Batches(data.train, recipe, data.mean, data.std)
     state = State(model, make_optimizer(recipe, model), step=options.start_epoch * batches.steps_per_epoch)
     if content is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..inference.trained import Trained
-from ..models.zoo import build, place
+from ..models.build import build, place
 from .inference_module import InferenceModule, Metadata
 
 _LENGTH_BYTES = 8  # the file starts with its header's length, little-endian

@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 
+def shard_sizes(count: int, shards: int) -> list[int]:
+    """Return how many of `count` samples each shard holds."""
+    return [(i + 1) * count // shards - i * count // shards for i in range(shards)]
+
+
 def owned_shards(rank: int, size: int, shards: int) -> range:
     """Return the contiguous shards of a rank, from `rank*shards//size` to the next rank's first."""
     return range(rank * shards // size, (rank + 1) * shards // size)

@@ -17,10 +17,10 @@ from ..config import Recipe
 from ..data.catalog import DIGITS, MNIST_CONSTANTS
 from ..data.split import normalise
 from ..errors import CheckpointError, UsageError
-from ..models.zoo import MODELS, build, place
+from ..models.build import build, forward, place
+from ..models.zoo import MODELS
 from ..runs.checkpoint import Content, decode, load_weights, read_bytes
 from ..runs.layout import checkpoint_path, checkpoints_in, member_folder, members_in
-from ..training.evaluate import forward
 from .vote import Vote
 
 _ORIGINAL_DATASET: dict[str, Any] = {

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..common.random_keys import permutation
 from ..config import Recipe
 from ..data.split import Split, normalise
+from ..gradients.tree_sum import shard_sizes
 from .augment import apply_transforms, draw_transforms
 
 
@@ -31,11 +32,6 @@ class Batch:
     ids: NDArray[np.int64]
     """Indices of the samples in the training set, `(m,)`."""
     start: int
-
-
-def shard_sizes(count: int, shards: int) -> list[int]:
-    """Return how many of `count` samples each shard holds."""
-    return [(i + 1) * count // shards - i * count // shards for i in range(shards)]
 
 
 class Batches:

@@ -16,6 +16,7 @@ from ..config import Precision
 from ..data.split import Split, normalise
 from ..distributed.world import World
 from ..errors import UsageError
+from ..models.build import forward
 
 CHUNK = 250  # divides 10,000 into 40: fits a core's cache, and leaves each of 8 ranks 5
 
@@ -89,18 +90,3 @@ def evaluate(
         predicted=predicted,
         confidence=confidence,
     )
-
-
-def forward(model: nn.Module, images: Tensor, precision: Precision) -> Tensor:
-    """Return float32 logits `(n, classes)` of normalised images, computed in the given precision.
-
-    Raises `UsageError` if the model does not return a tensor.
-    """
-    if precision == "fp32":
-        logits = model(images)
-    else:
-        with torch.autocast(images.device.type, dtype=torch.bfloat16):
-            logits = model(images)
-    if not isinstance(logits, Tensor):
-        raise UsageError(f"the model returns a {type(logits).__name__}, not a tensor of logits")
-    return logits.float()

@@ -16,9 +16,10 @@ from ..common.random_keys import torch_seed
 from ..distributed.world import World
 from ..errors import Interrupted, TrainingError
 from ..gradients.loss import cross_entropy
+from ..models.build import forward
 from ..optim import weight_average
 from ..optim.schedule import make_schedule, set_learning_rate
-from .evaluate import Evaluation, evaluate, forward
+from .evaluate import Evaluation, evaluate
 from .ledger import IntervalRecord, Ledger
 from .mistakes import mistakes
 from .state import ZERO_TOTALS, State, TrainingContext

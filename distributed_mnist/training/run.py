@@ -15,8 +15,9 @@ from ..data.broadcast import Data, broadcast_dataset
 from ..data.datasets import Dataset
 from ..distributed.world import World
 from ..errors import DmnistError, Interrupted, OutputError, WorkerLost, reason
+from ..gradients.setup import make_gradients
 from ..launcher.signals import StopRequests
-from ..models.zoo import ModelProperties, find_factory
+from ..models.build import ModelProperties, find_factory, make_model
 from ..optim.schedule import make_optimizer
 from ..reporting.events import JsonLines, MistakesFile, MultiSink, NoticeSink, NullSink, Sink
 from ..reporting.terminal import Terminal
@@ -30,8 +31,8 @@ from .batches import Batches
 from .evaluate import Evaluation
 from .loop import require_same_weights, train
 from .resume import read_requested_checkpoint, require_same_recipe, require_same_run, resume, run_config
-from .setup import make_gradients, make_model, oversubscription_warnings, pack, use_threads
-from .state import State, TrainingContext
+from .state import State, TrainingContext, pack
+from .threads import oversubscription_warnings, use_threads
 
 
 def run(
@@ -53,12 +54,12 @@ def run(
     `DmnistError`; its subclasses say what went wrong.
     """
     began = time.perf_counter()
+    threads = use_threads(world, recipe)
     require_same_recipe(world, recipe)
     find_factory(recipe.model)  # cheap checks come first: reading the data takes long
     requested = read_requested_checkpoint(world, options)
-    threads = use_threads(world, recipe)
     data = broadcast_dataset(world, read)
-    model, properties = world.on_every_rank(lambda: make_model(recipe, len(data.class_names), world))
+    model, properties = world.on_every_rank(lambda: make_model(recipe, len(data.class_names), world.device))
     batches = Batches(data.train, recipe, data.mean, data.std)
     state = State(model, make_optimizer(recipe, model))
     gradients = make_gradients(recipe, options, world, model, properties)

@@ -7,13 +7,14 @@ from typing import Any
 from torch import nn
 
 from ..common.digest import START_OF_CHAIN
-from ..config import Recipe
+from ..config import Recipe, Run
+from ..data.broadcast import Data
 from ..data.split import Split
 from ..distributed.world import World
 from ..gradients.all_reduce import Gradients
 from ..optim.optimizers import Optimizer
 from ..reporting.events import Sink
-from ..runs.checkpoint import Content, load_optimizer, load_weights
+from ..runs.checkpoint import FORMAT, Content, load_optimizer, load_weights, versions
 from ..runs.checkpoint_store import Store
 from .batches import Batches
 
@@ -83,3 +84,16 @@ class TrainingContext:
     """Steps between checkpoints; None if the store decides by the time."""
     eval_every: int
     """Steps between evaluations."""
+
+
+def pack(state: State, recipe: Recipe, data: Data, options: Run, steps_per_epoch: int) -> Content:
+    """Return the content of a checkpoint of the present state."""
+    drawn = {"seed": options.data_seed, "train_size": options.train_size, "test_size": options.test_size}
+    return {
+        "format": FORMAT,
+        **state.to_content(),
+        "recipe": recipe.to_dict(),
+        "dataset": {**data.to_dict(), **(drawn if data.name == "generated" else {})},
+        "steps_per_epoch": steps_per_epoch,
+        "versions": versions(),
+    }

@@ -27,7 +27,8 @@ from distributed_mnist.export import command
 from distributed_mnist.export.check import BATCHES
 from distributed_mnist.export.inference_module import INPUT
 from distributed_mnist.inference.trained import Trained, find_checkpoint, restore
-from distributed_mnist.models.zoo import MODELS, build
+from distributed_mnist.models.build import build
+from distributed_mnist.models.zoo import MODELS
 from distributed_mnist.runs.checkpoint import encode
 
 FORMATS = ("onnx", "safetensors", "torch")

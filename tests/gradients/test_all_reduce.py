@@ -13,8 +13,7 @@ from distributed_mnist.common.placement import ALONE
 from distributed_mnist.distributed.world import World
 from distributed_mnist.gradients.all_reduce import DdpGradients, TreeGradients
 from distributed_mnist.gradients.per_shard import HookedLayers
-from distributed_mnist.gradients.tree_sum import BinaryCounter, owned_shards, subtree_roots
-from distributed_mnist.training.batches import shard_sizes
+from distributed_mnist.gradients.tree_sum import BinaryCounter, owned_shards, shard_sizes, subtree_roots
 
 ALL = [(size, shards) for shards in range(1, 18) for size in range(1, shards + 1)]
 WORLD = World(ALONE, torch.device("cpu"), "none")

@@ -25,10 +25,10 @@ from distributed_mnist.errors import WorkerLost
 from distributed_mnist.gradients.all_reduce import DdpGradients, ForwardShards, Gradients, TreeGradients
 from distributed_mnist.gradients.loss import cross_entropy
 from distributed_mnist.gradients.per_shard import HookedLayers
-from distributed_mnist.models.zoo import build, inspect, place
+from distributed_mnist.gradients.setup import make_tree_gradients
+from distributed_mnist.models.build import build, forward, inspect, place
 from distributed_mnist.training.batches import Batches
-from distributed_mnist.training.evaluate import Evaluation, evaluate, forward
-from distributed_mnist.training.setup import make_tree_gradients
+from distributed_mnist.training.evaluate import Evaluation, evaluate
 
 SIZES = (2, 3, 4)
 MANY = tuple(pytest.param(size, marks=pytest.mark.slow) for size in (7, 8))

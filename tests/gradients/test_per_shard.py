@@ -17,9 +17,9 @@ from distributed_mnist.config import Precision
 from distributed_mnist.gradients.batch_invariance import is_batch_invariant, matches_autograd
 from distributed_mnist.gradients.loss import cross_entropy
 from distributed_mnist.gradients.per_shard import HookedLayers
+from distributed_mnist.models.build import build, forward, place
 from distributed_mnist.models.patch_conv import PatchConv
-from distributed_mnist.models.zoo import IMAGE_SHAPE, MODELS, NarrowLinear, build, place
-from distributed_mnist.training.evaluate import forward
+from distributed_mnist.models.zoo import IMAGE_SHAPE, MODELS, NarrowLinear
 
 SMALL = (2, 8, 9)
 """Channels, height and width of small images; they have four classes."""

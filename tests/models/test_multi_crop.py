@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from distributed_mnist.models.build import build
 from distributed_mnist.models.multi_crop import five_crops
-from distributed_mnist.models.zoo import build
 
 IMAGES = torch.arange(2 * 6 * 7, dtype=torch.float32).view(2, 1, 6, 7)
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distributed_mnist.errors import UsageError
-from distributed_mnist.models.zoo import MODELS, ModelProperties, build, inspect
+from distributed_mnist.models.build import ModelProperties, build, inspect
+from distributed_mnist.models.zoo import MODELS
 
 CPU = torch.device("cpu")
 

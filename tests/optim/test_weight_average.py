@@ -11,7 +11,7 @@ from torch import Tensor
 from distributed_mnist.common.digest import digest
 from distributed_mnist.config import Recipe
 from distributed_mnist.errors import CheckpointError
-from distributed_mnist.models.zoo import build, place
+from distributed_mnist.models.build import build, place
 from distributed_mnist.optim import weight_average
 from distributed_mnist.optim.schedule import make_optimizer
 from distributed_mnist.runs.checkpoint import decode, encode, load_optimizer, load_weights, snapshot

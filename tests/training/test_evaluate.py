@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from distributed_mnist.common.placement import ALONE
 from distributed_mnist.data.split import Split
 from distributed_mnist.distributed.world import World
-from distributed_mnist.models.zoo import build
-from distributed_mnist.training.evaluate import CHUNK, Evaluation, evaluate, forward
+from distributed_mnist.models.build import build, forward
+from distributed_mnist.training.evaluate import CHUNK, Evaluation, evaluate
 
 WORLD = World(ALONE, torch.device("cpu"), "none")
 MEAN, STD = 0.1307, 0.3081

@@ -1,0 +1,69 @@
+"""Make the gradient computation of a recipe: which way to add, and how many shards share a forward pass."""
+
+from functools import partial
+
+from torch import nn
+
+from ..config import Recipe, Run
+from ..distributed.world import World
+from ..errors import UsageError
+from ..models.build import ModelProperties, forward
+from ..models.zoo import IMAGE_SHAPE
+from .all_reduce import DdpGradients, Gradients, TreeGradients
+from .batch_invariance import is_batch_invariant, matches_autograd
+from .per_shard import HookedLayers
+from .tree_sum import owned_shards, shard_sizes
+
+MAX_IMAGES_PER_PASS = 512
+"""The most images that go through the model in one pass: more would not fit the caches and gain nothing."""
+
+
+def make_gradients(
+    recipe: Recipe, options: Run, world: World, model: nn.Module, properties: ModelProperties
+) -> Gradients:
+    """Make the recipe's way to add gradients.
+
+    Raises `UsageError` if a shard has more images than `--micro-batch`, or if `ddp` is asked for and the
+    logits do not depend on some parameter.
+    """
+    if recipe.sync == "ddp" and properties.unused:
+        raise UsageError(
+            f"--model {recipe.model}: its {properties.unused[0]} is never used, but ddp needs all to be"
+        )
+    shard_size = -(-recipe.batch_size // recipe.shards)
+    if options.micro_batch is not None and options.micro_batch < shard_size:
+        raise UsageError(
+            f"--micro-batch {options.micro_batch}, but a shard has {shard_size} images: use --shards "
+            f"{-(-recipe.batch_size // options.micro_batch)} or more"
+        )
+    if recipe.sync == "tree":
+        return make_tree_gradients(recipe, world, model, properties)
+    return DdpGradients(
+        model,
+        world,
+        recipe.shards,
+        shard_size=shard_size,
+        one_shard_per_pass=properties.draws_random_numbers,
+        micro_batch=options.micro_batch,
+    )
+
+
+def make_tree_gradients(
+    recipe: Recipe, world: World, model: nn.Module, properties: ModelProperties
+) -> TreeGradients:
+    """Make gradients that are added in the fixed tree.
+
+    Several shards share a forward pass where a test on this machine shows that each gets the bits that it
+    gets alone. Otherwise, and for a model that draws random numbers by a key per shard, there is one shard
+    per pass.
+    """
+    if properties.draws_random_numbers or not matches_autograd(model, IMAGE_SHAPE):
+        return TreeGradients(model, world, recipe.shards)
+    owned = owned_shards(world.rank, world.size, recipe.shards)
+    sizes = shard_sizes(recipe.batch_size, recipe.shards)[owned.start : owned.stop]
+    per_pass = max(1, MAX_IMAGES_PER_PASS // max(sizes[0], 1))
+    groups = sorted({tuple(sizes[i : i + per_pass]) for i in range(0, len(sizes), per_pass)})
+    groups = [group for group in groups if len(group) > 1 and min(group) > 0]
+    forward_pass = partial(forward, precision=recipe.precision)
+    invariant = [group for group in groups if is_batch_invariant(model, forward_pass, IMAGE_SHAPE, group)]
+    return TreeGradients(model, world, recipe.shards, HookedLayers(model), invariant)
