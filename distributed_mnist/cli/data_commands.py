@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..data import datasets
-from ..data.progress import DataProgress
+from ..data.download_progress import DataProgress
 from ..errors import DataError
 from ..reporting.console import make_console, print_json
 

@@ -14,7 +14,7 @@ from ..common.placement import Placement
 from ..config import Run, load_recipe
 from ..data import datasets
 from ..data.broadcast import Data, broadcast_dataset
-from ..data.progress import DataProgress
+from ..data.download_progress import DataProgress
 from ..distributed.world import World
 from ..errors import CheckpointError, OutputError
 from ..gradients.setup import make_gradients

@@ -22,8 +22,8 @@ from rich.console import Console
 from ..config import Run
 from ..errors import DataError, WorkerLost, described, tidy_terminal
 from .datasets import Dataset, load
+from .download_progress import DataProgress
 from .locate import NotFoundError
-from .progress import DataProgress
 
 _CLOSING_SECONDS = 1.0  # enough to reach the next chunk of a download, where it can be stopped
 

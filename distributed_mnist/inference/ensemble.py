@@ -14,7 +14,7 @@ from ..config import Recipe
 from ..data.broadcast import broadcast_dataset
 from ..data.datasets import Dataset
 from ..distributed.world import World
-from ..reporting.terminal import Terminal
+from ..reporting.progress_bar import Terminal
 from ..runs.checkpoint import read_bytes
 from ..runs.layout import checkpoints_in, member_folder, write_json
 from .score import evaluate_trained

@@ -11,7 +11,7 @@ from rich.text import Text
 from ..data.broadcast import Data, broadcast_dataset
 from ..data.catalog import NAMES
 from ..data.datasets import Dataset, load
-from ..data.progress import DataProgress
+from ..data.download_progress import DataProgress
 from ..distributed.world import World
 from ..errors import CheckpointError, DataError
 from ..reporting.confusion import per_class, table

@@ -10,8 +10,8 @@ from ..runs import layout
 from ..runs.lock import is_live
 from ..runs.record import Event, event_of, read
 from .console import make_console, print_json
+from .progress_bar import Terminal
 from .stragglers import StragglerTracker
-from .terminal import Terminal
 
 _POLL_SECONDS = 0.25
 _RESTART_SECONDS = 10.0

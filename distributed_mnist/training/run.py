@@ -20,7 +20,7 @@ from ..launcher.signals import StopRequests
 from ..models.build import ModelProperties, find_factory, make_model
 from ..optim.schedule import make_optimizer
 from ..reporting.events import JsonLines, MistakesFile, MultiSink, NoticeSink, NullSink, Sink
-from ..reporting.terminal import Terminal
+from ..reporting.progress_bar import Terminal
 from ..runs import layout
 from ..runs.checkpoint_store import NullStore, Store
 from ..runs.layout import write_json

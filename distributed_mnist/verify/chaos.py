@@ -13,9 +13,9 @@ from typing import Any
 
 from .compare import Answer, compare
 from .faults import FAULTS
-from .job import RunFailedError, run_without_faults
 from .results_table import ResultsTable, Row
 from .run_with_faults import LONGER_JOB, FaultyRun, RunEndedError
+from .training_job import RunFailedError, run_without_faults
 
 _MAX_FAULTS_PER_RUN = 6
 _MAX_FAILURES = 5

@@ -18,9 +18,9 @@ from ..launcher.default_nproc import default_nproc
 from ..launcher.signals import SIGNALS, StoppedEarly
 from .chaos import run_chaos
 from .compare import Answer, compare
-from .job import RunFailedError, options, recipe, run_without_faults
 from .known_answers import report_known_answer, this_platform
 from .results_table import ResultsTable, Row
+from .training_job import RunFailedError, options, recipe, run_without_faults
 
 DEFAULT_MAX_NPROC = 4
 DEFAULT_FAULTS = 8

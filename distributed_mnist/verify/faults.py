@@ -16,8 +16,8 @@ import psutil
 from ..errors import CheckpointError
 from ..launcher.signals import SIGNALS
 from ..runs.checkpoint import decode
-from .job import RunFailedError
 from .run_with_faults import FaultyRun, RunEndedError
+from .training_job import RunFailedError
 
 Fault = Callable[[FaultyRun], str]
 

@@ -11,7 +11,7 @@ import psutil
 
 from ..runs.layout import checkpoints_in
 from .compare import Answer
-from .job import TrainCommand, wait_for_answer
+from .training_job import TrainCommand, wait_for_answer
 
 T = TypeVar("T")
 

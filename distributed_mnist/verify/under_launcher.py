@@ -23,9 +23,9 @@ from ..errors import TrainingError
 from ..launcher.signals import StopSignals
 from ..training import run as training_run
 from .compare import Answer, Difference, compare, read_answer
-from .job import options, recipe
 from .known_answers import Platform, report_known_answer, this_platform
 from .results_table import ResultsTable, Row
+from .training_job import options, recipe
 
 _SOLO_TIMEOUT_SECONDS = 900.0  # a slow host may train alone this long while ranks on faster hosts wait
 

@@ -18,8 +18,8 @@ from distributed_mnist.common.atomic_write import written_aside
 from distributed_mnist.config import Run
 from distributed_mnist.data import datasets
 from distributed_mnist.data.datasets import Dataset
+from distributed_mnist.data.download_progress import DataProgress
 from distributed_mnist.data.prefetch import PrefetchedData, Prefetcher, read
-from distributed_mnist.data.progress import DataProgress
 from distributed_mnist.errors import DataError, DmnistError, WorkerLost
 
 Stopped = Callable[[], bool]

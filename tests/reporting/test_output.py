@@ -16,7 +16,7 @@ import pytest
 from ranks import DMNIST, PATIENCE, Finished, dmnist, environment, events, run, train
 from rich.console import Console
 
-from distributed_mnist.reporting.terminal import Terminal
+from distributed_mnist.reporting.progress_bar import Terminal
 from distributed_mnist.runs.checkpoint import decode
 
 EPOCHS, BATCH, STEPS_PER_EPOCH = 3, 64, 18

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from distributed_mnist.errors import Interrupted, UsageError, WorkerLost
 from distributed_mnist.reporting import watch
+from distributed_mnist.reporting.progress_bar import Terminal, rank_table
 from distributed_mnist.reporting.stragglers import StragglerTracker
-from distributed_mnist.reporting.terminal import Terminal, rank_table
 from distributed_mnist.reporting.watch import Tail
 
 RANKS = [{"rank": i, "host": f"node{i // 2}", "pid": 100 + i} for i in range(4)]

@@ -17,7 +17,7 @@ from distributed_mnist.runs.checkpoint import decode
 from distributed_mnist.verify import chaos, faults
 from distributed_mnist.verify.chaos import InjectedFault
 from distributed_mnist.verify.faults import FAULTS
-from distributed_mnist.verify.job import RunFailedError, TrainCommand
+from distributed_mnist.verify.training_job import RunFailedError, TrainCommand
 
 LONG = 900.0  # seconds, for several runs in sequence
 
@@ -86,7 +86,7 @@ def test_leaving_the_block_ends_all_processes(tmp_path: Path) -> None:
 
 
 def test_waiting_times_out(command: TrainCommand, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distributed_mnist.verify.job.TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr("distributed_mnist.verify.training_job.TIMEOUT_SECONDS", 0.05)
     with pytest.raises(RunFailedError, match="it did not start within 0 s"):
         command.wait_for(lambda: False, "it did not start")
 

@@ -21,7 +21,6 @@ from distributed_mnist.distributed.membership import Peer
 from distributed_mnist.errors import UsageError, VerificationError
 from distributed_mnist.verify import command as verify
 from distributed_mnist.verify.compare import Answer, compare, losses_in, read_events
-from distributed_mnist.verify.job import DATA, RunFailedError, recipe
 from distributed_mnist.verify.known_answers import (
     Platform,
     look_up,
@@ -31,6 +30,7 @@ from distributed_mnist.verify.known_answers import (
     toml_row,
 )
 from distributed_mnist.verify.results_table import ResultsTable, Row
+from distributed_mnist.verify.training_job import DATA, RunFailedError, recipe
 from distributed_mnist.verify.under_launcher import SoloResult, recipe_for, show_solo_results
 
 HERE = Platform(torch="9.9", machine="x86_64", device="cpu", model="Some CPU", capability="AVX512")
