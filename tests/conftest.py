@@ -7,11 +7,14 @@ from typing import Any
 
 import paced
 import pytest
+import torch
 from ranks import environment
 
 from distributed_mnist.data import datasets
 
 TRAIN_SIZE, TEST_SIZE = 1_100, 300
+
+torch.set_num_threads(1)  # as in training; more threads can change the last bits between two calls
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,7 +23,7 @@ from distributed_mnist.data import idx
 ELSEWHERE = {
     r"make \w+( \w+=\S+)?": "documents/test_documents.py::test_make_targets_exist",
     r"pip install .*": "test_packaging.py::test_installed_alone_it_trains",
-    r"kill -9 PID": "launcher/test_restart.py::test_one_is_killed",
+    r"kill -9 PID": "launcher/test_restart.py::test_one_rank_is_killed",
     r"dmnist bench": "bench/test_bench.py::test_startup",
     r"dmnist bench scaling": "bench/test_bench.py::test_scaling",
     r"dmnist verify": "verify/test_verify.py::test_a_sound_machine_passes",

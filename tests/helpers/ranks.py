@@ -228,6 +228,7 @@ def _command(files: tuple[Path, Path], variables: dict[str, str], words: list[st
     # The command's own workers come from the same warm server, not from a cold one of its own.
     forkserver._forkserver._forkserver_address = server  # type: ignore[attr-defined]
     forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
+    forkserver.ensure_running = lambda: None  # the same method, as the launcher calls it
     for number in spawn.SIGNALS:  # which the server is deaf to
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, spawn.SIGNALS)

@@ -331,7 +331,7 @@ def test_a_rank_that_computes_differently_is_reported(tmp_path: Path) -> None:
         "import os\n"
         "if os.environ['RANK'] == '1':\n"
         "    os.environ['ATEN_CPU_CAPABILITY'] = 'default'\n"
-        "from distributed_mnist.cli import main\n"
+        "from distributed_mnist.cli.main import main\n"
         "main(['verify', '--device', 'cpu', '--json'])\n"
     )
     ended = run(
