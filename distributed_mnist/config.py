@@ -1,4 +1,4 @@
-"""Settings of a run: `Recipe`, which decides the weights, and `Run`, which does not.
+"""Settings of a run: `Recipe` decides the weights; `Run` says which data, where and how.
 
 Both are frozen and validated when they are created, so the rest of the program need not check them. A
 recipe is a small TOML file; `recipes/` holds the ones that come with the program. The docstrings of both
@@ -32,7 +32,11 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|seconds?|min|minutes?)")
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run reads data and writes results, and how it executes. These do not affect the weights."""
+    """Which data a run uses, where it runs and writes, and how.
+
+    Apart from the choice of data and the kind of device, nothing here changes the weights. (With `--sync
+    ddp`, the number of processes and `micro_batch` change the rounding.)
+    """
 
     dataset: str = "mnist"
     """mnist, fashion-mnist, kmnist, qmnist, emnist-SPLIT, generated (drawn digits), idx (your own files),
