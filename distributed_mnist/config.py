@@ -1,8 +1,8 @@
 """Settings of a run: `Recipe` decides the weights; `Run` says which data, where and how.
 
 Both are frozen and validated when they are created, so the rest of the program need not check them. A
-recipe is a small TOML file; `recipes/` holds the ones that come with the program. The docstrings of both
-classes and of their fields are the help texts of the command line. `__post_init__` says what is raised.
+recipe is a small TOML file; the built-in recipes are in `recipes/`. The docstrings of both classes and of
+their fields are the help texts of the command line. `__post_init__` documents what is raised.
 """
 
 import dataclasses
@@ -39,16 +39,16 @@ class Run:
     """
 
     dataset: str = "mnist"
-    """mnist, fashion-mnist, kmnist, qmnist, emnist-SPLIT, generated (drawn digits), idx (your own files),
-    or auto (mnist if available, otherwise generated)."""
+    """mnist, fashion-mnist, kmnist, qmnist, emnist-SPLIT, generated (synthetic digits), idx (your own
+    files), or auto (mnist if available, otherwise generated)."""
     data: Path = Path("data")
     """Data folder. Missing files are downloaded into it."""
     train_size: int = 60_000
-    """Number of training images to draw, with --dataset generated."""
+    """Number of training images to generate, with --dataset generated."""
     test_size: int = 10_000
-    """Number of test images to draw, with --dataset generated."""
+    """Number of test images to generate, with --dataset generated."""
     data_seed: int = 0
-    """Seed for the drawn digits, with --dataset generated."""
+    """Seed for the digits, with --dataset generated."""
     out: Path | None = None
     """Folder for checkpoints and logs (default: a new folder under runs/)."""
     resume: str | None = None
@@ -133,7 +133,7 @@ class Recipe:
     optimizer: Optimizer = "adam"
     """Optimizer. muon orthogonalizes the updates of hidden layers and uses Adam for all other weights."""
     lr: float = 0.001
-    """Learning rate. If the schedule changes it, its peak."""
+    """Learning rate. If the schedule changes it, this is the peak."""
     beta1: float = 0.9
     """Adam's decay rate for the running mean of gradients."""
     beta2: float = 0.999
@@ -199,7 +199,7 @@ class Recipe:
         return min(self.steps, total) if self.steps else total
 
     def averaged_steps(self, total: int) -> int:
-        """Return over how many of the last of `total` steps the weights are averaged; 0: not averaged."""
+        """Return how many of the last of `total` steps the weights are averaged over; 0 for no average."""
         return max(1, round(self.average * total)) if self.average else 0
 
     def check_size(self, world_size: int) -> None:
@@ -220,7 +220,10 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str) -> Self:
-        """Invert `to_dict`. Missing fields take their defaults. Raises `UsageError`, naming `where`."""
+        """Make a recipe from the result of `to_dict`. Missing fields take their defaults.
+
+        Raises `UsageError` for an invalid field; `where` is the source named in the message.
+        """
         known = {field.name: field for field in dataclasses.fields(cls)}
         for name, value in values.items():
             if name not in known:
@@ -234,10 +237,10 @@ class Recipe:
             raise UsageError(f"{where}: {error}") from None
 
     def differences(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:
-        """Return the fields whose difference changes the weights: name to (self, other).
+        """Return the differences that change the weights: for each field name, the values (self, other).
 
         With a constant or stepwise learning rate and no average, a longer run begins exactly like a shorter
-        one. The numbers of epochs and steps then do not count.
+        one. Then the numbers of epochs and steps are ignored.
         """
         mine, theirs = self.to_dict(), other.to_dict()
         if self.schedule in ("constant", "step") and not self.average:
@@ -246,7 +249,7 @@ class Recipe:
 
 
 def require(condition: bool, name: str, rule: str, owner: object) -> None:
-    """Raise `UsageError` unless `condition`: the flag of `owner`'s field `name` must be `rule`."""
+    """Raise `UsageError` unless `condition`; the message says that the flag of `name` must be `rule`."""
     if not condition:
         raise UsageError(f"{flag(name)} must be {rule}, not {getattr(owner, name)}")
 
@@ -264,7 +267,7 @@ def _fits(value: object, kind: Any) -> bool:
 
 
 def _check_type(name: str, field: dataclasses.Field[Any], value: object) -> None:
-    """Raise `UsageError`, which calls the value `name`, if it does not have the field's type."""
+    """Raise `UsageError` if a value does not have the field's type. `name` names it in the message."""
     if not _fits(value, field.type):
         choices = getattr(field.type, "__args__", (field.type,))
         allowed = " or ".join(_TYPE_NAMES.get(choice, str(choice)) for choice in choices)
@@ -277,12 +280,12 @@ def flag(name: str) -> str:
 
 
 def recipe_names() -> list[str]:
-    """Return the names of the recipes that come with the program, sorted."""
+    """Return the names of the built-in recipes, sorted."""
     return sorted(Path(entry.name).stem for entry in _RECIPES.iterdir() if entry.name.endswith(".toml"))
 
 
 def load_recipe(name: str) -> Recipe:
-    """Return the recipe called `name`, or the one in the TOML file `name`. Raises `UsageError`."""
+    """Return the built-in recipe `name`, or the recipe in the TOML file `name`. Raises `UsageError`."""
     names = recipe_names()
     if name in names:
         text = (_RECIPES / f"{name}.toml").read_text()

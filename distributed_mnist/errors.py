@@ -1,6 +1,6 @@
 """Errors that a user can fix, their exit codes, and how they are printed.
 
-Each of them is printed as a single line. Any other exception is an internal error, and is printed as one.
+Each is printed as a single line. Any other exception is reported as an internal error.
 `docs/reference/exit-codes.md` lists the codes for scripts.
 """
 
@@ -19,7 +19,7 @@ class DmnistError(Exception):
 
     exit_code = 1
     on_one_rank = False
-    """Whether only some ranks raise it. Otherwise all raise the same error, and only rank 0 prints it."""
+    """Whether only some ranks raise it. If not, all ranks raise the same error, and rank 0 prints it."""
 
 
 class UsageError(DmnistError):
@@ -35,7 +35,7 @@ class DataError(DmnistError):
 
 
 class CheckpointError(DmnistError):
-    """A checkpoint that cannot be read, or that is from another run."""
+    """A checkpoint that cannot be read, or that is from a different run."""
 
     exit_code = 4
 
@@ -83,7 +83,7 @@ class Interrupted(DmnistError):
 
 
 _OUTPUT_GONE = (errno.ENOSPC, errno.EIO, errno.EPIPE)
-"""Errors of a file without a name: standard output's disk is full, or its terminal or reader is gone."""
+"""Errors from writing to standard output: its disk is full, or its terminal or reader is gone."""
 
 
 def reason(error: OSError) -> str:
@@ -94,7 +94,7 @@ def reason(error: OSError) -> str:
 def described(error: Exception | None) -> tuple[type[DmnistError], str]:
     """Return a class and a message with which another process can raise this error.
 
-    The class is `DmnistError` for exceptions of other libraries, whose constructors may need more
+    The class is `DmnistError` for exceptions from other libraries, because their constructors may need more
     arguments.
     """
     if isinstance(error, DmnistError):
@@ -103,10 +103,10 @@ def described(error: Exception | None) -> tuple[type[DmnistError], str]:
 
 
 def print_error(error: BaseException, placement: Placement = ALONE, *, debug: bool = False) -> int:
-    """Print an error as one line on standard error, if this rank should; return its exit code.
+    """Print an error as one line on standard error, if this rank should; return the exit code.
 
-    Rank 0 prints errors that all ranks raise. Any rank prints an error that happened on it alone, with its
-    number in front. `debug` adds the traceback.
+    If all ranks raise the error, only rank 0 prints it. If only some raise it, each of them prints it with
+    its rank in front. `debug` adds the traceback.
     """
     if debug:
         traceback.print_exception(error)
@@ -120,7 +120,7 @@ def print_error(error: BaseException, placement: Placement = ALONE, *, debug: bo
         message = f"internal error, please report it: {type(error).__name__}: {error} (--debug shows where)"
         _print(placement, message)
         return 1
-    # Our own launcher sees how a process ended, and reports it better than the ranks that lost it.
+    # Our own launcher knows how a process ended, so its report is better than that of the other ranks.
     reported_by_launcher = type(error) is WorkerLost and placement.launcher == "spawned"
     if (placement.rank == 0 or error.on_one_rank) and not reported_by_launcher:
         _print(placement, str(error))
@@ -128,7 +128,7 @@ def print_error(error: BaseException, placement: Placement = ALONE, *, debug: bo
 
 
 def tidy_terminal(stream: TextIO, *, cursor: bool = False) -> None:
-    """Erase the rest of a live progress bar; with `cursor`, show the cursor that it has hidden."""
+    """Erase what is left of a live progress bar; with `cursor`, show the hidden cursor again."""
     if stream.isatty():
         stream.write("\r\x1b[K" + "\x1b[?25h" * cursor)
         stream.flush()
@@ -136,8 +136,7 @@ def tidy_terminal(stream: TextIO, *, cursor: bool = False) -> None:
 
 def _print(placement: Placement, text: str) -> None:
     tidy_terminal(sys.stderr)
-    # Our own launcher adds the rank to each line that a rank prints. Under another launcher it is added
-    # here.
+    # Our own launcher adds the rank to each line that a rank prints. Under other launchers, add it here.
     rank = f"rank {placement.rank}: " if placement.rank and placement.launcher != "spawned" else ""
     write_line(f"{rank}{' '.join(text.split())}")
 

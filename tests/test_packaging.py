@@ -30,7 +30,7 @@ def called(*words: object, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built of a copy, so that nothing is left in the checkout, and nothing is found that is no part."""
+    """Built from a copy, so that nothing is left in the checkout and no other file gets in."""
     copy = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(REPOSITORY / name, copy)

@@ -32,7 +32,7 @@ from ..models.zoo import MODELS
 
 
 class Samples(Dataset[tuple[Tensor, int]]):
-    """Gives one image at a time, scaled and normalised as torchvision's transforms do it."""
+    """Returns one image at a time, scaled and normalised like torchvision's transforms."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self._images, self._labels = images, labels
@@ -80,7 +80,7 @@ def work(rank: int, options: argparse.Namespace, port: int) -> None:
 
 
 class Stopwatch:
-    """Counts images and seconds from the fifth batch on: the first batches of a process are slow."""
+    """Counts images and seconds from the fifth batch, because the first batches of a process are slow."""
 
     def __init__(self, limit: float) -> None:
         self._limit, self._batches, self._began = limit, 0, 0.0
@@ -106,7 +106,7 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     stopwatch: Stopwatch,
 ) -> None:
-    """Train one epoch on this process's part, with running metrics, or until the time is over."""
+    """Train one epoch on this process's part, with running metrics, or until the time is up."""
     model.train()
     loss_sum, correct = 0.0, 0
     for images, labels in loader:

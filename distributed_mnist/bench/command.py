@@ -1,7 +1,7 @@
 """Run `dmnist bench`: measure how fast this machine runs the program, as a user would see it.
 
-Each measurement runs the program, or the loop it is compared with, in processes of its own. Measurements
-that are compared take turns, so that a drift of the machine's speed distorts their ratio least.
+Each measurement runs the program, or the loop it is compared with, in separate processes. Measurements to
+compare alternate, so that a drift of the machine's speed has little effect on their ratio.
 """
 
 import json
@@ -44,7 +44,7 @@ def run(*, as_json: bool, **flags: Any) -> int:
 
 
 def machine() -> dict[str, str]:
-    """Describe the machine that is measured."""
+    """Describe the machine."""
     return {
         "processor": platform.processor() or platform.machine(),
         "cores": f"{usable_cores()} cores",

@@ -35,7 +35,7 @@ class Plan:
     runs: int = 3
     seeds: int = 5
     seconds: float = 2.0
-    """About how long each run of `scaling` trains."""
+    """Approximate training time of each `scaling` run, in seconds."""
     dataset: str = "auto"
     data: Path = Path("data")
     out: Path | None = None
@@ -59,13 +59,13 @@ class Bench:
         return [n for n in range(1, most + 1) if n <= 4 or n & (n - 1) == 0 or n == most]
 
     def measure(self, name: str) -> None:
-        """Run a section, show its progress meanwhile, and store its results."""
+        """Run a section, show its progress, and store its results."""
         with self.console.status(f"measuring: {name}") as status:
             self.show_progress = lambda text: status.update(f"measuring: {name}, {text}")
             self.results[name] = SECTIONS[name](self)
 
     def train(self, nproc: int, *flags: str, cores: int | None = None) -> TimedTraining:
-        """Run `dmnist train` on this bench's data, without checkpoints and evaluations on the way."""
+        """Run `dmnist train` on this bench's data, without checkpoints and evaluations before the end."""
         self._runs += 1
         data = ["--dataset", self.plan.dataset, "--data", str(self.plan.data)]
         intervals = ["--checkpoint-every", "60 minutes", "--eval-every", "1000000"]
@@ -113,7 +113,7 @@ def startup(bench: Bench) -> dict[str, Any]:
 
 
 def data(bench: Bench) -> dict[str, Any]:
-    """Measure how long it takes to read the data set and to draw a digit."""
+    """Measure how long it takes to read the data set and to generate a digit."""
     read, drawn, megabytes, name = Sample(), Sample(), 0.0, ""
     for _ in range(bench.plan.runs):
         began = time.perf_counter()
@@ -129,7 +129,7 @@ def data(bench: Bench) -> dict[str, Any]:
         ["", "", ""],
         [
             [f"{name}, {megabytes:.0f} MB", f"{median_and_range(seconds, '.3f')} s", "read and checked"],
-            ["a drawn image", f"{median_and_range(microseconds, '.1f')} µs", "on one core"],
+            ["a generated image", f"{median_and_range(microseconds, '.1f')} µs", "on one core"],
         ],
     )
     return {"name": name, "seconds": seconds, "megabytes": megabytes, "draw_microseconds": microseconds}

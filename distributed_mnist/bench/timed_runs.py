@@ -40,7 +40,7 @@ class Sample:
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
     def over(self, other: "Sample") -> "Sample":
-        """Return the ratios to `other`, pair by pair: the values of a pair were measured in sequence."""
+        """Return the ratios to `other`, pair by pair. The values of a pair were measured in sequence."""
         return Sample([a / b for a, b in zip(self.values, other.values, strict=True)])
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class TimedTraining:
 
     @property
     def all_steps_seconds(self) -> float:
-        """Seconds from the moment before the first step to the last weight, whatever happened between."""
+        """Seconds from just before the first step to the final weights, including everything in between."""
         return self.record.steps[-1]["time"] - self.began - self.first_step_seconds
 
     @property

@@ -1,4 +1,4 @@
-"""`dmnist data`: download, check or draw a data set."""
+"""`dmnist data`: download, check or generate a data set."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ def check(*, dataset: str, data: Path, as_json: bool) -> int:
 
 
 def generate(*, out: Path, train_size: int, test_size: int, data_seed: int, as_json: bool) -> int:
-    """Draw a data set and write it to `out`. Returns the exit code. Raises `DataError`."""
+    """Generate a data set and write it to `out`. Returns the exit code. Raises `DataError`."""
     console = make_console(stderr=as_json)
     with DataProgress(console) as progress:
         drawn = datasets.load(
@@ -74,13 +74,13 @@ def generate(*, out: Path, train_size: int, test_size: int, data_seed: int, as_j
         result = {"dataset": "generated", **sizes, "data_seed": data_seed, "data_sha256": sha256}
         print_json({**result, "paths": paths})
     else:
-        summary = f"{train_size:,} + {test_size:,} images drawn with seed {data_seed}"
+        summary = f"{train_size:,} + {test_size:,} images generated with seed {data_seed}"
         _print_lines(console, [*paths, f"{summary}: use them with --dataset idx --data {out}"])
     return 0
 
 
 def _print_lines(console: Console, lines: Sequence[str | tuple[str, str, str]]) -> None:
-    """Print unwrapped lines. Each is a text, or a text, a verdict and the verdict's style."""
+    """Print lines without wrapping. Each is a text, or a tuple of text, verdict and the verdict's style."""
     for line in lines:
         text, verdict, style = (line, "", "") if isinstance(line, str) else line
         console.print(Text.assemble(text, (verdict, style)), soft_wrap=True)

@@ -12,7 +12,7 @@ from .flags_train import CommonFlags
 
 @dataclass(frozen=True)
 class NamedDataset(CommonFlags):
-    """Flags of the commands that work on the files of a named data set."""
+    """Flags of the commands that use the files of a named data set."""
 
     dataset: tyro.conf.Positional[str] = "mnist"
     """Name of the data set."""
@@ -27,9 +27,9 @@ class Fetch(NamedDataset):
     """Download a data set into a folder and verify it."""
 
     data: Path = Path("data")
-    """Folder to download to. Its layout is torchvision's."""
+    """Folder to download to. The layout is the same as torchvision's."""
     mirror: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """URL of a folder to download the files from, instead of the published ones. May be repeated."""
+    """URL of a folder to download the files from, instead of the published mirrors. May be repeated."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,16 @@ class Check(NamedDataset):
 
 @dataclass(frozen=True)
 class Generate(CommonFlags):
-    """Draw digits and write them as four IDX files, for --dataset idx or for other programs."""
+    """Generate digits and write them as four IDX files, for --dataset idx or for other programs."""
 
     out: tyro.conf.Positional[Path]
     """Folder to write to."""
     train_size: int = 60_000
-    """Number of training images to draw."""
+    """Number of training images to generate."""
     test_size: int = 10_000
-    """Number of test images to draw."""
+    """Number of test images to generate."""
     data_seed: int = 0
-    """Seed for the drawn digits. The same seed gives the same digits on every machine."""
+    """Seed for the generated digits. The same seed gives the same digits on every machine."""
 
     def __post_init__(self) -> None:
         """Raise `UsageError` for invalid values."""

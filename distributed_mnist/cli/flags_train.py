@@ -61,7 +61,7 @@ class Train(CommonFlags):
 @dataclass(frozen=True)
 class Verify(CommonFlags):
     """Run a known-answer test on this machine: train a small job with several numbers of processes and
-    compare all digests. Under torchrun, srun or mpirun: in each process alone, then in all together."""
+    compare all digests. Under torchrun, srun or mpirun: train in each process alone, then all together."""
 
     nproc: int | None = None
     """Train with 1, 2, ... up to N processes (default: one per core or GPU, at most 4)."""
@@ -71,9 +71,9 @@ class Verify(CommonFlags):
     """Afterwards, train again while injecting faults at random times: kill, suspend or terminate processes,
     change the number of processes, corrupt checkpoints. The result must be the same."""
     faults: int | None = None
-    """With --chaos, number of faults (default: 8)."""
+    """With --chaos, the number of faults (default: 8)."""
     seed: int | None = None
-    """With --chaos, seed for the faults (default: random; the seed is printed)."""
+    """With --chaos, the seed for the faults (default: random; the seed is printed)."""
 
     def __post_init__(self) -> None:
         """Raise `UsageError` for invalid values."""
@@ -108,11 +108,11 @@ class Bench(CommonFlags):
     seconds: float = 2.0
     """Approximate training time of each scaling run, in seconds."""
     dataset: str = "auto"
-    """Data set. auto uses mnist if available, otherwise drawn digits."""
+    """Data set. auto uses mnist if available, otherwise generated digits."""
     data: Path = Path("data")
     """Data folder. Missing files are downloaded into it."""
     out: Path | None = None
-    """Folder for the results (bench.json) and a plot of them (bench.svg)."""
+    """Folder for the results (bench.json) and their plot (bench.svg)."""
 
     def __post_init__(self) -> None:
         """Raise `UsageError` for invalid values."""

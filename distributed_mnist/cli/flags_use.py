@@ -40,7 +40,7 @@ class Evaluate(CommonFlags):
 
 @dataclass(frozen=True)
 class Predict(CommonFlags):
-    """Classify pictures of digits: any size, dark on light or light on dark, photos too."""
+    """Classify pictures of digits, including photos: any size, dark on light or light on dark."""
 
     checkpoint: tyro.conf.Positional[Path]
     """A checkpoint (from dmnist or the original script), or a run's folder, to use its best checkpoint."""
@@ -66,7 +66,7 @@ class Predict(CommonFlags):
 
 @dataclass(frozen=True)
 class Report(CommonFlags):
-    """Write an HTML report of one run, or a comparison of several. Runs in progress work too."""
+    """Write an HTML report of one run, or a comparison of several. This also works for runs in progress."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of the runs."""

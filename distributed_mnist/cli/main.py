@@ -71,7 +71,7 @@ def _train(command: "Train") -> int:
         return spawn.start(placement, None, f"{_WORKERS}:train", command)
     nproc = command.run.nproc or default_nproc(command.settings, command.run)
     command.settings.check_size(nproc)
-    # Chosen here, so that all restarts use the same folder.
+    # Choose the folder here, so that all restarts use the same one.
     out = command.run.out or layout.new_folder(command.recipe)
     command = dataclasses.replace(command, run=dataclasses.replace(command.run, out=out))
     with prefetch.Prefetcher(
@@ -90,7 +90,7 @@ def _train(command: "Train") -> int:
 
 
 def _split_into_members(command: "Train", out: Path) -> list[tuple[Path, "Train"]]:
-    """The folder and the command for each member of an ensemble, or for the only network."""
+    """The folder and the command for each member of an ensemble, or for a single network."""
     from ..runs.layout import member_folder
 
     if command.ensemble == 1:
@@ -159,7 +159,7 @@ def _call(module: str, function: str, command: Any) -> int:
 
 
 def _detect_placement(nproc: int | None) -> "Placement | None":
-    """This process's rank and world size if another launcher started it, otherwise None.
+    """This process's placement if another launcher started it, otherwise None.
 
     Raises `UsageError` if `--nproc` differs from the number of processes that the launcher started here.
     """

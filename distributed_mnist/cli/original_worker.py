@@ -1,4 +1,4 @@
-"""Run one rank of the original script's job: its files and its output, with our training loop."""
+"""Run one rank of the original script's job: the same files and output, but with our training loop."""
 
 import socket
 import sys
@@ -115,7 +115,7 @@ def run(options: Options, world: World, signals: StopSignals) -> None:
 
 
 def make_notes(options: Options, world: World) -> list[str]:
-    """One line for each difference from the original, and for each given flag that has no effect."""
+    """One line for each difference from the original script, and for each given flag without effect."""
     lines = []
     if world.device.type == "cpu":
         backend = f" with {world.backend}" if world.size > 1 else ""
@@ -144,8 +144,8 @@ def make_notes(options: Options, world: World) -> list[str]:
 class OriginalStore(BackgroundStore):
     """Writes `checkpoints/checkpoint_{epoch}.pth.tar` after each epoch.
 
-    The best one is also written as `model_best.pth.tar`. If the run is asked to stop within an epoch, it
-    writes `checkpoint_{epoch}_{step}.pth.tar`.
+    The best one is also written as `model_best.pth.tar`. If the run is asked to stop within an epoch, the
+    checkpoint is `checkpoint_{epoch}_{step}.pth.tar`.
     """
 
     def __init__(self, steps_per_epoch: int) -> None:
@@ -168,7 +168,7 @@ class OriginalStore(BackgroundStore):
 
 
 class EpochLines:
-    """Prints the original's line per epoch to standard output, on rank 0 only."""
+    """Prints the original script's line for each epoch to standard output. Used on rank 0 only."""
 
     def __init__(self, epochs: int) -> None:
         self._epochs = epochs
@@ -190,18 +190,18 @@ class EpochLines:
 
 
 def _adapt_checkpoint(content: Content, steps_per_epoch: int, data: Data, name: str) -> Content:
-    """The content of a checkpoint, adapted to this job. `name` is the file's name, for errors.
+    """The content of a checkpoint, adapted to this job. `name` is the file's name, for error messages.
 
-    The original's checkpoints count epochs, not steps, and do not record samples. A checkpoint of ours with
-    another batch size also keeps only its epoch.
+    The original script's checkpoints count epochs, not steps, and do not record samples. From one of our
+    checkpoints with a different batch size, also only the epoch is used.
 
-    Raises `CheckpointError` for a checkpoint from other data, or from the middle of an epoch that
-    has another number of steps.
+    Raises `CheckpointError` for a checkpoint from different data, or from the middle of an epoch that has a
+    different number of steps.
     """
     dataset = content["dataset"]
     if dataset is not None and dataset["sha256"] != data.sha256:
         raise CheckpointError(
-            f"{name} was trained on other data: {dataset['name']} {dataset['sha256'][:12]}…"
+            f"{name} was trained on different data: {dataset['name']} {dataset['sha256'][:12]}…"
         )
     if content.get("steps_per_epoch") == steps_per_epoch:
         return content

@@ -47,7 +47,7 @@ COMMANDS: dict[str, Any] = {
     "data": {"fetch": Fetch, "check": Check, "generate": Generate},
 }
 """Command classes by name. A nested dictionary is a group of commands."""
-_GROUPS = {"data": "Download, check or draw data sets."}
+_GROUPS = {"data": "Download, check or generate data sets."}
 
 
 def parse(arguments: list[str]) -> Any:
@@ -55,7 +55,7 @@ def parse(arguments: list[str]) -> Any:
 
     Prints help and exits for `--help`. Raises `UsageError` for invalid arguments.
     """
-    # torch.distributed.launch inserts this flag before all others. The environment has the same value.
+    # torch.distributed.launch inserts this flag before all others. The environment contains the same value.
     arguments = [argument for argument in arguments if not re.fullmatch(r"--local[-_]rank=\d+", argument)]
     train = _train_defaults(arguments)
     tyro_message = io.StringIO()
@@ -106,7 +106,7 @@ def _train_defaults(arguments: list[str]) -> Train:
 
 
 def _is_code(key: str, value: object) -> bool:
-    """Whether a setting names a user's model, which is code that only a user, not a file, may import."""
+    """Whether a setting names a user's own model. Only the user may choose code to import, not a file."""
     return key == "model" and ":" in str(value)
 
 
@@ -119,7 +119,7 @@ def _help_rules() -> ConstructorRegistry:
         nonlocal nested
         if nested or not dataclasses.is_dataclass(info.type):
             return None
-        nested = True  # so that the next line applies tyro's own rules and not this one
+        nested = True  # the next line then applies tyro's own rules instead of this one
         try:
             spec: Any = ConstructorRegistry.get_struct_spec(info)
         finally:

@@ -24,10 +24,10 @@ _FLAG = re.compile(r"--?[a-zA-Z]")  # does not match negative numbers
 
 
 def explain_usage_error(commands: dict[str, Any], arguments: list[str], tyro_message: str) -> str:
-    """What is wrong with `arguments`, in one line.
+    """Explain in one line what is wrong with `arguments`.
 
-    `commands` maps names to command classes, or to nested dictionaries of them. `tyro_message` is what tyro
-    printed, the fallback if nothing wrong is found here.
+    `commands` maps names to command classes, or to nested dictionaries of them. `tyro_message` is tyro's
+    own message, which is used if this function finds no problem.
     """
     level: Any = commands
     command = ""
@@ -65,7 +65,7 @@ def without_metadata(annotation: Any) -> Any:
 
 
 def is_positional(annotation: Any) -> bool:
-    """Whether a field is given by position instead of with a flag."""
+    """Whether a field is a positional argument instead of a flag."""
     return tyro.conf.Positional in getattr(annotation, "__metadata__", ())
 
 
@@ -113,7 +113,7 @@ def _flag_types(command_class: type) -> dict[str, Any]:
 
 
 def _violated_rule(types: set[Any], value: str) -> str | None:
-    """What a value of one of these types must be, if this one is not; None if it is valid."""
+    """What the value must be, for example "a number"; None if the value is valid for one of these types."""
     if value == "None" and type(None) in types:
         return None
     for kind in types:

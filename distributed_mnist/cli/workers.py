@@ -38,7 +38,7 @@ def train(
 ) -> int:
     """Run one rank of `dmnist train`. Returns its exit code.
 
-    `prefetched` is the data set on rank 0 if our launcher reads it.
+    `prefetched` is the data set on rank 0, if our launcher reads it.
     """
 
     def body(world: World, signals: StopSignals) -> None:
@@ -55,7 +55,7 @@ def train(
             if command.ensemble > 1 and command.run.out
             else None,
         )
-        if command.ensemble == 1:  # else `vote` prints the result
+        if command.ensemble == 1:  # otherwise `vote` prints the result
             _print_result(world, command, result)
 
     exact = command.settings.sync == "tree"
@@ -146,6 +146,6 @@ def _dataset_reader(command: Train, prefetched: PrefetchedData | None) -> Callab
 
 
 def _print_result(world: World, command: CommonFlags, result: dict[str, Any]) -> None:
-    """Print what `--json` asks for."""
+    """Print the result on rank 0 if `--json` is set."""
     if command.json and world.rank == 0:
         print_json(result)

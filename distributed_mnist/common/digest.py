@@ -14,7 +14,7 @@ import torch
 def digest(value: object) -> str:
     """Return the hexadecimal SHA-256 of nested dictionaries, sequences, scalars, arrays and tensors.
 
-    Raises `TypeError` for any other type, because its content is unknown here.
+    Raises `TypeError` for any other type, because there is no canonical encoding for it.
     """
     state = hashlib.sha256()
     _feed(state, value)

@@ -52,8 +52,8 @@ def keep_memory() -> None:
     """Make the C library keep freed memory, because the next step needs the same amount again.
 
     Otherwise it returns large blocks to the kernel. Each new memory page then costs a page fault and is
-    filled with zeros: two fifths of a step's time (docs/explanation/performance.md). Only glibc has these
-    settings.
+    filled with zeros, which takes two fifths of a step's time (docs/explanation/performance.md). Only glibc
+    has these settings.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt

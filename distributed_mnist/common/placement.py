@@ -19,14 +19,14 @@ class Placement:
     store_exists: bool = False
     """Whether the launcher serves the store itself, as torchrun does."""
     job: str = "dmnist"
-    """The job's name: the same on all its ranks and in every attempt, different for another job."""
+    """The job's name: the same on all its ranks and in every attempt, but different for each job."""
     launcher_id: str = ""
-    """Identifies the launcher that started this process: the same after each restart, different for another
+    """Identifies the launcher that started this process: the same after each restart, different for each
     launcher. Empty if the launcher does not restart processes."""
     parent: int = 0
-    """Process id; this process stops when that one ends. 0 if there is none."""
+    """Id of the process whose end stops this process; 0 if there is none."""
     restarts: int = 0
-    """How often the launcher has restarted this group, by its own count."""
+    """How many times the launcher has restarted this group, according to the launcher."""
     own_device: bool = False
     """Whether each process sees only its own device (Slurm's --gpus-per-task)."""
     launcher: str = "alone"

@@ -1,4 +1,4 @@
-"""Suggest a known name in messages about an unknown one."""
+"""Suggest a known name in an error message about an unknown name."""
 
 import difflib
 from collections.abc import Iterable

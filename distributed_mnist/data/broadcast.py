@@ -32,7 +32,7 @@ class Data:
     std: float
     source: str
     sha256: str
-    """Digest of all images and labels."""
+    """SHA-256 of all images and labels."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the description of the data that is stored in a checkpoint."""

@@ -215,7 +215,7 @@ def require_name(name: str, *, files: bool = False) -> None:
     With `files`, also raise it for generated digits, which have no files.
     """
     if files and name == "generated":
-        raise UsageError("generated digits have no files: they are drawn when they are needed")
+        raise UsageError("generated digits have no files: they are generated when they are needed")
     if name not in NAMES:
         if Path(name).is_dir():
             raise UsageError(f"there is no data set {name!r}: for your own files, use idx --data {name}")

@@ -75,9 +75,9 @@ def load(
     """Load the data set `name` from `root`; with `download`, download it to there if it is missing.
 
     `seed`, `train_size` and `test_size` are for generated digits. `mirrors` are base addresses that replace
-    the published ones. `auto` draws digits only if none of MNIST's files exist, because a file that exists
-    is meant to be used. Raises UsageError for an unknown name, and DataError for a set that cannot be found
-    or downloaded, is damaged, or is not what its name says.
+    the published ones. `auto` generates digits only if no file of MNIST exists, because an existing file is
+    meant to be used. Raises UsageError for an unknown name, and DataError for a set that cannot be found
+    or downloaded, is damaged, or does not match its name.
     """
     if name == "generated":
         return _draw(seed, train_size, test_size, DRAWN, progress)
@@ -89,7 +89,7 @@ def load(
             raise
         if error.incomplete:
             raise DataError(
-                f"{error}; --dataset auto draws digits only if none of MNIST's files exist"
+                f"{error}; --dataset auto generates digits only if none of MNIST's files exist"
             ) from error
         why = f"{DRAWN}: MNIST is not in {one_line(root)} and cannot be downloaded"
         return _draw(seed, train_size, test_size, why, progress)
@@ -205,7 +205,7 @@ def _draw(seed: int, train_size: int, test_size: int, source: str, progress: Pro
         for start in range(0, size, _DRAW_BLOCK):
             stop = min(start + _DRAW_BLOCK, size)
             images[start:stop], labels[start:stop] = generated.draw(stop - start, split, seed, start=start)
-            progress("drawing digits", before + stop, train_size + test_size)
+            progress("generating digits", before + stop, train_size + test_size)
         return images, labels
 
     train_images, train_labels = draw_split("train", train_size, 0)

@@ -1,8 +1,8 @@
 """Download a data set from its mirrors, verify it, and store it in torchvision's layout.
 
 A download goes to a temporary file, which gets its final name only when it is complete and verified, so two
-downloads of the same file at once do no harm. A broken transfer is tried again. A mirror that does not
-answer is not used for the other files.
+downloads of the same file at once do no harm. A broken transfer is retried. A mirror that does not answer
+is not used for the remaining files.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ def silent(description: str, done: int, total: int | None) -> None:
 
 
 class _MirrorError(Exception):
-    """A download from one mirror failed. The text says why in a few words."""
+    """A download from one mirror failed. The text is the reason in a few words."""
 
     def __init__(self, reason: str, *, unreachable: bool = False, retry: bool = False) -> None:
         super().__init__(reason)

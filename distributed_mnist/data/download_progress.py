@@ -1,4 +1,4 @@
-"""Show a progress bar while data is downloaded or drawn."""
+"""Show a progress bar while data is downloaded or generated."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from ..errors import Interrupted
 
 
 class DataProgress:
-    """Show a bar on the console for each part of a download, and for drawing digits."""
+    """Show a bar on the console for each part of a download, and while digits are generated."""
 
     def __init__(self, console: Console, stopped: Callable[[], bool] = lambda: False) -> None:
         self._stopped = stopped

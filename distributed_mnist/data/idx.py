@@ -4,8 +4,8 @@ A file has two zero bytes, one byte for the type, one for the number of dimensio
 unsigned 32-bit integers, then the numbers, all big-endian (Y. LeCun, "The MNIST database"). The first bytes
 of a file, not its name, determine whether it is gzipped.
 
-Any input gives an array or a one-line `DataError`. Memory use is bounded by the bytes that the file really
-has: nothing is allocated because a header declares it.
+Any input gives an array or a one-line `DataError`. The file's actual bytes limit the memory use: nothing is
+allocated just because a header declares it.
 """
 
 import gzip

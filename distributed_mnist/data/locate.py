@@ -1,6 +1,6 @@
-"""Find a data set's files under a folder, and verify that they are what their names say.
+"""Find a data set's files under a folder, and verify that their content matches their names.
 
-MNIST, Fashion-MNIST and KMNIST have files of the same names. In torchvision's folder for a set (such as
+MNIST, Fashion-MNIST and KMNIST have files with the same names. In torchvision's folder for a set (such as
 `KMNIST/raw`) the folder identifies the set; elsewhere only the content can.
 """
 
@@ -36,7 +36,7 @@ class FoundFiles:
 
 
 class Verdict(NamedTuple):
-    """Whether a file is what its name says, and why."""
+    """Whether a file's content matches its name, and why."""
 
     ok: bool
     text: str  # "ok", "ok (no published checksum)", or what is wrong
@@ -84,7 +84,7 @@ def find(entry: Entry, root: Path) -> FoundFiles:
     """Find, read and verify the set's files under `root`.
 
     Raises NotFoundError if no folder has all four (the message says which are missing), and DataError if
-    they are damaged or not what their names say.
+    they are damaged or do not match their names.
     """
     require_folder(entry, root)
     reasons: list[str] = []
@@ -156,7 +156,7 @@ def _not_found(entry: Entry, root: Path, why: str) -> str:
 
 
 def _is_torchvision_folder(entry: Entry, folder: Path) -> bool:
-    """Whether the folder is torchvision's for this set, which says that the files are this set's."""
+    """Whether this is torchvision's folder for the set, so that the files belong to this set."""
     parts = folder.resolve().parts
     return (entry.folder, "raw") in (parts[-2:], parts[-3:-1])
 

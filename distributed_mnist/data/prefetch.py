@@ -44,7 +44,7 @@ def read(options: Run, console: Console, stopped: Callable[[], bool] = lambda: F
                 progress=progress,
             )
         except NotFoundError as error:
-            hint = "give --data DIR, or train on drawn digits: --dataset generated"
+            hint = "give --data DIR, or train on generated digits: --dataset generated"
             raise DataError(f"{error}; {hint}") from None
 
 
@@ -77,7 +77,7 @@ class Prefetcher:
             self._memory.close()
 
     def for_rank_zero(self) -> "PrefetchedData":
-        """Return what rank 0 of a new group needs to receive the data."""
+        """Return the object with which rank 0 of a new group receives the data."""
         receiver, sender = Pipe(duplex=False)
         with self._lock:
             if self._message is None:

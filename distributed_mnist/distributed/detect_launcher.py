@@ -1,7 +1,7 @@
 """Detect which launcher started this process, and read its rank and world size.
 
-Only this file reads the environment variables of launchers. It knows torchrun (with
-torch.distributed.launch, Kubeflow, and all others that set the same variables), Slurm's srun, and MPI's
+Only this file reads the environment variables of launchers. It supports torchrun (and
+torch.distributed.launch, Kubeflow, and anything else that sets the same variables), Slurm's srun, and MPI's
 mpirun. Our own launcher (`launcher/spawn.py`) needs no variables.
 """
 
@@ -88,7 +88,7 @@ def _slurm(env: Mapping[str, str]) -> Placement:
             host=env.get("MASTER_ADDR", host),
             ports=_ports(env, name),
             job=name,
-            # Without the restart count, so that it stays the same when the job is requeued.
+            # Does not contain the restart count, so it stays the same when the job is requeued.
             launcher_id=f"slurm {env.get('SLURM_CLUSTER_NAME', '')} {job}.{step}",
             own_device="SLURM_GPUS_PER_TASK" in env or "gpu" in env.get("SLURM_TRES_PER_TASK", ""),
             launcher="srun",
@@ -138,8 +138,8 @@ def _torchrun_agent() -> psutil.Process | None:
 
 
 def _process_id(process: psutil.Process) -> str:
-    """Return an identifier that stays unique on this host when the process number is used again."""
-    try:  # in ticks since the host started: other clocks can be changed while programs run
+    """Return an identifier that stays unique on this host even if the process id is reused."""
+    try:  # in ticks since the host booted, because other clocks can be changed while programs run
         started = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         started = str(process.create_time())
@@ -157,17 +157,17 @@ def _checked(placement: Placement, rank: str, size: str) -> Placement:
 
 
 def _ports(env: Mapping[str, str], name: str) -> tuple[int, ...]:
-    """Return MASTER_PORT alone if it is set, else the ports that every rank derives from the job's name."""
+    """Return only MASTER_PORT if it is set, else the ports that every rank derives from the job's name."""
     if "MASTER_PORT" in env:
         return (_port(env),)
     return derived_ports(name)
 
 
 def _first_slurm_host(env: Mapping[str, str]) -> str:
-    """Return rank 0's host: the first host of the step.
+    """Return rank 0's host: the first host of the job step.
 
-    If its name does not resolve, return the address of the host where srun was called: a batch script runs
-    on the first node.
+    If its name does not resolve, return the address of the host where srun was called, because a batch
+    script runs on the first node.
     """
     nodes = env.get("SLURM_STEP_NODELIST") or _text(env, "SLURM_JOB_NODELIST")
     host = _first_of_hostlist(nodes)
@@ -179,7 +179,7 @@ def _first_slurm_host(env: Mapping[str, str]) -> str:
 
 
 def _first_of_hostlist(nodes: str) -> str:
-    """Return the first host of a Slurm host list: `rack[07-09,12]n1,login` to `rack07n1`."""
+    """Return the first host of a Slurm host list: `rack07n1` for `rack[07-09,12]n1,login`."""
     first = re.split(r",(?![^\[]*\])", nodes)[0]
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
 

@@ -23,7 +23,7 @@ def choose_device(placement: Placement) -> torch.device:
             f"{placement.local_size} processes on this host but {count} {kind.type.upper()} device"
             f"{'s' if count > 1 else ''}: start at most {count}"
         )
-        error.on_one_rank = False  # the other ranks on this host raise the same
+        error.on_one_rank = False  # the other ranks on this host raise the same error
         raise error
     torch.accelerator.set_device_index(index)
     return torch.device(kind.type, index)

@@ -1,6 +1,6 @@
-"""Describe a rank in a heartbeat, and diagnose a group that makes no progress.
+"""Describe a rank's state in a heartbeat, and diagnose a group that makes no progress.
 
-This file has only plain values and pure functions; `watchdog` has the threads.
+This file contains no threads; `watchdog` has them.
 """
 
 import contextlib
@@ -16,25 +16,25 @@ from .membership import Peer
 
 _PACKAGE = str(Path(__file__).parents[1])
 _LIBRARIES = (sys.base_prefix, sys.prefix, "<")
-_CHECKS_APART = 0.5  # seconds: all ranks check within about this time of each other
+_CHECKS_APART = 0.5  # seconds; the checks of different ranks are at most about this far apart
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a rank is doing at one moment. Its JSON goes through the group's store."""
+    """The activity of a rank at one moment, sent to the other ranks as JSON through the group's store."""
 
     number: int
-    """Counts a rank's heartbeats. A repeated number means that no new heartbeat has arrived."""
+    """Sequence number. A repeated number means that no new heartbeat has arrived."""
     phase: str
     step: int
     waiting: str | None
-    """The collective in which the rank waits for others."""
+    """The collective in which the rank waits for others; None if it does not wait."""
     idle: float
     """Seconds since the main thread last made progress."""
     patience: float
-    """Seconds that this phase may take without progress."""
+    """Seconds that this phase may go without progress."""
     where: str
-    """The line of the user's model or of this program that the main thread executes."""
+    """The line of the user's model or of this program that the main thread is executing."""
     clock: str
     """Time of day on the rank's host, as HH:MM:SS."""
 
@@ -44,32 +44,32 @@ class Heartbeat:
 
     @classmethod
     def decode(cls, text: bytes) -> "Heartbeat":
-        """Invert `encode`."""
+        """Parse the result of `encode`."""
         return cls(**json.loads(text))
 
 
 class RankStatus:
-    """The current phase, step and wait of a rank, from which its heartbeats are made.
+    """The current phase and step of a rank, and what it waits for. Heartbeats are made from this.
 
-    The main thread writes and the watchdog's threads read. Every write is a single assignment, so there is
-    no lock. Each method resets `last_progress` first: a reader between two assignments then sees an old
-    phase with an idle time of zero, and not a new phase with the idle time of the old one.
+    The main thread writes and the watchdog's threads read. Every write is a single assignment, so no lock
+    is needed. Each method resets `last_progress` first. So a reader between two assignments sees the old
+    phase with an idle time of zero, and never the new phase with the idle time of the old one.
     """
 
     def __init__(self, patience: float) -> None:
-        self._patience = patience  # of an ordinary phase
+        self._patience = patience  # in an ordinary phase
         self.phase, self.step, self.patience = "starting", 0, patience
         self.waiting: str | None = None
         self.last_progress = time.monotonic()
 
     def enter(self, phase: str, *, patience: float | None = None) -> None:
-        """Begin a phase that may take `patience` seconds without progress (at least the usual time)."""
+        """Begin a phase that may go `patience` seconds without progress (at least the usual time)."""
         self.last_progress = time.monotonic()
         self.phase, self.patience = phase, max(patience or 0.0, self._patience)
 
     @contextlib.contextmanager
     def during(self, phase: str, patience: float) -> Iterator[None]:
-        """Be in this phase inside the `with` block, and in the previous one afterwards."""
+        """Enter this phase for the duration of the `with` block, then return to the previous one."""
         before = self.phase, self.patience
         self.enter(phase, patience=patience)
         try:
@@ -78,16 +78,16 @@ class RankStatus:
             self.enter(before[0], patience=before[1])
 
     def made_progress(self) -> None:
-        """Note progress within the phase."""
+        """Record progress within the phase."""
         self.last_progress = time.monotonic()
 
     def begin_step(self, step: int) -> None:
-        """Note that this training step begins."""
+        """Record that this training step begins."""
         self.last_progress = time.monotonic()
         self.step = step
 
     def set_waiting(self, collective: str | None) -> None:
-        """Note that the rank waits for others in a collective, or (None) that the wait is over."""
+        """Record that the rank waits for others in a collective, or (None) that the wait is over."""
         self.last_progress = time.monotonic()
         self.waiting = collective
 
@@ -96,7 +96,7 @@ class RankStatus:
         self.last_progress = min(self.last_progress + seconds, time.monotonic())
 
     def heartbeat(self, number: int, main_thread: int) -> Heartbeat:
-        """Return a heartbeat that describes this moment. `main_thread` is the main thread's identifier."""
+        """Return a heartbeat for the current moment. `main_thread` is the main thread's identifier."""
         idle = time.monotonic() - self.last_progress
         where = _user_line(sys._current_frames().get(main_thread)) if idle > 1 else ""
         clock = time.strftime("%H:%M:%S")
@@ -104,7 +104,7 @@ class RankStatus:
 
 
 def _user_line(frame: FrameType | None) -> str:
-    """Return the innermost line outside of libraries: of the user's model, else of this program."""
+    """Return the innermost line of the stack in the user's model or in this program, not in a library."""
     while frame is not None:
         file = frame.f_code.co_filename
         if file.startswith(_PACKAGE) or not ("site-packages" in file or file.startswith(_LIBRARIES)):
@@ -115,7 +115,7 @@ def _user_line(frame: FrameType | None) -> str:
 
 @dataclass(frozen=True)
 class ReceivedHeartbeat:
-    """The latest heartbeat of a rank, and when this rank first saw it, by its own monotonic clock."""
+    """The latest heartbeat of another rank, and when it arrived, by this rank's monotonic clock."""
 
     heartbeat: Heartbeat
     at: float
@@ -133,13 +133,13 @@ def diagnose(
     store: str,
     asynchronous: bool = False,
 ) -> tuple[str, int] | None:
-    """Explain in a sentence why the group makes no progress, and choose the rank that reports it.
+    """Explain in one sentence why the group makes no progress, and choose the rank that reports it.
 
-    Returns None while there is no problem yet. `received` has the latest heartbeat of every rank, including
-    `me`. `last_contact` is when the store, which is at `store`, last answered. A rank examines the others
-    only when it has itself made no progress for `limit` seconds. A rank without a new heartbeat for
+    Returns None if there is no problem yet. `received` has the latest heartbeat of every rank, including
+    `me`. `last_contact` is the time when the store (at address `store`) last answered. A rank examines the
+    others only after it has made no progress itself for `limit` seconds. A rank without a new heartbeat for
     `silence` seconds is stopped or cannot be reached. On asynchronous devices the main thread runs ahead of
-    its device, so a rank that waits for others cannot be distinguished from one that is stuck.
+    the device, so a rank that waits for others cannot be distinguished from a rank that is stuck.
     """
     mine = received[me].heartbeat
     waited = mine.idle + now - received[me].at
@@ -169,16 +169,17 @@ def diagnose(
         elif overdue:
             where = f", in {heartbeat.where}" if heartbeat.where else ""
             suspects.append(f"{peer} has made no progress for {idle:.0f} s: {_activity(heartbeat)}{where}")
-    # A rank that began to wait later has no diagnosis yet, and would be ended before it could report one.
+    # Do not choose a rank that began to wait later: it has no diagnosis yet, and would be ended before it
+    # could report one.
     reporter = min((rank for rank, idle in waiting.items() if idle >= limit - _CHECKS_APART), default=me)
     if suspects:
         return f"{'; '.join(suspects)}{wait}", reporter
-    # A rank that does not wait is busy, and within its time. A rank that came to the collective only now
-    # may be the one that all others waited for.
+    # A rank that does not wait is busy, and still within its time limit. A rank that has only just reached
+    # the collective may be the one that all others waited for.
     if len(waiting) < len(peers) or min(waiting.values()) < 0.9 * limit:
         return None
     if waited < mine.patience:
-        return None  # this phase may take long: the rendezvous of a large group
+        return None  # this phase may take longer, for example the rendezvous of a large group
     places = ", ".join(_place(peer, received[peer.rank].heartbeat) for peer in peers[:8])
     cause = "a connection between them is cut, or they call different collectives"
     return f"no rank makes progress, though all are alive ({places}): {cause}", reporter

@@ -1,9 +1,10 @@
-"""Find out which processes are in the group, at a store that may be older than the group.
+"""Determine which processes are in the group, through a store that may be older than the group.
 
-torchrun's agent keeps one store through all restarts. A new attempt therefore finds keys there that dead
-processes wrote, and a backend that reads the address of a dead process hangs. To avoid this, every process
-writes a fresh random token. Rank 0 answers each token with the name of the current attempt, and counts a
-rank only after it has acknowledged that name. All other keys of an attempt carry its name as a prefix.
+torchrun's agent keeps the same store across restarts. So a new attempt finds keys from dead processes in
+it, and a backend that reads the address of a dead process hangs. To avoid this, every process writes a
+fresh random token. Rank 0 answers each token with the name of the current attempt, and counts a rank as
+present only after the rank has acknowledged that name. All other keys of an attempt have its name as a
+prefix.
 """
 
 import json
@@ -34,7 +35,7 @@ class KeyValueStore(Protocol):
 
 @dataclass(frozen=True)
 class Peer:
-    """One process of the group. Its JSON goes through the store, so the field names are a wire format."""
+    """One process of the group. It is sent as JSON through the store: the field names are a wire format."""
 
     rank: int
     host: str
@@ -42,9 +43,9 @@ class Peer:
     address: str = ""
     """The host's address on the route to rank 0's host; empty if all ranks are on one host."""
     starter: str = ""
-    """The `launcher_id` of its `Placement`."""
+    """The `launcher_id` from the process's `Placement`."""
     port: int = 0
-    """The port on which the process accepts connections; 0 if it does not."""
+    """The port on which the process accepts connections; 0 if it accepts none."""
 
     @classmethod
     def here(cls, placement: Placement, port: int = 0) -> Self:
@@ -60,8 +61,8 @@ class Peer:
 class Membership:
     """One rank's side of the protocol. Call `poll` until it returns True.
 
-    Attributes, known once `poll` has returned True: `attempt`, the name of this attempt of the group (rank
-    0 knows it from the start); `peers`, all ranks in order.
+    Attributes, valid once `poll` has returned True: `attempt`, the name of the current attempt (on rank 0
+    it is valid from the start); `peers`, all ranks in order.
     """
 
     def __init__(self, store: KeyValueStore, me: Peer, size: int) -> None:
@@ -69,16 +70,19 @@ class Membership:
         self._token = secrets.token_hex(8)
         self.attempt = self._token if me.rank == 0 else ""
         self.peers: list[Peer] = []
-        self._answered: dict[int, str] = {}  # rank to the token that was answered
+        self._answered: dict[int, str] = {}  # for each rank, the token that was answered
         self._acknowledged: dict[int, Peer] = {me.rank: me}
         store.set(f"hello/{me.rank}", json.dumps([self._token, asdict(me)]))
 
     def poll(self) -> bool:
-        """Do what can be done now without waiting. Return True when the membership is complete."""
+        """Advance the protocol without waiting. Return True once the membership is complete."""
         return self._poll_rank_zero() if self._rank == 0 else self._poll_other_rank()
 
     def missing(self) -> Sequence[int]:
-        """Return the ranks that have not acknowledged. Ranks above 0 know nothing of the others: rank 0."""
+        """Return the ranks that have not acknowledged the attempt.
+
+        On ranks other than 0 this is just rank 0, the only one they can see.
+        """
         if self._rank > 0:
             return [0]
         return [rank for rank in range(self._size) if rank not in self._acknowledged]
@@ -111,7 +115,7 @@ class Membership:
         if not self._store.check([f"answer/{self._token}"]):
             return False
         attempt = self._store.get(f"answer/{self._token}").decode()
-        if attempt != self.attempt:  # the first answer, or that of a restarted rank 0
+        if attempt != self.attempt:  # the first answer, or the answer of a restarted rank 0
             self._store.set(f"{attempt}/here/{self._token}", "")
             self.attempt = attempt
         if not self._store.check([f"{attempt}/all"]):
@@ -123,7 +127,7 @@ class Membership:
 def join_group(store: KeyValueStore, me: Peer, size: int, *, where: str, seconds: float) -> Membership:
     """Wait until the membership is complete. Raises `LaunchError`, naming missing ranks, after `seconds`.
 
-    A backend would wait as well, but inside C++, where no signal handler runs, and it would name no rank.
+    A backend would also wait, but inside C++, where no signal handler runs, and without naming a rank.
     """
     membership = Membership(store, me, size)
     deadline = time.monotonic() + seconds

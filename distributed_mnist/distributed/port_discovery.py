@@ -1,9 +1,9 @@
-"""Find rank 0's port where the launcher does not pass one to all ranks (Slurm, MPI).
+"""Find rank 0's port if the launcher does not pass one to all ranks (Slurm, MPI).
 
 All ranks derive the same few ports from the job's name. Rank 0 listens on the first free one. It answers
-every connection with the job's name and the port of its store, which may be any port. The other ranks try
-each port until one answers with the name of their job. An unrelated program on one of the ports costs a
-second, and does not stop the job.
+every connection with a hash of the job's name and the port of its store, which may be any port. The other
+ranks try each port until one answers with the hash of their job's name. An unrelated program on one of the
+ports delays the job by a second, but does not stop it.
 """
 
 import contextlib
@@ -50,9 +50,9 @@ def announce(ports: tuple[int, ...], job: str, store_port: int) -> None:
 
 
 def wait_for(host: str, port: int, seconds: float, hint: str = "") -> None:
-    """Return when something listens at this address. Raises `LaunchError`, with `hint`, after `seconds`.
+    """Wait until something listens at this address. Raises `LaunchError`, with `hint`, after `seconds`.
 
-    The store's own client waits too, but no signal handler runs meanwhile.
+    The store's own client would also wait, but signal handlers do not run during that wait.
     """
     deadline = time.monotonic() + seconds
     while True:
@@ -66,7 +66,7 @@ def wait_for(host: str, port: int, seconds: float, hint: str = "") -> None:
 
 
 def address_towards(host: str) -> str:
-    """Return this host's address on the route to `host`; empty if there is no route, or only loopback."""
+    """Return this host's address on the route to `host`; empty if there is no route except loopback."""
     with contextlib.suppress(OSError):
         family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -77,7 +77,7 @@ def address_towards(host: str) -> str:
 
 
 def interface_towards(hosts: Iterable[str]) -> str | None:
-    """Return the name of the network interface that leads to the first of `hosts` that is another host."""
+    """Return the network interface on the route to the first of `hosts` that is not this host."""
     mine = next(filter(None, map(address_towards, hosts)), None)
     for name, addresses in psutil.net_if_addrs().items():
         if any(entry.address.partition("%")[0] == mine for entry in addresses):
@@ -114,5 +114,5 @@ def _answer(listener: socket.socket, greeting: str) -> None:
             connection, _ = listener.accept()
             with connection:
                 connection.sendall(greeting.encode())
-        except OSError:  # this client is gone; the next one may not be
+        except OSError:  # this client has disconnected; keep serving the others
             time.sleep(0.01)

@@ -17,7 +17,7 @@ from ..errors import LaunchError
 from . import port_discovery
 from .rendezvous import Rendezvous, reason_of
 
-_TIMEOUT = timedelta(hours=1)  # the backend's, which names no rank: the watchdog acts long before
+_TIMEOUT = timedelta(hours=1)  # of the backend, which names no rank; the watchdog acts much earlier
 _LOST = re.compile(r"gloo/transport|[Cc]onnection|\bpeer\b|NCCL|[Tt]imed? ?out|\b[Ss]tore\b", re.ASCII)
 
 

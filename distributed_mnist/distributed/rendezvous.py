@@ -1,4 +1,4 @@
-"""Bring the ranks of a group together at a store, which the launcher or rank 0 serves."""
+"""Connect the ranks of a group through a store, which the launcher or rank 0 serves."""
 
 import re
 import socket
@@ -12,7 +12,7 @@ from . import port_discovery
 from .membership import Membership, Peer, join_group
 
 RENDEZVOUS_SECONDS = 300.0  # the hosts of one job can start minutes apart
-_STORE_SECONDS = 30.0  # a store that the launcher serves exists before its processes
+_STORE_SECONDS = 30.0  # shorter, because a launcher's store exists before its processes start
 _STALE = "; if that host is gone, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started"
 
 
@@ -20,12 +20,12 @@ class Rendezvous:
     """The result of a rendezvous: all ranks are present and know each other.
 
     `listener` is a bound and listening socket for rank 0's store, if our own launcher opened one. `port` is
-    where this rank accepts connections. `hang_after` is how many seconds processes of our own launcher wait
-    for each other. Raises `LaunchError` if the other ranks cannot be reached.
+    the port where this rank accepts connections. `hang_after` is how many seconds processes from our own
+    launcher wait for each other. Raises `LaunchError` if the other ranks cannot be reached.
 
     Attributes: `peers`; `attempt`, a random name that only the ranks of this attempt know; `where`, the
-    store's address for messages; `store` and `heartbeat_store`, two connections to the store, since one may
-    block.
+    store's address for messages; `store` and `heartbeat_store`, two connections to the store, because a
+    call on one of them may block.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Rendezvous:
 def _connect_store(placement: Placement, listener: socket.socket | None) -> dist.TCPStore:
     """Serve the group's store, or connect to it. Raises `LaunchError`."""
     serve = placement.rank == 0 and not placement.store_exists
-    derived = len(placement.ports) > 1  # else the launcher gave all ranks the same one port
+    derived = len(placement.ports) > 1  # otherwise the launcher gave all ranks the same port
     try:
         if listener is not None and serve:
             return _store(placement, listener.getsockname()[1], serve=True, listen_fd=listener.detach())
@@ -72,7 +72,10 @@ def _connect_store(placement: Placement, listener: socket.socket | None) -> dist
 
 
 def _join(store: dist.Store, me: Peer, placement: Placement, where: str, hang_after: float) -> Membership:
-    """Wait for all ranks. Processes of our own launcher start at once, and it can start them again."""
+    """Wait for all ranks.
+
+    Under our own launcher the wait is shorter: it starts all processes at once and can restart them.
+    """
     spawned = placement.launcher == "spawned"
     seconds = max(hang_after, _STORE_SECONDS) if spawned else RENDEZVOUS_SECONDS
     try:

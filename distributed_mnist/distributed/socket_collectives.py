@@ -1,12 +1,12 @@
 """Collectives on CPU, over TCP sockets between the ranks.
 
-The waiting rank's main thread reads the sockets itself. gloo has a thread for that. Where ranks compute on
-every core, that thread waits to be scheduled: an all-to-all of 100 kB took two milliseconds, and takes a
-tenth of a millisecond here (docs/explanation/performance.md). A closed socket also shows which rank is
-gone.
+The main thread of a waiting rank reads the sockets itself. gloo uses a separate thread. When ranks compute
+on every core, that thread must wait to be scheduled. An all-to-all of 100 kB takes two milliseconds with
+gloo and a tenth of a millisecond here (docs/explanation/performance.md). A closed socket also shows which
+rank is gone.
 
 Two ranks connect when they first communicate. In an all-gather or a broadcast each rank communicates only
-with those at distances 1, 2, 4, ..., so in a group of a thousand each rank has ten connections.
+with the ranks at distances 1, 2, 4, ..., so in a group of a thousand each rank has ten connections.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ from torch import Tensor
 from ..errors import WorkerLost, reason
 from .membership import Peer
 
-_LARGE = 4096  # elements: in smaller messages the latency counts more than the length
+_LARGE = 4096  # elements; for smaller messages latency matters more than bandwidth
 _GREETING_BYTES = 36  # the digest of the attempt's name, and a rank
-_CONNECT_SECONDS = 30.0  # where nothing answers at all, an operating system waits for minutes
+_CONNECT_SECONDS = 30.0  # without this, the operating system waits minutes for a host that never answers
 _GREETING_SECONDS = 5.0  # a rank that connects sends its greeting at once
 
 
@@ -31,9 +31,9 @@ class SocketCollectives:
     """The collectives of a group whose tensors are on the CPU. All ranks call them in the same order.
 
     `listener` accepts this rank's connections. `host` is the address of rank 0's host. `attempt` is the
-    name of this attempt of the group: a process that does not know it is refused. Every collective raises
-    `WorkerLost`, naming the rank, when a rank it communicates with is gone. (The watchdog finds a rank that
-    disappears before it first connects.)
+    name of the current attempt; a process that does not know it is refused. Every collective raises
+    `WorkerLost`, naming the rank, if a rank that it communicates with is gone. (The watchdog finds a rank
+    that disappears before it first connects.)
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class SocketCollectives:
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Stack all ranks' tensors by rank, `(...)` to `(size, ...)`, in log2(size) rounds.
 
-        Bruck and others, "Efficient algorithms for all-to-all communications", 1997. In each round a rank
-        that has `n` rows sends them all to the rank `n` places before it.
+        The algorithm is from Bruck and others, "Efficient algorithms for all-to-all communications", 1997.
+        In each round a rank that has `n` rows sends them all to the rank `n` places before it.
         """
         rows = tensor.new_empty((self._size, *tensor.shape))  # row i is from the i-th rank after this one
         rows[0] = tensor
@@ -70,7 +70,7 @@ class SocketCollectives:
         return received
 
     def broadcast_(self, tensor: Tensor, src: int) -> Tensor:
-        """Copy rank `src`'s values into every rank's tensor, which is contiguous, in log2(size) rounds.
+        """Copy rank `src`'s values into every rank's tensor, in log2(size) rounds. `tensor` is contiguous.
 
         In each round every rank that has the values sends them to one more rank.
         """
@@ -86,7 +86,10 @@ class SocketCollectives:
         return tensor
 
     def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
-        """Sum in place, in the order of ranks. Of a large tensor each rank sums one slice for all."""
+        """Sum in place, in the order of ranks.
+
+        For a large tensor, each rank sums one slice and sends it to the others.
+        """
         if self._size == 2 or tensor.numel() < _LARGE:
             return tensor.copy_(_sum_in_order(self.all_gather(tensor)))
         width = -(-tensor.numel() // self._size)
@@ -105,10 +108,10 @@ class SocketCollectives:
             connection.close()
 
     def send_recv(self, sent: Mapping[int, Tensor], received: Mapping[int, Tensor]) -> None:
-        """Send to some ranks and receive from some at the same time. Contiguous tensors, by rank.
+        """Send to some ranks and receive from some at the same time. Maps ranks to contiguous tensors.
 
-        Sending does not wait for receiving or the other way round. Otherwise two ranks that send each other
-        more than sockets can hold would wait for ever.
+        Neither direction waits for the other. Otherwise two ranks that send each other more than the socket
+        buffers can hold would wait forever.
         """
         to_send = {rank: _bytes(tensor) for rank, tensor in sent.items() if tensor.numel()}
         to_receive = {rank: _bytes(tensor) for rank, tensor in received.items() if tensor.numel()}
@@ -130,7 +133,7 @@ class SocketCollectives:
     def _transfer(
         self, rank: int, left: dict[int, memoryview], transfer: Callable[[memoryview], int]
     ) -> bool:
-        """Transfer as much as possible now of what is left for a rank. Return whether any byte moved."""
+        """Transfer what a rank's socket accepts now of the bytes left. Return whether any byte moved."""
         try:
             count = transfer(left[rank])
         except BlockingIOError:
@@ -146,7 +149,7 @@ class SocketCollectives:
         return True
 
     def _connection(self, rank: int) -> socket.socket:
-        """Return the connection with a rank. The higher rank of the two opens it."""
+        """Return the connection to a rank. The higher rank of the two opens it."""
         while rank not in self._connections:
             if rank < self._rank:
                 self._connections[rank] = self._connect(self._peers[rank])
@@ -168,7 +171,7 @@ class SocketCollectives:
         connection, _ = self._listener.accept()
         connection.settimeout(_GREETING_SECONDS)
         greeting = b""
-        with contextlib.suppress(OSError):  # it sent too little, or closed the connection
+        with contextlib.suppress(OSError):  # the other side was too slow, or broke the connection
             while len(greeting) < _GREETING_BYTES:
                 if not (received := connection.recv(_GREETING_BYTES - len(greeting))):
                     break

@@ -1,9 +1,10 @@
-"""Find a rank that hangs and say which.
+"""Detect a rank that hangs, and report which one.
 
-A collective waits inside C++, on some backends for half an hour, and its time-out names no rank. So each
-rank has two threads beside the main one. The first writes this rank's heartbeat into the group's store and
-reads the others'. The second checks them when the main thread has made no progress for too long. There are
-two because a store whose host is cut off never answers.
+A collective waits inside C++, on some backends for half an hour, and its timeout message names no rank. So
+each rank runs two threads in addition to the main thread. The first writes this rank's heartbeat into the
+group's store and reads the heartbeats of the others. The second checks them when the main thread has made
+no progress for too long. There are two because the first can block: a store whose host is cut off never
+answers.
 """
 
 import os
@@ -18,10 +19,10 @@ from .membership import KeyValueStore, Peer
 
 
 class Watchdog:
-    """From `start` to `stop`, end this process with one line when the group makes no progress.
+    """From `start` to `stop`, end this process with one line if the group makes no progress.
 
-    `store` is a connection of its own, because it may block. `limit` is in seconds, the same on all ranks.
-    `where` is the store's address for messages.
+    `store` must be a separate connection, because calls on it may block. `limit` is in seconds, the same on
+    all ranks. `where` is the store's address for messages.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Watchdog:
         self._last_contact = time.monotonic()
 
     def start(self) -> None:
-        """Start both threads. The main thread calls this, because its waits are the ones to watch."""
+        """Start both threads. The thread that calls `Watchdog()` and `start` is the one that is watched."""
         for target in (self._exchange_heartbeats, self._check):
             threading.Thread(target=target, name=f"dmnist{target.__name__}", daemon=True).start()
 
@@ -56,7 +57,7 @@ class Watchdog:
 
     def _exchange_heartbeats(self) -> None:
         keys = [f"life/{rank}" for rank in range(len(self._peers))]
-        present: list[int] = []  # ranks with a heartbeat: the store would wait for those without
+        present: list[int] = []  # ranks with a heartbeat; `multi_get` would wait for the other ranks
         number = 0
         while not self._stopped.is_set():
             number += 1
@@ -66,7 +67,7 @@ class Watchdog:
                 absent = [rank for rank in range(len(keys)) if rank not in present]
                 present += [rank for rank in absent if self._store.check([keys[rank]])]
                 texts = self._store.multi_get([keys[rank] for rank in present])
-            except RuntimeError:  # the connection broke; `_last_contact` is not renewed
+            except RuntimeError:  # the connection broke; `_last_contact` keeps its old value
                 self._stopped.wait(self._interval)
                 continue
             self._last_contact = now = time.monotonic()
@@ -83,7 +84,7 @@ class Watchdog:
         checked = time.monotonic()
         while not self._stopped.wait(interval):
             now = time.monotonic()
-            # After Ctrl-Z, or in a suspended job, all heartbeats are old and no rank is at fault.
+            # After Ctrl-Z, or in a suspended job, all heartbeats are old, but no rank is at fault.
             if (suspended := now - checked - interval) > interval:
                 self._discount(suspended)
             checked = now
@@ -103,7 +104,7 @@ class Watchdog:
                 self._end_process(*diagnosis)
 
     def _discount(self, suspended: float) -> None:
-        """Move all clocks forward by the seconds in which this process was suspended."""
+        """Move all recorded times forward by the seconds for which this process was suspended."""
         self._status.discount(suspended)
         now = time.monotonic()
         self._last_contact = min(self._last_contact + suspended, now)
@@ -118,6 +119,6 @@ class Watchdog:
         if reporter == self._placement.rank:
             print_error(error, self._placement)
         else:
-            self._stopped.wait(1)  # a launcher ends all processes when the first one exits: the reporter
+            self._stopped.wait(1)  # exit after the reporter: when one exits, a launcher ends the others
         if not self._stopped.is_set():
             os._exit(error.exit_code)

@@ -1,7 +1,7 @@
 """The process group: its ranks, its device and its collectives.
 
-A `World` is created once and passed to whatever needs it. With one process (size 1) every collective is the
-identity, and nothing is connected.
+A `World` is created once and passed to the code that needs it. With one process (size 1) every collective
+returns its input, and there are no connections.
 """
 
 import contextlib
@@ -43,10 +43,10 @@ class Collectives(Protocol):
 class World:
     """One process's view of its group: its rank, its device, and the collectives.
 
-    Attributes: `rank`, `size`, `local_rank`, `local_size`, `device`, `backend` ("sockets" on CPU, else
-    torch's name; "none" for one process), `launcher`, `restarts` (as the launcher counts them), `peers`
+    Attributes: `rank`, `size`, `local_rank`, `local_size`, `device`, `backend` ("sockets" on CPU, otherwise
+    torch's name for it; "none" for one process), `launcher`, `restarts` (the launcher's count), `peers`
     (all ranks, in order), `status` (the `RankStatus` of this rank, from which its heartbeats are made),
-    `communication_seconds` (spent in collectives so far).
+    `communication_seconds` (time spent in collectives so far).
 
     All ranks must call the collectives in the same order. When a peer dies, they raise `WorkerLost`. When a
     peer hangs, the watchdog ends this process.
@@ -86,10 +86,10 @@ class World:
     ) -> Self:
         """Connect to the other ranks and return the group.
 
-        `backend` is the backend of torch's process group; by default the usual one of the device.
-        `listener` is a bound and listening socket for rank 0's store, if our own launcher opened one.
-        `hang_after`, the same on all ranks, is how many seconds the group may make no progress. Raises
-        `LaunchError` if the other ranks cannot be reached.
+        `backend` is the backend of torch's process group; the default depends on the device. `listener` is
+        a bound and listening socket for rank 0's store, if our own launcher opened one. `hang_after`, the
+        same on all ranks, is how many seconds the group may go without progress. Raises `LaunchError` if
+        the other ranks cannot be reached.
         """
         if placement.size == 1:
             return cls(placement, device, "none")
@@ -118,7 +118,7 @@ class World:
             )
         else:
             world._collectives = world.join_process_group()
-        world.barrier()  # otherwise a rank that fails at once would break the connections of the others
+        world.barrier()  # without it, a rank that fails at once would break the others' connections
         return world
 
     def join_process_group(self) -> TorchProcessGroup:
@@ -135,27 +135,27 @@ class World:
         return self._process_group
 
     def close(self) -> None:
-        """Leave the group, together with all other ranks. No collective may be under way."""
+        """Leave the group, together with all other ranks. No collective may be in progress."""
         if self.size > 1:
             self.barrier()  # a launcher may end the remaining processes when the first one exits
             self.leave()
 
     def leave(self) -> None:
-        """Leave the group without waiting for the other ranks, which may be gone or wait for this one."""
+        """Leave the group without waiting for the other ranks, which may be dead or may wait for us."""
         if self._watchdog is not None:
             self._watchdog.stop()
         for group in {self._collectives, self._process_group} - {None}:
             group.close()
 
     def address(self, rank: int) -> str:
-        """Return the address of a rank's host, to which the other ranks connect."""
+        """Return the address at which the other ranks reach a rank's host."""
         return self.peers[rank].address or self._placement.host
 
     def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
         """Sum the ranks' tensors, in place, on every rank.
 
-        The backend chooses the order of the additions. Sums of integers are exact. So are sums of floats if
-        at most one rank's value of each element is not zero; this is how the program keeps its sums exact.
+        The backend chooses the order of the additions. Sums of integers are exact. Sums of floats are exact
+        if each element is nonzero on at most one rank; this is how the program keeps its sums exact.
         """
         if self._collectives:
             with self.communicating("an all-reduce"):
@@ -163,7 +163,7 @@ class World:
         return tensor
 
     def all_reduce_max_(self, tensor: Tensor) -> Tensor:
-        """Take the maximum of the ranks' values of each element, in place, on every rank."""
+        """Take the maximum of each element over all ranks, in place, on every rank."""
         if self._collectives:
             with self.communicating("an all-reduce"):
                 self._collectives.all_reduce_max_(tensor)
@@ -184,7 +184,7 @@ class World:
             return self._collectives.all_to_all(tensor)
 
     def send_recv(self, sent: Mapping[int, Tensor], received: Mapping[int, Tensor]) -> None:
-        """Send to some ranks and receive from some at the same time. Contiguous tensors, by rank."""
+        """Send to some ranks and receive from some at the same time. Maps ranks to contiguous tensors."""
         if self._collectives:
             with self.communicating("a send-receive"):
                 self._collectives.send_recv(sent, received)
@@ -197,7 +197,7 @@ class World:
         return tensor
 
     def broadcast_bytes(self, data: bytes | None, src: int = 0) -> bytes:
-        """Return rank `src`'s bytes on every rank. What the other ranks pass is ignored."""
+        """Return rank `src`'s bytes on every rank. The other ranks' `data` is ignored."""
         if self.size == 1:
             return data or b""
         own = data if self.rank == src and data else b""
@@ -210,14 +210,14 @@ class World:
         return buffer.cpu().numpy().tobytes()
 
     def broadcast_object(self, value: Any, src: int) -> Any:
-        """Return rank `src`'s value on every rank. Pickle is safe here: the peer is of our own group."""
+        """Return rank `src`'s value on every rank. Pickle is safe here: the peer belongs to our group."""
         return pickle.loads(self.broadcast_bytes(pickle.dumps(value), src))
 
     def on_every_rank(self, make: Callable[[], T]) -> T:
-        """Call `make` on every rank and return this rank's result. If it fails on any rank, all raise.
+        """Call `make` on every rank and return this rank's result. If it fails on one rank, all raise.
 
-        A rank that failed raises its own error. The others raise the error of the first failed rank, with
-        that rank's number. So all stop for the same reason, and none waits for a rank that has left.
+        A rank on which it failed raises its own error. The other ranks raise the error of the lowest failed
+        rank, with its number. So all ranks stop, and none waits for a rank that has left.
         """
         result: T | None = None
         failure: Exception | None = None
@@ -229,16 +229,16 @@ class World:
             mine = torch.tensor([int(failure is not None)], device=self.device)
             failed = self.all_gather(mine).flatten().nonzero().flatten().tolist()
             if failed:
-                # A collective, so ranks with an error of their own take part too.
+                # This is a collective, so ranks with their own error must call it too.
                 kind, text = self.broadcast_object(described(failure), src=failed[0])
-                where = f"rank {failed[0]}: " if failed[0] else ""  # rank 0 is the one that prints it
+                where = f"rank {failed[0]}: " if failed[0] else ""  # rank 0 prints the error
                 failure = failure or kind(f"{where}{text}")
         if failure is not None:
             raise failure
         return result  # type: ignore[return-value]
 
     def on_rank_zero(self, make: Callable[[], T]) -> T:
-        """Call `make` on rank 0 only; return its (picklable) result, or raise its error, on every rank."""
+        """Call `make` on rank 0 only. Every rank returns its (picklable) result or raises its error."""
         value = self.on_every_rank(lambda: make() if self.rank == 0 else None)
         return value if self.size == 1 else self.broadcast_object(value, src=0)  # type: ignore[return-value]
 
@@ -257,8 +257,8 @@ class World:
     def communicating(self, collective: str, *, also_computes: bool = False) -> Iterator[None]:
         """Wrap code that waits for other ranks. A backend's error about a lost peer becomes `WorkerLost`.
 
-        `collective` is a noun for messages, such as "an all-reduce". If the code `also_computes`, its time
-        does not count as communication, and a `WorkerLost` of a collective inside it passes unchanged.
+        `collective` is a noun for messages, such as "an all-reduce". With `also_computes`, the time does
+        not count as communication, and a `WorkerLost` from a collective in the code passes unchanged.
         """
         self.status.set_waiting(collective)
         began = time.perf_counter()

@@ -1,5 +1,5 @@
-"""`dmnist doctor`: examine a machine or a job before something is trained on it.
+"""`dmnist doctor`: examine a machine or a job before training on it.
 
-In: a world of processes. Out: a list of findings, each with advice where something is wrong. `host`
-examines one machine, `collectives` what the ranks do together.
+Input: a world of processes. Output: a list of findings, with advice if something is wrong. `host` examines
+one machine, and `collectives` the communication between ranks.
 """

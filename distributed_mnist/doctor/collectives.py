@@ -1,4 +1,4 @@
-"""Examine what the ranks do together: the collectives, their speed, and how far the clocks are apart.
+"""Examine the communication between ranks: the collectives, their speed, and the clocks' differences.
 
 Every collective that the program uses is checked against the answer that each rank computes by itself.
 """
@@ -24,7 +24,7 @@ _ADVICE = "check network, driver and memory; dmnist verify tests whether trainin
 
 
 def collectives(world: World) -> Finding:
-    """Check that each collective gives the right answer on every rank. All ranks call it."""
+    """Check that each collective gives the right answer on every rank. All ranks must call it."""
     failed = [failure for name, check in _CHECKS.items() if (failure := _failure(world, name, check))]
     ranks_by_failure: dict[str, list[str]] = {}
     for rank in range(world.size):
@@ -95,7 +95,7 @@ def addresses(world: World) -> Finding:
 
 
 def clocks(world: World) -> Finding:
-    """Measure how far the hosts' clocks are apart, right after a barrier. All ranks call it."""
+    """Measure how far apart the hosts' clocks are, right after a barrier. All ranks must call it."""
     world.barrier()
     # Whole seconds and microseconds: a float32, the only float on some devices, is too coarse.
     seconds, micros = divmod(time.time_ns() // 1000, 1_000_000)
@@ -171,7 +171,7 @@ def _objects(world: World) -> bool:
 
 
 def _tree(world: World) -> bool:
-    """Check the sum of gradients. Of integers every order gives the same sum, so the answer is known."""
+    """Check the sum of gradients. For integers every order gives the same sum, so the answer is known."""
     exchange = SubtreeExchange(world, world.size, _LENGTH)
     counter = BinaryCounter()
     counter.push(

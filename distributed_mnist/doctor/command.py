@@ -24,9 +24,9 @@ _SAME_ON_A_HOST = ("processor", "memory")  # the figures of these findings chang
 
 
 def run(world: World, out: Path, dataset: str, data: Path, console: Console) -> dict[str, Any]:
-    """Examine every host and what the ranks do together, and return what `--json` prints.
+    """Examine every host and the communication between ranks, and return what `--json` prints.
 
-    All ranks call it. Rank 0 shows the findings. `conclude` raises if any of them is bad.
+    All ranks must call it. Rank 0 shows the findings. `conclude` raises an error if any of them is bad.
     """
     cores_by_rank = [world.broadcast_object(host.affinity(), src=rank) for rank in range(world.size)]
     own_host = world.peers[world.rank].host
@@ -93,7 +93,7 @@ def _same_figures_on_a_host(
 ) -> list[list[Finding]]:
     """Return the findings by rank, with the figures of a host's first rank for all ranks of that host.
 
-    The ranks look at slightly different moments, so otherwise each would get a line of its own.
+    The ranks look at slightly different moments, so otherwise each would get its own line.
     """
     first_on_host: dict[str, Sequence[Finding]] = {}
     for peer, findings in zip(peers, by_rank, strict=True):
@@ -118,7 +118,7 @@ def _launcher(world: World) -> Finding:
 
 
 def _shared_folder(world: World, out: Path) -> Finding:
-    """Find out whether all hosts see the same folder for checkpoints. Either answer is good."""
+    """Find out whether all hosts see the same folder for checkpoints. Both answers are good."""
 
     def create_file() -> str:
         handle, name = tempfile.mkstemp(prefix=".dmnist-doctor-", dir=host.nearest_folder(out))

@@ -1,4 +1,4 @@
-"""The findings of `dmnist doctor`: each is good, doubtful or bad, and says what to do about it."""
+"""The findings of `dmnist doctor`: each is good, doubtful or bad, and has advice unless it is good."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -21,17 +21,17 @@ class Finding:
 
 
 def good(name: str, value: str) -> Finding:
-    """Make a finding that is as it should be."""
+    """Make a good finding."""
     return Finding(name, "good", value)
 
 
 def doubtful(name: str, value: str, advice: str) -> Finding:
-    """Make a finding that works but may not be what the user meant."""
+    """Make a finding for something that works but may not be what the user meant."""
     return Finding(name, "doubtful", value, advice)
 
 
 def bad(name: str, value: str, advice: str) -> Finding:
-    """Make a finding that will make training fail."""
+    """Make a finding for something that will make training fail."""
     return Finding(name, "bad", value, advice)
 
 

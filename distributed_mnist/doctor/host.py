@@ -85,7 +85,7 @@ def disk(out: Path) -> Finding:
     value = f"{folder}: {free / 2**30:,.1f} GiB free, 8 MiB on disk in {1e3 * seconds:.0f} ms"
     if free < _MIN_FREE_DISK:
         return doubtful(
-            "checkpoints", value, "make room: on a full disk checkpoints are lost, but the run goes on"
+            "checkpoints", value, "make room: on a full disk checkpoints are lost, but the run continues"
         )
     if seconds > 5:
         return doubtful("checkpoints", value, "the disk is slow: use --checkpoint-every '1 minute'")
@@ -123,7 +123,7 @@ def _versions() -> Finding:
 def _processor(local_size: int, host_cores: int) -> Finding:
     cores, load = usable_cores(), psutil.getloadavg()[0]
     # A container's quota is shared by all ranks of the host. Without one the bindings of all ranks count,
-    # because a launcher may bind each rank to a core of its own.
+    # because a launcher may bind each rank to its own core.
     if cores >= len(affinity()):
         cores = host_cores
     value = (
@@ -187,7 +187,7 @@ def _shared_memory(folder: Path = Path("/dev/shm")) -> int | None:
 
 
 def _memory_limit(group: Path = Path("/sys/fs/cgroup")) -> tuple[int, int] | None:
-    """Return the bytes that the container may use, and those that it uses without cached files.
+    """Return the bytes that the container may use, and those that it uses, not counting cached files.
 
     Returns None if there is no limit.
     """
@@ -214,7 +214,7 @@ def _devices() -> Finding:
 
 
 def _device_name(module: Any, index: int) -> str:
-    """Return the device's name and memory as far as torch knows them; for Apple's it knows neither."""
+    """Return the device's name and memory if torch knows them; for Apple's devices it knows neither."""
     name = "unnamed device"
     try:
         name = str(module.get_device_name(index))
@@ -244,7 +244,7 @@ def _name(peers: list[Peer], rank: int) -> Finding:
         problem = f"{', '.join(unknown)} cannot be resolved"
         if not several:
             return good("host name", f"{problem}: not needed on a single host")
-        advice = "put it into /etc/hosts or DNS; training uses addresses, so it may work all the same"
+        advice = "put it into /etc/hosts or DNS; training uses addresses, so it may still work"
         return doubtful("host name", problem, advice)
     own = peers[rank].host
     address = socket.getaddrinfo(own, None)[0][4][0]

@@ -15,8 +15,8 @@ BATCHES = (1, 2, 7, 64)
 TOLERANCE = 2e-5
 """Largest allowed difference of logits, as a fraction of the largest logit.
 
-fp32 rounds at 6e-8. Sums of a few thousand terms in another order, through five layers, differ by some ten
-times that. A real error (a wrong weight or pixel scale, a transposed image) changes the second digit.
+fp32 rounds at 6e-8. Sums of a few thousand terms in a different order, through five layers, differ by about
+ten times that. A real error (a wrong weight or pixel scale, a transposed image) changes the second digit.
 """
 
 
@@ -32,7 +32,7 @@ class Difference:
 
 
 def sample_images() -> list[Tensor]:
-    """Drawn digits `(n, 28, 28)` uint8, one tensor for each of `BATCHES`."""
+    """Generated digits `(n, 28, 28)` uint8, one tensor for each of `BATCHES`."""
     images = torch.from_numpy(draw(sum(BATCHES), "export")[0])
     return list(images.split(list(BATCHES)))
 
@@ -55,7 +55,7 @@ def compare_logits(run: Callable[[Tensor], Tensor], module: InferenceModule, pat
             raise VerificationError(f"{path} was not kept: its logits are not finite")
         if not torch.equal(actual.argmax(1), expected.argmax(1)):
             raise VerificationError(
-                f"{path} was not kept: it predicts another class for a digit than torch does"
+                f"{path} was not kept: it predicts a different class for a digit from torch"
             )
         greatest = max(greatest, (actual - expected).abs().max().item())
         largest = max(largest, expected.abs().max().item())

@@ -185,6 +185,6 @@ def _print_file(console: Console, file: dict[str, Any]) -> None:
     line = Text.assemble(
         (file["path"], "bold"),
         f": {file['format']}, {file['bytes']:,} bytes, logits within {file['max_difference']:.1e} of "
-        f"torch's on {file['compared_images']} drawn digits",
+        f"torch's on {file['compared_images']} generated digits",
     )
     console.print(line, soft_wrap=True)

@@ -51,8 +51,8 @@ class InferenceModule(nn.Module):
 def make_metadata(trained: Trained) -> Metadata:
     """The metadata of an export.
 
-    It has the test accuracy if the run's `result.json` is of the same weights. Raises `CheckpointError` if
-    that file cannot be read.
+    It contains the test accuracy if the run's `result.json` is for the same weights. Raises
+    `CheckpointError` if that file cannot be read.
     """
     sha256 = trained.weights_sha256
     metadata = {

@@ -1,8 +1,8 @@
 """Sum the gradient of a global batch over shards and ranks: in one fixed tree, or with DDP.
 
-`TreeGradients` always adds the gradients of the `V` shards in the same binary tree, on whichever ranks they
-were computed. Its result has the same bits for every number of processes. `DdpGradients` leaves the order
-of additions to DistributedDataParallel and its all-reduce. Its result is equal up to rounding.
+`TreeGradients` always adds the gradients of the `V` shards in the same binary tree, regardless of the ranks
+that computed them. Its result has the same bits for every number of processes. `DdpGradients` leaves the
+order of additions to DistributedDataParallel and its all-reduce. Its result is equal up to rounding.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -21,8 +21,8 @@ from .tree_sum import BinaryCounter, owned_shards
 ForwardShards = Callable[[nn.Module, range], tuple[Tensor, Tensor]]
 """`forward_shards(module, shards)` runs contiguous shards with at least one sample through `module`.
 
-Returns the logits, and the gradient by them of the loss, which is summed over the samples and divided by
-the size of the global batch."""
+Returns the logits, and the gradient of the loss with respect to them. The loss is summed over the samples
+and divided by the size of the global batch."""
 
 
 class Gradients(Protocol):
@@ -39,9 +39,10 @@ class TreeGradients:
     Each shard has its own gradient. A rank adds the complete subtrees among its shards, the ranks exchange
     the roots of these subtrees, and every rank finishes the same tree.
 
-    `layers` compute the gradients of a model that they support; without them autograd does, one shard per
-    pass. With them, consecutive shards whose sizes are in `invariant_sizes` go through the model in one
-    pass: each shard's gradient then has the bits that it has alone (see `batch_invariance`).
+    If the model is supported, `layers` compute its gradients. Without `layers`, autograd does, with one
+    shard per pass. With `layers`, consecutive shards whose sizes are in `invariant_sizes` go through the
+    model in one pass. Each shard's gradient then has the same bits as in a pass of its own (see
+    `batch_invariance`).
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class TreeGradients:
 
 
 class DdpGradients:
-    """Sums gradients with DistributedDataParallel, the standard way, equal up to rounding.
+    """Sums gradients with DistributedDataParallel, the standard way. Results are equal up to rounding.
 
     A rank's shards go through the model together, in as few passes as `micro_batch` (the most images per
     pass) allows. All passes but the last only accumulate gradients. If `one_shard_per_pass`, which is for

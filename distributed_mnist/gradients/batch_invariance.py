@@ -1,9 +1,9 @@
 """Test whether a shard's gradient has the same bits in a larger batch as alone.
 
-Kernels may add in another order for another batch size. So the program relies on batch invariance only
-where it holds in a test on this machine with exactly these sizes. On ordinary numbers another order changes
-a last bit here and there, and rounding to bf16 mostly hides even that, so such a test could pass by luck.
-Therefore each layer is also tested on numbers whose sums are zero: its results are then pure rounding
+Kernels may add in a different order for a different batch size. So the program relies on batch invariance
+only if it holds in a test on this machine with exactly these sizes. On ordinary numbers a different order
+changes only a few last bits, and rounding to bf16 hides most of these, so such a test could pass by chance.
+Therefore each layer is also tested on numbers whose sums are zero. The results are then pure rounding
 error, which changes with the order.
 """
 
@@ -23,8 +23,8 @@ Forward = Callable[[nn.Module, Tensor], Tensor]
 def matches_autograd(model: nn.Module, shape: Sequence[int]) -> bool:
     """Return whether `HookedLayers` computes autograd's gradients, on images of this shape.
 
-    This is tested and not deduced from the types of the layers, because a model may use its parameters in
-    other ways than to convolve and multiply.
+    This is tested, not deduced from the types of the layers, because a model may also use its parameters
+    outside its layers.
     """
     try:
         return _gradients_agree(model, shape)

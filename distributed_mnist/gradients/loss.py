@@ -6,17 +6,18 @@ _ROW_MULTIPLE = 64  # samples: a multiple of the vector length of any processor
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Return each sample's loss in nats, `(n,)`, and its gradient by the logits, `(n, classes)`.
+    """Return each sample's loss in nats, `(n,)`, and the loss's gradient, `(n, classes)`.
 
-    `logits` are float32 `(n, classes)`, `labels` int64 `(n,)`. With `p = softmax(logits)` and the target
-    `q`, which is `smoothing / classes` at every class plus `1 - smoothing` at the label, the loss is
-    `-sum(q * log(p))` and its gradient is `p - q` (Szegedy and others, "Rethinking the Inception
-    architecture", 2016). The bits of a sample's results do not depend on the other samples.
+    The gradient is with respect to the logits. `logits` are float32 `(n, classes)`, `labels` int64 `(n,)`.
+    With `p = softmax(logits)` and the target `q`, which is `smoothing / classes` at every class plus
+    `1 - smoothing` at the label, the loss is `-sum(q * log(p))` and its gradient is `p - q` (Szegedy and
+    others, "Rethinking the Inception architecture", 2016). The bits of a sample's results do not depend on
+    the other samples.
     """
     count, classes = logits.shape
     # One row per class, not per sample: torch's kernel for short rows takes fifteen times as long. The rows
-    # are padded, because the rest after the last whole vector is computed by other instructions, which give
-    # other last bits.
+    # are padded, because the rest after the last whole vector is computed by different instructions, which
+    # give different last bits.
     rows = logits.new_zeros((classes, -(-count // _ROW_MULTIPLE) * _ROW_MULTIPLE))
     rows[:, :count] = logits.detach().t()
     log_p = rows.log_softmax(0)

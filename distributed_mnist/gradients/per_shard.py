@@ -7,8 +7,8 @@ per layer, as in backpropagation by hand.
 
 No kernel promises that an image gets the same bits in a larger batch: see `batch_invariance`.
 
-Names follow torch: `grad_logits` is the gradient of the loss by the logits, `grad_output` that by a layer's
-output, and so on.
+Names follow torch: `grad_logits` is the gradient of the loss with respect to the logits, `grad_output` that
+with respect to a layer's output, and so on.
 """
 
 from collections.abc import Iterator, Sequence
@@ -105,7 +105,7 @@ class HookedLayers:
 
 
 def backpropagate(logits: Tensor, inputs: Sequence[Tensor], grad_logits: Tensor) -> tuple[Tensor, ...]:
-    """Return the gradients of the loss by `inputs`, None for those that it does not depend on.
+    """Return the gradients of the loss with respect to `inputs`; None where it does not depend on one.
 
     Autograd differentiates a scalar: if it gets `grad_logits` itself, torch imports a library for symbolic
     algebra to compare two shapes, which takes a third of a second. The numbers are the same, because

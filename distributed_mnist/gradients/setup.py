@@ -28,7 +28,8 @@ def make_gradients(
     """
     if recipe.sync == "ddp" and properties.unused:
         raise UsageError(
-            f"--model {recipe.model}: its {properties.unused[0]} is never used, but ddp needs all to be"
+            f"--model {recipe.model}: its {properties.unused[0]} is never used, but "
+            "ddp needs every parameter to be used"
         )
     shard_size = -(-recipe.batch_size // recipe.shards)
     if options.micro_batch is not None and options.micro_batch < shard_size:
@@ -53,9 +54,9 @@ def make_tree_gradients(
 ) -> TreeGradients:
     """Make gradients that are added in the fixed tree.
 
-    Several shards share a forward pass where a test on this machine shows that each gets the bits that it
-    gets alone. Otherwise, and for a model that draws random numbers by a key per shard, there is one shard
-    per pass.
+    Several shards share a forward pass if a test on this machine shows that each shard gets the same bits
+    as in a pass of its own. Otherwise there is one shard per pass. The same is true for a model that draws
+    random numbers, with a key per shard.
     """
     if properties.draws_random_numbers or not matches_autograd(model, IMAGE_SHAPE):
         return TreeGradients(model, world, recipe.shards)

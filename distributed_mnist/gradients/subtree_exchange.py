@@ -5,11 +5,11 @@ There are three methods:
 - *doubling*: in round `k` a rank swaps its node with the rank `2**k` away and adds the two. Each round adds
   one level of the tree.
 - *halving*: the same, but a rank adds only the half of each node that it is responsible for. Then the
-  finished pieces are handed back along the same way. This takes twice the rounds, but the number of bytes
+  finished pieces are sent back along the same path. This takes twice the rounds, but the number of bytes
   does not grow with the number of ranks. (Both: Thakur, Rabenseifner and Gropp, "Optimization of collective
   communication operations in MPICH", 2005.)
 - *slices*: each rank gets one slice of every rank's roots and finishes the tree for this slice; then the
-  slices are gathered. This works for any number of ranks, also if the subtrees are of different sizes.
+  slices are gathered. This works for any number of ranks, even if their subtrees have different sizes.
 
 All methods add in the same tree, so their results have the same bits.
 """
@@ -25,9 +25,9 @@ from .tree_sum import BinaryCounter, owned_shards, subtree_roots
 
 
 def has_equal_subtrees(size: int, shards: int) -> bool:
-    """Return whether each rank has one subtree and all are of one size.
+    """Return whether each rank has one subtree and all have the same size.
 
-    Only then each level of the tree above them joins pairs of ranks, as doubling and halving need.
+    Only then does each higher level of the tree join pairs of ranks, as doubling and halving require.
     """
     if not _is_power_of_two(size) or shards % size != 0:
         return False

@@ -74,7 +74,7 @@ def evaluate_checkpoint(
 def load_dataset(trained: Trained, dataset: str | None, folder: Path | None, console: Console) -> Dataset:
     """Load the data set called `dataset` from `folder`. The default is what `trained` was trained on.
 
-    Digits are drawn with the same seed and sizes as for training. Raises `DataError`.
+    Digits are generated with the same seed and sizes as for training. Raises `DataError`.
     """
     trained_on = trained.content["dataset"] or {}
     if dataset is None and trained.dataset not in NAMES:
@@ -98,17 +98,17 @@ def _training_data_folder(trained: Trained) -> Path | None:
 def evaluate_trained(
     trained: Trained, data: Data, world: World, *, require_training_data: bool
 ) -> Evaluation:
-    """Evaluate a trained network on the test images. Every rank calls it.
+    """Evaluate a trained network on the test images. Every rank must call it.
 
     Raises `CheckpointError` if the data has more classes than the network. Raises `DataError` if
-    `require_training_data` is set and the network was trained on other data.
+    `require_training_data` is set and the network was trained on different data.
     """
     classes = len(trained.class_names)
     expected = (trained.content["dataset"] or {}).get("sha256")
     if require_training_data and expected not in (None, data.sha256):
         raise DataError(
-            f"{trained.path} was trained on other data than is here now (sha256 {expected[:12]}, not "
-            f"{data.sha256[:12]}): name the data set or the folder to evaluate on"
+            f"{trained.path} was trained on different data from what is here now (sha256 {expected[:12]}, "
+            f"not {data.sha256[:12]}): name the data set or the folder to evaluate on"
         )
     if len(data.class_names) > classes:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Load a trained network, with all that is needed to use it, from a checkpoint, a run or an ensemble."""
+"""Load a trained network, with everything needed to use it, from a checkpoint, a run or an ensemble."""
 
 import dataclasses
 import json
@@ -147,8 +147,8 @@ def restore(checkpoint: CheckpointFiles, *, model: str | None, device: torch.dev
     for member, expected in zip(members, checkpoint.member_weights, strict=True):
         if member.weights_sha256 != expected:
             raise CheckpointError(
-                f"{member.path} has other weights than when {checkpoint.path} was evaluated: resume the "
-                "ensemble with --resume auto to evaluate it again"
+                f"{member.path} has different weights from when {checkpoint.path} was evaluated: resume "
+                "the ensemble with --resume auto to evaluate it again"
             )
     vote = Vote([member.network for member in members]).eval()
     return dataclasses.replace(members[0], network=vote, path=checkpoint.path)
@@ -160,7 +160,7 @@ def _restore_one(path: str, raw: bytes, model: str | None, device: torch.device)
     try:
         recipe = Recipe.from_dict(content["recipe"], path) if content["recipe"] else Recipe(model="linear")
     except UsageError as error:
-        raise CheckpointError(f"{error}: another version of dmnist wrote it") from None
+        raise CheckpointError(f"{error}: a different version of dmnist wrote it") from None
     if recipe.model not in MODELS and recipe.model != model:
         raise CheckpointError(
             f"{path} uses the model {recipe.model}, which is code outside this program: "

@@ -13,9 +13,9 @@ _MICROSECONDS_PER_PROCESS = 1_500  # with less work in a step, another process c
 
 
 def default_nproc(recipe: Recipe, options: Run) -> int:
-    """Return the number of processes: one per accelerator, or on CPU as many as are worth their cost.
+    """Return the number of processes: one per accelerator, or on CPU as many as speed up training.
 
-    On CPU that is one per core, at most the number of shards, and only as many as have enough work in a
+    On CPU this is one per core, at most the number of shards, and only as many as have enough work in a
     step to outweigh the all-reduce of gradients.
     """
     accelerators = 0 if options.device == "cpu" else _count_accelerators()

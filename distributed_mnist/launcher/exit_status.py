@@ -20,10 +20,10 @@ class ExitStatus:
 
 
 def group_exit_status(failed: Sequence[tuple[int, BaseProcess]]) -> ExitStatus:
-    """Return the cause among (rank, process) of all failures, in the order in which the processes ended.
+    """Return the failure that caused the others. `failed` has (rank, process) in the order they ended.
 
-    The cause is a process that a signal ended, or else one with an error of its own. Processes that lost a
-    peer or were interrupted are consequences.
+    The cause is a process that was ended by a signal, otherwise one that failed by itself. Processes that
+    lost a peer or were interrupted are consequences.
     """
     for rank, worker in failed:
         if worker.exitcode is not None and worker.exitcode < 0:

@@ -31,9 +31,9 @@ def run_in_group(
 ) -> int:
     """Join the group, call `body(world, signals)`, leave the group, and return the exit code.
 
-    In a group of more than one process, the process ends here. `exact` asks the device's libraries for
-    results that do not vary from call to call. `hang_after` is how many seconds the group may make no
-    progress. `report_error` is called with an exception, and returns the exit code.
+    In a group of more than one process, this function ends the process. `exact` asks the device's
+    libraries for results that do not vary from call to call. `hang_after` is how many seconds the group may
+    go without progress. `report_error` is called with an exception and returns the exit code.
     """
     code = 0
     try:

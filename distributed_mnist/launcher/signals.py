@@ -17,19 +17,19 @@ from ..errors import Interrupted, print_error
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 OBEY_SECONDS = 20.0
-"""How long a process may take to stop after a signal. torchrun is the least patient: it kills after 30."""
+"""How long a process may take to stop after a signal, in seconds. torchrun kills it after 30."""
 _POLL_SECONDS = 1.0
 
 
 class StoppedEarly(BaseException):
     """A signal came before there was any state to save.
 
-    Not an `Exception`, so that no `except Exception` on the way takes it for a failure.
+    It is not an `Exception`, so that no `except Exception` treats it as a failure.
     """
 
 
 class StopRequests(Protocol):
-    """Says whether a run was asked to stop. `StopSignals` documents the methods."""
+    """Reports whether a run was asked to stop. `StopSignals` documents the methods."""
 
     def arm(self, resume_flags: str = ...) -> None: ...  # noqa: D102
     def requested(self) -> bool: ...  # noqa: D102
@@ -42,8 +42,8 @@ class StopSignals:
     flag, which the training loop reads.
 
     Python runs handlers between two instructions of the main thread. That thread may be inside a long
-    computation, or wait for a rank that hangs. So a second thread also notices signals, and ends the
-    process if it has not stopped by itself in time. The run then resumes from its last checkpoint.
+    computation, or waiting for a rank that hangs. So a second thread also receives signals, and ends the
+    process if it does not stop by itself in time. The run can then be resumed from its last checkpoint.
     """
 
     def __init__(self, placement: Placement) -> None:
@@ -61,7 +61,7 @@ class StopSignals:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # our own launcher blocks them until now
 
     def arm(self, resume_flags: str = "--resume auto") -> None:
-        """Declare that there is state to save from now on; `resume_flags` are the flags that resume it."""
+        """Declare that from now on there is state to save. `resume_flags` are the flags that resume it."""
         self._armed, self._resume_flags = True, resume_flags
 
     def requested(self) -> bool:
@@ -81,12 +81,12 @@ class StopSignals:
     def _enforce_deadline(self, read_end: socket.socket) -> None:
         while read_end.recv(1)[0] not in SIGNALS:
             pass
-        # When rank 0 ends, ranks that wait for it end too. A rank that still runs a moment later also
-        # reports.
+        # When rank 0 ends, ranks that wait for it end too. Other ranks report too if they still run a
+        # moment later.
         time.sleep(OBEY_SECONDS + (1.0 if self._placement.rank else 0.0))
         error = Interrupted(
             f"asked to stop, but still running after {OBEY_SECONDS:.0f} s (a long step, or a hang): "
-            f"resume from the last checkpoint with {self._resume_flags}"
+            f"nothing saved since the last checkpoint; resume with {self._resume_flags}"
         )
         error.on_one_rank = True
         print_error(error, self._placement)

@@ -1,9 +1,9 @@
 """Our own launcher: start N processes on this host, wait for them, and restart all when one dies.
 
-All are forked from one server process that has already imported torch, so N of them start in little more
+All are forked from one server process that has already imported torch. So N processes start in little more
 time than one, and restart much faster. Rank 0 keeps the terminal. The output of the other ranks is printed
 with their rank in front. No port is chosen in advance: the launcher opens a listening socket on a free port
-and passes it to rank 0.
+and passes the socket to rank 0.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ class Restarts:
     limit: int
     """The most restarts in a row without progress."""
     progress: Callable[[], int]
-    """Returns how far the work is, as a number that grows; below zero if there is no checkpoint."""
+    """Returns a number that grows as the work proceeds; below zero if there is no checkpoint."""
     resume_flags: str
     """The flags with which a user resumes the work."""
 
@@ -84,7 +84,7 @@ def warm_up(*targets: Target) -> None:
 def start_server() -> None:
     """Start multiprocessing's fork server, if there is none yet, with our signals blocked.
 
-    Its children inherit that: a program that forks other processes from it must unblock the signals.
+    Its children inherit this, so a program that forks other processes from it must unblock the signals.
     """
     resource_tracker.ensure_running()  # if it is started later, it unblocks the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -99,8 +99,8 @@ def spawn(nproc: int, tasks: Sequence[Task]) -> int:
     the workers. If a process dies, the others have `GRACE_SECONDS` to notice it, and are then killed.
     """
     stop = _StopRequest()
-    # Signals are blocked, so that they stay pending and are not lost. This process blocks them while it has
-    # no workers, and a worker until it has installed its handlers. The server that forks the workers always
+    # Blocked signals stay pending and are not lost. This process blocks them while it has no workers. A
+    # worker blocks them until it has installed its handlers. The server that forks the workers always
     # blocks them: a scheduler signals the whole process group, and the server must outlive the workers to
     # report their exit codes.
     warm_up(*(task.target for task in tasks))
@@ -112,7 +112,7 @@ def spawn(nproc: int, tasks: Sequence[Task]) -> int:
                 restarts = tasks[i - 1].restarts
                 task.report(
                     "stopped before all was done"
-                    + (f"; go on with {restarts.resume_flags}" if restarts else "")
+                    + (f"; resume with {restarts.resume_flags}" if restarts else "")
                 )
                 return Interrupted.exit_code
             if (code := _run_with_restarts(nproc, task, stop)) != 0:
@@ -125,7 +125,7 @@ def spawn(nproc: int, tasks: Sequence[Task]) -> int:
 
 
 def _run_with_restarts(nproc: int, task: Task, stop: "_StopRequest") -> int:
-    """Run one group after another until the task is done or `Restarts` allows no more; its exit code."""
+    """Run one group after another until the task is done or `Restarts` allows no more; return exit code."""
     launcher_id, restarts = secrets.token_hex(8), task.restarts
     failures, best_progress = 0, restarts.progress() if restarts else 0
     while True:
@@ -137,7 +137,7 @@ def _run_with_restarts(nproc: int, task: Task, stop: "_StopRequest") -> int:
             task.report(status.lost)
             return status.code
         progress = restarts.progress()
-        advice = f"go on with {restarts.resume_flags}" if progress >= 0 else "there is no checkpoint yet"
+        advice = f"resume with {restarts.resume_flags}" if progress >= 0 else "there is no checkpoint yet"
         if stop.requested():
             task.report(f"{status.lost} while the run was stopping; {advice}")
             return Interrupted.exit_code
@@ -150,7 +150,7 @@ def _run_with_restarts(nproc: int, task: Task, stop: "_StopRequest") -> int:
             return status.code
         count = f" (restart {failures} of {restarts.limit} without a new one)" if failures > 1 else ""
         start = "the last checkpoint" if progress >= 0 else "the beginning"
-        task.report(f"{status.lost}; starting again from {start}{count}")
+        task.report(f"{status.lost}; restarting from {start}{count}")
 
 
 class _StopRequest:
@@ -178,8 +178,8 @@ class _StopRequest:
     def forward_to(self, workers: list[BaseProcess]) -> None:
         """Forward signals to these workers from now on, and the latest one if it has already come.
 
-        A signal may come although it is blocked: blocking is per thread, and libraries have their own
-        threads.
+        A signal may arrive even though it is blocked, because blocking is per thread and libraries have
+        their own threads.
         """
         self._workers = workers
         if self._forwarded is not None:
@@ -283,7 +283,7 @@ class _Group:
 def _without_main_module() -> Iterator[None]:
     """Keep multiprocessing from running the main file of this program again in each worker.
 
-    Workers need nothing of it, and a script that trains at its top level would train in all of them.
+    Workers do not need that file, and a script that trains at its top level would train in each worker.
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")

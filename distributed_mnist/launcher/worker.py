@@ -17,7 +17,7 @@ from ..errors import WorkerLost, tidy_terminal
 from .signals import SIGNALS
 
 Target = str
-"""`module:function`, as text so that the launcher need not import what only its workers need. The function
+"""`module:function`, as text so that the launcher need not import what only workers need. The function
 is called as `function(placement, listener, argument)`, on rank 0 perhaps with a fourth argument (see
 `spawn.Task`), and returns the process's exit code."""
 
@@ -38,7 +38,7 @@ def run_worker(
     `output` replaces standard output and standard error. `alive` is one end of a pipe; the launcher holds
     the other end.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a fork server of another program may not block them
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # another program's fork server may not block them
     threading.Thread(target=_end_with_launcher, args=(alive,), daemon=True).start()
     if output is not None:
         os.dup2(output.fileno(), 1)

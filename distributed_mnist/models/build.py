@@ -26,7 +26,7 @@ class ModelProperties:
     """The properties of a model that `inspect` measures."""
 
     parameters: int
-    """How many numbers are trained."""
+    """Number of trained parameters."""
     draws_random_numbers: bool
     unused: tuple[str, ...]
     """Names of the parameters that the logits do not depend on."""
@@ -101,8 +101,8 @@ def find_factory(name: str) -> Callable[[int], Any]:
 def inspect(model: nn.Module, name: str, classes: int, device: torch.device) -> ModelProperties:
     """Run a model on random images and return its properties.
 
-    Raises `UsageError` if it cannot be trained exactly. This tests what the model does, not which types its
-    layers have. So it also finds batch statistics or functional dropout in a user's own code.
+    Raises `UsageError` if it cannot be trained exactly. This tests the model's behaviour, not the types of
+    its layers. So it also finds batch statistics or functional dropout in a user's own code.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UsageError(f"--model {name}: it has no parameters to train")

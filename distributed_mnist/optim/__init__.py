@@ -1,5 +1,5 @@
 """Optimizers, the learning-rate schedule, and the average of the last weights.
 
-In: a model with gradients, and a recipe. Out: updated parameters. All state is in the optimizer's
-`state_dict`, so checkpoints hold it.
+Input: a model with gradients, and a recipe. Output: updated parameters. All state is in the optimizer's
+`state_dict`, so checkpoints contain it.
 """

@@ -1,7 +1,7 @@
 """Average the weights of a run's last steps: the mean does better than the weights of any single step.
 
-If the learning rate does not end at zero, the weights keep moving around a point and do not settle. Their
-mean is nearer to that point. Sources: Polyak and Juditsky, "Acceleration of stochastic approximation by
+If the learning rate does not end at zero, the weights keep moving around a point and do not converge. Their
+mean is closer to that point. Sources: Polyak and Juditsky, "Acceleration of stochastic approximation by
 averaging", 1992; for networks Izmailov and others, "Averaging weights leads to wider optima and better
 generalization", 2018.
 """
@@ -17,7 +17,7 @@ _STATE_KEY = "average"  # in the optimizer's state of a parameter, and so in a c
 
 @torch.no_grad()
 def update(optimizer: Optimizer, count: int) -> None:
-    """Add the present weights to the running mean, which is that of `count` earlier ones."""
+    """Add the current weights to the running mean, which is over `count` earlier steps."""
     weights = _weights(optimizer)
     if count == 0:
         for p in weights:
@@ -29,7 +29,7 @@ def update(optimizer: Optimizer, count: int) -> None:
 
 @torch.no_grad()
 def apply_mean(optimizer: Optimizer) -> None:
-    """Replace the weights by their running mean, and delete the mean."""
+    """Replace the weights with their running mean, and delete the mean."""
     for p in _weights(optimizer):
         p.copy_(optimizer.state[p].pop(_STATE_KEY))
 

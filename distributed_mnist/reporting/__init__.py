@@ -1,5 +1,5 @@
-"""Show a run to people: on the terminal, in `metrics.jsonl`, in TensorBoard and as an HTML report.
+"""Report a run: on the terminal, in `metrics.jsonl`, in TensorBoard and as an HTML report.
 
-In: the events of a run, as they happen or from its files. Out: text, files and pages. Nothing here
-decides anything about the training.
+Input: the events of a run, as they happen or from its files. Output: text, files and pages. Nothing here
+affects the training.
 """

@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 WIDTH, HEIGHT = 560, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 30
 _MAX_POINTS = 600
-"""Most points drawn of one line: a screen shows no more, and the page of a long run stays small."""
+"""The most points drawn per line: a screen shows no more, and the page of a long run stays small."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def smoothed(points: Sequence[tuple[float, float]], window: int) -> list[tuple[f
 
 
 def _drawable(line: Line, log: bool) -> Line:
-    """Drop points that cannot be drawn; of too many points average neighbours."""
+    """Drop points that cannot be drawn; if there are too many points, average neighbours."""
     points = [p for p in line.points if math.isfinite(p[1]) and (p[1] > 0 or not log)]
     group_size = -(-len(points) // _MAX_POINTS)
     if group_size > 1:

@@ -26,7 +26,7 @@ class _PlainConsole(Console):
         )
 
     def on_broken_pipe(self) -> None:
-        """Print nothing more when the reader is gone (`| head`). Rich would end the process."""
+        """Print nothing more when the reader is gone (`| head`). By default rich would end the process."""
         silence(self)
 
 

@@ -40,7 +40,7 @@ class NullSink:
 class NoticeSink:
     """Prints notices and drops other events.
 
-    For a rank that keeps a copy of the checkpoints on another host, which prints what goes wrong there.
+    Used by a rank that keeps a copy of the checkpoints on another host, to report problems on that host.
     """
 
     def __init__(self, rank_name: str) -> None:
@@ -56,7 +56,7 @@ class NoticeSink:
 
 
 class MultiSink:
-    """Sends every event to each of several sinks."""
+    """Sends every event to several sinks."""
 
     def __init__(self, *sinks: Sink) -> None:
         self._sinks = sinks
@@ -75,8 +75,8 @@ class MultiSink:
 class JsonLines:
     """Writes `metrics.jsonl`: one JSON object per event, with the event's name and the time of writing.
 
-    The file is appended to and never rewritten. After a crash and a resume it has the lines of repeated
-    steps twice; the later ones count.
+    The file is append-only. After a crash and a resume it contains the lines of repeated steps twice;
+    readers use the later ones.
     """
 
     def __init__(self, path: Path, complain: Callable[[str], None]) -> None:
@@ -123,7 +123,7 @@ class MistakesFile:
         self._complained = False
 
     def log(self, event: str, **fields: Any) -> None:
-        """See `Sink`. On a full disk the file is lost, but the run goes on."""
+        """See `Sink`. On a full disk the file is lost, but the run continues."""
         if event != "mistakes":
             return
         try:

@@ -20,7 +20,7 @@ from .console import make_console, print_json
 def run(*, runs: Sequence[Path], out: Path | None, as_json: bool) -> int:
     """Run `dmnist report`: write the page of the runs in these folders, and return the exit code.
 
-    Raises `UsageError` for a folder that is not a run's, `OutputError` if the page cannot be written.
+    Raises `UsageError` for a folder without a run, `OutputError` if the page cannot be written.
     """
     out = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     write([read(folder) for folder in runs], out)
@@ -58,7 +58,7 @@ def render(records: Sequence[Record]) -> str:
 
 
 def _template_values(record: Record) -> dict[str, Any]:
-    """Return what the template shows of a run."""
+    """Return the values that the template shows for a run."""
     last = record.evaluations[-1] if record.evaluations else None
     result = record.result if record.state == "finished" else None
     parts = report_data.parts_of_a_step(record)

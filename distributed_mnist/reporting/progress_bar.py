@@ -53,7 +53,7 @@ class Terminal:
         silence(self._console)
         self._stop_bar()
         with contextlib.suppress(OSError):
-            write_line(f"no further output is shown ({reason(error)}); the run goes on")
+            write_line(f"no further output is shown ({reason(error)}); the run continues")
 
     def _stop_bar(self) -> None:
         if self._bar is not None:
@@ -174,7 +174,7 @@ def _accuracy(result: dict[str, Any]) -> Text:
 
 
 def _duration(result: dict[str, Any]) -> str:
-    """Describe steps, seconds and speed: of the whole run, or of the steps that a resumed run did here."""
+    """Describe steps, seconds and speed of the whole run or, if it was resumed, of the steps done here."""
     steps, rate = result["steps"], result.get("images_per_second")
     here = result.get("steps_here", steps if rate else 0)
     if not here:
@@ -190,9 +190,9 @@ def _count(number: int, noun: str) -> str:
 
 
 class _Bar(Progress):
-    """A progress bar with something below it. It leaves the last columns of the screen free.
+    """A progress bar with more lines below it. It leaves the last columns of the screen free.
 
-    A terminal echoes Ctrl-C there as `^C`. If that went to the next line, the bar could not be erased.
+    A terminal echoes Ctrl-C there as `^C`. If that wrapped to the next line, the bar could not be erased.
     """
 
     def __init__(self, *columns: ProgressColumn, console: Console) -> None:
@@ -201,7 +201,7 @@ class _Bar(Progress):
         super().__init__(*columns, console=console, expand=True, transient=True)
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """See `rich.progress.Progress`. Adds what is below the bar."""
+        """See `rich.progress.Progress`. Adds the lines below the bar."""
         yield from super().get_renderables()
         if self.below is not None:
             yield self.below

@@ -1,4 +1,4 @@
-"""Compute what a report shows of a run from its record: curves, tables and facts."""
+"""Compute the content of a report from a run's record: curves, tables and facts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Chart:
 
 
 def name_of(record: Record) -> str:
-    """Return the name of a run: that of its folder."""
+    """Return the name of a run, which is the name of its folder."""
     return record.path.resolve().name
 
 
@@ -103,7 +103,7 @@ def classes(record: Record) -> list[dict[str, Any]]:
 
 
 def facts(record: Record) -> list[tuple[str, str]]:
-    """Return label and text of the facts about a run: what ran where, and when."""
+    """Return facts about a run as (label, text): what ran, where and when."""
     last = record.starts[-1] if record.starts else {}
     first, lines = (record.starts or [{}])[0], last.get("lines", {})
     versions = record.config.get("versions", {})

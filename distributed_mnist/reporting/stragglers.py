@@ -22,13 +22,13 @@ class StragglerTracker:
         self._hosts: list[str] = []
 
     def start_group(self, ranks: Sequence[Mapping[str, Any]]) -> None:
-        """Forget the times of an earlier group. `ranks` has `rank`, `host` and `pid` of each rank."""
+        """Forget the times of an earlier group. `ranks` has `rank`, `host` and `pid` for each rank."""
         self.busy, self.exchange = [], []
         hosts = [str(rank["host"]) for rank in ranks]
         self._hosts = hosts if len(set(hosts)) > 1 else []
 
     def add(self, ranks: Mapping[str, Sequence[float]]) -> None:
-        """Add the `busy` and `exchange` times of one more interval, in seconds per step by rank."""
+        """Add the `busy` and `exchange` times of one more interval, in seconds per step for each rank."""
         self.busy = _smoothed(self.busy, ranks["busy"])
         self.exchange = _smoothed(self.exchange, ranks["exchange"])
 

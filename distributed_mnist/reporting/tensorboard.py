@@ -18,7 +18,7 @@ _IMAGE_PIXELS, _CAPTION_PIXELS, _COLUMNS, _MAX_IMAGES = 56, 14, 8, 64
 class TensorBoard:
     """A sink that writes into `folder`.
 
-    `step` is the one that the run resumes from: what the folder has of later steps is discarded.
+    `step` is the step that the run resumes from. Existing data from later steps is discarded.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Run `dmnist watch`: show from elsewhere, by its files alone, what a run shows where it was started."""
+"""Run `dmnist watch`: follow a run from another terminal or host, using only the run's files."""
 
 import os
 import time
@@ -21,7 +21,7 @@ _START_TIMEOUT_SECONDS = 60.0
 
 
 class Tail:
-    """Reads the events that are appended to a run's `metrics.jsonl`, each of them once."""
+    """Reads the events appended to a run's `metrics.jsonl`, each event once."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "metrics.jsonl"
@@ -58,13 +58,13 @@ def run(*, run: Path, as_json: bool) -> int:
         _wait_for(run, terminal)
         return _follow(run, terminal)
     except KeyboardInterrupt:
-        return 0  # Ctrl-C is the usual way to stop watching; the run goes on
+        return 0  # Ctrl-C is the usual way to stop watching; the run continues
     finally:
         terminal.close()
 
 
 def _wait_for(folder: Path, terminal: Terminal) -> None:
-    """Wait until a run has begun in the folder. After a time-out return; `Tail` then raises."""
+    """Wait until a run has begun in the folder. Return after a timeout; `Tail` then raises an error."""
     noticed = False
     deadline = time.monotonic() + _START_TIMEOUT_SECONDS
     while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline:
@@ -79,7 +79,7 @@ def _wait_for(folder: Path, terminal: Terminal) -> None:
 def _follow(folder: Path, terminal: Terminal) -> int:
     tail, last_news, step = Tail(folder), time.monotonic(), 0
     last: Event = {"event": ""}
-    hint = f"go on with dmnist train {layout.resume_flags(folder)}"
+    hint = f"resume with dmnist train {layout.resume_flags(folder)}"
     while True:
         events = tail.new_events()
         for event in events:

@@ -63,7 +63,7 @@ _TOTALS_TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 def snapshot(value: Any) -> Any:
-    """Copy a content, with tensors on the CPU, so that further training does not change it."""
+    """Copy a checkpoint's content, with tensors on the CPU, so that further training does not change it."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -83,12 +83,12 @@ def encode(content: Content) -> bytes:
 def decode(data: bytes, name: str) -> Content:
     """Return the content of a checkpoint file, with tensors on the CPU. `name` appears in error messages.
 
-    Also reads the original script's checkpoints, see `original_format.from_original`.
+    It also reads the original script's checkpoints, see `original_format.from_original`.
     Raises `CheckpointError` for anything but a complete, undamaged checkpoint.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the one-line error below already says what is wrong
+            warnings.simplefilter("ignore")  # the one-line error below already describes the problem
             loaded = torch.load(io.BytesIO(sanitize(data)), map_location="cpu", weights_only=True)
         require_bounded(loaded, len(data))
     except Exception as error:  # torch raises many types for damaged files
@@ -128,9 +128,9 @@ def decode(data: bytes, name: str) -> Content:
 
 
 def _require_types(values: dict[Any, Any], types: dict[str, type | tuple[type, ...]], name: str) -> None:
-    """Raise `CheckpointError` unless every key exists with its type.
+    """Raise `CheckpointError` unless every key exists and has the expected type.
 
-    The digest does not ensure this: it shows that a file is undamaged, not that this program wrote it.
+    The digest does not guarantee this: it shows that a file is undamaged, not that this program wrote it.
     """
     missing = [key for key in types if key not in values]
     if missing:
@@ -141,7 +141,7 @@ def _require_types(values: dict[Any, Any], types: dict[str, type | tuple[type, .
 
 
 def read_bytes(path: Path) -> bytes:
-    """Read a file. Raises `CheckpointError`, which says what is wrong with the path."""
+    """Read a file. Raises `CheckpointError`, naming the path, if that fails."""
     try:
         return path.read_bytes()
     except IsADirectoryError:
@@ -151,31 +151,31 @@ def read_bytes(path: Path) -> bytes:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write `data` to `path` completely or not at all; it survives a power cut. Raises `OSError`."""
+    """Write `data` to `path` completely or not at all, even in a power cut. Raises `OSError`."""
     with written_aside(path) as part:
         part.write_bytes(data)
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], name: str) -> None:
-    """Load a state dict into a model. Raises `CheckpointError` if it belongs to another model."""
+    """Load a state dict into a model. Raises `CheckpointError` if it belongs to a different model."""
     expected = model.state_dict()
     different = sorted(map(str, expected.keys() ^ weights.keys()))
     if different:
         raise CheckpointError(
-            f"{name} is of another model: only one of the two has {', '.join(different[:4])}"
+            f"{name} is from a different model: only one of the two has {', '.join(different[:4])}"
         )
     for key, value in expected.items():
         if not isinstance(weights[key], torch.Tensor):
-            raise CheckpointError(f"{name} is of another model: {key} is not a tensor")
+            raise CheckpointError(f"{name} is from a different model: {key} is not a tensor")
         shapes = tuple(weights[key].shape), tuple(value.shape)
         for found, needed in (shapes, (weights[key].dtype, value.dtype)):
             if found != needed:
-                raise CheckpointError(f"{name} is of another model: {key} is {found}, not {needed}")
+                raise CheckpointError(f"{name} is from a different model: {key} is {found}, not {needed}")
     model.load_state_dict(weights)
 
 
 def load_optimizer(optimizer: Optimizer, saved: dict[str, Any], name: str) -> None:
-    """Load saved state into an optimizer of the same kind, but keep the recipe's learning rate and options.
+    """Load saved state into an optimizer of the same type; keep the recipe's learning rate and options.
 
     Raises `CheckpointError` if the state does not fit the optimizer's parameters.
     """
@@ -201,14 +201,14 @@ def load_optimizer(optimizer: Optimizer, saved: dict[str, Any], name: str) -> No
 
 
 def _required_state(optimizer: Optimizer, group: dict[str, Any]) -> set[str]:
-    """Return the state keys that `optimizer.step()` expects for the parameters of this group."""
+    """Return the state keys that `optimizer.step()` expects for the parameters in this group."""
     if isinstance(optimizer, Muon):
         return {"momentum_buffer"} if group["matrices"] else _ADAM_STATE
     return _ADAM_STATE if isinstance(optimizer, Adam) else set()
 
 
 def _with_layout_of(parameter: torch.Tensor, key: str, value: Any) -> Any:
-    """Return a state value in its parameter's memory layout, which fused optimizers assume unchecked."""
+    """Return a state value in its parameter's memory layout. Fused optimizers assume it without a check."""
     if key == "step":
         return torch.as_tensor(value, dtype=torch.float32).reshape(()).clone()
     if value is None:
@@ -220,7 +220,7 @@ def _with_layout_of(parameter: torch.Tensor, key: str, value: Any) -> Any:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Return the versions to store in a checkpoint: another build can end in other bits."""
+    """Return the versions to store in a checkpoint: a different build can give different bits."""
     return {
         "dmnist": installed.version("distributed-mnist"),
         "torch": str(torch.__version__),

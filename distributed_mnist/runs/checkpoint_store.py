@@ -17,7 +17,7 @@ from ..errors import CheckpointError, OutputError, reason
 from .checkpoint import Content, decode, encode, read_bytes, snapshot, write
 from .layout import checkpoint_path, checkpoints_in, step_of
 
-_SLOW_WRITE_SECONDS = 60.0  # a write that takes longer may never finish
+_SLOW_WRITE_SECONDS = 60.0  # a slower write may never finish
 Pack = Callable[[], Content]
 
 
@@ -28,34 +28,37 @@ class SaveResult:
     step: int
     path: str
     seconds: float
-    """From the call of `save` until the file is safe on disk."""
+    """From the call to `save` until the file is safely on disk."""
     problem: str | None = None
-    """Why the file could not be written. The run continues, with an older checkpoint to fall back on."""
+    """Why the file could not be written; None if it was. The run continues, and keeps older checkpoints."""
 
 
 class Store:
     """The interface for saving checkpoints. This base class saves nothing and finds nothing."""
 
     def due(self) -> bool:
-        """Whether it is time for the next checkpoint, if the interval is given in seconds."""
+        """Return whether it is time for the next checkpoint, if the interval is given in seconds."""
         return False
 
     def save(self, pack: Pack, *, best: bool) -> None:
-        """Copy what `pack()` returns now and start to write it; if `best`, also as the best checkpoint."""
+        """Copy the result of `pack()` and start to write it; with `best`, also as the best checkpoint."""
 
     def finished(self, *, wait: bool) -> list[SaveResult]:
-        """Return the results of saves that ended since the last call; `wait` for those still running."""
+        """Return the results of writes that ended since the last call; with `wait`, wait for all writes."""
         return []
 
     def last_good(self) -> str:
-        """Return the path of the newest saved checkpoint for messages, "none" before the first."""
+        """Return the path of the newest saved checkpoint, for messages; "none" if there is none yet."""
         return "none"
 
     def resumed_from(self, path: str, step: int) -> None:
-        """Record which checkpoint the run resumes from. Those of later steps no longer belong to it."""
+        """Record which checkpoint the run resumes from. Checkpoints of later steps become obsolete."""
 
     def newest(self, warn: Callable[[str], None]) -> tuple[Path, bytes, int] | None:
-        """Return path, bytes and step of the newest undamaged checkpoint; `warn` of each damaged one."""
+        """Return path, bytes and step of the newest undamaged checkpoint, or None.
+
+        `warn` is called with a message about each damaged one.
+        """
         return None
 
 
@@ -64,7 +67,7 @@ class NullStore(Store):
 
 
 class BackgroundStore(Store, ABC):
-    """Write one checkpoint at a time in a thread. A subclass says where (`path_of`) and how (`write`)."""
+    """Writes checkpoints one at a time in a thread. Subclasses define `path_of` and `write`."""
 
     def __init__(self, every_seconds: float | None) -> None:
         self._every_seconds = every_seconds
@@ -74,8 +77,11 @@ class BackgroundStore(Store, ABC):
         self._last_good = "none"
 
     def due(self) -> bool:
-        """See `Store`. Not due during a write, unless that takes suspiciously long: the next `save` then
-        waits for it, and the watchdog notices a disk that never answers."""
+        """See `Store`.
+
+        During a write no checkpoint is due until the write has taken `_SLOW_WRITE_SECONDS`. Then the next
+        `save` waits for the write, so that the watchdog notices a disk that never answers.
+        """
         if self._every_seconds is None:
             return False
         writing = any(not future.done() for future in self._pending)
@@ -83,7 +89,7 @@ class BackgroundStore(Store, ABC):
         return time.monotonic() - self._last_save >= interval
 
     def save(self, pack: Pack, *, best: bool) -> None:
-        """See `Store`. Waits for the previous write, so that copies of the state do not pile up."""
+        """See `Store`. Waits for the previous write, so that copies of the state do not accumulate."""
         futures.wait(self._pending)
         self._last_save = time.monotonic()
         self._pending.append(self._writer.submit(self._write, snapshot(pack()), best, self._last_save))
@@ -124,7 +130,7 @@ class BackgroundStore(Store, ABC):
 
 
 class RunStore(BackgroundStore):
-    """The `checkpoints/` folder of a run: `best.pt`, and the newest `keep` of `step_00000470.pt` …."""
+    """The `checkpoints/` folder of a run: `best.pt`, and the newest `keep` files `step_00000470.pt` …."""
 
     def __init__(self, folder: Path, keep: int, every_seconds: float | None = None) -> None:
         super().__init__(every_seconds)
@@ -132,7 +138,7 @@ class RunStore(BackgroundStore):
         self._unwritten_best: bytes | None = None
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            flush_folder(folder)  # or a power cut could remove the new folder and everything in it
+            flush_folder(folder)  # otherwise a power cut could remove the new folder and its content
             remove_leftovers(self._folder)
         except OSError as error:
             raise OutputError(f"{self._folder}: {reason(error)}") from None
@@ -144,8 +150,8 @@ class RunStore(BackgroundStore):
     def write(self, path: Path, content: Content, *, best: bool) -> None:
         """See `BackgroundStore`."""
         data = encode(content)
-        # Write the best first. The other file records that this accuracy was reached, and must not do so
-        # while no file holds those weights. If a full disk refuses the best, try again at the next save.
+        # Write `best.pt` first. The other file records that this accuracy was reached, so it must not exist
+        # before a file with those weights. If the disk is full, try `best.pt` again at the next save.
         if best:
             self._unwritten_best = data
         if self._unwritten_best is not None:
@@ -167,8 +173,11 @@ class RunStore(BackgroundStore):
         return None
 
     def resumed_from(self, path: str, step: int) -> None:
-        """See `Store`. Renames checkpoints of later steps (damaged ones, or those that the user went back
-        from), so that a restart does not take one of them for this run's newest."""
+        """See `Store`.
+
+        Renames checkpoints of later steps, which are damaged or were discarded by the user, so that a
+        restart does not mistake one of them for this run's newest checkpoint.
+        """
         super().resumed_from(path, step)
         for later in checkpoints_in(self._folder):
             if step_of(later) > step:
@@ -177,7 +186,7 @@ class RunStore(BackgroundStore):
 
     def _prune(self, step: int) -> None:
         earlier = [path for path in checkpoints_in(self._folder) if step_of(path) <= step]
-        with contextlib.suppress(OSError):  # an extra file does no harm, and the newest is saved
+        with contextlib.suppress(OSError):  # an extra file is harmless, and the newest checkpoint is saved
             for path in earlier[: -self._keep]:
                 path.unlink()
             flush_folder(self._folder)

@@ -13,13 +13,13 @@ from ..common.atomic_write import written_aside
 from ..errors import OutputError, reason
 
 RUNS = Path("runs")
-"""The parent folder of runs that are given no folder."""
+"""The parent folder of runs without `--out`."""
 _MEMBER = re.compile(r"seed-(\d+)")
 _CHECKPOINT = re.compile(r"step_(\d+)\.pt")
 
 
 def config_in(out: Path) -> dict[str, Any] | None:
-    """Return `config.json` of the run in `out`, or of an ensemble's first member; None without one."""
+    """Return `config.json` of the run in `out`, or of an ensemble's first member; None if there is none."""
     try:
         config = json.loads([*members_in(out), out][0].joinpath("config.json").read_text())
         return {"recipe": dict(config["recipe"]), "run": dict(config["run"])}
@@ -44,14 +44,14 @@ def new_folder(title: str) -> Path:
 
 
 def resume_flags(out: Path, ensemble: int = 1) -> str:
-    """Return the flags that resume the run in `out`, or the ensemble of `ensemble` members in `out`."""
+    """Return the flags that resume the run in `out`, or the ensemble in `out` with `ensemble` members."""
     if ensemble == 1 and _MEMBER.fullmatch(out.name) and not (out.parent / "metrics.jsonl").exists():
-        return f"--resume auto --out {out.parent} --ensemble N"  # a member does not know how many there are
+        return f"--resume auto --out {out.parent} --ensemble N"  # the number of members is unknown here
     return f"--resume auto --out {out}" + (f" --ensemble {ensemble}" if ensemble > 1 else "")
 
 
 def member_folder(out: Path, seed: int) -> Path:
-    """Return the folder, within an ensemble's, of the member with this seed."""
+    """Return the folder of the member with this seed, inside the ensemble's folder `out`."""
     return out / f"seed-{seed}"
 
 
@@ -64,7 +64,7 @@ def members_in(out: Path) -> list[Path]:
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Return the path of a step's checkpoint in a folder of checkpoints."""
+    """Return the path of the checkpoint for `step` in a folder of checkpoints."""
     return folder / f"step_{step:08d}.pt"
 
 
@@ -82,6 +82,6 @@ def step_of(checkpoint: Path) -> int:
 
 
 def newest_step(folder: Path) -> int:
-    """Return the step of the newest checkpoint of the run in `folder`, damaged or not; -1 without one."""
+    """Return the step of the newest checkpoint (even a damaged one) of the run in `folder`; -1 if none."""
     checkpoints = checkpoints_in(folder / "checkpoints")
     return step_of(checkpoints[-1]) if checkpoints else -1

@@ -1,4 +1,4 @@
-"""Lock a run's folder, so that one process at a time writes to it."""
+"""Lock a run's folder, so that only one process at a time writes to it."""
 
 import fcntl
 import os
@@ -14,11 +14,11 @@ _POLL_SECONDS = 0.05
 
 
 class RunLock:
-    """The lock of the one process that writes to a run's folder. It holds until that process ends.
+    """The lock on a run's folder, held by the one process that writes to it until that process ends.
 
-    The kernel releases the lock when the process ends, however that happens, so there are no stale locks.
-    After a restart, the last processes of the old group may still be ending: the new owner waits for the
-    lock for up to `timeout` seconds. Raises `OutputError` if the folder cannot be locked.
+    The kernel releases the lock even if the process is killed, so there are no stale locks. After a
+    restart, the last processes of the old group may still be exiting. So the new owner waits for the lock
+    for up to `timeout` seconds. Raises `OutputError` if the folder cannot be locked.
     """
 
     def __init__(self, folder: Path, *, timeout: float = 0.0) -> None:
@@ -40,7 +40,7 @@ class RunLock:
             raise OutputError(f"--out {folder} cannot be locked: {reason(error)}") from None
         try:
             os.ftruncate(self._file.fileno(), 0)
-            # Not through the file's buffer: after an error, `close` would write it again and fail again.
+            # Bypass the file's buffer: after an error, `close` would try to write it again and fail again.
             os.write(self._file.fileno(), f"pid {os.getpid()} on {socket.gethostname()}".encode())
         except OSError as error:
             self.abandon()
@@ -68,7 +68,7 @@ class RunLock:
 
 
 def is_live(folder: Path) -> bool:
-    """Whether a process holds the lock of the run in `folder`, so that it trains or is about to."""
+    """Return whether a process holds the lock on the run in `folder`: it is training, or about to."""
     try:
         with (folder / ".lock").open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,8 +1,8 @@
-"""Convert checkpoints from and to the format of the original script.
+"""Convert checkpoints from and to the original script's format.
 
-The original writes `epoch` (the next one), `state_dict` (of the wrapped model: `module.fc.weight`,
+The original writes `epoch` (the next epoch), `state_dict` (of the wrapped model: `module.fc.weight`,
 `module.fc.bias`), `best_acc` and `optimizer`. A file that we write in this format has the same four keys
-and, under `dmnist`, what an exact resume needs in addition.
+and, under `dmnist`, the rest of the state, which an exact resume needs.
 """
 
 from typing import Any
@@ -14,29 +14,29 @@ _PREFIX = "module."
 
 
 def is_original(loaded: dict[Any, Any]) -> bool:
-    """Whether a loaded file has the original's format."""
+    """Return whether a loaded file is in the original script's format."""
     return all(key in loaded for key in _KEYS)
 
 
 def to_original(content: dict[str, Any]) -> dict[str, Any]:
-    """Convert one of our checkpoints, taken at the end of an epoch, to the original's format."""
+    """Convert one of our checkpoints, from the end of an epoch, to the original script's format."""
     rest = {key: value for key, value in content.items() if key not in ("model", "optimizer")}
     groups = [{**group, "fused": None} for group in content["optimizer"]["param_groups"]]
     return {
         "epoch": content["step"] // content["steps_per_epoch"],
         "state_dict": {_PREFIX + key: value for key, value in content["model"].items()},
         "best_acc": content["best_accuracy"],
-        # `fused` selects an implementation of Adam. The reader's torch may not have it for its device.
+        # `fused` selects an implementation of Adam, which the reader's torch or device may not support.
         "optimizer": {"state": content["optimizer"]["state"], "param_groups": groups},
         "dmnist": rest,
     }
 
 
 def from_original(loaded: dict[str, Any], name: str) -> dict[str, Any]:
-    """Convert a file in the original's format to one of our checkpoints.
+    """Convert a file in the original script's format to one of our checkpoints.
 
-    If the original itself wrote the file, only the epoch is known: `recipe` and `dataset` are then None,
-    and `step` is -1. Raises `CheckpointError` if the values do not have the types that the original writes.
+    If the original script wrote the file, only the epoch is known: `recipe` and `dataset` are then None,
+    and `step` is -1. Raises `CheckpointError` if the values do not have the types that the script writes.
     """
     weights, epoch = loaded["state_dict"], loaded["epoch"]
     if (
@@ -46,7 +46,7 @@ def from_original(loaded: dict[str, Any], name: str) -> dict[str, Any]:
         or not isinstance(epoch, int)
         or not isinstance(loaded["best_acc"], float | int)
     ):
-        raise CheckpointError(f"{name} has the original script's keys, but values of other types")
+        raise CheckpointError(f"{name} has the original script's keys, but values of the wrong types")
     rest = loaded.get("dmnist") or {"step": -1, "recipe": None, "dataset": None, "samples_sha256": None}
     return {
         **rest,

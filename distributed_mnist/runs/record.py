@@ -1,7 +1,7 @@
-"""Read a run's folder at any time: during the run, after its end, or after it was killed.
+"""Read a run's folder at any time: during the run, after it has ended, or after it was killed.
 
-`metrics.jsonl` is only ever appended to. Steps that were trained again after a crash appear twice, and the
-later entry counts.
+`metrics.jsonl` is append-only. Steps that were repeated after a crash appear twice, and the later entry is
+used.
 """
 
 import json
@@ -13,7 +13,7 @@ from ..errors import UsageError, reason
 from .lock import is_live
 
 Event = dict[str, Any]
-"""A line of `metrics.jsonl`: `event`, `time` (seconds since 1970), and the fields of that kind of event."""
+"""A line of `metrics.jsonl`: `event` (its kind), `time` (seconds since 1970), and that kind's fields."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Record:
     events: list[Event]
     """All events, oldest first."""
     steps: list[Event]
-    """The `steps` events, by step, without steps that were trained again."""
+    """The `steps` events in order of steps. For repeated steps only the latest."""
     evaluations: list[Event]
-    """The `evaluation` events, by step, without steps that were trained again."""
+    """The `evaluation` events in order of steps. For repeated steps only the latest."""
     result: dict[str, Any] | None
-    """`result.json`; None for a run that has not ended."""
+    """`result.json`; None for a run that has not finished."""
     mistakes: dict[str, Any] | None
     """`mistakes.json`: the `step` of the latest evaluation and its `mistakes`."""
 
@@ -41,7 +41,7 @@ class Record:
 
     @property
     def state(self) -> str:
-        """`finished`, `running`, or `stopped` (the run can be resumed)."""
+        """The run's state: `finished`, `running`, or `stopped` (the run can be resumed)."""
         if self.events and self.events[-1]["event"] == "end":
             return "finished"
         if is_live(self.path):
@@ -57,7 +57,7 @@ class Record:
 
 
 def read(folder: Path) -> Record:
-    """Read the run in `folder`. Raises `UsageError` if there is none, or if its files are not a run's."""
+    """Read the run in `folder`. Raises `UsageError` if it has no run, or if a file cannot be read."""
     try:
         lines = (folder / "metrics.jsonl").read_bytes().split(b"\n")[:-1]  # the last may be incomplete
     except OSError as error:
@@ -78,7 +78,7 @@ def read(folder: Path) -> Record:
 
 
 def event_of(line: bytes) -> Event | None:
-    """Parse a line of `metrics.jsonl`; None if a full disk or a crash has damaged it."""
+    """Parse a line of `metrics.jsonl`. Return None if a full disk or a crash has damaged the line."""
     try:
         event = json.loads(line)
     except ValueError:
@@ -87,7 +87,7 @@ def event_of(line: bytes) -> Event | None:
 
 
 def _without_repeated_steps(events: list[Event], kind: str) -> list[Event]:
-    """Return the events of a kind, without those of steps that a later start trained again."""
+    """Return the events of one kind, without events for steps that were repeated after a later start."""
     kept: list[Event] = []
     for event in events:
         if event["event"] == "start":

@@ -1,7 +1,7 @@
 """Choose and lock a run's folder, and open its checkpoint store.
 
 Rank 0 chooses the folder and broadcasts the result. If a host does not see rank 0's folder (no shared file
-system), one rank on it keeps a copy of the checkpoints, so that losing a host loses no checkpoint.
+system), one rank on that host keeps a copy of the checkpoints, so that losing a host loses no checkpoint.
 """
 
 import dataclasses
@@ -30,19 +30,19 @@ class RunFolder:
 
     path: Path
     restarted: bool
-    """The launcher has started this run before, so it continues from its newest checkpoint."""
+    """Whether the launcher has restarted this run. It then continues from its newest checkpoint."""
     token: str
-    """A random text that rank 0 writes into the folder: a rank that reads it there sees the same folder."""
+    """A random string that rank 0 writes into the folder. Ranks that read it there see the same folder."""
     run_id: str
-    """Digest of recipe and data. It identifies the run, because one launcher may start several."""
+    """Digest of recipe and data. It identifies the run, because one launcher may start several runs."""
     lock: RunLock | None = None
-    """On rank 0 only."""
+    """The lock on the folder; None on ranks other than 0."""
 
 
 def open_folder(world: World, options: Run, recipe: Recipe, title: str) -> RunFolder:
     """Return the run's folder, the same on every rank, locked by rank 0.
 
-    Raises `OutputError` if the folder cannot be used, or if it holds another run.
+    Raises `OutputError` if the folder cannot be used, or if it contains a different run.
     """
     run_id = digest([recipe.to_dict(), *(str(getattr(options, name)) for name in DATA_OPTIONS)])
     earlier = _folder_before_restart(world, options, run_id)
@@ -69,7 +69,8 @@ def open_folder(world: World, options: Run, recipe: Recipe, title: str) -> RunFo
 
 def _folder_before_restart(world: World, options: Run, run_id: str) -> Path | None:
     """Return the folder that this run used before its launcher restarted it; None for a new run."""
-    # Every rank searches on its own host for its own launcher: rank 0 may be on a new host.
+    # Every rank searches its own host for a folder of its own launcher, because rank 0 may have moved to a
+    # new host.
     launcher_id = world.peers[world.rank].starter
     candidates = [options.out] if options.out else sorted(RUNS.glob("*"), reverse=True)
     found = next((path for path in candidates if _was_opened_by(path, run_id, launcher_id)), None)
@@ -85,9 +86,9 @@ def _was_opened_by(path: Path, run_id: str, launcher_id: str) -> bool:
 
 
 def _read_group_file(path: Path) -> dict[str, Any]:
-    """Read `.group`, which the last group to open the folder wrote: token, run ID and launcher IDs.
+    """Read token, run ID and launcher IDs from `.group`, as written by the last group to open the folder.
 
-    Without a valid file the values are empty and match nothing.
+    If there is no valid file, the values are empty and match nothing.
     """
     try:
         group = json.loads((path / ".group").read_text())
@@ -104,12 +105,12 @@ def _write_group_file(folder: RunFolder, world: World) -> None:
 
 
 def _refuse_used(path: Path, options: Run) -> None:
-    """Raise `OutputError` if the folder has checkpoints and the run does not resume from them."""
+    """Raise `OutputError` if the folder has checkpoints but the run does not resume from them."""
     checkpoints = (path / "checkpoints").resolve()
     resuming_here = options.resume is not None and Path(options.resume).resolve().parent == checkpoints
     if checkpoints_in(checkpoints) and options.resume != "auto" and not resuming_here:
         raise OutputError(
-            f"--out {path} already holds a run: add --resume auto to go on, or choose another folder"
+            f"--out {path} already holds a run: add --resume auto to resume it, or choose another folder"
         )
 
 
@@ -130,7 +131,7 @@ def open_store(world: World, options: Run, folder: RunFolder, every_seconds: flo
             store = RunStore(folder.path, options.keep, every_seconds)
             _write_group_file(dataclasses.replace(folder, token=""), world)
             return store
-        except OutputError:  # nothing can be written on this host, but other hosts have the checkpoints
+        except OutputError:  # this host cannot be written to, but other hosts have the checkpoints
             return NullStore()
 
     return world.on_every_rank(make)

@@ -1,4 +1,4 @@
-"""Describe what happened during a run, and when, as lines of text."""
+"""Describe the events of a run as lines of text with times."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from .layout import resume_flags
 from .record import Event, Record
 
 _MAX_SINGLE_EVALUATIONS = 20
-"""With more evaluations than this, they are summarised."""
+"""If a run has more evaluations than this, they are summarised."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class TimelineEvent:
 
 
 def timeline(record: Record) -> list[TimelineEvent]:
-    """Return starts, restarts, stops, notices, evaluations and the end of a run, in order.
+    """Return the starts, restarts, stops, notices, evaluations and the end of a run, in order.
 
-    Checkpoints between two such events are summarised in one line. So are evaluations if there are many.
+    Checkpoints between two other events are summarised in one line. So are evaluations if there are many.
     """
     if not record.events:
         return []
@@ -45,19 +45,19 @@ def timeline(record: Record) -> list[TimelineEvent]:
     end = record.events[-1]["time"] - began
     lines += _summarise(interval, end)
     if record.state == "stopped":
-        text = f"stopped after step {step}; go on with {resume_flags(record.path)}"
+        text = f"stopped after step {step}; resume with {resume_flags(record.path)}"
         lines.append(TimelineEvent(end, "fault", text))
     return lines
 
 
 def hosts_of(start: Event) -> str:
-    """Return the first few hosts of the processes in a `start` event, for messages."""
+    """Return the first few hosts in a `start` event, for messages."""
     hosts = list(dict.fromkeys(rank["host"] for rank in start.get("ranks", [])))
     return ", ".join(hosts[:4]) + (f" and {len(hosts) - 4} more" if len(hosts) > 4 else "")
 
 
 def _describe(event: Event, seconds: float, step: int) -> TimelineEvent:
-    """Return the line of an event that is not summarised; `step` is the last step before it."""
+    """Return the line for an event that is not summarised; `step` is the last step before it."""
     kind = event["event"]
     if kind == "start":
         size, first = event["world_size"], event["step"]

@@ -1,9 +1,10 @@
-"""Refuse checkpoints that do harm when they are loaded, even though they cannot run code.
+"""Refuse checkpoints that are harmful to load, even though they cannot run code.
 
-`weights_only=True` stops code, but not a file that fills the memory, takes forever to read, or is read as
-something other than it holds. torch's reader unpacks a compressed record to any size, checks no checksum,
-and returns uninitialised memory for a record that is marked as a folder. A pickle may request gigabytes of
-zeros, or double a value forty times. A tensor of one number may have the shape of a billion.
+`weights_only=True` prevents code execution. It does not protect against a file that fills the memory, takes
+forever to read, or is read as something other than its content. torch's reader unpacks a compressed record
+to any size, verifies no checksum, and returns uninitialised memory for a record that is marked as a folder.
+A pickle may request gigabytes of zeros, or double a value forty times. A tensor that stores one number may
+claim a billion elements.
 """
 
 import io
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-_ZIP_MAGIC = b"PK\x03\x04"  # how torch tells its archives from the files that it wrote before version 1.6
+_ZIP_MAGIC = b"PK\x03\x04"  # start of torch's archives, but not of the files it wrote before version 1.6
 _PICKLES_BEFORE_1_6 = 5  # in sequence: magic number, protocol, system, content, storage names
 _STORAGE = re.compile(r"torch \w+Storage")
 _ALLOWED_GLOBALS = {
@@ -25,10 +26,10 @@ _ALLOWED_GLOBALS = {
 
 
 def sanitize(data: bytes) -> bytes:
-    """Return an equivalent file that is safe to pass to `torch.load`: the archive is written anew.
+    """Return an equivalent file that is safe to pass to `torch.load`: a new archive with the same records.
 
-    Raises an error for a file that torch did not write: compressed, with overlapping records, with a wrong
-    checksum, or with a pickle that names anything but tensors and dictionaries.
+    Raises an error for a file that torch cannot have written: one that is compressed, or has overlapping
+    records, a wrong checksum, or a pickle that names anything but tensors and dictionaries.
     """
     if not data.startswith(_ZIP_MAGIC):
         _require_allowed_globals(io.BytesIO(data), _PICKLES_BEFORE_1_6)
@@ -54,7 +55,7 @@ def _require_allowed_globals(stream: io.BytesIO, pickles: int) -> None:
     """Raise `ValueError` if one of the pickles in `stream` is damaged, or names a forbidden global."""
     for _ in range(pickles):
         for operation, argument, _ in pickletools.genops(stream):
-            # STACK_GLOBAL, of newer protocols, takes the name from the stack. Its argument is None here, so
+            # STACK_GLOBAL, in newer protocols, takes the name from the stack. Its argument here is None, so
             # it is refused.
             is_global = operation.name.endswith("GLOBAL")
             if is_global and argument not in _ALLOWED_GLOBALS and not _STORAGE.fullmatch(str(argument)):
@@ -66,7 +67,7 @@ def _require_allowed_globals(stream: io.BytesIO, pickles: int) -> None:
 def require_bounded(loaded: Any, size: int) -> None:
     """Raise `ValueError` unless `loaded`, from a file of `size` bytes, can be traversed in a short time.
 
-    It may have no more values than the file has bytes, and no tensor with more elements than its memory.
+    It may not have more values than the file has bytes, or a tensor with more elements than its memory.
     """
     values = [loaded]
     while values:

@@ -1,7 +1,7 @@
 """Shift, rotate and zoom whole batches at random: `(images, key) -> images`, pure functions.
 
 The parameters of a step are drawn for its whole global batch, four numbers per image, and each rank takes
-its own rows. So an image is distorted in the same way on whichever rank and in whichever shard it is.
+its own rows. So an image is distorted in the same way regardless of its rank and shard.
 """
 
 import math
@@ -37,7 +37,7 @@ def draw_transforms(recipe: Recipe, step: int, count: int) -> NDArray[np.float32
 
 
 def apply_transforms(images: Tensor, transforms: Tensor) -> Tensor:
-    """Resample float images `(n, 1, 28, 28)` bilinearly; pixels from outside are 0, the paper's black."""
+    """Resample float images `(n, 1, 28, 28)` bilinearly; pixels from outside are 0, the background."""
     if not len(images):  # affine_grid refuses an empty batch
         return images
     grid = F.affine_grid(transforms, list(images.shape), align_corners=False)

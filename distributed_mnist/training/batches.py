@@ -23,7 +23,7 @@ from .augment import apply_transforms, draw_transforms
 
 @dataclass(frozen=True)
 class Batch:
-    """Contiguous shards of one global batch: `m` samples, at its positions `start .. start + m - 1`."""
+    """Contiguous shards of a global batch: `m` samples, at positions `start .. start + m - 1` in it."""
 
     images: Tensor
     """float32 `(m, 1, 28, 28)`, normalised."""
@@ -35,9 +35,9 @@ class Batch:
 
 
 class Batches:
-    """The training set in the order of a recipe.
+    """The training set, in the order that a recipe's seed determines.
 
-    Caches the order of the current epoch and the transforms of the current step, nothing else.
+    Caches only the order of the current epoch and the transforms of the current step.
     """
 
     def __init__(self, split: Split, recipe: Recipe, mean: float, std: float) -> None:
@@ -72,8 +72,8 @@ class Batches:
     def take(self, step: int, shards: range) -> Batch:
         """Return the samples of contiguous shards of global batch `step`, in fresh tensors.
 
-        They are not views of a larger gather: where a tensor starts in memory can change which kernel runs
-        on it, and with it the last bits.
+        They are copies, not views of a larger tensor. The start address of a tensor can change which kernel
+        runs on it, and so the last bits.
         """
         epoch, batch = divmod(step, self.steps_per_epoch)
         self._prepare(epoch, step)

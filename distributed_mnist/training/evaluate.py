@@ -1,8 +1,8 @@
 """Compute exact metrics: each sample counts once, at any number of processes.
 
 The data is cut into chunks of a fixed size, and each rank takes contiguous whole chunks. The loss of a
-chunk is the same number on whichever rank it is computed. The losses of the chunks are added in one fixed
-order, so their total is the same too.
+chunk does not depend on the rank that computes it. The losses of the chunks are added in one fixed order,
+so their total does not depend on the number of ranks.
 """
 
 import math
@@ -32,13 +32,13 @@ class Evaluation:
     confusion: list[list[int]]
     """Row: true class; column: predicted class."""
     predicted: Tensor = field(compare=False)
-    """`(n,)` int64 on the CPU: the class with the highest logit, by index of the image."""
+    """`(n,)` int64 on the CPU: for each image, the class with the highest logit."""
     confidence: Tensor = field(compare=False)
     """`(n,)` float32 on the CPU: the probability of that class, according to the model."""
 
     @property
     def accuracy(self) -> float:
-        """The fraction of images whose highest logit is that of their label."""
+        """The fraction of images that are classified correctly."""
         return self.correct / self.images
 
 
@@ -55,8 +55,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate the model on a split that every rank holds; every rank returns the same metrics.
 
-    `mean` and `std` normalise the images. The model runs in evaluation mode and is put back into its former
-    mode. Raises `UsageError` if the model does not return logits `(n, classes)`.
+    `mean` and `std` normalise the images. The model runs in evaluation mode; afterwards its previous mode
+    is restored. Raises `UsageError` if the model does not return logits `(n, classes)`.
     """
     chunks = -(-len(split) // CHUNK)
     losses = torch.zeros(chunks, device=world.device)
@@ -77,7 +77,7 @@ def evaluate(
         losses[chunk] = F.cross_entropy(logits, labels, reduction="sum")
         confidence[rows], predicted[rows] = logits.softmax(1).max(1)
     model.train(was_training)
-    # At each position at most one rank has something other than zero, so the sums are exact.
+    # Each position is nonzero on at most one rank, so the sums are exact.
     total = math.fsum(world.all_reduce_sum_(losses).tolist())
     predicted, confidence = world.all_reduce_sum_(predicted).cpu(), world.all_reduce_sum_(confidence).cpu()
     labels = split.labels.long().cpu()

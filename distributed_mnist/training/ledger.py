@@ -1,9 +1,8 @@
 """Record each step's samples, losses and correct predictions without waiting for the device.
 
 Each rank records the sample ids, losses and correct predictions of its own shards. At a sync point the
-ranks add their ledgers. At each position at most one rank has recorded something other than zero, so the
-sums are exact and the same for every number of processes. If two ranks trained on a sample, or none did,
-the digest changes.
+ranks add their ledgers. Each position is nonzero on at most one rank, so the sums are exact and the same
+for every number of processes. If two ranks trained on the same sample, or no rank did, the digest changes.
 """
 
 from dataclasses import dataclass
@@ -19,13 +18,13 @@ from .batches import Batch
 
 @dataclass(frozen=True)
 class IntervalRecord:
-    """The complete record of the steps since the last sync point."""
+    """The record of all ranks for the steps since the last sync point."""
 
     first_step: int
     losses: list[float]
     """Mean loss of each step, over its global batch."""
     loss_sum: float
-    """Sum of the losses of all samples of these steps."""
+    """Sum of the losses of all samples in these steps."""
     correct: int
     images: int
 
@@ -51,13 +50,13 @@ class Ledger:
         return len(self._sizes)
 
     def open(self, step: int, size: int) -> None:
-        """Begin the record of step `step`, whose global batch has `size` samples."""
+        """Begin the record of a step whose global batch has `size` samples."""
         if not self._sizes:
             self._first_step = step
         self._sizes.append(size)
 
     def record(self, batch: Batch, losses: Tensor, logits: Tensor) -> None:
-        """Record samples of the open step, with their losses `(m,)` and logits `(m, classes)`."""
+        """Record `m` samples of the open step, with their losses `(m,)` and logits `(m, classes)`."""
         row, positions = len(self._sizes) - 1, slice(batch.start, batch.start + len(batch.ids))
         self._ids[row, positions] += batch.ids + 1
         self._losses[row, positions] = losses

@@ -1,8 +1,8 @@
 """The training loop.
 
-A run is a function of the step number, so resuming a run is the same loop with another first step. Read
-`train` first. It takes one step after another and stops at sync points. There the ranks combine their
-metrics, evaluate the model, save checkpoints, and agree whether to stop.
+Each step depends only on the state and the step number, so a resumed run is the same loop with a different
+first step. Read `train` first. It takes one step after another and pauses at sync points. At a sync point
+the ranks combine their metrics, evaluate the model, save checkpoints, and agree whether to stop.
 """
 
 import math
@@ -26,15 +26,15 @@ from .state import ZERO_TOTALS, State, TrainingContext
 from .sync_points import PhaseTimer, SyncPoints, suggest_fewer_processes
 
 _DISK_PATIENCE_SECONDS = 300.0  # a slow disk is not a hang
-_OUTPUT_PATIENCE_SECONDS = 3600.0  # nor is a terminal that somebody has paused with Ctrl-S
+_OUTPUT_PATIENCE_SECONDS = 3600.0  # a terminal paused with Ctrl-S is not a hang either
 _MIN_STEPS_TO_JUDGE_SPEED = 20
 
 
 def train(state: State, context: TrainingContext) -> Evaluation:
     """Train to the end of the recipe and return the last evaluation.
 
-    Raises `Interrupted`, after a checkpoint is saved, if any rank was asked to stop; and `TrainingError` if
-    the loss or the weights are not finite, or if the ranks' weights differ.
+    Raises `Interrupted`, after saving a checkpoint, if any rank was asked to stop. Raises `TrainingError`
+    if the loss or the weights are not finite, or if the weights differ between ranks.
     """
     recipe, world, batches = context.recipe, context.world, context.batches
     total_steps = recipe.total_steps(batches.steps_per_epoch)
@@ -99,7 +99,7 @@ def train_step(
 ) -> None:
     """Take one step on one global batch.
 
-    Nothing waits for the device, except the copy of random transforms to it.
+    Only the copy of random transforms to the device waits for it.
     """
     recipe, size = context.recipe, context.batches.size(step)
     ledger.open(step, size)
@@ -129,7 +129,7 @@ def close_interval(
     timer: PhaseTimer,
     lr: float,
 ) -> None:
-    """Combine, check and report the ranks' records of the steps since the last sync point."""
+    """Combine, check and report the records of all ranks since the last sync point."""
     interval, state.samples_sha256 = ledger.close(context.world, state.samples_sha256)
     state.train_seconds += sync_points.seconds
     require_finite(state, context, interval)
@@ -169,21 +169,21 @@ def require_finite(state: State, context: TrainingContext, interval: IntervalRec
 
 
 def require_same_weights(state: State, world: World) -> None:
-    """Raise `TrainingError` if some ranks' weights differ from rank 0's, and name those ranks.
+    """Raise `TrainingError`, naming the ranks, if any rank has different weights from rank 0.
 
-    Faulty memory, another processor, or a model whose factory draws random numbers of its own would make
-    the weights differ without any other sign.
+    Faulty memory, a different processor, or a model factory with its own random generator would make the
+    weights differ without any other sign.
     """
     if world.size > 1 and (ranks := world.differing(digest(dict(state.model.state_dict())))):
         raise TrainingError(
-            f"rank {', '.join(map(str, ranks))} has other weights than rank 0 after step {state.step}: "
-            "the model draws random numbers from another generator than torch's, or that host computes "
+            f"rank {', '.join(map(str, ranks))} has different weights from rank 0 after step {state.step}: "
+            "the model draws random numbers from a generator other than torch's, or that host computes "
             "differently"
         )
 
 
 def save(state: State, context: TrainingContext, *, best: bool) -> None:
-    """Start to write a checkpoint of the present state. Training goes on while it is written."""
+    """Start to write a checkpoint of the current state. Training continues while it is written."""
     require_same_weights(state, context.world)
     with context.world.status.during("saving a checkpoint", _DISK_PATIENCE_SECONDS):
         context.store.save(context.pack, best=best)
@@ -192,7 +192,7 @@ def save(state: State, context: TrainingContext, *, best: bool) -> None:
 def report_saved(state: State, context: TrainingContext, *, wait: bool) -> None:
     """Report the checkpoints written since the last call; `wait` for those still being written.
 
-    If one cannot be written, the run goes on: it has less to fall back on, but its result is the same.
+    A failed write does not stop the run. A later crash would cost more steps, but not change the result.
     """
     with context.world.status.during("saving a checkpoint", _DISK_PATIENCE_SECONDS if wait else 0):
         written = context.store.finished(wait=wait)
@@ -202,14 +202,15 @@ def report_saved(state: State, context: TrainingContext, *, wait: bool) -> None:
             report(context, "checkpoint", step=saved.step, path=saved.path, seconds=saved.seconds)
         elif not failed_before:  # a disk that stays full is reported once
             last_good = context.store.last_good()
-            text = f"{saved.problem}; training goes on, last good checkpoint: {last_good}"
+            text = f"{saved.problem}; training continues, last good checkpoint: {last_good}"
             report(context, "notice", text=text)
 
 
 def stop(state: State, world: World, total_steps: int) -> NoReturn:
     """Wait for all ranks and raise `Interrupted`.
 
-    If a rank left before the checkpoint is on disk, a launcher would end the other ranks.
+    Without the wait, a rank could exit before the checkpoint is on disk, and a launcher would then end the
+    other ranks.
     """
     world.barrier()
     outcome = f"but {state.unsaved}" if state.unsaved else "checkpoint saved"

@@ -1,4 +1,4 @@
-"""List the test images that a model classifies wrongly, for people to look at."""
+"""List the test images that a model misclassifies, for reports."""
 
 import base64
 from typing import Any
@@ -9,14 +9,14 @@ from ..data.split import Split
 from .evaluate import Evaluation
 
 MAX_MISTAKES = 200
-"""The most mistakes that are listed."""
+"""The maximum number of mistakes to list."""
 
 
 def mistakes(result: Evaluation, split: Split) -> list[dict[str, Any]]:
     """Return the mistakes of an evaluation of `split` as plain values, the most confident ones first.
 
-    There are at most `MAX_MISTAKES`. Each has `index` in the split, `label`, `predicted`, `confidence` (in
-    the wrong class, 0 to 1) and `image`, the 28 by 28 bytes in base64.
+    There are at most `MAX_MISTAKES`. Each has `index` (in the split), `label`, `predicted`, `confidence`
+    (in the wrong class, 0 to 1) and `image` (28 by 28 bytes, in base64).
     """
     labels = split.labels.cpu().long()
     wrong = (result.predicted != labels).nonzero().flatten()

@@ -1,4 +1,4 @@
-"""Resume a run: find its checkpoint, refuse one of another run, and restore the state.
+"""Resume a run: find its checkpoint, refuse a checkpoint from another run, and restore the state.
 
 Rank 0 reads the files and sends the checkpoint to the other ranks.
 """
@@ -25,20 +25,21 @@ from .state import State
 def require_same_recipe(world: World, recipe: Recipe) -> None:
     """Raise `UsageError` if ranks have different recipes, or if the recipe has too few shards for them.
 
-    Ranks with different recipes would wait for each other for ever.
+    Ranks with different recipes would wait for each other forever.
     """
     if others := world.differing(digest(recipe.to_dict())):
         raise UsageError(
-            f"rank {others[0]} was given another recipe than rank 0: start all ranks with the same flags; "
-            "if only rank 0 sees the run that is resumed, these include --recipe and the data"
+            f"rank {others[0]} has a different recipe from rank 0: start all ranks with the same flags; "
+            "if only rank 0 sees the run to resume, these include --recipe and the data"
         )
     recipe.check_size(world.size)
 
 
 def read_requested_checkpoint(world: World, options: Run) -> bytes | None:
-    """Return the checkpoint that `--resume` names, on every rank. Only rank 0's host needs to have it.
+    """Return the checkpoint that `--resume` names, on every rank. Only rank 0's host needs the file.
 
-    Returns None if `--resume` is not given or is "auto". Raises `CheckpointError` if it cannot be read.
+    Returns None if `--resume` is not given or is "auto". Raises `CheckpointError` if the file cannot be
+    read.
     """
     if options.resume is None or options.resume == "auto":
         return None
@@ -69,9 +70,9 @@ def resume(
 ) -> str | None:
     """Restore the state from a checkpoint, if there is one to resume from, and return its path.
 
-    If a launcher has restarted the run, this is the run's newest checkpoint, whatever `--resume` says.
-    `requested` is the result of `read_requested_checkpoint`. `check` raises for a checkpoint that does not
-    belong to this run. `complain` is called with each notice for the user.
+    After a restart by a launcher, the run's newest checkpoint takes precedence over `--resume`. `requested`
+    is the result of `read_requested_checkpoint`. `check` raises an error for a checkpoint that
+    does not belong to this run. `complain` is called with each notice for the user.
     """
     found = (options.resume or "", requested) if requested is not None else None
     if options.resume == "auto" or folder.restarted:
@@ -92,14 +93,16 @@ def resume(
         if then.get(package, now[package]) != now[package]
     ]
     if changes:
-        complain(f"{name} was made by other versions ({'; '.join(changes)}): the last bits may differ")
+        complain(
+            f"{name} was written by different versions ({'; '.join(changes)}): the last bits may differ"
+        )
     return name
 
 
 def _newest_of_all_ranks(
     world: World, store: Store, complain: Callable[[str], None]
 ) -> tuple[str, bytes] | None:
-    """Return the newest intact checkpoint on any host and where it is, or None if there is none."""
+    """Return path (and host) and bytes of the newest undamaged checkpoint on any host, or None."""
     mine = world.on_every_rank(lambda: store.newest(complain))
     steps = world.all_gather(torch.tensor([mine[2] if mine else -1], device=world.device)).flatten()
     holder = int(steps.argmax())
@@ -111,7 +114,7 @@ def _newest_of_all_ranks(
 
 
 def require_same_run(content: Content, name: str, recipe: Recipe, data: Data) -> None:
-    """Raise `CheckpointError`, with the differences, if a checkpoint is of another recipe or other data."""
+    """Raise `CheckpointError`, listing the differences, if a checkpoint's recipe or data is different."""
     if content["recipe"] is None:
         raise CheckpointError(
             f"{name} is from the original script: resume it with multi_proc_single_gpu.py --resume {name}"
@@ -121,21 +124,22 @@ def require_same_run(content: Content, name: str, recipe: Recipe, data: Data) ->
         shown = ", ".join(f"{flag(key)} {old} there, {new} here" for key, (old, new) in differences.items())
         hint = ""
         if {"epochs", "steps"} & differences.keys():
-            hint = "; this recipe's learning rate or average of weights looks ahead to the end"
+            hint = "; this recipe's learning rate or average of weights depends on the length of the run"
         raise CheckpointError(
-            f"{name} is of another recipe: {shown}{hint}; resume it with its own flags, or choose another "
-            "--out"
+            f"{name} was trained with a different recipe: {shown}{hint}; resume it with its own flags, or "
+            "choose another --out"
         )
     if content["step"] > recipe.total_steps(content["steps_per_epoch"]):
         limit = f", --steps {recipe.steps}" if recipe.steps else ""
         raise CheckpointError(
-            f"{name} is past the end of this run: it is of step {content['step']}, but here is --epochs "
-            f"{recipe.epochs}{limit}"
+            f"{name} is past the end of this run: it is from step {content['step']}, but this run has "
+            f"--epochs {recipe.epochs}{limit}"
         )
     trained_on = content["dataset"]
     if trained_on["sha256"] != data.sha256:
         raise CheckpointError(
-            f"{name} is of other data: {trained_on['name']} {trained_on['sha256'][:12]}… there, "
+            f"{name} was trained on different data: "
+            f"{trained_on['name']} {trained_on['sha256'][:12]}… there, "
             f"{data.name} {data.sha256[:12]}… here"
         )
 

@@ -1,4 +1,4 @@
-"""Run `dmnist train` on one rank: get the data, make or resume the state, train, write the results."""
+"""Run `dmnist train` on one rank: load the data, create or resume the state, train, write the results."""
 
 import contextlib
 import time
@@ -50,8 +50,8 @@ def run(
     """Train, and return what `--json` prints.
 
     `title` is the name of the recipe in messages. `read` returns the data set and is called on rank 0 only.
-    `resume_flags` are the flags that resume the run, if they are not those of its folder. Raises
-    `DmnistError`; its subclasses say what went wrong.
+    `resume_flags` are the flags that resume the run; the default is `layout.resume_flags` for its folder.
+    Raises subclasses of `DmnistError`.
     """
     began = time.perf_counter()
     threads = use_threads(world, recipe)
@@ -142,7 +142,7 @@ def run(
 
 
 def start_notices(world: World, recipe: Recipe, data: Data, threads: int, folder: RunFolder) -> list[str]:
-    """Return what the user should know before training starts."""
+    """Return the notices to print before training starts."""
     notices = [] if folder.restarted else oversubscription_warnings(world, threads)
     if world.restarts and not folder.restarted:
         notices.append(f"{world.launcher} has restarted this run, but its folder was not found")
@@ -154,7 +154,7 @@ def start_notices(world: World, recipe: Recipe, data: Data, threads: int, folder
 
 @contextlib.contextmanager
 def lock_released_on_failure(lock: RunLock | None) -> Iterator[None]:
-    """Release the lock of the run's folder after an exception, because this process may live on."""
+    """Release the lock of the run's folder after an exception, because the process may keep running."""
     try:
         yield
     except BaseException:
@@ -168,8 +168,8 @@ def write_results(
 ) -> None:
     """Write `result.json` and `report.html`, and release the lock of the run's folder.
 
-    A report that cannot be written is only mentioned. Raises `OutputError` if the result cannot be written,
-    or if the final weights are not on disk.
+    If the report cannot be written, `say` is called and the run still succeeds. Raises `OutputError` if the
+    result cannot be written, or if the final weights are not on disk.
     """
     from ..reporting import html_report  # noqa: PLC0415 - only the end of a run needs what it imports
 
@@ -191,7 +191,7 @@ def write_results(
 def train_and_summarise(
     state: State, context: TrainingContext, data: Data, folder: Path, began: float
 ) -> dict[str, Any]:
-    """Train to the end. Return the result of the run, and its speed since this process started."""
+    """Train to the end. Return the result of the run, including its speed since this process started."""
     steps_before, seconds_before = state.step, state.train_seconds
     evaluation = train(state, context)
     images = context.batches.images_before(state.step) - context.batches.images_before(steps_before)
@@ -209,7 +209,7 @@ def train_and_summarise(
 
 
 def summary(state: State, recipe: Recipe, data: Data, evaluation: Evaluation) -> dict[str, Any]:
-    """Return the part of the result that, apart from `train_seconds`, does not depend on where it ran."""
+    """Return the part of the result that does not depend on where it ran, except for `train_seconds`."""
     return {
         "dataset": data.name,
         "model": recipe.model,
@@ -235,8 +235,9 @@ def make_sink(
 ) -> Sink:
     """Make this rank's sink.
 
-    Rank 0's writes to the terminal, to the run's files, and to TensorBoard if there is a factory for it.
-    Another rank's prints notices if it keeps a copy of the checkpoints, and nothing otherwise.
+    On rank 0 the sink writes to the terminal, to the run's files, and to TensorBoard if
+    `make_tensorboard_sink` is given. On other ranks it prints notices if the rank keeps a copy of the
+    checkpoints, and nothing otherwise.
     """
     if world.rank != 0:
         return NullSink() if isinstance(store, NullStore) else NoticeSink(str(world.peers[world.rank]))

@@ -28,19 +28,19 @@ class State:
     model: nn.Module
     optimizer: Optimizer
     step: int = 0
-    """Number of steps done."""
+    """Number of completed steps."""
     best_accuracy: float = -1.0
     samples_sha256: str = START_OF_CHAIN
     """Digest of all sample ids used so far, in order."""
     train_seconds: float = 0.0
     """Time spent in steps, without evaluation and saving."""
     unsaved: str | None = None
-    """Why the latest checkpoint could not be written; None if it was."""
+    """Why the latest checkpoint could not be written; None if it was written."""
     totals: dict[str, float] = field(default_factory=lambda: dict(ZERO_TOTALS))
     """Since the last evaluation: sum of losses, number of correct predictions, number of images."""
 
     def to_content(self) -> Content:
-        """Return the part of a checkpoint that is state."""
+        """Return this state as part of a checkpoint's content."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -52,7 +52,7 @@ class State:
         }
 
     def restore(self, content: Content, name: str) -> None:
-        """Load the state from a checkpoint. Raises `CheckpointError` if it is of another model."""
+        """Load the state from a checkpoint. Raises `CheckpointError` if it is from a different model."""
         load_weights(self.model, content["model"], name)
         load_optimizer(self.optimizer, content["optimizer"], name)
         self.step = content["step"]
@@ -76,18 +76,18 @@ class TrainingContext:
     store: Store
     sink: Sink
     pack: Callable[[], Content]
-    """Returns the content of a checkpoint of the present state."""
+    """Returns a checkpoint's content for the current state."""
     stop_requested: Callable[[], bool]
     evaluation_options: dict[str, Any]
-    """Keyword arguments of `evaluate`."""
+    """Keyword arguments for `evaluate`."""
     save_every: int | None
-    """Steps between checkpoints; None if the store decides by the time."""
+    """Steps between checkpoints; None if the store saves by elapsed time."""
     eval_every: int
     """Steps between evaluations."""
 
 
 def pack(state: State, recipe: Recipe, data: Data, options: Run, steps_per_epoch: int) -> Content:
-    """Return the content of a checkpoint of the present state."""
+    """Return a checkpoint's content for the current state."""
     drawn = {"seed": options.data_seed, "train_size": options.train_size, "test_size": options.test_size}
     return {
         "format": FORMAT,

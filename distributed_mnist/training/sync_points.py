@@ -1,9 +1,9 @@
-"""Choose how often the ranks stop to agree, and time the steps between.
+"""Choose how often the ranks synchronise, and time the steps in between.
 
 At a sync point the ranks add their ledgers, update the display and act on a request to stop. Sync points
-must be frequent enough to obey a signal quickly and rare enough to cost almost nothing. All ranks must
-reach a sync point after the same step, so at each one they agree on the distance to the next, from the
-slowest rank's time per step.
+must be frequent enough to react to a signal quickly and rare enough to cost almost nothing. All ranks must
+reach a sync point after the same step. So at each sync point they agree on the number of steps to the next
+one, from the slowest rank's time per step.
 """
 
 import time
@@ -17,20 +17,20 @@ from ..distributed.world import World
 class PhaseTimer:
     """Measure the time that each phase of a step takes on this rank, without communication.
 
-    A GPU runs asynchronously; there, this is the time that it takes to launch the work.
+    A GPU runs asynchronously, so there the measured time is that of launching the work.
     """
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._seconds: dict[str, float] = {}
         self._open_phases: list[str] = []
-        """The nested phases; the time counts for the last, which is the innermost."""
+        """The nested phases. Time is counted for the last one, which is the innermost."""
         self._next_phase = ""
         self._since = 0.0
 
     def phase(self, name: str) -> Self:
-        """`with timer.phase(name):` times this phase, less the communication and the phases inside it."""
-        self._next_phase = name  # no generator: as a context manager it would take several times as long
+        """`with timer.phase(name):` times this phase, excluding communication and nested phases."""
+        self._next_phase = name  # a generator as context manager would take several times as long
         return self
 
     def __enter__(self) -> None:
@@ -50,14 +50,14 @@ class PhaseTimer:
         self._since = now
 
     def reset(self, steps: int) -> dict[str, float]:
-        """Return each phase's seconds per step over the last `steps` steps, and start again from zero."""
+        """Return each phase's seconds per step over the last `steps` steps, and reset to zero."""
         seconds_per_step = {name: seconds / max(steps, 1) for name, seconds in self._seconds.items()}
         self._seconds = {}
         return seconds_per_step
 
 
 class SyncPoints:
-    """Schedule sync points about `SECONDS` apart, and measure the interval that each one ends.
+    """Schedule sync points about `SECONDS` apart, and measure the interval before each of them.
 
     The time of an interval counts from `start`. `max_steps` is the most steps between two sync points.
     """
@@ -69,18 +69,18 @@ class SyncPoints:
         self._last, self._next = step, step + 1
         self._started, self._communication_before = 0.0, 0.0
         self.seconds = 0.0
-        """Length of the interval that the latest sync point ended. The fields below are about it too."""
+        """Duration of the latest interval. The fields below also describe this interval."""
         self.steps = 0
         """Number of steps in the interval."""
         self.exchange_seconds = 0.0
-        """Time spent in collectives by the rank that waited least for the others."""
+        """Seconds spent in collectives by the rank that waited least for the others."""
         self.compute_per_step: list[float] = []
         """Seconds per step that each rank computed; on a GPU this includes the gradient exchange."""
         self.exchange_per_step: list[float] = []
         """Seconds per step that each rank spent in collectives, including its waits for slower ranks."""
 
     def start(self) -> None:
-        """Start the clock: steps begin, or begin again after an evaluation."""
+        """Start the clock, at the first step and again after each sync point."""
         self._started = time.perf_counter()
         self._communication_before = self._world.communication_seconds
 
@@ -91,8 +91,8 @@ class SyncPoints:
     def sync(self, step: int, *, stop: bool, save: bool) -> tuple[bool, bool]:
         """Synchronise with the other ranks after `step` steps.
 
-        `stop` says whether this rank was asked to stop, `save` whether its store wants a checkpoint.
-        Returns whether this is so on any rank, as (stop, save).
+        `stop` is whether this rank was asked to stop; `save` is whether its checkpoint store is due.
+        Returns (stop, save), each True if it is True on any rank.
         """
         if self._world.device.type != "cpu":
             # The collectives of the step cannot be timed separately.
@@ -108,7 +108,7 @@ class SyncPoints:
         self.compute_per_step = [
             whole - exchange for whole, exchange in zip(step_seconds, self.exchange_per_step, strict=True)
         ]
-        # At most four times the last interval: a first step is slow for reasons that do not last.
+        # At most four times the last interval, because the time of a slow first step is not typical.
         interval = min(int(self.SECONDS / max(slowest, 1e-9)), 4 * self.steps, self._max_steps)
         self._last, self._next = step, step + max(interval, 1)
         return max(stops) > 0, max(saves) > 0
@@ -118,8 +118,8 @@ def suggest_fewer_processes(size: int, step_seconds: float, exchange_seconds: fl
     """Return a hint if fewer processes would certainly train at least as fast, else None.
 
     With `size` processes a step takes `step_seconds`, of which `exchange_seconds` are communication. With
-    half as many processes the rest takes at most twice as long. If that alone is not longer than a step
-    takes now, fewer processes are not slower.
+    half as many processes the computation takes at most twice as long. If even that is not longer than a
+    step takes now, fewer processes are not slower.
     """
     compute_seconds = step_seconds - exchange_seconds
     fewer = size

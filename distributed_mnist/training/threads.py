@@ -1,4 +1,4 @@
-"""Set this process's threads, and warn if a host has fewer cores than threads."""
+"""Set the number of threads of this process, and warn if a host has fewer cores than threads."""
 
 import torch
 
@@ -10,8 +10,8 @@ from ..distributed.world import World
 def use_threads(world: World, recipe: Recipe) -> int:
     """Set and return the number of intra-op threads of this process.
 
-    With `tree` it is one, because two threads would add in another order. With `ddp` the processes of a
-    host share its cores.
+    With `tree` this is one, because two threads would add in a different order. With `ddp` the processes on
+    a host share its cores.
     """
     threads = 1 if recipe.sync == "tree" else max(1, usable_cores() // world.local_size)
     torch.set_num_threads(threads)

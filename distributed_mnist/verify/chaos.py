@@ -1,6 +1,6 @@
 """Run `dmnist verify --chaos`: train the same job under random faults and compare every answer.
 
-Each run under faults must give the answer of the run without faults. The seed decides the faults.
+Each run under faults must give the same answer as the run without faults. The seed decides the faults.
 """
 
 import statistics
@@ -34,7 +34,7 @@ class InjectedFault:
 
 @dataclass
 class ChaosRun:
-    """The course and the result of one run under faults."""
+    """The faults and the result of one run under faults."""
 
     name: str
     sizes: list[int] = field(default_factory=list)
@@ -63,7 +63,7 @@ def run_chaos(
             return
     table.header("under faults")
     seconds = time.monotonic() - began
-    table.add(Row("a longer job, undisturbed", True, "reference", reference.sha256, seconds))
+    table.add(Row("a longer job, without faults", True, "reference", reference.sha256, seconds))
     kinds = _fault_kinds(Random(seed))
     faults: list[InjectedFault] = []
     number = failures = runs_without_fault = 0
@@ -131,7 +131,7 @@ def _inject(run: FaultyRun, kind: str) -> InjectedFault | None:
 
 
 def _fault_kinds(rng: Random) -> Iterator[str]:
-    """Yield kinds of faults without end, each kind once per round, so that even a few of them differ."""
+    """Yield kinds of faults forever, each kind once per round, so that even a few faults are varied."""
     while True:
         yield from rng.sample(list(FAULTS), len(FAULTS))
 

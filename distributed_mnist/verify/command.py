@@ -31,7 +31,7 @@ def run(
 ) -> int:
     """Verify this host and return the exit code.
 
-    Raises `VerificationError` if an answer differs, after the table has shown which and how.
+    Raises `VerificationError` if an answer differs, after the table has shown which one and how.
     """
     sizes = sizes_to_try(nproc, device)
     table = ResultsTable.make(as_json=as_json)
@@ -93,7 +93,7 @@ def _device(device: str) -> torch.device:
 
 @contextlib.contextmanager
 def _signals_as_exceptions() -> Iterator[None]:
-    """Turn signals into exceptions, so that the `with` blocks end the running training first."""
+    """Turn signals into exceptions, so that the `with` blocks stop the running training first."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         for other in SIGNALS:  # a second Ctrl-C must not interrupt that cleanup

@@ -25,10 +25,10 @@ _FIELD_NAMES = {
 
 @dataclass(frozen=True)
 class Answer:
-    """The result of a run. None of it may depend on how the run was carried out."""
+    """The result of a run. It must not depend on the number of processes or on faults."""
 
     result: dict[str, Any]
-    """The fields in `COMPARED` of what `--json` prints."""
+    """The fields named in `COMPARED`, as `--json` prints them."""
     losses: dict[int, float]
     """The exact mean loss of every step."""
     weights: dict[str, torch.Tensor]

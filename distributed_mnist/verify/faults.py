@@ -1,4 +1,4 @@
-"""The faults of `dmnist verify --chaos`: one function each, which injects the fault and says what it did.
+"""The faults of `dmnist verify --chaos`. Each function injects one fault and returns a description of it.
 
 Each function calls `mark_fault` at the moment it injects the fault. `chaos` then waits until the run has
 recovered, and compares the answer.
@@ -54,7 +54,7 @@ def kill_while_saving(run: FaultyRun) -> str:
 
 
 def stop(run: FaultyRun) -> str:
-    """Stop a worker without ending it, so that it hangs."""
+    """Suspend a worker without ending it, so that it hangs."""
     workers = _workers(run)
     if len(workers) == 1:  # no other rank would notice
         raise RunEndedError
@@ -133,9 +133,9 @@ def _unfinished_checkpoints(run: FaultyRun) -> set[str]:
 
 
 def _send(number: int, *processes: psutil.Process) -> str:
-    """Send a signal to processes and say so.
+    """Send a signal to processes and return a description.
 
-    A process may have ended meanwhile; the end or the restart of the run will show that.
+    A process may have ended in the meantime; the end or the restart of the run will show that.
     """
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -144,9 +144,9 @@ def _send(number: int, *processes: psutil.Process) -> str:
 
 
 def _damage(run: FaultyRun, path: Path) -> str:
-    """Damage a checkpoint so that it cannot be read, and say how.
+    """Damage a checkpoint so that it cannot be read, and return a description.
 
-    Tries again if the file can still be read: a flipped bit may hit padding.
+    It is damaged again if it can still be read: a flipped bit may hit padding.
     """
     whole = path.read_bytes()
     while True:

@@ -1,7 +1,7 @@
 """Look up the known answer of the job of `dmnist verify` on a platform.
 
-The bits depend on the build of torch, the device, and on a CPU on the instructions that its kernels choose.
-The table has the answers that were measured. The data and the order of samples are computed with integers,
+The bits depend on the build of torch, on the device and, on a CPU, on the instructions that torch's kernels
+choose. The table contains measured answers. The data and the order of samples are computed with integers,
 so they are the same on every platform.
 """
 
@@ -40,7 +40,7 @@ class Platform:
 
 @dataclass(frozen=True)
 class Finding:
-    """What the table says about an answer."""
+    """The result of looking up an answer in the table."""
 
     verdict: Verdict
     text: str
@@ -72,7 +72,7 @@ def read_table(path: Path = TABLE_FILE) -> dict[str, Any]:
 
 def look_up(result: dict[str, Any], platform: Platform, table: dict[str, Any]) -> Finding:
     """Compare a result, which has these three digests, with the table."""
-    for name, what in (("data_sha256", "the drawn digits"), ("samples_sha256", "the order of samples")):
+    for name, what in (("data_sha256", "the generated digits"), ("samples_sha256", "the order of samples")):
         if result[name] != table[name]:
             text = f"{what} ({name} {result[name][:12]}) DIFFER from the known ones ({table[name][:12]}), "
             return Finding("differs", text + "which are the same on every platform")
@@ -121,7 +121,7 @@ def _source_of(sha256: str, table: dict[str, Any]) -> str | None:
 
 
 def _processor() -> str:
-    """Return the CPU's name, with family and model: in virtual machines the name alone says little."""
+    """Return the CPU's name with family and model, because in virtual machines the name can be generic."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

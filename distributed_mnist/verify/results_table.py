@@ -25,13 +25,13 @@ class Row:
     """The name of the run."""
     good: bool
     verdict: str
-    """A word or two if the run is good, otherwise what is wrong with it."""
+    """A word or two if the run is good, otherwise the problem."""
     weights_sha256: str | None
     seconds: float
 
 
 class ResultsTable:
-    """Collects the results and prints them as they come.
+    """Collects the results and prints each as it arrives.
 
     Attributes: `problems` (one line for each thing that is wrong), `json_fields` (what `--json` prints
     besides the runs).
@@ -61,7 +61,7 @@ class ResultsTable:
 
     @contextlib.contextmanager
     def busy(self, activity: str) -> Iterator[None]:
-        """Show on a terminal what is going on until the block ends."""
+        """Show the current activity on a terminal until the block ends."""
         with self._console.status(activity):
             yield
 
@@ -80,7 +80,7 @@ class ResultsTable:
 
     @contextlib.contextmanager
     def work_folder(self) -> Iterator[Path]:
-        """Make a temporary folder. It is kept if there are problems, for a person to look into."""
+        """Make a temporary folder. It is kept if there are problems, so that a person can examine it."""
         folder = Path(tempfile.mkdtemp(prefix="dmnist-verify-"))
         try:
             yield folder

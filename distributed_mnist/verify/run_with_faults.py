@@ -49,7 +49,7 @@ class FaultyRun:
         self.command.kill()
 
     def start_again(self) -> None:
-        """Start the same command again, at another size if there is one. The former must have ended."""
+        """Start the same command again, if possible at a different size. The old one must have ended."""
         self.command = self._start()
 
     def _start(self) -> TrainCommand:
@@ -76,7 +76,7 @@ class FaultyRun:
         raise RunEndedError
 
     def wait_for_random_moment(self) -> None:
-        """Wait until some later step and a little longer, so that faults come at any point of a step."""
+        """Wait until some later step and a little longer, so that faults occur at any point of a step."""
         steps = self.wait_for(lambda: self._events("steps"), "no first step")
         total = self._events("start")[-1]["steps"]
         target = steps[-1]["step"] + self.rng.randint(0, total // 6)
@@ -102,7 +102,7 @@ class FaultyRun:
         Raises `RunEndedError` if the run ended before it noticed the fault.
         """
         restarts = lambda: [e for e in self._events("start") if e["time"] > self.fault_time]  # noqa: E731
-        restarted = self.wait_for(restarts, "it did not start again")[0]["time"]
+        restarted = self.wait_for(restarts, "it did not restart")[0]["time"]
         with contextlib.suppress(RunEndedError):
             self.wait_for(lambda: self._first_steps_after(restarted), "it trained no further")
             return self._first_steps_after(restarted) - self.fault_time

@@ -26,7 +26,7 @@ _POLL_SECONDS = 0.02
 
 
 class RunFailedError(Exception):
-    """A run did not do what it should; the text says what happened."""
+    """A run did not behave as expected. The text says what happened."""
 
 
 def recipe() -> Recipe:
@@ -40,7 +40,7 @@ def options(**more: Any) -> Run:
 
 
 class TrainCommand:
-    """A running `dmnist train`. All its processes share one session, so that they can be found.
+    """A running `dmnist train`. All its processes share one session, which is how they are found.
 
     Leaving the `with` block kills every process that is left.
     """
@@ -77,7 +77,7 @@ class TrainCommand:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         self.process.wait(TIMEOUT_SECONDS)
-        self.wait_for(lambda: not self.processes(), "its processes did not go")
+        self.wait_for(lambda: not self.processes(), "its processes did not end")
 
     def processes(self) -> list[psutil.Process]:
         """Return all living processes of the run, the launcher included: those of its session."""
@@ -149,7 +149,7 @@ class TrainCommand:
 
 
 def run_without_faults(folder: Path, nproc: int, device: str, *flags: str) -> Answer:
-    """Run the job, leave it alone, and return its answer. Raises `RunFailedError` if it fails."""
+    """Run the job without injecting faults, and return its answer. Raises `RunFailedError` if it fails."""
     with TrainCommand(folder, nproc, device, *flags) as command:
         return wait_for_answer(command)
 

@@ -1,6 +1,6 @@
-"""Run `dmnist verify` in a world that torchrun, srun or mpirun has started.
+"""Run `dmnist verify` in a world started by torchrun, srun or mpirun.
 
-First each rank trains by itself, which shows which rank computes differently; then all train together.
+First each rank trains alone, which shows which rank computes differently. Then all ranks train together.
 """
 
 import time
@@ -32,7 +32,7 @@ _SOLO_TIMEOUT_SECONDS = 900.0  # a slow host may train alone this long while ran
 
 @dataclass(frozen=True)
 class SoloResult:
-    """The result of a rank that trained by itself."""
+    """The result of a rank that trained alone."""
 
     peer: Peer
     platform: Platform
@@ -43,7 +43,7 @@ class SoloResult:
 
 
 def run(world: World, table: ResultsTable, signals: StopSignals) -> None:
-    """Verify a world. All ranks call it. Raises `VerificationError` on all ranks or on none."""
+    """Verify a world. All ranks must call it. Raises `VerificationError` on all ranks or on none."""
     job_recipe = recipe_for(world.size)
     with ExitStack() as stack:
         folder = world.on_every_rank(lambda: stack.enter_context(table.work_folder()))
@@ -65,7 +65,7 @@ def run(world: World, table: ResultsTable, signals: StopSignals) -> None:
 
 
 def recipe_for(size: int) -> Recipe:
-    """Return the job's recipe; for a large world with enough shards, which has another answer."""
+    """Return the job's recipe. For a large world it has more shards, and so a different answer."""
     usual = recipe()
     return usual if size <= usual.shards else usual.replace(shards=2 ** (size - 1).bit_length())
 
@@ -86,7 +86,7 @@ def train_alone(world: World, job_recipe: Recipe, folder: Path, signals: StopSig
 
 
 def show_solo_results(results: Sequence[SoloResult], table: ResultsTable) -> SoloResult:
-    """Return a result that has the most common answer; report each that differs from it as a problem."""
+    """Return a result with the most common answer; report each result that differs as a problem."""
     counts = Counter(result.answer.sha256 for result in results)
     # In a tie the first one counted wins, which is rank 0's.
     common_sha256, agreeing = counts.most_common(1)[0]
@@ -109,7 +109,7 @@ def _describe_mismatch(
     others = f"{agreeing} of {size}" if agreeing > 1 else str(reference.peer)
     own, expected = asdict(result.platform), asdict(reference.platform)
     fields = [f"{name} {own[name]}, not {expected[name]}" for name in own if own[name] != expected[name]]
-    platform = f"; it is another platform ({'; '.join(fields)})" if fields else ""
+    platform = f"; it is a different platform ({'; '.join(fields)})" if fields else ""
     kept = f"kept: {result.kept} and {reference.kept}"
     return f"{result.peer} computes differently from {others}: {difference}{platform} ({kept})"
 
@@ -122,7 +122,7 @@ def train_together(
     table: ResultsTable,
     signals: StopSignals,
 ) -> None:
-    """Train once with the whole world, and compare its answer with the one of a rank alone."""
+    """Train once with the whole world, and compare its answer with that of a single rank."""
     table.header("all together")
     name = f"{world.size} process{'es' if world.size > 1 else ''}"
     out = Path(world.on_rank_zero(lambda: str(folder / "together")))

@@ -123,7 +123,7 @@ def test_scored_on_what_it_was_trained_on_and_nothing_else_unasked(
     assert evaluate(result, tmp_path / "data").images == 40
     (result.out / "config.json").rename(result.out / "aside")
     try:
-        with pytest.raises(DataError, match="trained on other data than is here now"):
+        with pytest.raises(DataError, match="trained on different data from what is here now"):
             evaluate(result)
     finally:
         (result.out / "aside").rename(result.out / "config.json")

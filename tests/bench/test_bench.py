@@ -105,7 +105,7 @@ def test_the_flags_know_the_sections() -> None:
 def test_only_the_given_section_is_measured() -> None:
     ended = dmnist("bench", "data", *SMALL)
     assert ended.code == 0, ended
-    assert "a drawn image" in ended.stdout
+    assert "a generated image" in ended.stdout
     assert "Throughput" not in ended.stdout
 
 

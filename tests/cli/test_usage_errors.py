@@ -295,7 +295,7 @@ def test_resume_from_a_corrupt_checkpoint(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--lr", "0.5"), ["another recipe", "--lr 0.001 there, 0.5 here"]),
+        (("--lr", "0.5"), ["a different recipe", "--lr 0.001 there, 0.5 here"]),
         (("--seed", "7"), ["--seed 0 there, 7 here"]),
         (("--shards", "4"), ["--shards 8 there, 4 here"]),
         (("--batch-size", "64"), ["--batch-size 128 there, 64 here"]),
@@ -316,7 +316,7 @@ def test_resume_with_other_data(checkpoint: Path, tmp_path: Path) -> None:
         datasets.load("generated", Path(), seed=1, train_size=1_100, test_size=300), tmp_path / "data"
     )
     ended = start(tmp_path / "data", tmp_path / "out", "--resume", checkpoint)
-    refused(ended, CHECKPOINT, str(checkpoint), "other data")
+    refused(ended, CHECKPOINT, str(checkpoint), "different data")
     assert not (tmp_path / "out").exists()
 
 
@@ -327,7 +327,7 @@ def test_auto_with_other_data_leaves_the_run_alone(good: Path, tmp_path: Path) -
     datasets.write(
         datasets.load("generated", Path(), seed=1, train_size=1_100, test_size=300), tmp_path / "data"
     )
-    refused(start(tmp_path / "data", copy, "--resume", "auto"), CHECKPOINT, "other data")
+    refused(start(tmp_path / "data", copy, "--resume", "auto"), CHECKPOINT, "different data")
     assert contents(copy) == before
 
 

@@ -365,7 +365,7 @@ def test_missing_files_are_named(tmp_path: Path, mnist: Arrays) -> None:
     partial = f"mnist is not in {tmp_path}/ ({tmp_path / 'MNIST/raw'} lacks t10k-labels-idx1-ubyte)"
     assert refusal("mnist", tmp_path) == partial
     # One existing file shows that MNIST was meant, so no digits are drawn.
-    said = f"{partial}; --dataset auto draws digits only if none of MNIST's files exist"
+    said = f"{partial}; --dataset auto generates digits only if none of MNIST's files exist"
     assert refusal("auto", tmp_path) == said
     assert [finding.verdict for finding in datasets.check("mnist", tmp_path)] == [
         "ok",

@@ -305,7 +305,8 @@ def test_auto_does_not_draw_if_some_of_mnist_exists(
     lacking = ", ".join(file.name for file in entry.files[1:])
     assert str(caught.value) == (
         f"mnist is not in {tmp_path}/ ({tmp_path} lacks {lacking}) and no mirror could be reached: "
-        f"{dead.host} (connection failed); --dataset auto draws digits only if none of MNIST's files exist"
+        f"{dead.host} (connection failed); --dataset auto generates digits only if none of MNIST's files "
+        "exist"
     )
     assert not isinstance(caught.value, NotFoundError)
 

@@ -1,5 +1,5 @@
-"""The files under deploy/: what they say fits the schemas of those who read them, and the pods of
-job.yaml, as processes on this machine, end with the undisturbed weights."""
+"""The files under deploy/ match the schemas of their readers. The pods of job.yaml, run as processes on
+this machine, end with the same weights as a run without faults."""
 
 import json
 import re
@@ -188,7 +188,7 @@ def pods(job: Job) -> Iterator[Pods]:
 
 @pytest.mark.slow
 def test_pods_that_are_killed_and_stopped(pods: Pods, job: Job, expected: dict[str, Any]) -> None:
-    """Each rank's pod is killed once, and one alone is drained: in the end, the undisturbed weights."""
+    """Each rank's pod is killed once, and one pod is drained: the weights equal those without faults."""
     counted = 0
     for victim, number in ((1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGTERM)):
         job.under_way(pods.running[0], size=2)

@@ -168,7 +168,7 @@ def test_impossible_numbers(changes: dict[str, str], words: list[str]) -> None:
     "changes", [{"MASTER_PORT": "0"}, {"MASTER_PORT": "-5"}, {"MASTER_PORT": "70000"}, {"MASTER_ADDR": ""}]
 )
 def test_an_impossible_rendezvous_address(changes: dict[str, str]) -> None:
-    """Reported at once, with the variable's name, and not minutes later as a time-out."""
+    """Reported at once, with the variable's name, and not minutes later as a timeout."""
     (name,) = changes
     assert name in refusal(KUBEFLOW, **changes)
 

@@ -119,7 +119,7 @@ def test_a_rank_died_before_it_acknowledged() -> None:
 
 
 def test_a_rank_died_after_it_acknowledged() -> None:
-    """Rank 0 still waits for another rank, so it notices, and the new process need not wait for ever."""
+    """Rank 0 is still waiting for another rank, so it notices, and the new process can join."""
     store = Store()
     zero, one, two = (Membership(store, process(rank, 100 + rank), 4) for rank in range(3))
     assert not any(member.poll() for member in 3 * [zero, one, two])

@@ -1,7 +1,7 @@
 """Run every command that the documents show, from top to bottom as a reader types them, with small data.
 
 The commands are changed in three ways: `--dataset auto`, and every command that reads MNIST, uses 1,100
-drawn digits; N becomes 2; DIR becomes a folder. `ELSEWHERE` lists the commands that cannot run here.
+generated digits; N becomes 2; DIR becomes a folder. `ELSEWHERE` lists the commands that cannot run here.
 """
 
 import json

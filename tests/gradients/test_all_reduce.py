@@ -1,4 +1,4 @@
-"""Test how one process adds gradients: the tree is the same, whichever ranks add which part."""
+"""Test how one process adds gradients: the tree is the same, regardless of which rank adds which part."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise

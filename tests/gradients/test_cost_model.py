@@ -1,4 +1,4 @@
-"""Test the formulas of the cost model, also at their limits, and the fit of a link."""
+"""Test the formulas of the cost model, including their limits, and the fit of a link."""
 
 import math
 

@@ -617,7 +617,7 @@ class Outputs:
 
 
 def test_outside_of_a_recorded_pass_nothing_is_kept() -> None:
-    """A hook that recorded every pass would keep an evaluation's activations for ever."""
+    """A hook that recorded every pass would keep an evaluation's activations forever."""
     model = made("conv, channels last")
     layers, outputs = HookedLayers(model), Outputs(model)
     images, labels = drawn(6)

@@ -1,8 +1,8 @@
-"""A model that makes trouble in the middle of a training, for `--model faulty_model:network`.
+"""A model that fails in the middle of a training, for `--model faulty_model:network`.
 
 `TROUBLE="kill 1 train 300"`: rank 1's process kills itself in its 300th training pass, counted in each
 process (a step of batches in 8 shards has four passes on each of two ranks). Instead of `kill` it may
-`loop` for ever, `sleep` for ever, `raise`, or answer with `nan`; instead of `train`, in a pass of an
+`loop` forever, `sleep` forever, `raise`, or answer with `nan`; instead of `train`, in a pass of an
 evaluation (`evaluate`). The file that `TROUBLE_TOLD` names is there when the trouble has begun, and with
 `TROUBLE_ONCE` it only begins where that file is not there yet. Training goes slowly until the file named by
 `SLOW_UNTIL` is there. `OBEY_SECONDS` shortens how long a process that was asked to stop may take. What the

@@ -1,4 +1,4 @@
-"""Files damaged at random, in any number: is each refused, or read as what it was?
+"""Damage any number of files at random. Each must be refused, or be read with its original content.
 
     python tests/fuzz.py idx 1000000
     python tests/fuzz.py checkpoints 100000
@@ -262,12 +262,12 @@ def checkpoint_file(rng: random.Random) -> tuple[bytes, str | None]:
     data, expected = checkpoint_files()[which]
     if rng.random() < 0.7 or which == "before torch 1.6":
         return damaged(rng, data), expected
-    # The original's own has no digest: whoever writes its archive anew has made another good file.
+    # The original script's file has no digest, so a rewritten archive is just another valid file.
     return _with_damaged_record(rng, data), None if which == "the original's" else expected
 
 
 def _with_damaged_record(rng: random.Random, data: bytes) -> bytes:
-    """The archive written anew, checksums and all, with one of its records damaged."""
+    """The archive rewritten with valid checksums, but with one damaged record."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(buffer, "w") as again:
         names = archive.namelist()

@@ -1,4 +1,4 @@
-"""Several hosts on one machine, for tests: network namespaces with addresses and names of their own.
+"""Several hosts on one machine, for tests: network namespaces, each with its own addresses and names.
 
     with Network(2) as (near, far):
         near.start(["dmnist", "train", ...], RANK="0", ...)   # a `Program`, as in other tests
@@ -96,7 +96,7 @@ class Host:
         self.kill()
 
     def kill(self) -> None:
-        """End every process on this host, and those that they start meanwhile."""
+        """End every process on this host, including those that start in the meantime."""
         deadline = time.monotonic() + PATIENCE
         while pids := self.pids():
             for pid in pids:

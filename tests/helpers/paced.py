@@ -1,6 +1,6 @@
-"""A job that is still training when a test wants to disturb it, and done soon afterwards.
+"""A job that is still training when a test injects a fault, and finishes soon afterwards.
 
-`--model paced:network` holds back in every pass until the file that `PACED_UNTIL` names appears; without
+`--model paced:network` pauses in every pass until the file that `PACED_UNTIL` names appears; without
 that variable it does not. What it computes is the same at any pace.
 """
 

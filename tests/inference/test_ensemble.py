@@ -163,7 +163,7 @@ def test_only_who_voted_votes(tmp_path: Path, data: tuple[object, ...]) -> None:
     one.write_bytes(other.read_bytes())
     ended = dmnist("evaluate", out)
     assert ended.code == 4
-    assert f"has other weights than when {out} was evaluated" in ended.stderr
+    assert f"has different weights from when {out} was evaluated" in ended.stderr
 
 
 def test_one_network_is_not_trained_over_an_ensemble(tmp_path: Path, data: tuple[object, ...]) -> None:

@@ -24,8 +24,8 @@ FLAGS = (*RECIPE, "--epochs", 2, "--checkpoint-every", 15)
 HANG = 3
 """Seconds; other processes on this host may delay it for one or two."""
 KILLED = r"rank {} \(pid {}\) was ended by SIGKILL \(out of memory, or by hand\)"
-AGAIN = r"; starting again from the (last checkpoint|beginning)( \(restart \d+ of \d+ without a new one\))?"
-RESUME = r"; (go on with --resume auto --out \S+|there is no checkpoint yet)"
+AGAIN = r"; restarting from the (last checkpoint|beginning)( \(restart \d+ of \d+ without a new one\))?"
+RESUME = r"; (resume with --resume auto --out \S+|there is no checkpoint yet)"
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def assert_messages(ended: Finished, *patterns: str) -> None:
 def assert_same_result(
     run: Run, ended: Finished, expected: dict[str, Any], groups: int | None = None
 ) -> None:
-    """Check that the result equals that of an undisturbed run."""
+    """Check that the result equals that of a run without faults."""
     assert ended.code == 0, ended
     result = events(run.out)[-1]["result"]
     for name in ("weights_sha256", "samples_sha256", "data_sha256", "test_loss", "test_accuracy", "steps"):
@@ -328,7 +328,7 @@ def test_all_are_stopped_for_a_while(digits: Path, undisturbed: Any, tmp_path: P
 
 STILL_RUNNING = (
     r"dmnist: asked to stop, but still running after 1 s \(a long step, or a hang\): "
-    r"resume from the last checkpoint with --resume auto --out \S+"
+    r"nothing saved since the last checkpoint; resume with --resume auto --out \S+"
 )
 RANK_1 = r"\[rank 1\] "
 
@@ -382,7 +382,7 @@ def test_asked_to_stop_while_a_new_group_starts(digits: Path, undisturbed: Any, 
 
 
 def test_asked_to_stop_in_the_moment_of_a_death(digits: Path, undisturbed: Any, tmp_path: Path) -> None:
-    """Then nothing is restarted, whichever of the two came first."""
+    """Nothing is restarted then, no matter which of the two came first."""
     with Run(digits, tmp_path) as run:
         pid = run.under_way()[1]
         os.kill(pid, signal.SIGSTOP)
@@ -390,7 +390,7 @@ def test_asked_to_stop_in_the_moment_of_a_death(digits: Path, undisturbed: Any, 
         os.kill(pid, signal.SIGKILL)
         ended = run.ends()
     assert ended.code == 75
-    assert "starting again" not in ended.stderr
+    assert "restarting from" not in ended.stderr
     with Run(digits, tmp_path, "--resume", "auto") as run:
         run.hurry()
         assert_same_result(run, run.ends(), undisturbed)
@@ -406,7 +406,7 @@ def test_the_server_of_the_workers_is_killed(digits: Path, undisturbed: Any, tmp
             os.kill(parent, signal.SIGKILL)
         run.hurry()
         ended = run.ends()
-    found = [line for line in lines(ended) if "starting again" in line]
+    found = [line for line in lines(ended) if "restarting from" in line]
     assert len(found) == 1, ended
     assert re.fullmatch("dmnist: the server that forks the processes was ended" + AGAIN, found[0])
     assert_same_result(run, ended, undisturbed)

@@ -213,7 +213,7 @@ def test_a_process_that_reaches_no_sync_point_is_ended(how: str) -> None:
     assert (code, stdout) == (75, "")
     assert stderr == (
         "dmnist: asked to stop, but still running after 0 s (a long step, or a hang): "
-        "resume from the last checkpoint with --resume auto"
+        "nothing saved since the last checkpoint; resume with --resume auto"
     )
 
 

@@ -22,9 +22,9 @@ from distributed_mnist.launcher.spawn import Restarts, Task
 
 NAME = r"rank {} \(pid \d+\) was ended by {}"
 MEMORY = r" \(out of memory, or by hand\)"
-AGAIN = r"; starting again from the (last checkpoint|beginning)( \(restart \d+ of \d+ without a new one\))?"
+AGAIN = r"; restarting from the (last checkpoint|beginning)( \(restart \d+ of \d+ without a new one\))?"
 FLAGS = "--resume auto --out here"
-RESUME = f"; go on with {FLAGS}"
+RESUME = f"; resume with {FLAGS}"
 LONG = 30.0
 
 Action = int | str

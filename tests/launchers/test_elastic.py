@@ -1,4 +1,4 @@
-"""Groups that break, shrink and grow under torchrun, on one host: in the end, the undisturbed weights."""
+"""Groups that break, shrink and grow under torchrun, on one host: the weights are those without faults."""
 
 import json
 import os

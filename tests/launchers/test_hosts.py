@@ -1,4 +1,4 @@
-"""Across hosts with networks of their own: the same weights, or an end that says what is unreachable."""
+"""Across hosts with separate networks: the same weights, or an error that names what is unreachable."""
 
 import json
 import re
@@ -49,7 +49,7 @@ def by_hand(
 
 
 def one_each(hosts: Sequence[Host], job: Job, *more: object) -> list[Program]:
-    """One rank on each host, which train until they are told to hurry."""
+    """One rank on each host. They train slowly until they are told to hurry."""
     command = (*DMNIST, *job.words, "--out", job.out, *more)
     return by_hand(hosts, [1] * len(hosts), command, hosts[0].address, **job.variables)
 
@@ -175,7 +175,7 @@ def alone(host: Host, job: Job, rank: int, meet: str) -> Program:
 
 
 def test_who_does_not_reach_whom_is_told() -> None:
-    """There is no group then that a doctor could examine; who tried says it, with the address."""
+    """Then there is no group for doctor to examine. Each rank that cannot connect names the address."""
     with Network(3) as hosts:
         hosts[2].forget(hosts[1])
         command = (*DMNIST, "doctor", "--device", "cpu", "--dataset", "generated")
@@ -224,7 +224,7 @@ def test_a_host_is_gone_for_good(
 
 
 def test_the_host_of_rank_zero_is_gone(expected: Any, digits: Path, job: Job, tmp_path: Path) -> None:
-    """With the folder that only it could see: the other has a copy of the checkpoints, and goes on."""
+    """Its folder, which no other host sees, is lost too. The other host continues from its own copy."""
     with Network(2) as (first, second):
         give_data(digits, first, second)
         programs = agents([first, second], "1:2", job, "--out", "out", "--hang-after", 3, last=second)

@@ -134,7 +134,7 @@ def test_the_job_is_examined(slurm: Slurm, batches: object, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_step_is_asked_to_stop(slurm: Slurm, batches: object, short: Any, tmp_path: Path) -> None:
-    """All its tasks get the signal and stop at one step; it goes on with fewer."""
+    """All its tasks get the signal and stop at one step. The run continues with fewer tasks."""
     words, expected = short
     out = tmp_path / "out"
     command = ["srun", "-N2", "-n3", "--job-name=stopped", *DMNIST, "train", "--device", "cpu", *words]
@@ -164,7 +164,7 @@ def test_goes_on_by_itself(
     batches: dict[Disturb, Batch],
     expected: dict[str, Any],
 ) -> None:
-    """Without a hand, and nothing but work since a checkpoint is lost."""
+    """The job restarts by itself, and only the work since the last checkpoint is lost."""
     batch = batches[disturb]
     assert batch.job.ended() == "COMPLETED", batch.job.output()
     first, *more = starts(batch.out)

@@ -116,7 +116,7 @@ def test_more_epochs_are_refused(
     ended = dmnist(*words, "--device", "cpu", "--nproc", 1)
     assert ended.code == CheckpointError.exit_code
     assert (
-        "--steps 12 there, 20 here; this recipe's learning rate or average of weights looks ahead"
+        "--steps 12 there, 20 here; this recipe's learning rate or average of weights depends on the length"
         in ended.stderr
     )
 

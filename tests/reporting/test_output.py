@@ -288,7 +288,9 @@ def test_a_full_disk_ends_the_log_but_not_the_run(nproc: int, digits: Path, tmp_
     shell = ["sh", "-c", 'exec "$@" > /dev/full', "sh", *DMNIST, *arguments, "--out", out]
     ended = run(shell)
     assert ended.code == 0, ended
-    assert ended.stderr == "dmnist: no further output is shown (no space left on device); the run goes on\n"
+    assert (
+        ended.stderr == "dmnist: no further output is shown (no space left on device); the run continues\n"
+    )
     assert json.loads((out / "result.json").read_text())["steps"] == EPOCHS * STEPS_PER_EPOCH
     if nproc == 1:
         shell = ["sh", "-c", 'exec "$@" > /dev/full', "sh", *DMNIST, "evaluate", out, "--device", "cpu"]
@@ -408,7 +410,7 @@ def test_generate_and_fetch(
     paths = [f"drawn/{name}.gz" for name in NAMES]
     ended = dmnist(*arguments)
     assert ended.code == 0, ended
-    summary = "1,100 + 300 images drawn with seed 0: use them with --dataset idx --data drawn"
+    summary = "1,100 + 300 images generated with seed 0: use them with --dataset idx --data drawn"
     assert ended.stdout.splitlines() == [*paths, summary]
     ended = dmnist(*arguments, "--json")
     assert ended.stderr == ""

@@ -144,7 +144,7 @@ def test_a_run_that_was_asked_to_stop_ends_at_once(
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     stop = json.dumps({"event": "stop", "time": 1.0, "step": 7}) + "\n"
     (tmp_path / "metrics.jsonl").write_text("".join(lines[:-1]) + stop)
-    with pytest.raises(Interrupted, match=r"after step 7: go on with dmnist train --resume auto --out"):
+    with pytest.raises(Interrupted, match=r"after step 7: resume with dmnist train --resume auto --out"):
         watch._follow(tmp_path, Terminal(Console(quiet=True)))
     live = iter([True, True, False])  # it has restarted already, and has recorded nothing yet
     monkeypatch.setattr(watch, "is_live", lambda _: next(live))

@@ -262,10 +262,10 @@ def test_weights_of_another_model() -> None:
     renamed = {key.replace("2.", "5."): value for key, value in weights.items()}
     fewer = {key: value for key, value in weights.items() if key != "0.bias"}
     for wrong, said in (
-        (renamed, "is of another model: only one of the two has 2.bias, 2.weight, 5.bias, 5.weight"),
-        (fewer, "is of another model: only one of the two has 0.bias"),
-        ({**weights, "extra": torch.zeros(1)}, "is of another model: only one of the two has extra"),
-        (network(7).state_dict(), "is of another model: 2.weight is (7, 1352), not (6, 1352)"),
+        (renamed, "is from a different model: only one of the two has 2.bias, 2.weight, 5.bias, 5.weight"),
+        (fewer, "is from a different model: only one of the two has 0.bias"),
+        ({**weights, "extra": torch.zeros(1)}, "is from a different model: only one of the two has extra"),
+        (network(7).state_dict(), "is from a different model: 2.weight is (7, 1352), not (6, 1352)"),
     ):
         with pytest.raises(CheckpointError) as caught:
             load_weights(model, wrong, "file.pt")
@@ -391,7 +391,9 @@ def test_optimizer_state_has_the_layout_of_its_parameter(change: Callable[[torch
 
 def test_weights_that_are_not_tensors() -> None:
     model = network()
-    with pytest.raises(CheckpointError, match=r"^file\.pt is of another model: 0\.bias is not a tensor"):
+    with pytest.raises(
+        CheckpointError, match=r"^file\.pt is from a different model: 0\.bias is not a tensor"
+    ):
         load_weights(model, {**model.state_dict(), "0.bias": 5}, "file.pt")  # type: ignore[dict-item]
 
 

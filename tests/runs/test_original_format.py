@@ -225,7 +225,7 @@ def test_only_the_wrappers_prefix_is_removed() -> None:
 def test_the_originals_keys_with_other_values(wrong: dict[str, Any]) -> None:
     _, _, checkpoint = theirs()
     with pytest.raises(
-        CheckpointError, match=r"^file has the original script's keys, but values of other types$"
+        CheckpointError, match=r"^file has the original script's keys, but values of the wrong types$"
     ):
         decode(saved({**checkpoint, **wrong}), "file")
 
@@ -233,7 +233,7 @@ def test_the_originals_keys_with_other_values(wrong: dict[str, Any]) -> None:
 def test_the_originals_file_with_another_model() -> None:
     _, _, checkpoint = theirs()
     content = decode(saved(checkpoint), "file")
-    with pytest.raises(CheckpointError, match=r"^file is of another model: "):
+    with pytest.raises(CheckpointError, match=r"^file is from a different model: "):
         load_weights(build("mlp", 10, seed=0), content["model"], "file")
     with pytest.raises(CheckpointError, match=r"^file: its optimizer state does not fit: "):
         load_optimizer(make_optimizer(Recipe(), build("mlp", 10, seed=0)), content["optimizer"], "file")

@@ -1,4 +1,4 @@
-"""Recognising a restarted run by its folder, because a launcher does not tell processes about a restart."""
+"""Recognising a restarted run by its folder, because launchers do not report restarts to processes."""
 
 from pathlib import Path
 

@@ -101,7 +101,7 @@ def flags(digits: Path) -> tuple[object, ...]:
 
 @pytest.fixture(scope="module")
 def whole(flags: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of an undisturbed run, with checkpoints after steps 60, 80 and 100."""
+    """Return the folder of a run without faults, with checkpoints after steps 60, 80 and 100."""
     out = tmp_path_factory.mktemp("whole") / "out"
     train(*flags, "--checkpoint-every", 20, nproc=1, out=out)
     return out
@@ -146,14 +146,14 @@ def steps_saved(out: Path) -> list[int]:
 def test_a_disk_that_fills_up(
     disk: Callable[[str], Disk], flags: tuple[object, ...], whole: Path, tmp_path: Path
 ) -> None:
-    """There is space for two checkpoints: training continues without more, and says so once."""
+    """There is space for two checkpoints: training continues without more, and reports this once."""
     small = disk("size=256k")
     out = small.path / "out"
     ended = start(flags, out)
     assert ended.code == OUTPUT, ended
     said = [line for line in ended.stdout.splitlines() if "could not be saved" in line]
     assert len(said) == 1, ended
-    assert "step_00000060.pt could not be saved: no space left on device; training goes on" in said[0]
+    assert "step_00000060.pt could not be saved: no space left on device; training continues" in said[0]
     assert f"last good checkpoint: {out}/checkpoints/step_00000040.pt" in said[0]
     (line,) = ended.stderr.splitlines()
     assert line.startswith("dmnist: trained, but ")
@@ -262,7 +262,7 @@ def test_a_checkpoint_of_another_run_among_ours(
     alien = out / "checkpoints" / "step_00000100.pt"
     shutil.copy(other / "checkpoints" / "step_00000100.pt", alien)
     before = {path: path.read_bytes() for path in out.rglob("*.pt")}
-    refused(start(flags, out, "--resume", "auto"), CHECKPOINT, str(alien), "another recipe", said)
+    refused(start(flags, out, "--resume", "auto"), CHECKPOINT, str(alien), "a different recipe", said)
     assert {path: path.read_bytes() for path in out.rglob("*.pt")} == before
 
 
@@ -334,7 +334,7 @@ def test_weights_of_other_types_are_not_rounded_silently(dtype: torch.dtype) -> 
     before = {key: value.clone() for key, value in model.state_dict().items()}
     other = {key: value.to(dtype) for key, value in before.items()}
     with pytest.raises(
-        CheckpointError, match=r"^file is of another model: weight is torch\.\w+, not torch\.float32"
+        CheckpointError, match=r"^file is from a different model: weight is torch\.\w+, not torch\.float32"
     ):
         load_weights(model, other, "file")
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())

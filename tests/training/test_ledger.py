@@ -134,7 +134,7 @@ def test_shards_may_come_together() -> None:
 
 
 def test_how_a_batch_is_cut_changes_nothing() -> None:
-    """Each sample has its own position, so the sums have the same bits whoever recorded which part."""
+    """Each sample has its own position, so the sums have the same bits no matter which rank recorded it."""
     intervals = []
     losses = np.random.default_rng(0).lognormal(sigma=6, size=BATCH).astype(np.float32).tolist()
     for cuts in ([0, 10], [0, 5, 10], [0, 2, 3, 9, 10], list(range(11))):

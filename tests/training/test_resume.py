@@ -293,7 +293,7 @@ def test_two_damaged_checkpoints(undisturbed: Any, flags: tuple[object, ...], co
 
 
 def test_nothing_but_damaged_checkpoints(undisturbed: Any, flags: tuple[object, ...], copy: Path) -> None:
-    """The run starts from the beginning and says so."""
+    """The run starts from the beginning and reports that."""
     for path in (copy / "checkpoints").glob("*.pt"):
         emptied(path)
     resumed = train(*flags, "--epochs", 2, "--resume", "auto", nproc=2, out=copy)
@@ -314,7 +314,7 @@ def test_a_checkpoint_of_other_versions_is_resumed_with_a_notice(
     train(*flags, "--epochs", 2, "--resume", "auto", nproc=1, out=copy)
     changes = f"dmnist 0.0.1 then, {now['dmnist']} now; torch 2.9.0 then, {now['torch']} now"
     notices = [event["text"] for event in events(copy) if event["event"] == "notice"]
-    assert f"{newest} was made by other versions ({changes}): the last bits may differ" in notices
+    assert f"{newest} was written by different versions ({changes}): the last bits may differ" in notices
 
 
 def test_auto_in_an_empty_folder_starts(
@@ -399,4 +399,4 @@ def test_other_data_are_refused_as_such(digits: Path, tmp_path: Path) -> None:
     here = ("--dataset", "idx", "--data", digits, "--nproc", 1)
     ended = dmnist("train", "--resume", "auto", "--out", tmp_path, *here)
     assert ended.code == 4
-    assert "is of other data: generated" in ended.stderr
+    assert "was trained on different data: generated" in ended.stderr

@@ -1,5 +1,5 @@
-"""The promise: the weights are a function of recipe, data and seed, however many processes there are and
-whoever started them."""
+"""The promise: the weights are a function of recipe, data and seed, regardless of the number of processes
+and the launcher."""
 
 import gzip
 import hashlib
@@ -277,5 +277,5 @@ def test_ranks_with_other_recipes_are_told(other: list[str], digits: Path, tmp_p
     with programs[0], programs[1]:
         ends = [program.finish() for program in programs]
     assert [end.code for end in ends] == [2, 2]
-    told = "dmnist: rank 1 was given another recipe than rank 0: start all ranks with the same flags"
+    told = "dmnist: rank 1 has a different recipe from rank 0: start all ranks with the same flags"
     assert ends[0].stderr.startswith(told), ends

@@ -123,7 +123,7 @@ def test_a_few_faults_change_no_answer() -> None:
     assert result["chaos"]["faults"] == result["chaos"]["kinds"]["all"]["count"] == 4
     assert result["chaos"]["failures"] == 0
     assert "--seed 3" in done.stderr
-    reference = [run for run in result["runs"] if run["what"] == "a longer job, undisturbed"]
+    reference = [run for run in result["runs"] if run["what"] == "a longer job, without faults"]
     under_faults = [run for run in result["runs"] if run["what"].startswith("run ")]
     assert under_faults
     assert {run["weights_sha256"] for run in under_faults} == {reference[0]["weights_sha256"]}

@@ -256,7 +256,7 @@ def test_a_rank_that_computes_differently_from_most_is_reported() -> None:
     assert results_table.problems[0].startswith(
         "rank 0 (pid 10 on bad) computes differently from 2 of 3: the weights"
     )
-    assert "another platform (capability AVX2, not AVX512)" in results_table.problems[0]
+    assert "a different platform (capability AVX2, not AVX512)" in results_table.problems[0]
 
 
 def test_a_work_folder_is_kept_only_if_there_are_problems() -> None:
