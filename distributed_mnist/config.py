@@ -220,10 +220,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str) -> Self:
-        """Make a recipe from the result of `to_dict`. Missing fields take their defaults.
-
-        Raises `UsageError` for an invalid field; `where` is the source named in the message.
-        """
+        """Invert `to_dict`; missing fields take their defaults. Raises `UsageError`, which names `where`."""
         known = {field.name: field for field in dataclasses.fields(cls)}
         for name, value in values.items():
             if name not in known:
