@@ -220,7 +220,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str) -> Self:
-        """Invert `to_dict`; missing fields take their defaults. Raises `UsageError`, which names `where`."""
+        """Invert `to_dict`; missing fields take defaults. Raises `UsageError`, which names `where`."""
         known = {field.name: field for field in dataclasses.fields(cls)}
         for name, value in values.items():
             if name not in known:

@@ -93,8 +93,8 @@ def smoothed(points: Sequence[tuple[float, float]], window: int) -> list[tuple[f
     """Return the running mean over `window` points, each at the middle of its window."""
     if window < 2 or len(points) < window:
         return list(points)
-    sums = np.cumsum([0.0, *(value for _, value in points)])
-    means = ((sums[window:] - sums[:-window]) / window).tolist()
+    values = np.array([value for _, value in points])
+    means = np.lib.stride_tricks.sliding_window_view(values, window).mean(axis=1).tolist()
     middle = window - 1 - window // 2
     return [(points[middle + i][0], mean) for i, mean in enumerate(means)]
 

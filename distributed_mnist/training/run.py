@@ -54,10 +54,10 @@ def run(
     Raises subclasses of `DmnistError`.
     """
     began = time.perf_counter()
-    threads = use_threads(world, recipe)
     require_same_recipe(world, recipe)
     find_factory(recipe.model)  # cheap checks come first: reading the data takes long
     requested = read_requested_checkpoint(world, options)
+    threads = use_threads(world, recipe)  # after a user's module is imported, which may set them too
     data = broadcast_dataset(world, read)
     model, properties = world.on_every_rank(lambda: make_model(recipe, len(data.class_names), world.device))
     batches = Batches(data.train, recipe, data.mean, data.std)

@@ -137,7 +137,8 @@ def test_scored_on_what_it_was_trained_on_and_nothing_else_unasked(
 def test_a_network_with_other_outputs(digits: Path) -> None:
     for classes in (9, 11):
         with pytest.raises(
-            UsageError, match=rf"returns shape \(250, {classes}\) for 250 images; expected logits \(250, 10\)"
+            UsageError,
+            match=rf"returns shape \(250, {classes}\) for 250 images; expected logits \(250, 10\)",
         ):
             evaluate(own(classes), digits)
 
