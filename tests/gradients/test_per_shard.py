@@ -493,7 +493,8 @@ def test_what_is_said_to_be_batch_invariant_is(
             p.add_(torch.randn_like(p), alpha=0.02)
     forward_pass = partial(forward, precision=precision)
     if is_batch_invariant(model, forward_pass, IMAGE_SHAPE, sizes):
-        assert not differing(model, forward_pass, IMAGE_SHAPE, 10, sizes, ROUNDS)
+        rounds = 1 if name in ("cnn", "cnn-large") else ROUNDS  # these take seconds
+        assert not differing(model, forward_pass, IMAGE_SHAPE, 10, sizes, rounds)
 
 
 def test_the_fast_recipes_shards_go_together() -> None:
