@@ -141,7 +141,7 @@ def test_ranks_of_one_host_that_look_a_moment_apart_get_one_line() -> None:
 
 def without_process_group(world: World) -> Finding:
     def refuse() -> None:
-        raise LaunchError("cannot join the group: no route to host")
+        raise LaunchError("cannot join the process group: no route to host")
 
     world.join_process_group = refuse  # type: ignore[method-assign, assignment]
     return collectives.collectives(world)
@@ -150,7 +150,7 @@ def without_process_group(world: World) -> Finding:
 def test_a_process_group_that_cannot_be_joined_is_a_finding() -> None:
     for finding in run_ranks(without_process_group, 2):
         assert finding.verdict == "bad"
-        assert finding.value == "wrong: ddp (cannot join the group: no route to host) on rank 0, 1"
+        assert finding.value == "wrong: ddp (cannot join the process group: no route to host) on rank 0, 1"
 
 
 def test_names_of_several_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
