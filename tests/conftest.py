@@ -1,6 +1,7 @@
 """What tests of processes share: an environment without launchers, and small data sets."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,13 @@ from distributed_mnist.data import datasets
 TRAIN_SIZE, TEST_SIZE = 1_100, 300
 
 torch.set_num_threads(1)  # as in training; more threads can change the last bits between two calls
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run files with many slow tests first: pytest-xdist hands files out in this order, and a long one at
+    the end would leave the other cores idle."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -369,7 +369,7 @@ def nowhere():
     [
         ("alone", "mine.py:7 alone"),
         ("in_a_users_model", "mine.py:12 forward"),
-        ("in_torch_then", r"evaluate.py:\d+ forward"),
+        ("in_torch_then", r"build.py:\d+ forward"),
         ("nowhere", ""),
     ],
 )

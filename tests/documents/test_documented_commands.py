@@ -21,6 +21,9 @@ from test_documents import DOCUMENTS, blocks, examples_in
 from distributed_mnist.data import idx
 
 ELSEWHERE = {
+    r"dmnist export runs/fast( +#.*)?|dmnist export runs/fast/checkpoints/.*": (
+        "export/test_export.py::test_what_a_run_tells"
+    ),
     r"make \w+( \w+=\S+)?": "documents/test_documents.py::test_make_targets_exist",
     r"pip install .*": "test_packaging.py::test_installed_alone_it_trains",
     r"kill -9 PID": "launcher/test_restart.py::test_one_rank_is_killed",

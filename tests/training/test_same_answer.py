@@ -133,8 +133,10 @@ def weights(run: dict[str, Any]) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["model"]
 
 
-@pytest.mark.parametrize("nproc", [1, 2, 3, 4])
-@pytest.mark.parametrize("more", ["", " --micro-batch 20", " --model user_models:dropout"])
+@pytest.mark.parametrize(
+    ("more", "nproc"),
+    [*(("", n) for n in (1, 2, 3, 4)), (" --micro-batch 20", 3), (" --model user_models:dropout", 3)],
+)
 def test_ddp_is_the_tree_to_rounding(result: Any, more: str, nproc: int) -> None:
     tree = result((DDP + more).replace("--sync ddp", "").replace("--micro-batch 20", ""), 1)
     ddp = result(DDP + more, nproc)
