@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 # On Linux without a GPU this spares you the CUDA build of torch, several gigabytes:
 #   make train TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
+JOBS ?= $(shell $(PYTHON) -c "import os; print(min(8, 3 * os.cpu_count() // 2))")
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet
 
 .PHONY: setup train test test-gpu lint format build clean
@@ -15,8 +16,9 @@ setup: $(VENV)/installed
 train: setup
 	$(BIN)/dmnist train --dataset auto
 
+# Many tests wait, so there are half as many workers again as cores. Each takes whole files, the slow ones first.
 test: $(VENV)/installed-dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # On a machine with a GPU or another accelerator: what only it can show. (`make test` runs these too.)
 test-gpu: $(VENV)/installed-dev
