@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api.library import Result, evaluate, load, train
+    from .api.functions import Result, evaluate, load, train
     from .config import Recipe
     from .data.arrays import from_arrays
     from .data.datasets import Dataset
@@ -41,4 +41,4 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that importing the package stays instant."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_MODULES.get(name, 'api.library')}", __name__), name)
+    return getattr(importlib.import_module(f".{_MODULES.get(name, 'api.functions')}", __name__), name)

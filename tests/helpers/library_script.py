@@ -1,4 +1,4 @@
-"""A script without a guard, whose top level trains in two processes: for `test_library`."""
+"""A script without a guard, whose top level trains in two processes: for `test_functions`."""
 
 import sys
 

@@ -306,7 +306,7 @@ class Program:
         while not (value := condition()):
             if not self.running() or time.monotonic() > deadline:
                 pytest.fail(f"{what} never came: {self.command}\n{self.finish()}")
-            time.sleep(0.01)
+            time.sleep(0.05)  # looking costs time that the program needs
         return value
 
 

@@ -63,4 +63,4 @@ class Whole(Program):
         deadline = time.monotonic() + PATIENCE
         while left := [process for process in self.processes() if pid in (None, process.pid)]:
             assert time.monotonic() < deadline, left
-            time.sleep(0.01)
+            time.sleep(0.1)  # looking at all processes takes a while

@@ -127,7 +127,7 @@ def test_the_job_is_examined(slurm: Slurm, batches: object, tmp_path: Path) -> N
     told = json.loads(ended.stdout)
     assert (told["launcher"], told["world_size"]) == ("srun", 3)
     assert {one["name"]: one["verdict"] for one in told["findings"]}["collectives"] == "good"
-    ended = slurm.call("srun", "-N2", "-n3", *DMNIST, "verify", "--device", "cpu", "--json", cwd=tmp_path)
+    ended = slurm.call("srun", "-N2", "-n2", *DMNIST, "verify", "--device", "cpu", "--json", cwd=tmp_path)
     assert ended.code == 0, ended
     assert json.loads(ended.stdout)["passed"]
 
