@@ -41,7 +41,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 DMNIST = (str(Path(sysconfig.get_path("scripts"), "dmnist")),)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 LAUNCH = (sys.executable, "-m", "torch.distributed.launch")
-PATIENCE = 60.0
+PATIENCE = 120.0
 """Seconds after which something that should have ended hangs. Generous: nothing is measured by it."""
 
 _LAUNCHERS = re.compile(

@@ -370,8 +370,14 @@ def test_asked_to_stop_when_rank_zero_cannot(digits: Path, tmp_path: Path) -> No
 def test_asked_to_stop_while_a_new_group_starts(digits: Path, undisturbed: Any, tmp_path: Path) -> None:
     with Run(digits, tmp_path) as run:
         pids = run.under_way()
+        server = processes(run.pid)[pids[1]]
         os.kill(pids[1], signal.SIGKILL)
-        run.wait_for(lambda: len(run.workers()) == 2 and not {*run.workers()} & {*pids}, "new workers")
+
+        def new_workers() -> bool:
+            alive = [pid for pid, parent in processes(run.pid).items() if parent == server]
+            return len(alive) == 2 and not {*alive} & {*pids}
+
+        run.wait_for(new_workers, "new workers")
         run.signal(signal.SIGTERM)
         ended = run.ends()
     assert ended.code == 75

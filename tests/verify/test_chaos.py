@@ -45,7 +45,7 @@ def test_summary_counts_by_kind() -> None:
     assert (summary["seed"], summary["runs"], summary["faults"], summary["failures"]) == (9, 2, 4, 0)
     assert summary["kinds"]["kill"] == {"count": 3, "median_seconds": 2.0, "worst_seconds": 3.0}
     assert summary["kinds"]["terminate"] == {"count": 0, "median_seconds": None, "worst_seconds": None}
-    assert summary["kinds"]["all"]["count"] == 2
+    assert summary["kinds"]["all"]["count"] == 4
     assert summary["kinds"]["all"]["worst_seconds"] == 7.0
 
 
