@@ -170,9 +170,8 @@ def server() -> Any:
     wants them born with its signals blocked.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["distributed_mnist.cli.workers", "distributed_mnist.cli.original_worker", "pytest", "ranks"]
-    )
+    modules = ("cli.workers", "cli.original_worker", "reporting.html_report")
+    context.set_forkserver_preload([*(f"distributed_mnist.{name}" for name in modules), "pytest", "ranks"])
     spawn.start_server()
     return context
 
