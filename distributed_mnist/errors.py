@@ -82,6 +82,23 @@ class Interrupted(DmnistError):
     exit_code = 75
 
 
+_KINDS: dict[str, type[DmnistError]] = {
+    kind.__name__: kind
+    for kind in (
+        DmnistError,
+        UsageError,
+        DataError,
+        CheckpointError,
+        LaunchError,
+        OutputError,
+        TrainingError,
+        WorkerLost,
+        Hang,
+        VerificationError,
+        Interrupted,
+    )
+}
+
 _OUTPUT_GONE = (errno.ENOSPC, errno.EIO, errno.EPIPE)
 """Errors from writing to standard output: its disk is full, or its terminal or reader is gone."""
 
@@ -91,15 +108,19 @@ def reason(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
-def described(error: Exception | None) -> tuple[type[DmnistError], str]:
-    """Return a class and a message with which another process can raise this error.
+def described(error: Exception | None) -> tuple[str, str]:
+    """Return the name of a class and a message, from which another process can `recreate` the error.
 
-    The class is `DmnistError` for exceptions from other libraries, because their constructors may need more
-    arguments.
+    The class is `DmnistError` for exceptions from other libraries.
     """
     if isinstance(error, DmnistError):
-        return type(error), str(error)
-    return DmnistError, f"{type(error).__name__}: {error}"
+        return next(kind.__name__ for kind in type(error).__mro__ if kind.__name__ in _KINDS), str(error)
+    return DmnistError.__name__, f"{type(error).__name__}: {error}"
+
+
+def recreate(name: str, message: str) -> DmnistError:
+    """Return the error that another process described. Only the classes of this file can be named."""
+    return _KINDS[name](message)
 
 
 def print_error(error: BaseException, placement: Placement = ALONE, *, debug: bool = False) -> int:
@@ -112,18 +133,18 @@ def print_error(error: BaseException, placement: Placement = ALONE, *, debug: bo
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt):
         if placement.rank == 0:
-            _print(placement, "stopped at once; nothing saved since the last checkpoint")
+            print_note("stopped at once; nothing saved since the last checkpoint", placement)
         return 130
     if isinstance(error, OSError) and error.filename is None and error.errno in _OUTPUT_GONE:
         error = OutputError(f"the output cannot be written: {reason(error)}")
     if not isinstance(error, DmnistError):
         message = f"internal error, please report it: {type(error).__name__}: {error} (--debug shows where)"
-        _print(placement, message)
+        print_note(message, placement)
         return 1
     # Our own launcher knows how a process ended, so its report is better than that of the other ranks.
     reported_by_launcher = type(error) is WorkerLost and placement.launcher == "spawned"
     if (placement.rank == 0 or error.on_one_rank) and not reported_by_launcher:
-        _print(placement, str(error))
+        print_note(str(error), placement)
     return error.exit_code
 
 
@@ -134,7 +155,8 @@ def tidy_terminal(stream: TextIO, *, cursor: bool = False) -> None:
         stream.flush()
 
 
-def _print(placement: Placement, text: str) -> None:
+def print_note(text: str, placement: Placement) -> None:
+    """Print one line on standard error, from any rank."""
     tidy_terminal(sys.stderr)
     # Our own launcher adds the rank to each line that a rank prints. Under other launchers, add it here.
     rank = f"rank {placement.rank}: " if placement.rank and placement.launcher != "spawned" else ""

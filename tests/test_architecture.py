@@ -40,7 +40,7 @@ def test_only_these_modules_use_torch_distributed() -> None:
     assert importers("torch.distributed") == {
         "bench/baseline",
         "distributed/process_group",
-        "distributed/rendezvous",
+        "distributed/agent_store",
     }
     assert importers("torch.nn.parallel") == {"bench/baseline", "gradients/all_reduce"}
 

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import json
-import pickle
 import socket
 import tempfile
 import threading
@@ -21,7 +20,7 @@ from ..data import prefetch
 from ..data.datasets import Dataset
 from ..data.prefetch import PrefetchedData
 from ..distributed.world import World
-from ..errors import DmnistError, UsageError, WorkerLost, described, write_line
+from ..errors import DmnistError, UsageError, WorkerLost, described, recreate, write_line
 from ..launcher import spawn
 from ..launcher.rank_process import run_in_group
 from ..launcher.signals import StopSignals
@@ -66,9 +65,9 @@ def work(
 
     def save_error(error: BaseException, placement: Placement, *, debug: bool) -> int:
         failure = error if isinstance(error, Exception) else DmnistError(type(error).__name__)
-        error_class, text = described(failure)
-        (task.error_folder / str(placement.rank)).write_bytes(pickle.dumps((error_class, text)))
-        return error_class.exit_code
+        description = described(failure)
+        (task.error_folder / str(placement.rank)).write_text(json.dumps(description))
+        return recreate(*description).exit_code
 
     return run_in_group(
         placement,
@@ -134,8 +133,8 @@ def _make_error(code: int, messages: list[str], error_folder: Path) -> BaseExcep
     """
     if code == 130:  # after a second Ctrl-C
         return KeyboardInterrupt()
-    saved = [pickle.loads(path.read_bytes()) for path in sorted(error_folder.iterdir())]
-    error = next((error_class(text) for error_class, text in saved if error_class.exit_code == code), None)
+    saved = [recreate(*json.loads(path.read_text())) for path in sorted(error_folder.iterdir())]
+    error = next((error for error in saved if error.exit_code == code), None)
     if error is not None and not (messages and isinstance(error, WorkerLost)):
         return error
     return WorkerLost(messages[-1] if messages else f"the processes exited with code {code}")

@@ -64,7 +64,7 @@ def run(options: Options, world: World, signals: StopSignals) -> None:
     content: Content | None = None
     if options.resume:  # before loading the data, so that a missing file is reported at once
         say(f"=> loading checkpoint '{options.resume}'")
-        raw = world.on_rank_zero(lambda: read_bytes(Path(options.resume)))
+        raw = world.on_rank_zero(lambda: read_bytes(Path(options.resume)), bytes)
         content = decode(raw, options.resume)
     with DataProgress(Console(stderr=True)) as progress:
         data = broadcast_dataset(

@@ -1,7 +1,8 @@
 """A process's rank in its group, and the cores of its host. Needs no torch."""
 
+import ipaddress
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,24 @@ class Placement:
     """Whether each process sees only its own device (Slurm's --gpus-per-task)."""
     launcher: str = "alone"
     """The launcher's name: alone, spawned (our own), torchrun, environment, srun or mpirun."""
+    secret: bytes = field(default=b"", repr=False)
+    """Random bytes that only the ranks know; empty unless our own launcher started them."""
+
+    @property
+    def one_host(self) -> bool:
+        """Whether all ranks are on one host."""
+        return self.local_size == self.size or is_loopback(self.host)
 
 
 ALONE = Placement()
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether `host` is an address, or the name, of the loopback interface."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def usable_cores() -> int:

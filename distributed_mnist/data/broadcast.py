@@ -40,6 +40,19 @@ class Data:
         return {"class_names": list(self.class_names), **{name: getattr(self, name) for name in names}}
 
 
+@dataclass(frozen=True)
+class _Description:
+    """What rank 0 tells the other ranks about the data before it sends the images and labels."""
+
+    name: str
+    class_names: tuple[str, ...]
+    mean: float
+    std: float
+    source: str
+    sha256: str
+    shapes: list[tuple[int, ...]]
+
+
 def broadcast_dataset(world: World, load: Callable[[], Dataset]) -> Data:
     """Call `load()` on rank 0 only and return the same `Data` on every rank.
 
@@ -48,16 +61,23 @@ def broadcast_dataset(world: World, load: Callable[[], Dataset]) -> Data:
     world.status.enter("loading the data", patience=_LOAD_SECONDS)
     loaded: list[NDArray[np.uint8]] = []  # stays empty on the other ranks
 
-    def load_and_describe() -> tuple[dict[str, Any], list[tuple[int, ...]], str]:
+    def load_and_describe() -> _Description:
         dataset = load()
         loaded.extend(dataset.arrays().values())
-        fields = {key: getattr(dataset, key) for key in ("name", "class_names", "mean", "std", "source")}
-        return fields, [array.shape for array in loaded], digest(loaded)
+        return _Description(
+            name=dataset.name,
+            class_names=tuple(dataset.class_names),
+            mean=dataset.mean,
+            std=dataset.std,
+            source=dataset.source,
+            sha256=digest(loaded),
+            shapes=[array.shape for array in loaded],
+        )
 
-    fields, shapes, sha256 = world.on_rank_zero(load_and_describe)
-    arrays = loaded or [np.empty(shape, np.uint8) for shape in shapes]
+    about = world.on_rank_zero(load_and_describe, _Description)
+    arrays = loaded or [np.empty(shape, np.uint8) for shape in about.shapes]
     tensors = [world.broadcast_(torch.from_numpy(array).to(world.device)) for array in arrays]
-    received = sha256 if loaded else digest([tensor.cpu().numpy() for tensor in tensors])
+    received = about.sha256 if loaded else digest([tensor.cpu().numpy() for tensor in tensors])
     if wrong_ranks := world.differing(received):
         raise DataError(
             f"rank {wrong_ranks[0]} received data that differs from what was sent: "
@@ -65,4 +85,13 @@ def broadcast_dataset(world: World, load: Callable[[], Dataset]) -> Data:
         )
     world.status.enter("preparing")
     train_images, train_labels, test_images, test_labels = tensors
-    return Data(Split(train_images, train_labels), Split(test_images, test_labels), sha256=sha256, **fields)
+    return Data(
+        Split(train_images, train_labels),
+        Split(test_images, test_labels),
+        name=about.name,
+        class_names=about.class_names,
+        mean=about.mean,
+        std=about.std,
+        source=about.source,
+        sha256=about.sha256,
+    )

@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 
 from ..config import Run
-from ..errors import DataError, WorkerLost, described, tidy_terminal
+from ..errors import DataError, WorkerLost, described, recreate, tidy_terminal
 from .datasets import Dataset, load
 from .download_progress import DataProgress
 from .locate import NotFoundError
@@ -117,9 +117,8 @@ class PrefetchedData:
             message = self._receiver.recv()
         except EOFError:
             raise WorkerLost("the launcher ended before it had the data") from None
-        if isinstance(message[0], type):
-            error_class, text = message
-            raise error_class(text)
+        if isinstance(message[0], str):
+            raise recreate(*message)
         dataset, shapes = message
         descriptor = self._memory.detach()
         size = os.fstat(descriptor).st_size

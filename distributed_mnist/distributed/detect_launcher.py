@@ -5,6 +5,7 @@ torch.distributed.launch, Kubeflow, and anything else that sets the same variabl
 mpirun. Our own launcher (`launcher/spawn.py`) needs no variables.
 """
 
+import dataclasses
 import os
 import re
 import socket
@@ -15,7 +16,8 @@ import psutil
 
 from ..common.placement import Placement
 from ..errors import LaunchError
-from .port_discovery import derived_ports
+from .job_key import secret_in
+from .network import derived_ports
 
 _OPENMPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
 _MPICH = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
@@ -28,6 +30,11 @@ def detect(env: Mapping[str, str] = os.environ) -> Placement | None:
 
     Raises `LaunchError`, naming the variable, if variables are missing or have impossible values.
     """
+    placement = _placement(env)
+    return placement and dataclasses.replace(placement, secret=secret_in(env))
+
+
+def _placement(env: Mapping[str, str]) -> Placement | None:
     if "RANK" in env or "WORLD_SIZE" in env or "LOCAL_RANK" in env:
         return _torchrun(env)
     if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:  # srun; the batch script itself has no step

@@ -4,15 +4,14 @@ This file contains no threads; `watchdog` has them.
 """
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from .membership import Peer
+from .peer import Peer
 
 _PACKAGE = str(Path(__file__).parents[1])
 _LIBRARIES = (sys.base_prefix, sys.prefix, "<")
@@ -21,7 +20,7 @@ _CHECKS_APART = 0.5  # seconds; the checks of different ranks are at most about 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """The activity of a rank at one moment, sent to the other ranks as JSON through the group's store."""
+    """The activity of a rank at one moment, sent to the other ranks through the coordinator."""
 
     number: int
     """Sequence number. A repeated number means that no new heartbeat has arrived."""
@@ -37,15 +36,6 @@ class Heartbeat:
     """The line of the user's model or of this program that the main thread is executing."""
     clock: str
     """Time of day on the rank's host, as HH:MM:SS."""
-
-    def encode(self) -> str:
-        """Return the heartbeat as JSON."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def decode(cls, text: bytes) -> "Heartbeat":
-        """Parse the result of `encode`."""
-        return cls(**json.loads(text))
 
 
 class RankStatus:
@@ -130,13 +120,13 @@ def diagnose(
     now: float,
     limit: float,
     silence: float,
-    store: str,
+    where: str,
     asynchronous: bool = False,
 ) -> tuple[str, int] | None:
     """Explain in one sentence why the group makes no progress, and choose the rank that reports it.
 
     Returns None if there is no problem yet. `received` has the latest heartbeat of every rank, including
-    `me`. `last_contact` is the time when the store (at address `store`) last answered. A rank examines the
+    `me`. `last_contact` is the time when rank 0 (at address `where`) last answered. A rank examines the
     others only after it has made no progress itself for `limit` seconds. A rank without a new heartbeat for
     `silence` seconds is stopped or cannot be reached. On asynchronous devices the main thread runs ahead of
     the device, so a rank that waits for others cannot be distinguished from a rank that is stuck.
@@ -150,7 +140,7 @@ def diagnose(
     if now - last_contact > silence:
         known = received.get(0)
         last = f": last heartbeat: {_activity(known.heartbeat)}" if known and me != 0 else ""
-        return f"{peers[0]} is stopped or cannot be reached (its store at {store}){last}{wait}", me
+        return f"{peers[0]} is stopped or cannot be reached (at {where}){last}{wait}", me
     suspects: list[str] = []
     waiting: dict[int, float] = {}
     for rank, peer in enumerate(peers):
@@ -167,8 +157,8 @@ def diagnose(
         if heartbeat.waiting or (asynchronous and overdue):
             waiting[rank] = idle
         elif overdue:
-            where = f", in {heartbeat.where}" if heartbeat.where else ""
-            suspects.append(f"{peer} has made no progress for {idle:.0f} s: {_activity(heartbeat)}{where}")
+            line = f", in {heartbeat.where}" if heartbeat.where else ""
+            suspects.append(f"{peer} has made no progress for {idle:.0f} s: {_activity(heartbeat)}{line}")
     # Do not choose a rank that began to wait later: it has no diagnosis yet, and would be ended before it
     # could report one.
     reporter = min((rank for rank, idle in waiting.items() if idle >= limit - _CHECKS_APART), default=me)

@@ -14,37 +14,50 @@ from torch import Tensor
 from ..common import environment
 from ..common.placement import Placement
 from ..errors import LaunchError
-from . import port_discovery
-from .rendezvous import Rendezvous, reason_of
+from . import network
+from .agent_store import reason_of
+from .rendezvous import Rendezvous
+from .socket_collectives import SocketCollectives
 
 _TIMEOUT = timedelta(hours=1)  # of the backend, which names no rank; the watchdog acts much earlier
+_STORE_TIMEOUT = timedelta(minutes=5)
 _LOST = re.compile(r"gloo/transport|[Cc]onnection|\bpeer\b|NCCL|[Tt]imed? ?out|\b[Ss]tore\b", re.ASCII)
 
 
 class TorchProcessGroup:
     """The same collectives as `SocketCollectives`, through torch.
 
-    All ranks create it together. Raises `LaunchError` if the process group cannot be initialized.
+    All ranks create it together, over `sockets`. Raises `LaunchError` if the process group cannot be
+    initialized. Its store and its backend do not ask who connects (docs/explanation/security.md).
     """
 
     def __init__(
-        self, placement: Placement, rendezvous: Rendezvous, backend: str, device: torch.device
+        self,
+        placement: Placement,
+        rendezvous: Rendezvous,
+        sockets: SocketCollectives,
+        backend: str,
+        device: torch.device,
     ) -> None:
         self._size = placement.size
-        if placement.local_size < placement.size:
-            others = [peer.address for peer in rendezvous.peers if peer.address]
-            if (interface := port_discovery.interface_towards([placement.host, *others])) is not None:
-                environment.use_interface(interface)
+        addresses = [peer.address for peer in rendezvous.peers]
+        mine = (
+            [network.LOOPBACK]
+            if placement.one_host
+            else [addresses[placement.rank], *map(network.address_towards, addresses)]
+        )
+        if (interface := network.interface_of(mine)) is not None:
+            environment.use_interface(interface)
         try:
             dist.init_process_group(
                 backend,
-                store=rendezvous.store,
+                store=_store(placement, rendezvous, sockets),
                 rank=placement.rank,
                 world_size=placement.size,
                 timeout=_TIMEOUT,
                 device_id=device if device.type != "cpu" else None,
             )
-        except (RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise LaunchError(f"cannot join the process group: {reason_of(error)}") from error
 
     def all_gather(self, tensor: Tensor) -> Tensor:
@@ -84,6 +97,26 @@ class TorchProcessGroup:
     def close(self) -> None:
         """Leave the process group."""
         dist.destroy_process_group()
+
+
+def _store(placement: Placement, rendezvous: Rendezvous, sockets: SocketCollectives) -> dist.TCPStore:
+    """Open the store that torch's process group needs, on rank 0, and connect to it."""
+    port, server = torch.zeros(1, dtype=torch.int64), None
+    if placement.rank == 0:
+        server = network.open_listener(
+            network.LOOPBACK if placement.one_host else rendezvous.peers[0].address
+        )
+        port += server.getsockname()[1]
+    sockets.broadcast_(port, 0)
+    return dist.TCPStore(
+        rendezvous.host,
+        int(port),
+        world_size=placement.size,
+        is_master=server is not None,
+        timeout=_STORE_TIMEOUT,
+        wait_for_workers=False,
+        master_listen_fd=server.detach() if server is not None else None,
+    )
 
 
 def backend_for(device: torch.device) -> str:

@@ -1,102 +1,138 @@
-"""Connect the ranks of a group through a store, which the launcher or rank 0 serves."""
+"""Connect the ranks of a group: find rank 0, and wait there until all ranks are present."""
 
-import re
 import socket
-from datetime import timedelta
-
-import torch.distributed as dist
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from ..common.placement import Placement
-from ..errors import Hang, LaunchError, WorkerLost
-from . import port_discovery
-from .membership import Membership, Peer, join_group
+from ..errors import Hang, LaunchError, WorkerLost, print_note, reason
+from . import network
+from .agent_store import AgentStore
+from .coordinator import Coordinator, CoordinatorConnection, Membership
+from .heartbeat import Heartbeat
+from .job_key import NO_SECRET, job_key
+from .listener import Listener
+from .peer import Peer
 
 RENDEZVOUS_SECONDS = 300.0  # the hosts of one job can start minutes apart
-_STORE_SECONDS = 30.0  # shorter, because a launcher's store exists before its processes start
-_STALE = "; if that host is gone, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started"
+_SPAWNED_SECONDS = 30.0  # our own launcher starts all processes at once, and can restart them
+_CONNECT_SECONDS = 5.0
+_DERIVED_SECONDS = 1.0  # for one of several ports, which may be another program's
 
 
 class Rendezvous:
     """The result of a rendezvous: all ranks are present and know each other.
 
-    `listener` is a bound and listening socket for rank 0's store, if our own launcher opened one. `port` is
-    the port where this rank accepts connections. `hang_after` is how many seconds processes from our own
-    launcher wait for each other. Raises `LaunchError` if the other ranks cannot be reached.
+    `sock` is a bound and listening socket for rank 0, if our own launcher opened one. `hang_after` is how
+    many seconds processes from our own launcher wait for each other. Raises `LaunchError` if the other
+    ranks cannot be reached.
 
-    Attributes: `peers`; `attempt`, a random name that only the ranks of this attempt know; `where`, the
-    store's address for messages; `store` and `heartbeat_store`, two connections to the store, because a
-    call on one of them may block.
+    Attributes: `peers`; `attempt`, a random name that only the ranks of this attempt know; `key`, with
+    which they prove that they belong to the job; `host`, the address of rank 0's host; `where`, rank 0's
+    address and port for messages; `listener`, this rank's; `exchange(heartbeat)`, which returns the latest
+    heartbeat of each rank.
     """
 
-    def __init__(
-        self, placement: Placement, listener: socket.socket | None, port: int, hang_after: float
-    ) -> None:
-        store = _connect_store(placement, listener)
-        self.where = f"{placement.host} port {store.port}"
-        job_store = dist.PrefixStore(placement.job, store)
-        try:
-            membership = _join(job_store, Peer.here(placement, port), placement, self.where, hang_after)
-            second = dist.PrefixStore(placement.job, _store(placement, store.port, serve=False))
-        except RuntimeError as error:
-            raise WorkerLost(
-                f"lost rank 0 during the rendezvous at {self.where} ({reason_of(error)})"
-            ) from error
+    def __init__(self, placement: Placement, sock: socket.socket | None, hang_after: float) -> None:
+        self._placement, self._size = placement, placement.size
+        self._spawned = placement.launcher == "spawned"
+        self._seconds = max(hang_after, _SPAWNED_SECONDS) if self._spawned else RENDEZVOUS_SECONDS
+        self.host = network.LOOPBACK if placement.one_host else placement.host
+        self.key, is_secret = job_key(placement)
+        if not is_secret and placement.rank == 0:
+            print_note(NO_SECRET, placement)
+        self._agent_store = AgentStore(placement) if placement.store_exists else None
+        self._connection: CoordinatorConnection | None = None
+        membership = self._serve(sock) if placement.rank == 0 else self._join()
         self.peers, self.attempt = membership.peers, membership.attempt
-        self.store = dist.PrefixStore(self.attempt, job_store)
-        self.heartbeat_store = dist.PrefixStore(self.attempt, second)
 
+    def close(self) -> None:
+        """Close this rank's connections."""
+        if self._connection is not None:
+            self._connection.close()
+        self.listener.close()
 
-def _connect_store(placement: Placement, listener: socket.socket | None) -> dist.TCPStore:
-    """Serve the group's store, or connect to it. Raises `LaunchError`."""
-    serve = placement.rank == 0 and not placement.store_exists
-    derived = len(placement.ports) > 1  # otherwise the launcher gave all ranks the same port
-    try:
-        if listener is not None and serve:
-            return _store(placement, listener.getsockname()[1], serve=True, listen_fd=listener.detach())
-        if not derived:
-            if not serve:
-                seconds, hint = (
-                    (_STORE_SECONDS, _STALE) if placement.store_exists else (RENDEZVOUS_SECONDS, "")
+    def _serve(self, sock: socket.socket | None) -> Membership:
+        """Be the coordinator, and wait until all ranks are present."""
+        coordinator = Coordinator(self._size)
+        if sock is None:
+            sock = self._open((0,) if self._agent_store else self._placement.ports)
+        self._listen(sock, coordinator)
+        me = Peer.here(self._placement, self.listener.port)
+        self.where = f"{self.host} port {self.listener.port}"
+        if self._agent_store is not None:
+            self._agent_store.publish(network.LOOPBACK if self._placement.one_host else me.address, me.port)
+        self.exchange: Callable[[Heartbeat], Mapping[int, Heartbeat]] = partial(coordinator.exchange, 0)
+        deadline = time.monotonic() + self._seconds
+        while (membership := coordinator.join(me)).missing:
+            if time.monotonic() > deadline:
+                raise self._late(membership.missing)
+            time.sleep(0.005)
+        return membership
+
+    def _join(self) -> Membership:
+        """Find rank 0, and ask it again and again until all ranks are present."""
+        self._listen(self._open((0,)))
+        me = Peer.here(self._placement, self.listener.port)
+        self.where = f"{self.host} port {', '.join(map(str, self._placement.ports))}"
+        deadline = time.monotonic() + self._seconds
+        pause = max(0.005, self._size / 2000)  # rank 0 answers 2,000 requests a second
+        missing, problem = [0], ""
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                if self._connection is None:
+                    self._connection = self._connect(left)
+                    self.where = self._connection.where
+                membership = self._connection.join(me, seconds=left)
+                if not membership.missing:
+                    self.exchange = self._connection.exchange
+                    return membership
+                missing, problem = membership.missing, ""
+            except (OSError, ValueError) as error:
+                problem = f" ({reason(error) if isinstance(error, OSError) else error})"
+                missing = [0]
+                if self._connection is not None:
+                    self._connection.close()
+                    if self._spawned:
+                        raise WorkerLost(f"lost rank 0 during the rendezvous{problem}") from error
+                    self._connection = None
+            time.sleep(pause)
+        raise self._late(missing, problem)
+
+    def _connect(self, seconds: float) -> CoordinatorConnection:
+        """Connect to rank 0. Raises `OSError`."""
+        places: Sequence[tuple[str, int]] = [(self.host, port) for port in self._placement.ports]
+        if self._agent_store is not None:
+            places = [self._agent_store.rank_zero()]
+        limit = _CONNECT_SECONDS if len(places) == 1 else _DERIVED_SECONDS
+        problem = OSError("it has no port")
+        for host, port in places:
+            try:
+                return CoordinatorConnection(
+                    host, port, self.key, self._placement.rank, seconds=min(seconds, limit)
                 )
-                port_discovery.wait_for(placement.host, placement.ports[0], seconds, hint)
-            return _store(placement, placement.ports[0], serve=serve)
-        if serve:
-            store = _store(placement, 0, serve=True)
-            port_discovery.announce(placement.ports, placement.job, store.port)
-            return store
-        port = port_discovery.find(placement.host, placement.ports, placement.job, RENDEZVOUS_SECONDS)
-        return _store(placement, port, serve=False)
-    except (RuntimeError, ValueError) as error:
-        where = f"{placement.host}, port {placement.ports[0]}"
-        raise LaunchError(f"cannot reach the group's store at {where}: {reason_of(error)}") from error
+            except OSError as error:
+                problem = error
+        raise problem
 
+    def _late(self, missing: Sequence[int], problem: str = "") -> LaunchError | Hang:
+        absent = ", ".join(map(str, missing))
+        message = f"still missing at {self.where} after {self._seconds:.0f} s: rank {absent}{problem}"
+        return Hang(message) if self._spawned else LaunchError(message)
 
-def _join(store: dist.Store, me: Peer, placement: Placement, where: str, hang_after: float) -> Membership:
-    """Wait for all ranks.
+    def _open(self, ports: Sequence[int]) -> socket.socket:
+        """Listen on the first free port. Raises `LaunchError`."""
+        problem = ""
+        address = network.LOOPBACK if self._placement.one_host else network.address_towards(self.host)
+        for port in ports:
+            try:
+                return network.open_listener(address, port)
+            except OSError as error:
+                problem = reason(error)
+        raise LaunchError(f"cannot listen on port {', '.join(map(str, ports))} of this host: {problem}")
 
-    Under our own launcher the wait is shorter: it starts all processes at once and can restart them.
-    """
-    spawned = placement.launcher == "spawned"
-    seconds = max(hang_after, _STORE_SECONDS) if spawned else RENDEZVOUS_SECONDS
-    try:
-        return join_group(store, me, placement.size, where=where, seconds=seconds)
-    except LaunchError as error:
-        raise (Hang(str(error)) if spawned else error) from None
-
-
-def _store(placement: Placement, port: int, *, serve: bool, listen_fd: int | None = None) -> dist.TCPStore:
-    return dist.TCPStore(
-        placement.host,
-        port,
-        world_size=placement.size,
-        is_master=serve,
-        timeout=timedelta(seconds=RENDEZVOUS_SECONDS),
-        wait_for_workers=False,
-        master_listen_fd=listen_fd,
-    )
-
-
-def reason_of(error: BaseException) -> str:
-    """Return the first sentence of a backend's message, without the C++ source location in front."""
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return re.sub(r"\[[^\]]*\.cc:\d+\]\s*", "", first_line).split(". ")[0]
+    def _listen(self, sock: socket.socket, coordinator: Coordinator | None = None) -> None:
+        report = partial(print_note, placement=self._placement)
+        serve = coordinator.serve if coordinator else None
+        self.listener = Listener(sock, self.key, coordinate=serve, report=report)

@@ -9,39 +9,34 @@ Two ranks connect when they first communicate. In an all-gather or a broadcast e
 with the ranks at distances 1, 2, 4, ..., so in a group of a thousand each rank has ten connections.
 """
 
-import contextlib
-import hashlib
 import select
 import socket
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from ..errors import WorkerLost, reason
-from .membership import Peer
+from . import authentication
+from .authentication import Claim, NotOurs, Purpose
+from .peer import Peer
+from .rendezvous import Rendezvous
 
 _LARGE = 4096  # elements; for smaller messages latency matters more than bandwidth
-_GREETING_BYTES = 36  # the digest of the attempt's name, and a rank
 _CONNECT_SECONDS = 30.0  # without this, the operating system waits minutes for a host that never answers
-_GREETING_SECONDS = 5.0  # a rank that connects sends its greeting at once
 
 
 class SocketCollectives:
     """The collectives of a group whose tensors are on the CPU. All ranks call them in the same order.
 
-    `listener` accepts this rank's connections. `host` is the address of rank 0's host. `attempt` is the
-    name of the current attempt; a process that does not know it is refused. Every collective raises
-    `WorkerLost`, naming the rank, if a rank that it communicates with is gone. (The watchdog finds a rank
-    that disappears before it first connects.)
+    Every collective raises `WorkerLost`, naming the rank, if a rank that it communicates with is gone. (The
+    watchdog finds a rank that disappears before it first connects.)
     """
 
-    def __init__(
-        self, rank: int, peers: Sequence[Peer], listener: socket.socket, host: str, attempt: str
-    ) -> None:
-        self._rank, self._size, self._peers, self._host = rank, len(peers), peers, host
-        self._listener = listener
-        self._digest = hashlib.sha256(attempt.encode()).digest()
+    def __init__(self, rank: int, rendezvous: Rendezvous) -> None:
+        self._rank, self._peers, self._rendezvous = rank, rendezvous.peers, rendezvous
+        self._size = len(self._peers)
         self._connections: dict[int, socket.socket] = {}
 
     def all_gather(self, tensor: Tensor) -> Tensor:
@@ -104,7 +99,7 @@ class SocketCollectives:
 
     def close(self) -> None:
         """Close all connections."""
-        for connection in (self._listener, *self._connections.values()):
+        for connection in self._connections.values():
             connection.close()
 
     def send_recv(self, sent: Mapping[int, Tensor], received: Mapping[int, Tensor]) -> None:
@@ -150,43 +145,29 @@ class SocketCollectives:
 
     def _connection(self, rank: int) -> socket.socket:
         """Return the connection to a rank. The higher rank of the two opens it."""
-        while rank not in self._connections:
+        if rank not in self._connections:
             if rank < self._rank:
-                self._connections[rank] = self._connect(self._peers[rank])
+                connection = self._connect(self._peers[rank])
             else:
-                self._accept()
+                connection = self._rendezvous.listener.accept(self._rendezvous.attempt, rank)
+            connection.setblocking(False)
+            self._connections[rank] = connection
         return self._connections[rank]
 
     def _connect(self, peer: Peer) -> socket.socket:
-        host = peer.address or self._host
-        try:
-            connection = socket.create_connection((host, peer.port), _CONNECT_SECONDS)
-            connection.sendall(self._digest + self._rank.to_bytes(4, "little"))
-        except OSError as error:
-            raise WorkerLost(f"lost {peer}: {reason(error)} at {host} port {peer.port}") from error
-        return _configured(connection)
-
-    def _accept(self) -> None:
-        """Accept one connection, and close it unless it comes from a rank of this group."""
-        connection, _ = self._listener.accept()
-        connection.settimeout(_GREETING_SECONDS)
-        greeting = b""
-        with contextlib.suppress(OSError):  # the other side was too slow, or broke the connection
-            while len(greeting) < _GREETING_BYTES:
-                if not (received := connection.recv(_GREETING_BYTES - len(greeting))):
-                    break
-                greeting += received
-        digest, rank = greeting[:-4], int.from_bytes(greeting[-4:], "little")
-        if digest == self._digest and self._rank < rank < self._size:
-            self._connections[rank] = _configured(connection)
-        else:
-            connection.close()
-
-
-def _configured(connection: socket.socket) -> socket.socket:
-    connection.setblocking(False)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return connection
+        host, key = peer.address or self._rendezvous.host, self._rendezvous.key
+        claim = Claim(Purpose.COLLECTIVES, self._rank, self._rendezvous.attempt)
+        deadline = time.monotonic() + _CONNECT_SECONDS
+        while True:
+            try:
+                left = max(deadline - time.monotonic(), 0.001)
+                return authentication.connect(host, peer.port, key, claim, left)
+            except OSError as error:
+                # A listener that is flooded by strangers may close a connection before the handshake ends.
+                if isinstance(error, NotOurs | ConnectionResetError) and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                    continue
+                raise WorkerLost(f"lost {peer}: {reason(error)} at {host} port {peer.port}") from error
 
 
 def _sum_in_order(rows: Tensor) -> Tensor:

@@ -1,28 +1,29 @@
 """Detect a rank that hangs, and report which one.
 
 A collective waits inside C++, on some backends for half an hour, and its timeout message names no rank. So
-each rank runs two threads in addition to the main thread. The first writes this rank's heartbeat into the
-group's store and reads the heartbeats of the others. The second checks them when the main thread has made
-no progress for too long. There are two because the first can block: a store whose host is cut off never
-answers.
+each rank runs two threads in addition to the main thread. The first sends this rank's heartbeat to the
+coordinator and receives the heartbeats of the others. The second checks them when the main thread has made
+no progress for too long. There are two because the first can block: a coordinator whose host is cut off
+never answers.
 """
 
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ..common.placement import Placement
 from ..errors import Hang, print_error
 from .heartbeat import Heartbeat, RankStatus, ReceivedHeartbeat, diagnose
-from .membership import KeyValueStore, Peer
+from .peer import Peer
 
 
 class Watchdog:
     """From `start` to `stop`, end this process with one line if the group makes no progress.
 
-    `store` must be a separate connection, because calls on it may block. `limit` is in seconds, the same on
-    all ranks. `where` is the store's address for messages.
+    `exchange` sends this rank's heartbeat and returns the latest one of every rank that has sent one. It
+    may block, and it raises `OSError` or `ValueError` once the coordinator is gone. `limit` is in seconds,
+    the same on all ranks. `where` is the coordinator's address for messages.
     """
 
     def __init__(
@@ -30,13 +31,13 @@ class Watchdog:
         placement: Placement,
         peers: Sequence[Peer],
         status: RankStatus,
-        store: KeyValueStore,
+        exchange: Callable[[Heartbeat], Mapping[int, Heartbeat]],
         *,
         limit: float,
         where: str,
         asynchronous: bool,
     ) -> None:
-        self._placement, self._peers, self._status, self._store = placement, peers, status, store
+        self._placement, self._peers, self._status, self._exchange = placement, peers, status, exchange
         self._limit, self._where, self._asynchronous = limit, where, asynchronous
         # Every rank reads every heartbeat. In large groups it does so less often, or rank 0's host would
         # have no time for anything else.
@@ -56,23 +57,15 @@ class Watchdog:
         self._stopped.set()
 
     def _exchange_heartbeats(self) -> None:
-        keys = [f"life/{rank}" for rank in range(len(self._peers))]
-        present: list[int] = []  # ranks with a heartbeat; `multi_get` would wait for the other ranks
         number = 0
         while not self._stopped.is_set():
             number += 1
-            mine = self._status.heartbeat(number, self._main_thread)
             try:
-                self._store.set(keys[self._placement.rank], mine.encode())
-                absent = [rank for rank in range(len(keys)) if rank not in present]
-                present += [rank for rank in absent if self._store.check([keys[rank]])]
-                texts = self._store.multi_get([keys[rank] for rank in present])
-            except RuntimeError:  # the connection broke; `_last_contact` keeps its old value
-                self._stopped.wait(self._interval)
-                continue
+                heartbeats = self._exchange(self._status.heartbeat(number, self._main_thread))
+            except (OSError, ValueError):  # the connection broke; `_last_contact` keeps its old value
+                return
             self._last_contact = now = time.monotonic()
-            for rank, text in zip(present, texts, strict=True):
-                heartbeat = Heartbeat.decode(text)
+            for rank, heartbeat in heartbeats.items():
                 known = self._received.get(rank)
                 if known is None or known.heartbeat.number != heartbeat.number:
                     self._received[rank] = ReceivedHeartbeat(heartbeat, now)
@@ -97,7 +90,7 @@ class Watchdog:
                 now=now,
                 limit=self._limit,
                 silence=max(self._limit / 2, 3 * self._interval),
-                store=self._where,
+                where=self._where,
                 asynchronous=self._asynchronous,
             )
             if diagnosis is not None:

@@ -6,22 +6,22 @@ returns its input, and there are no connections.
 
 import contextlib
 import math
-import pickle
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, Self, TypeVar
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..common.messages import decode, encode
 from ..common.placement import Placement
-from ..errors import WorkerLost, described
+from ..errors import WorkerLost, described, recreate
+from .agent_store import reason_of
 from .heartbeat import RankStatus
-from .membership import Peer
-from .port_discovery import open_listener
+from .peer import Peer
 from .process_group import TorchProcessGroup, backend_for, means_lost_peer
-from .rendezvous import RENDEZVOUS_SECONDS, Rendezvous, reason_of
+from .rendezvous import RENDEZVOUS_SECONDS, Rendezvous
 from .socket_collectives import SocketCollectives
 from .watchdog import Watchdog
 
@@ -70,6 +70,7 @@ class World:
         self.communication_seconds = 0.0
         self._placement, self._rendezvous = placement, rendezvous
         self._watchdog: Watchdog | None = None
+        self._sockets: SocketCollectives | None = None
         self._collectives: Collectives | None = None
         self._process_group: TorchProcessGroup | None = None
         self._torch_backend = backend  # of torch's process group
@@ -87,37 +88,32 @@ class World:
         """Connect to the other ranks and return the group.
 
         `backend` is the backend of torch's process group; the default depends on the device. `listener` is
-        a bound and listening socket for rank 0's store, if our own launcher opened one. `hang_after`, the
-        same on all ranks, is how many seconds the group may go without progress. Raises `LaunchError` if
-        the other ranks cannot be reached.
+        a bound and listening socket for rank 0, if our own launcher opened one. `hang_after`, the same on
+        all ranks, is how many seconds the group may go without progress. Raises `LaunchError` if the other
+        ranks cannot be reached.
         """
         if placement.size == 1:
             return cls(placement, device, "none")
+        on_cpu = device.type == "cpu"
         backend = backend or backend_for(device)
-        peer_listener = open_listener() if device.type == "cpu" else None
-        port = peer_listener.getsockname()[1] if peer_listener else 0
-        rendezvous = Rendezvous(placement, listener, port, hang_after)
+        rendezvous = Rendezvous(placement, listener, hang_after)
         status = RankStatus(hang_after)
-        name = "sockets" if peer_listener else backend
+        name = "sockets" if on_cpu else backend
         world = cls(placement, device, name, rendezvous=rendezvous, status=status)
         world._torch_backend = backend
         world._watchdog = Watchdog(
             placement,
             rendezvous.peers,
             status,
-            rendezvous.heartbeat_store,
+            rendezvous.exchange,
             limit=hang_after,
             where=rendezvous.where,
-            asynchronous=peer_listener is None,
+            asynchronous=not on_cpu,
         )
         status.enter("rendezvous", patience=RENDEZVOUS_SECONDS)
         world._watchdog.start()
-        if peer_listener:
-            world._collectives = SocketCollectives(
-                placement.rank, rendezvous.peers, peer_listener, placement.host, rendezvous.attempt
-            )
-        else:
-            world._collectives = world.join_process_group()
+        world._sockets = SocketCollectives(placement.rank, rendezvous)
+        world._collectives = world._sockets if on_cpu else world.join_process_group()
         world.barrier()  # without it, a rank that fails at once would break the others' connections
         return world
 
@@ -128,9 +124,10 @@ class World:
         """
         if self._process_group is None:
             assert self._rendezvous is not None
+            assert self._sockets is not None
             with self.communicating("the process group setup"):
                 self._process_group = TorchProcessGroup(
-                    self._placement, self._rendezvous, self._torch_backend, self.device
+                    self._placement, self._rendezvous, self._sockets, self._torch_backend, self.device
                 )
         return self._process_group
 
@@ -144,8 +141,9 @@ class World:
         """Leave the group without waiting for the other ranks, which may be dead or may wait for us."""
         if self._watchdog is not None:
             self._watchdog.stop()
-        for group in {self._collectives, self._process_group} - {None}:
-            group.close()
+        for part in (self._process_group, self._sockets, self._rendezvous):
+            if part is not None:
+                part.close()
 
     def address(self, rank: int) -> str:
         """Return the address at which the other ranks reach a rank's host."""
@@ -209,9 +207,16 @@ class World:
             self.broadcast_(buffer, src)
         return buffer.cpu().numpy().tobytes()
 
-    def broadcast_object(self, value: Any, src: int) -> Any:
-        """Return rank `src`'s value on every rank. Pickle is safe here: the peer belongs to our group."""
-        return pickle.loads(self.broadcast_bytes(pickle.dumps(value), src))
+    def broadcast_object(self, value: T | None, expected: type[T], src: int) -> T:
+        """Return rank `src`'s value on every rank; the other ranks' `value` is ignored.
+
+        `expected` is its type, see `messages.encode`.
+        """
+        return decode(self.broadcast_bytes(encode(value) if self.rank == src else None, src), expected)
+
+    def all_gather_object(self, value: T, expected: type[T]) -> list[T]:
+        """Return the values of all ranks, by rank. `expected` is their type, see `messages.encode`."""
+        return [self.broadcast_object(value, expected, src) for src in range(self.size)]
 
     def on_every_rank(self, make: Callable[[], T]) -> T:
         """Call `make` on every rank and return this rank's result. If it fails on one rank, all raise.
@@ -230,17 +235,19 @@ class World:
             failed = self.all_gather(mine).flatten().nonzero().flatten().tolist()
             if failed:
                 # This is a collective, so ranks with their own error must call it too.
-                kind, text = self.broadcast_object(described(failure), src=failed[0])
+                name, text = self.broadcast_object(described(failure), tuple[str, str], src=failed[0])
                 where = f"rank {failed[0]}: " if failed[0] else ""  # rank 0 prints the error
-                failure = failure or kind(f"{where}{text}")
+                failure = failure or recreate(name, f"{where}{text}")
         if failure is not None:
             raise failure
         return result  # type: ignore[return-value]
 
-    def on_rank_zero(self, make: Callable[[], T]) -> T:
-        """Call `make` on rank 0 only. Every rank returns its (picklable) result or raises its error."""
+    def on_rank_zero(self, make: Callable[[], T], expected: type[T]) -> T:
+        """Call `make` on rank 0 only. Every rank returns its result, of the type `expected`, or raises its
+        error.
+        """
         value = self.on_every_rank(lambda: make() if self.rank == 0 else None)
-        return value if self.size == 1 else self.broadcast_object(value, src=0)  # type: ignore[return-value]
+        return value if self.size == 1 else self.broadcast_object(value, expected, 0)  # type: ignore[return-value]
 
     def differing(self, sha256: str) -> list[int]:
         """Return the ranks whose digest (hexadecimal SHA-256) differs from rank 0's."""

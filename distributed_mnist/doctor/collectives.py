@@ -27,8 +27,8 @@ def collectives(world: World) -> Finding:
     """Check that each collective gives the right answer on every rank. All ranks must call it."""
     failed = [failure for name, check in _CHECKS.items() if (failure := _failure(world, name, check))]
     ranks_by_failure: dict[str, list[str]] = {}
-    for rank in range(world.size):
-        if names := ", ".join(world.broadcast_object(failed, src=rank)):
+    for rank, failures_there in enumerate(world.all_gather_object(failed, list[str])):
+        if names := ", ".join(failures_there):
             ranks_by_failure.setdefault(names, []).append(str(rank))
     if ranks_by_failure:
         failures = [f"{names} on rank {', '.join(ranks)}" for names, ranks in ranks_by_failure.items()]
@@ -166,8 +166,8 @@ def _broadcast(world: World) -> bool:
 
 
 def _objects(world: World) -> bool:
-    received = world.broadcast_object({"rank": world.rank, "bytes": b"\0" * 1000}, src=world.size - 1)
-    return received == {"rank": world.size - 1, "bytes": b"\0" * 1000}
+    received = world.broadcast_object((world.rank, b"\0" * 1000), tuple[int, bytes], src=world.size - 1)
+    return received == (world.size - 1, b"\0" * 1000)
 
 
 def _tree(world: World) -> bool:

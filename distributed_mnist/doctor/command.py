@@ -5,13 +5,14 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.text import Text
 
-from ..distributed.membership import Peer
+from ..distributed.peer import Peer
 from ..distributed.world import World
 from ..errors import VerificationError
 from ..reporting.console import print_labelled
@@ -28,14 +29,14 @@ def run(world: World, out: Path, dataset: str, data: Path, console: Console) -> 
 
     All ranks must call it. Rank 0 shows the findings. `conclude` raises an error if any of them is bad.
     """
-    cores_by_rank = [world.broadcast_object(host.affinity(), src=rank) for rank in range(world.size)]
+    cores_by_rank = world.all_gather_object(host.affinity(), set[int])
     own_host = world.peers[world.rank].host
     host_cores = set[int]()
     for peer, cores in zip(world.peers, cores_by_rank, strict=True):
         if peer.host == own_host:
             host_cores |= cores
     own = host.examine(world.peers, world.rank, world.local_size, len(host_cores))
-    by_rank = [world.broadcast_object(own, src=rank) for rank in range(world.size)]
+    by_rank = world.all_gather_object(own, list[Finding])
     names = [f"rank {peer.rank} ({peer.host})" for peer in world.peers]
     findings = merge(list(zip(names, _same_figures_on_a_host(world.peers, by_rank), strict=True)))
     findings.append(_launcher(world))
@@ -44,7 +45,8 @@ def run(world: World, out: Path, dataset: str, data: Path, console: Console) -> 
         lambda: (
             run_probe("checkpoints", lambda: host.disk(out), "choose another --out"),
             run_probe("data", lambda: host.data(dataset, data), "dmnist data check"),
-        )
+        ),
+        tuple[Finding, Finding],
     )
     if world.size > 1:
         findings += [collectives.addresses(world)] if world.local_size < world.size else []
@@ -125,10 +127,10 @@ def _shared_folder(world: World, out: Path) -> Finding:
         os.close(handle)
         return name
 
-    name = world.on_rank_zero(create_file)
+    name = world.on_rank_zero(create_file, str)
     sees = run_probe("", lambda: good("", "yes" if Path(name).exists() else "no"), "").value == "yes"
     seen_by_rank = world.all_gather(torch.tensor([int(sees)], device=world.device)).flatten().tolist()
-    world.on_rank_zero(lambda: Path(name).unlink(missing_ok=True))
+    world.on_rank_zero(lambda: Path(name).unlink(missing_ok=True), NoneType)
     blind_hosts = {world.peers[rank].host for rank, seen in enumerate(seen_by_rank) if not seen}
     if blind_hosts:
         hosts = ", ".join(sorted(blind_hosts))

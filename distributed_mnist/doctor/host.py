@@ -20,7 +20,7 @@ from ..common import environment
 from ..common.installed import version
 from ..common.placement import usable_cores
 from ..data import datasets
-from ..distributed.membership import Peer
+from ..distributed.peer import Peer
 from ..errors import DataError
 from .findings import Finding, bad, doubtful, good, run_probe
 

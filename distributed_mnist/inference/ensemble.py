@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
+from types import NoneType
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def evaluate_ensemble(
     torch.set_num_threads(1)  # as in training
     data = broadcast_dataset(world, read)
     recipes = [recipe.replace(seed=recipe.seed + i) for i in range(members)]
-    files, member_results = world.on_rank_zero(lambda: _read_members(out, recipes))
+    files, member_results = world.on_rank_zero(lambda: _read_members(out, recipes), _Members)
     trained = world.on_every_rank(lambda: restore(files, model=recipe.model, device=world.device))
     evaluation = evaluate_trained(trained, data, world, require_training_data=False)
     member_fields = ("test_accuracy", "test_loss", "weights_sha256", "train_seconds", "out")
@@ -53,13 +54,16 @@ def evaluate_ensemble(
         "confusion": evaluation.confusion,
         "out": str(out),
     }
-    world.on_rank_zero(lambda: write_json(out / "result.json", result))
+    world.on_rank_zero(lambda: write_json(out / "result.json", result), NoneType)
     if world.rank == 0:
         Terminal(console).log("vote", result=result)
     return result
 
 
-def _read_members(out: Path, recipes: Sequence[Recipe]) -> tuple[CheckpointFiles, list[dict[str, Any]]]:
+_Members = tuple[CheckpointFiles, list[dict[str, Any]]]
+
+
+def _read_members(out: Path, recipes: Sequence[Recipe]) -> _Members:
     """Read the members' last checkpoints and their results."""
     files, results = [], []
     for recipe in recipes:

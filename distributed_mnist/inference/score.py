@@ -17,7 +17,7 @@ from ..errors import CheckpointError, DataError
 from ..reporting.confusion import per_class, table
 from ..runs import layout
 from ..training.evaluate import Evaluation, evaluate
-from .trained import Trained, find_checkpoint, restore
+from .trained import CheckpointFiles, Trained, find_checkpoint, restore
 
 
 def evaluate_checkpoint(
@@ -35,7 +35,7 @@ def evaluate_checkpoint(
     as in `load_dataset`, `model` is as in `restore`.
     """
     torch.set_num_threads(1)  # as in training with `tree`, so that the loss is bit-identical
-    files = world.on_rank_zero(lambda: find_checkpoint(path))
+    files = world.on_rank_zero(lambda: find_checkpoint(path), CheckpointFiles)
     trained = world.on_every_rank(lambda: restore(files, model=model, device=world.device))
     data = broadcast_dataset(world, lambda: load_dataset(trained, dataset, folder, console))
     start = time.perf_counter()

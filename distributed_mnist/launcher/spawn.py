@@ -1,9 +1,8 @@
 """Our own launcher: start N processes on this host, wait for them, and restart all when one dies.
 
 All are forked from one server process that has already imported torch. So N processes start in little more
-time than one, and restart much faster. Rank 0 keeps the terminal. The output of the other ranks is printed
-with their rank in front. No port is chosen in advance: the launcher opens a listening socket on a free port
-and passes the socket to rank 0.
+time than one, and restart much faster. Rank 0 keeps the terminal and inherits a listening socket on a free
+port. The other ranks' output is printed with their rank in front. A secret that all inherit keeps others out.
 """
 
 import contextlib
@@ -26,6 +25,7 @@ from types import FrameType
 from typing import Any
 
 from ..common.placement import Placement
+from ..distributed import network
 from ..errors import Interrupted, tidy_terminal, write_line
 from .exit_status import ExitStatus, group_exit_status
 from .signals import OBEY_SECONDS, SIGNALS
@@ -110,10 +110,8 @@ def spawn(nproc: int, tasks: Sequence[Task]) -> int:
         for i, task in enumerate(tasks):
             if i and stop.requested():  # the signal came when the previous task was already done
                 restarts = tasks[i - 1].restarts
-                task.report(
-                    "stopped before all was done"
-                    + (f"; resume with {restarts.resume_flags}" if restarts else "")
-                )
+                advice = f"; resume with {restarts.resume_flags}" if restarts else ""
+                task.report(f"stopped before all was done{advice}")
                 return Interrupted.exit_code
             if (code := _run_with_restarts(nproc, task, stop)) != 0:
                 return code
@@ -202,12 +200,13 @@ class _Group:
         self._nproc, self._task, self._launcher_id, self._stop = nproc, task, launcher_id, stop
         self._workers: list[BaseProcess] = []
         self._printers: list[threading.Thread] = []
+        self._secret = secrets.token_bytes(32)
 
     def run(self) -> ExitStatus:
         """Start the processes and wait until all have ended. Signals are blocked before and after."""
         context = _context()
         alive_read, alive_write = context.Pipe(duplex=False)
-        with socket.create_server(("127.0.0.1", 0)) as listener, alive_read:
+        with network.open_listener(network.LOOPBACK) as listener, alive_read:
             for rank in range(self._nproc):
                 self._start(context, rank, listener, alive_read)
         for printer in self._printers:
@@ -230,6 +229,7 @@ class _Group:
             ports=(listener.getsockname()[1],),
             launcher_id=self._launcher_id,
             launcher="spawned",
+            secret=self._secret,
         )
         output = None
         if rank > 0:
@@ -295,6 +295,5 @@ def _without_main_module() -> Iterator[None]:
 
 def _context() -> Any:
     """Return multiprocessing's context: a fork server, or fresh interpreters where there is none."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    return multiprocessing.get_context("forkserver")
+    methods = multiprocessing.get_all_start_methods()
+    return multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")

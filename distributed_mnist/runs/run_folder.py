@@ -63,7 +63,7 @@ def open_folder(world: World, options: Run, recipe: Recipe, title: str) -> RunFo
         return folder
 
     with world.status.during("opening the run's folder", 2 * _LOCK_TIMEOUT):
-        folder = world.on_rank_zero(choose_and_lock)
+        folder = world.on_rank_zero(choose_and_lock, RunFolder)
     return dataclasses.replace(folder, lock=locks[0]) if locks else folder
 
 
@@ -77,7 +77,7 @@ def _folder_before_restart(world: World, options: Run, run_id: str) -> Path | No
     has_found = world.all_gather(torch.tensor([found is not None], device=world.device)).flatten()
     if not has_found.any():
         return None
-    return Path(world.broadcast_object(str(found), int(has_found.int().argmax())))
+    return world.broadcast_object(found, Path, int(has_found.int().argmax()))
 
 
 def _was_opened_by(path: Path, run_id: str, launcher_id: str) -> bool:

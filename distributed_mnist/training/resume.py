@@ -44,7 +44,7 @@ def read_requested_checkpoint(world: World, options: Run) -> bytes | None:
     if options.resume is None or options.resume == "auto":
         return None
     path = Path(options.resume)
-    raw = world.on_rank_zero(lambda: _read_file(path))
+    raw = world.on_rank_zero(lambda: _read_file(path), bytes)
     decode(raw, options.resume)
     return raw
 
@@ -109,7 +109,7 @@ def _newest_of_all_ranks(
     if steps[holder] < 0:
         return None
     host = "" if holder == 0 else f" on {world.peers[holder].host}"
-    name = world.broadcast_object(f"{mine[0]}{host}" if mine else "", holder)
+    name = world.broadcast_object(f"{mine[0]}{host}" if mine else "", str, holder)
     return name, world.broadcast_bytes(mine[1] if mine else None, holder)
 
 

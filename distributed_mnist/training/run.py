@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from rich.console import Console
@@ -82,7 +83,7 @@ def run(
         tensorboard_sink = partial(make_tensorboard, folder.path, recipe, data, state.step)
         sink = make_sink(world, folder.path, store, console, tensorboard_sink if tensorboard else None)
         config = run_config(recipe, options, data)
-        world.on_rank_zero(lambda: write_json(folder.path / "config.json", config))
+        world.on_rank_zero(lambda: write_json(folder.path / "config.json", config), NoneType)
     except DmnistError:
         if folder.lock is not None:
             folder.lock.abandon()

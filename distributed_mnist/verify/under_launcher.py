@@ -17,7 +17,7 @@ from rich.console import Console
 from ..common.placement import ALONE
 from ..config import Recipe
 from ..data import prefetch
-from ..distributed.membership import Peer
+from ..distributed.peer import Peer
 from ..distributed.world import World
 from ..errors import TrainingError
 from ..launcher.signals import StopSignals
@@ -82,7 +82,7 @@ def train_alone(world: World, job_recipe: Recipe, folder: Path, signals: StopSig
         return SoloResult(world.peers[world.rank], platform, answer, time.monotonic() - began, str(out))
 
     own = world.on_every_rank(solo)
-    return [world.broadcast_object(own, src=rank) for rank in range(world.size)]
+    return world.all_gather_object(own, SoloResult)
 
 
 def show_solo_results(results: Sequence[SoloResult], table: ResultsTable) -> SoloResult:
@@ -125,11 +125,11 @@ def train_together(
     """Train once with the whole world, and compare its answer with that of a single rank."""
     table.header("all together")
     name = f"{world.size} process{'es' if world.size > 1 else ''}"
-    out = Path(world.on_rank_zero(lambda: str(folder / "together")))
+    out = world.on_rank_zero(lambda: folder / "together", Path)
     began, answer = time.monotonic(), None
     try:
         _train(world, job_recipe, out, signals)
-        answer = world.on_rank_zero(lambda: read_answer(out))
+        answer = world.on_rank_zero(lambda: read_answer(out), Answer)
         problem = compare(reference, answer)
     except TrainingError as error:  # the ranks compare their weights at every checkpoint
         problem = error

@@ -12,7 +12,7 @@ import pytest
 
 from distributed_mnist.distributed import heartbeat
 from distributed_mnist.distributed.heartbeat import Heartbeat, RankStatus, ReceivedHeartbeat, diagnose
-from distributed_mnist.distributed.membership import Peer
+from distributed_mnist.distributed.peer import Peer
 
 NOW, LIMIT = 1000.0, 60.0
 PEERS = [Peer(rank, f"node{rank // 2}", 100 + rank) for rank in range(4)]
@@ -45,7 +45,7 @@ def diagnosis(
         now=NOW,
         limit=LIMIT,
         silence=LIMIT / 2,
-        store="node0 port 7",
+        where="node0 port 7",
         asynchronous=asynchronous,
     )
 
@@ -168,28 +168,28 @@ def test_the_store_is_out_of_reach() -> None:
     """Then the other ranks' heartbeats are unknown too, so every rank reports."""
     found = diagnosis({0: replace(BUSY, step=40)}, ages={0: 30.1, 1: 30.1, 3: 30.1}, contact=30.1)
     assert found == (
-        "rank 0 (pid 100 on node0) is stopped or cannot be reached (its store at node0 port 7): "
+        "rank 0 (pid 100 on node0) is stopped or cannot be reached (at node0 port 7): "
         f"last heartbeat: training, step 40{WAITED}",
         2,
     )
 
 
-def test_the_store_is_out_of_reach_and_rank_zero_sent_no_heartbeat() -> None:
+def test_rank_zero_is_out_of_reach_and_zero_sent_no_heartbeat() -> None:
     assert diagnosis({0: None, 1: None, 3: None}, contact=61.0) == (
-        f"rank 0 (pid 100 on node0) is stopped or cannot be reached (its store at node0 port 7){WAITED}",
+        f"rank 0 (pid 100 on node0) is stopped or cannot be reached (at node0 port 7){WAITED}",
         2,
     )
 
 
-def test_rank_zero_cannot_reach_its_own_store() -> None:
+def test_rank_zero_does_not_answer_itself() -> None:
     assert diagnosis({}, me=0, contact=61.0) == (
-        "rank 0 (pid 100 on node0) is stopped or cannot be reached (its store at node0 port 7); "
+        "rank 0 (pid 100 on node0) is stopped or cannot be reached (at node0 port 7); "
         "rank 0 waited 60 s for it in an all-reduce, at step 41 (--hang-after 60)",
         0,
     )
 
 
-def test_a_store_that_was_slow_once() -> None:
+def test_a_coordinator_that_was_slow_once() -> None:
     assert diagnosis({1: BUSY}, contact=29.9) is None
 
 
@@ -246,12 +246,6 @@ def test_asynchronous_devices_and_a_long_phase(me: int) -> None:
 
 
 # ---- A rank's own status ---------------------------------------------------------------------------------
-
-
-def test_encode_and_decode() -> None:
-    sent = replace(WAITS, where='a "quoted".py:1 naïve', clock="23:59:59")
-    assert Heartbeat.decode(sent.encode().encode()) == sent
-    assert Heartbeat.decode(BUSY.encode().encode()) == BUSY
 
 
 def test_the_heartbeat_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,13 @@
 Each collective equals a plain reference bit for bit, strangers are refused, and a rank that dies is named.
 """
 
+import contextlib
 import hashlib
 import math
 import os
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -20,15 +21,18 @@ import torch
 from ranks import PATIENCE, run_ranks, server, try_ranks
 from torch import Tensor
 
-from distributed_mnist.distributed import socket_collectives
-from distributed_mnist.distributed.membership import Peer
-from distributed_mnist.distributed.port_discovery import open_listener
+from distributed_mnist.distributed import authentication, listener
+from distributed_mnist.distributed.authentication import Claim, Purpose
+from distributed_mnist.distributed.listener import Listener
+from distributed_mnist.distributed.network import LOOPBACK, open_listener
+from distributed_mnist.distributed.peer import Peer
+from distributed_mnist.distributed.rendezvous import Rendezvous
 from distributed_mnist.distributed.socket_collectives import _LARGE, SocketCollectives
 from distributed_mnist.distributed.world import World
 from distributed_mnist.errors import WorkerLost
 
 SIZES = (2, 3, 4, 5, 7)
-ATTEMPT = "the name of this attempt"
+ATTEMPT, KEY = b"this attempt    ", b"the key of this job"
 EIGHT_MB = 8_000_000
 """Bytes; more than the buffers of two sockets hold."""
 
@@ -38,12 +42,20 @@ DTYPES = (
 SHAPES = ((), (1,), (7,), (3, 5), (0,), (2, 0, 3), (1_000,))
 
 
+class Joined(Rendezvous):
+    """The result of a rendezvous, without the rendezvous."""
+
+    def __init__(self, peers: list[Peer], own: Listener) -> None:
+        self.peers, self.attempt, self.key, self.host, self.listener = peers, ATTEMPT, KEY, LOOPBACK, own
+        self._connection = None
+
+
 def fresh(world: World) -> tuple[SocketCollectives, list[int]]:
     """Collectives without any connection yet, and the ranks' ports."""
-    listener = open_listener()
-    ports = world.all_gather(torch.tensor(listener.getsockname()[1])).tolist()
+    own = Listener(open_listener(LOOPBACK), KEY, report=lambda text: None)
+    ports = world.all_gather(torch.tensor(own.port)).tolist()
     peers = [replace(peer, port=port) for peer, port in zip(world.peers, ports, strict=True)]
-    return SocketCollectives(world.rank, peers, listener, "127.0.0.1", ATTEMPT), ports
+    return SocketCollectives(world.rank, Joined(peers, own)), ports
 
 
 def values(rank: int, dtype: torch.dtype, shape: Sequence[int], salt: int = 0) -> Tensor:
@@ -318,47 +330,53 @@ def test_many_collectives(size: int) -> None:
 
 # ---- Strangers -------------------------------------------------------------------------------------------
 
-OURS, THEIRS = (hashlib.sha256(name.encode()).digest() for name in (ATTEMPT, "another"))
+
+def claim(rank: int, key: bytes = KEY, attempt: bytes = ATTEMPT) -> Callable[[int], socket.socket]:
+    """Connect to a port with a proof, as this rank of this attempt."""
+    return lambda port: authentication.connect(
+        LOOPBACK, port, key, Claim(Purpose.COLLECTIVES, rank, attempt), PATIENCE
+    )
 
 
-def number(rank: int) -> bytes:
-    return rank.to_bytes(4, "little")
+def send(message: bytes) -> Callable[[int], socket.socket]:
+    """Connect to a port and send this."""
+
+    def connect(port: int) -> socket.socket:
+        stranger = socket.create_connection((LOOPBACK, port))
+        stranger.sendall(message)
+        return stranger
+
+    return connect
 
 
-STRANGERS: dict[str, tuple[bytes, bool]] = {
-    "another name": (THEIRS + number(2), True),
-    "another name, closes": (THEIRS + number(2), False),
-    "another protocol": (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" + bytes(100), True),
-    "half a greeting, closes": (OURS[:20], False),
-    "the name alone, closes": (OURS, False),
-    "half a greeting, stays silent": (OURS[:20], True),
-    "nothing": (b"", True),
-    "nothing, closes": (b"", False),
-    "the receiver's own rank": (OURS + number(0), True),
-    "a rank beyond the last": (OURS + number(3), True),
-    "a rank far beyond": (OURS + bytes([255] * 4), True),
+STRANGERS: dict[str, tuple[Callable[[int], socket.socket], bool]] = {
+    "another protocol": (send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" + bytes(100)), True),
+    "half a proof": (send(bytes(20)), True),
+    "zeros as a proof": (send(bytes(authentication.CLAIM_BYTES)), True),
+    "nothing": (send(b""), True),
+    "a megabyte": (send(bytes(2**20)), True),
+    "another key": (claim(2, b"another key"), False),
+    "an earlier attempt": (claim(2, attempt=b"earlier attempt "), False),
+    "the receiver's own rank": (claim(0), False),
+    "a rank beyond the last": (claim(3), False),
 }
-"""What a stranger sends, and whether it keeps the connection open."""
+"""How a stranger connects, and whether the listener closes the connection in time."""
 
 
 def among_strangers(world: World, kind: str) -> tuple[list[int], list[int], int]:
     """Strangers connect to every rank first. Results of collectives, and how many were refused."""
-    socket_collectives._GREETING_SECONDS = 0.3
+    listener.HANDSHAKE_SECONDS = 0.3
     collectives, ports = fresh(world)
-    message, stays = STRANGERS[kind]
+    connect, _ = STRANGERS[kind]
     strangers = []
     if world.rank == 2:
         for port in ports[:2] * 2:  # no rank connects to the last one: it connects to the others
-            stranger = socket.create_connection(("127.0.0.1", port))
-            stranger.sendall(message)
-            if stays:
-                strangers.append(stranger)
-            else:
-                stranger.close()
+            with contextlib.suppress(OSError):  # it is refused at once
+                strangers.append(connect(port))
     world.barrier()
     total = collectives.all_reduce_sum_(torch.tensor([1 + world.rank, 10])).tolist()
     gathered = collectives.all_gather(torch.tensor(world.rank)).tolist()
-    refused = sum(map(connection_closed, strangers))
+    refused = sum(map(connection_closed, strangers)) if STRANGERS[kind][1] else 0
     world.barrier()  # a process that ends closes its connections
     collectives.close()
     return total, gathered, refused
@@ -368,9 +386,11 @@ def connection_closed(stranger: socket.socket) -> bool:
     stranger.settimeout(PATIENCE / 4)
     with stranger:
         try:
-            return stranger.recv(1) == b""
+            while stranger.recv(100):  # the challenge
+                pass
         except ConnectionResetError:  # it sent more than was read
-            return True
+            pass
+        return True
 
 
 @pytest.mark.parametrize("kind", STRANGERS)
@@ -380,18 +400,6 @@ def test_a_stranger_is_refused_and_does_no_harm(kind: str) -> None:
         assert total == [6, 30]
         assert gathered == [0, 1, 2]
         assert refused == (4 if rank == 2 and STRANGERS[kind][1] else 0)
-
-
-def test_the_bytes_on_the_wire() -> None:
-    """The digest of the attempt's name and not the name, the rank, and the tensor's bytes."""
-    with open_listener() as listener, open_listener() as own:
-        peers = [Peer(0, "here", 100, port=listener.getsockname()[1]), Peer(1, "here", 101)]
-        collectives = SocketCollectives(1, peers, own, "localhost", ATTEMPT)
-        collectives.send_recv({0: torch.tensor([1, 2, 255], dtype=torch.uint8)}, {})
-        connection, _ = listener.accept()
-        collectives.close()
-        with connection, connection.makefile("rb") as stream:
-            assert stream.read() == OURS + number(1) + bytes([1, 2, 255])
 
 
 # ---- Deaths ----------------------------------------------------------------------------------------------
@@ -445,7 +453,7 @@ def die_before_connecting(world: World) -> str:
     """Rank 0 closes its listener before rank 1 has connected to it."""
     collectives, _ = fresh(world)
     if world.rank == 0:
-        collectives.close()
+        collectives._rendezvous.listener.close()
     world.barrier()
     if world.rank == 1:
         with pytest.raises(WorkerLost) as lost:

@@ -1,15 +1,16 @@
-"""The watchdog's threads, with a store in memory and without ending the process."""
+"""The watchdog's threads, with a coordinator in memory and without ending the process."""
 
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 
 from distributed_mnist.common.placement import Placement
 from distributed_mnist.distributed import watchdog
 from distributed_mnist.distributed.heartbeat import Heartbeat, RankStatus
-from distributed_mnist.distributed.membership import Peer
+from distributed_mnist.distributed.peer import Peer
 from distributed_mnist.distributed.watchdog import Watchdog
 
 LIMIT = 1.0
@@ -17,44 +18,28 @@ PATIENCE = 30.0
 PEERS = [Peer(rank, "somewhere", 100 + rank) for rank in range(3)]
 
 
-class Store:
-    """The part of torch's store that is used. Like that, it waits for missing values."""
+class Coordinator:
+    """A coordinator in this process, which can break or stop to answer."""
 
     def __init__(self) -> None:
-        self.values: dict[str, str] = {}
+        self.heartbeats: dict[int, Heartbeat] = {}
         self.broken = False
         self.answers = threading.Event()
         self.answers.set()
 
-    def _answer(self) -> None:
+    def exchange(self, rank: int, heartbeat: Heartbeat) -> dict[int, Heartbeat]:
         self.answers.wait(PATIENCE)
         if self.broken:
-            raise RuntimeError("Broken pipe")
-
-    def set(self, key: str, value: str, /) -> None:
-        self._answer()
-        self.values[key] = value
-
-    def get(self, key: str, /) -> bytes:
-        return self.multi_get([key])[0]
-
-    def check(self, keys: list[str], /) -> bool:
-        self._answer()
-        return all(key in self.values for key in keys)
-
-    def multi_get(self, keys: list[str], /) -> list[bytes]:
-        self._answer()
-        deadline = time.monotonic() + PATIENCE
-        while not self.check(keys) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        return [self.values[key].encode() for key in keys]
+            raise BrokenPipeError("Broken pipe")
+        self.heartbeats[rank] = heartbeat
+        return self.heartbeats.copy()
 
 
 class Group:
     """A rank with a watchdog, and its view of the others. `code` would be its process's exit code."""
 
     def __init__(self, rank: int) -> None:
-        self.store = Store()
+        self.coordinator = Coordinator()
         self.status = RankStatus(LIMIT)
         self.code: int | None = None
         self.over = threading.Event()
@@ -63,7 +48,7 @@ class Group:
             Placement(rank=rank, size=3),
             PEERS,
             self.status,
-            self.store,
+            partial(self.coordinator.exchange, rank),
             limit=LIMIT,
             where="somewhere port 1",
             asynchronous=False,
@@ -81,7 +66,7 @@ class Group:
         """Store a new heartbeat of another rank."""
         self._number += 1
         heartbeat = Heartbeat(self._number, "training", 3, waiting, idle, LIMIT, "", "12:00:00")
-        self.store.values[f"life/{rank}"] = heartbeat.encode()
+        self.coordinator.heartbeats[rank] = heartbeat
 
     def until(self, what: Callable[[], object], meanwhile: Callable[[], None] = lambda: None) -> None:
         deadline = time.monotonic() + PATIENCE
@@ -92,7 +77,7 @@ class Group:
 
     def stop(self) -> None:
         self._watchdog.stop()
-        self.store.answers.set()
+        self.coordinator.answers.set()
         for thread in set(threading.enumerate()) - self._threads:
             thread.join(PATIENCE)
             assert not thread.is_alive()
@@ -107,9 +92,9 @@ def group(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     group.stop()
 
 
-def test_it_stores_this_ranks_heartbeat(group: Group) -> None:
+def test_it_sends_this_ranks_heartbeat(group: Group) -> None:
     group.status.begin_step(7)
-    group.until(lambda: '"step": 7' in group.store.values.get("life/0", ""))
+    group.until(lambda: 0 in group.coordinator.heartbeats and group.coordinator.heartbeats[0].step == 7)
 
 
 def test_no_rank_is_named_while_all_make_progress(group: Group) -> None:
@@ -136,7 +121,7 @@ def test_a_rank_falls_silent(group: Group, capfd: pytest.CaptureFixture[str]) ->
 
 
 def test_a_rank_without_any_heartbeat(group: Group, capfd: pytest.CaptureFixture[str]) -> None:
-    """It stopped between the rendezvous and its first heartbeat. The store must not be blamed."""
+    """It stopped between the rendezvous and its first heartbeat. The coordinator must not be blamed."""
     group.status.set_waiting("the process group setup")
     group.until(group.over.is_set, lambda: group.store_heartbeat(2, waiting="the process group setup"))
     assert group.code == 8
@@ -147,20 +132,20 @@ def test_a_rank_without_any_heartbeat(group: Group, capfd: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("how", ["broken", "stuck"])
-def test_the_store_is_gone(how: str, group: Group, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_coordinator_is_gone(how: str, group: Group, capfd: pytest.CaptureFixture[str]) -> None:
     """Its host closed the connection, or does not answer any more."""
     group.store_heartbeat(1)
     group.store_heartbeat(2)
-    group.until(lambda: "life/0" in group.store.values)
+    group.until(lambda: 0 in group.coordinator.heartbeats)
     group.status.set_waiting("an all-gather")
     if how == "stuck":
-        group.store.answers.clear()
+        group.coordinator.answers.clear()
     else:
-        group.store.broken = True
+        group.coordinator.broken = True
     group.until(group.over.is_set)
     assert group.code == 8
     line = capfd.readouterr().err
-    where = "rank 0 (pid 100 on somewhere) is stopped or cannot be reached (its store at somewhere port 1)"
+    where = "rank 0 (pid 100 on somewhere) is stopped or cannot be reached (at somewhere port 1)"
     assert line.startswith(f"dmnist: {where}; rank 0 waited ")
 
 

@@ -5,6 +5,7 @@ import re
 from functools import cache
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -45,14 +46,15 @@ def all_collectives(world: World) -> dict[str, Any]:
         made.append(rank)
         return {"answer": 42, "text": "é", "none": None}
 
-    results["from rank 0"] = world.on_rank_zero(make)
+    results["from rank 0"] = world.on_rank_zero(make, dict[str, Any])
+    results["of all ranks"] = world.all_gather_object(Path(f"/{rank}"), Path)
     results["made on"] = made
 
     def fail() -> None:
         raise DataError("there is no such folder")
 
     try:
-        world.on_rank_zero(fail)
+        world.on_rank_zero(fail, NoneType)
     except DataError as error:
         results["error"] = str(error)
     results["after the error"] = world.all_reduce_sum_(torch.ones(1)).item()
@@ -104,6 +106,7 @@ def test_broadcast(size: int) -> None:
         assert results["no bytes"] == b""
         assert results["from rank 0"] == {"answer": 42, "text": "é", "none": None}
         assert results["made on"] == ([0] if rank == 0 else [])
+        assert results["of all ranks"] == [Path(f"/{other}") for other in range(size)]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -169,7 +172,7 @@ def lose_one(world: World, victim: int, what: str, noticed: Barrier) -> None:
             {rank: torch.ones(1_000) for rank in others}, {rank: torch.ones(1_000) for rank in others}
         ),
         "broadcast_bytes": lambda: world.broadcast_bytes(b"x" * 1_000 if world.rank == 0 else None),
-        "from_rank_zero": lambda: world.on_rank_zero(lambda: 1),
+        "from_rank_zero": lambda: world.on_rank_zero(lambda: 1, int),
         "barrier": world.barrier,
     }
     try:

@@ -15,7 +15,7 @@ from ranks import PATIENCE, dmnist, run, run_ranks
 
 from distributed_mnist.common import environment
 from distributed_mnist.common.placement import ALONE
-from distributed_mnist.distributed.membership import Peer
+from distributed_mnist.distributed.peer import Peer
 from distributed_mnist.distributed.world import World
 from distributed_mnist.doctor import collectives
 from distributed_mnist.doctor import command as doctor

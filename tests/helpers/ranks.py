@@ -41,6 +41,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 DMNIST = (str(Path(sysconfig.get_path("scripts"), "dmnist")),)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 LAUNCH = (sys.executable, "-m", "torch.distributed.launch")
+SECRET = "the secret of a test"
 PATIENCE = 120.0
 """Seconds after which something that should have ended hangs. Generous: nothing is measured by it."""
 
@@ -52,9 +53,9 @@ _LAUNCHERS = re.compile(
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's variables without any launcher's, without GPUs, and with `more`."""
+    """This process's variables without any launcher's, without GPUs, with a secret, and with `more`."""
     kept = {name: value for name, value in os.environ.items() if not _LAUNCHERS.fullmatch(name)}
-    return {**kept, "CUDA_VISIBLE_DEVICES": "", **more}
+    return {**kept, "CUDA_VISIBLE_DEVICES": "", "DMNIST_SECRET": SECRET, **more}
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,13 @@ def try_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> list[
         port = listener.getsockname()[1]
         for rank in range(size):
             placement = Placement(
-                rank=rank, size=size, local_rank=rank, local_size=size, ports=(port,), launcher="test"
+                rank=rank,
+                size=size,
+                local_rank=rank,
+                local_size=size,
+                ports=(port,),
+                launcher="test",
+                secret=SECRET.encode(),
             )
             reader, writer = context.Pipe(duplex=False)
             own = listener if rank == 0 else None

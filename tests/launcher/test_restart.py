@@ -266,7 +266,7 @@ LOST = r"dmnist: the group lost a process" + AGAIN
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_is_stopped(rank: int, digits: Path, undisturbed: Any, tmp_path: Path) -> None:
-    """Rank 0 also serves the store with the heartbeats."""
+    """Rank 0 is also the coordinator, which has the heartbeats."""
     with Run(digits, tmp_path, "--hang-after", HANG) as run:
         pid = run.under_way()[rank]
         os.kill(pid, signal.SIGSTOP)
@@ -275,8 +275,8 @@ def test_one_is_stopped(rank: int, digits: Path, undisturbed: Any, tmp_path: Pat
     who = rf"rank {rank} \(pid {pid} on \S+\)"
     place = r"[a-z' ]+, step \d+"  # of the last heartbeat, which may be older than the first step
     if rank == 0:
-        store = r"\(its store at 127.0.0.1 port \d+\)"
-        gone = rf"is stopped or cannot be reached {store}: last heartbeat: {place}"
+        where = r"\(at 127.0.0.1 port \d+\)"
+        gone = rf"is stopped or cannot be reached {where}: last heartbeat: {place}"
         assert_messages(ended, rf"\[rank 1\] dmnist: {who} {gone}{WAITED}", LOST)
     else:
         silent = rf"is stopped or cannot be reached: {place}, last heartbeat at \d\d:\d\d:\d\d"

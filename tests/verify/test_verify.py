@@ -17,7 +17,7 @@ from ranks import DMNIST, TORCHRUN, Finished, dmnist, environment
 from rich.console import Console
 
 from distributed_mnist.common.digest import digest
-from distributed_mnist.distributed.membership import Peer
+from distributed_mnist.distributed.peer import Peer
 from distributed_mnist.errors import UsageError, VerificationError
 from distributed_mnist.verify import command as verify
 from distributed_mnist.verify.compare import Answer, compare, losses_in, read_events

@@ -1,0 +1,150 @@
+"""Coordinate a group: the ranks meet at rank 0, and later exchange heartbeats there.
+
+The coordinator runs on rank 0, in the thread of its `Listener`. Every rank holds one connection to it and
+sends requests, each answered by one reply. A rank is present as long as its connection is open. Before the
+group is complete, a dead rank's place is thus free for the process that replaces it. Afterwards nobody can
+join any more: a process that is too late, or that was started again, is turned away and tries again, until
+it finds the next attempt's rank 0.
+"""
+
+import asyncio
+import contextlib
+import socket
+import struct
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..common.messages import decode, encode
+from . import authentication
+from .authentication import Claim, NotOurs, Purpose
+from .heartbeat import Heartbeat
+from .listener import receive_exactly
+from .peer import Peer
+
+_LENGTH = struct.Struct("<I")
+_LONGEST = 2**24  # bytes of a message; the heartbeats of ten thousand ranks are shorter
+
+
+@dataclass(frozen=True)
+class Membership:
+    """What the coordinator knows about the group."""
+
+    attempt: bytes
+    """The random name of this attempt: 16 bytes."""
+    missing: list[int]
+    """The ranks that are not present; empty once the group is complete."""
+    peers: list[Peer]
+    """All ranks in order; empty until the group is complete."""
+
+
+class Coordinator:
+    """The coordinator of a group of `size` ranks. Its methods may be called from any thread."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._attempt = authentication.new_attempt()
+        self._lock = threading.Lock()
+        self._present: dict[int, Peer] = {}
+        self._heartbeats: dict[int, Heartbeat] = {}
+
+    def join(self, peer: Peer) -> Membership:
+        """Count a rank as present, in place of an earlier process with the same rank.
+
+        Raises `NotOurs` if the group is complete without this process.
+        """
+        with self._lock:
+            if len(self._present) < self._size and 0 <= peer.rank < self._size:
+                self._present[peer.rank] = peer
+            if self._present.get(peer.rank) != peer:
+                raise NotOurs("the group is complete without this process")
+            missing = [rank for rank in range(self._size) if rank not in self._present]
+            peers = [] if missing else [self._present[rank] for rank in range(self._size)]
+            return Membership(self._attempt, missing, peers)
+
+    def leave(self, peer: Peer) -> None:
+        """Forget a rank that is gone, unless the group is complete."""
+        with self._lock:
+            if len(self._present) < self._size and self._present.get(peer.rank) == peer:
+                del self._present[peer.rank]
+
+    def exchange(self, rank: int, heartbeat: Heartbeat) -> Mapping[int, Heartbeat]:
+        """Store a rank's heartbeat and return the latest one of every rank that has sent one."""
+        with self._lock:
+            self._heartbeats[rank] = heartbeat
+            return self._heartbeats.copy()
+
+    async def serve(self, rank: int, connection: socket.socket) -> None:
+        """Answer the requests of a rank until its connection ends."""
+        with contextlib.suppress(OSError, ValueError):  # it is gone, or it is no rank of this version
+            await self._serve_join(rank, connection)
+            while True:
+                heartbeat = decode(await _receive(connection), Heartbeat)
+                await _send(connection, encode(self.exchange(rank, heartbeat)))
+
+    async def _serve_join(self, rank: int, connection: socket.socket) -> None:
+        membership, peer = None, None
+        try:
+            while membership is None or membership.missing:
+                peer = decode(await _receive(connection), Peer)
+                if peer.rank != rank:
+                    raise NotOurs("a rank speaks for another one")
+                membership = self.join(peer)
+                await _send(connection, encode(membership))
+        finally:
+            if peer is not None:
+                self.leave(peer)
+
+
+async def _receive(connection: socket.socket) -> bytes:
+    (length,) = _LENGTH.unpack(await receive_exactly(connection, _LENGTH.size))
+    if length > _LONGEST:
+        raise NotOurs("a message is too long")
+    return await receive_exactly(connection, length)
+
+
+async def _send(connection: socket.socket, message: bytes) -> None:
+    await asyncio.get_running_loop().sock_sendall(connection, _LENGTH.pack(len(message)) + message)
+
+
+class CoordinatorConnection:
+    """A rank's connection to the coordinator. Raises `OSError` where it cannot be reached, or is lost.
+
+    `seconds` is for connecting and for the proof.
+    """
+
+    def __init__(self, host: str, port: int, key: bytes, rank: int, *, seconds: float) -> None:
+        claim = Claim(Purpose.COORDINATION, rank)
+        self._socket = authentication.connect(host, port, key, claim, seconds)
+        self.where = f"{host} port {port}"
+
+    def join(self, peer: Peer, *, seconds: float) -> Membership:
+        """Call `Coordinator.join`, and wait for `seconds` at most."""
+        self._socket.settimeout(seconds)
+        membership = decode(self._request(encode(peer)), Membership)
+        self._socket.settimeout(None)
+        return membership
+
+    def exchange(self, heartbeat: Heartbeat) -> Mapping[int, Heartbeat]:
+        """Call `Coordinator.exchange`. It waits for as long as the coordinator does not answer."""
+        return decode(self._request(encode(heartbeat)), dict[int, Heartbeat])
+
+    def _request(self, message: bytes) -> bytes:
+        self._socket.sendall(_LENGTH.pack(len(message)) + message)
+        (length,) = _LENGTH.unpack(self._receive(_LENGTH.size))
+        return self._receive(length)
+
+    def _receive(self, count: int) -> bytes:
+        received = bytearray()
+        while len(received) < count:
+            part = self._socket.recv(count - len(received))
+            if not part:
+                raise NotOurs("it closed the connection")
+            received += part
+        return bytes(received)
+
+    def close(self) -> None:
+        """Close the connection. A call that waits in another thread fails."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()

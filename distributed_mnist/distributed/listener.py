@@ -1,0 +1,150 @@
+"""Accept connections from the other ranks, and from nobody else.
+
+A thread of its own does this, so a stranger who sends nothing, or garbage, delays no rank. It holds few
+connections that have not proved that they belong to the job: a new one displaces the oldest. So strangers
+can use up neither memory nor file descriptors.
+"""
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Coroutine
+
+from . import authentication
+from .authentication import CLAIM_BYTES, NotOurs, Purpose
+
+HANDSHAKE_SECONDS = 5.0
+_MOST_UNPROVED = 64
+_PAUSE_SECONDS = 0.002
+"""Between two connections while there are too many. A flood must not take all CPU time."""
+
+Coordinate = Callable[[int, socket.socket], Coroutine[None, None, None]]
+
+
+class Listener:
+    """The port on which a rank accepts connections, from creation to `close`.
+
+    `sock` is bound and listens. `key` is the job's (see `job_key`). `coordinate(rank, connection)` serves a
+    connection to the coordinator, on rank 0. `report` is called once, with a message about the first
+    stranger.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        key: bytes,
+        *,
+        coordinate: Coordinate | None = None,
+        report: Callable[[str], None],
+    ) -> None:
+        sock.setblocking(False)
+        self.port: int = sock.getsockname()[1]
+        self._socket, self._key, self._coordinate, self._report = sock, key, coordinate, report
+        self._refused = 0
+        self._arrived = threading.Condition()
+        self._connections: dict[tuple[bytes, int], socket.socket] = {}  # by attempt and rank
+        self._loop = asyncio.new_event_loop()
+        self._unproved: dict[asyncio.Task[bool], socket.socket] = {}  # oldest first
+        self._serving: set[asyncio.Task[None]] = set()
+        self._accepting = self._loop.create_task(self._accept_all())
+        self._thread = threading.Thread(target=self._run, name="dmnist_listener", daemon=True)
+        self._thread.start()
+
+    def accept(self, attempt: bytes, rank: int) -> socket.socket:
+        """Return the connection from this rank of this attempt, and wait until there is one."""
+        with self._arrived:
+            self._arrived.wait_for(lambda: (attempt, rank) in self._connections)
+            return self._connections.pop((attempt, rank))
+
+    def close(self) -> None:
+        """Close the port and the connections that nobody has taken."""
+        with contextlib.suppress(RuntimeError):  # it is closed already
+            self._loop.call_soon_threadsafe(self._accepting.cancel)
+        self._thread.join()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        with contextlib.suppress(asyncio.CancelledError):
+            self._loop.run_until_complete(self._accepting)
+        tasks = [*self._unproved, *self._serving]
+        for task in tasks:
+            task.cancel()
+        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self._loop.close()
+        for connection in (self._socket, *self._connections.values()):
+            connection.close()
+
+    async def _accept_all(self) -> None:
+        while True:
+            try:
+                connection, address = await self._loop.sock_accept(self._socket)
+            except OSError:  # no file descriptor is left, or the connection is broken already
+                await self._displace_oldest()
+                continue
+            connection.setblocking(False)
+            if len(self._unproved) >= _MOST_UNPROVED:
+                await self._displace_oldest()
+            task = self._loop.create_task(self._admit(connection, address[0]))
+            self._unproved[task] = connection
+            task.add_done_callback(self._decided)
+
+    def _decided(self, task: asyncio.Task[bool]) -> None:
+        connection = self._unproved.pop(task)
+        if task.cancelled() or not task.result():
+            connection.close()
+
+    async def _displace_oldest(self) -> None:
+        for task in list(self._unproved)[:1]:
+            task.cancel()
+        await asyncio.sleep(_PAUSE_SECONDS)
+
+    async def _admit(self, connection: socket.socket, address: str) -> bool:
+        """Hand the connection over if it comes from a rank of this job. Return whether it does."""
+        try:
+            async with asyncio.timeout(HANDSHAKE_SECONDS):
+                challenge = authentication.challenge()
+                await self._loop.sock_sendall(connection, challenge)
+                message = await receive_exactly(connection, CLAIM_BYTES)
+                claim, reply = authentication.verify(message, self._key, challenge, self.port)
+                await self._loop.sock_sendall(connection, reply)
+        except NotOurs as error:
+            self._note_stranger(address, str(error))
+            return False
+        except TimeoutError:
+            self._note_stranger(address, f"it proved nothing within {HANDSHAKE_SECONDS:g} s")
+            return False
+        except OSError:  # it closed the connection, as a port scan or a health check does
+            return False
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if claim.purpose is Purpose.COLLECTIVES:
+            with self._arrived:
+                self._connections[claim.attempt, claim.rank] = connection
+                self._arrived.notify_all()
+            return True
+        if self._coordinate is None:  # a rank that believes that this process is rank 0
+            return False
+        task = self._loop.create_task(self._coordinate(claim.rank, connection))
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
+        task.add_done_callback(lambda _: connection.close())
+        return True
+
+    def _note_stranger(self, address: str, why: str) -> None:
+        self._refused += 1
+        if self._refused == 1:
+            self._report(
+                f"a connection from {address} to port {self.port} was refused: {why} "
+                "(docs/explanation/security.md; further ones are not reported)"
+            )
+
+
+async def receive_exactly(connection: socket.socket, count: int) -> bytes:
+    """Receive `count` bytes. Raises `OSError` if the connection ends before."""
+    loop, received = asyncio.get_running_loop(), bytearray()
+    while len(received) < count:
+        part = await loop.sock_recv(connection, count - len(received))
+        if not part:
+            raise ConnectionAbortedError("it closed the connection")
+        received += part
+    return bytes(received)

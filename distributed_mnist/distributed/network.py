@@ -1,0 +1,50 @@
+"""Ports, addresses and network interfaces of this host."""
+
+import contextlib
+import hashlib
+import socket
+from collections.abc import Iterable
+
+import psutil
+
+from ..common.placement import is_loopback
+
+LOOPBACK = "127.0.0.1"
+_FIRST, _COUNT, _TRIES = 20_000, 10_000, 8  # below the ports that operating systems assign by themselves
+
+
+def derived_ports(job: str) -> tuple[int, ...]:
+    """Return a few ports for rank 0 of a job, the same on every rank.
+
+    Rank 0 listens on the first free one. The other ranks try all of them, so an unrelated program on one of
+    the ports does not stop the job.
+    """
+    digest = hashlib.sha256(job.encode()).digest()
+    return tuple(_FIRST + int.from_bytes(digest[2 * i : 2 * i + 2], "big") % _COUNT for i in range(_TRIES))
+
+
+def open_listener(address: str, port: int = 0) -> socket.socket:
+    """Listen on this address (empty: all addresses) and port (0: any free one). Raises OSError."""
+    dual = not address and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual or ":" in address else socket.AF_INET
+    return socket.create_server((address, port), family=family, dualstack_ipv6=dual, backlog=1024)
+
+
+def address_towards(host: str) -> str:
+    """Return this host's address on the route to `host`; empty if there is no route except loopback."""
+    with contextlib.suppress(OSError):
+        family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # looks up the route; sends nothing
+            mine = probe.getsockname()[0].partition("%")[0]
+        return "" if is_loopback(mine) else mine
+    return ""
+
+
+def interface_of(addresses: Iterable[str]) -> str | None:
+    """Return the network interface that has the first of these addresses that is not empty."""
+    mine = next(filter(None, addresses), None)
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == mine for entry in entries):
+            return name
+    return None
