@@ -2,7 +2,7 @@
 
 All are forked from one server process that has already imported torch. So N processes start in little more
 time than one, and restart much faster. Rank 0 keeps the terminal and inherits a listening socket on a free
-port. The other ranks' output is printed with their rank in front. A secret that all inherit keeps others out.
+port. The output of the other ranks gets their rank in front. A secret that all inherit keeps others out.
 """
 
 import contextlib
