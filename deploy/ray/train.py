@@ -7,6 +7,7 @@ DIR.
 """
 
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -17,16 +18,19 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer
 
 
-def _meeting_point() -> tuple[str, int]:
-    """Return this host's address and a free port on it."""
+def _meeting_point() -> tuple[str, int, str]:
+    """Return this host's address, a free port on it, and a secret by which the ranks recognise each other."""
     with socket.create_server(("", 0)) as server:
-        return socket.gethostbyname(socket.gethostname()), server.getsockname()[1]
+        port = server.getsockname()[1]
+    return socket.gethostbyname(socket.gethostname()), port, secrets.token_hex(32)
 
 
 def work(options: dict[str, list[str]]) -> None:
     """Run one rank. Raise if its process fails, so that Ray restarts all workers."""
     context = train.get_context()
-    host, port = broadcast_from_rank_zero(_meeting_point() if context.get_world_rank() == 0 else None)
+    host, port, secret = broadcast_from_rank_zero(
+        _meeting_point() if context.get_world_rank() == 0 else None
+    )
     place = {
         "RANK": context.get_world_rank(),
         "WORLD_SIZE": context.get_world_size(),
@@ -34,6 +38,7 @@ def work(options: dict[str, list[str]]) -> None:
         "LOCAL_WORLD_SIZE": context.get_local_world_size(),
         "MASTER_ADDR": host,
         "MASTER_PORT": port,
+        "DMNIST_SECRET": secret,
     }
     command = [sys.executable, "-m", "distributed_mnist", "train", "--resume", "auto", *options["words"]]
     subprocess.run(command, check=True, env=os.environ | {k: str(v) for k, v in place.items()})

@@ -88,7 +88,12 @@ def connect(host: str, port: int, key: bytes, claim: Claim, seconds: float) -> s
             raise NotOurs("another program answers")
         fields = _CLAIM.pack(claim.purpose, claim.rank, claim.attempt, secrets.token_bytes(_NONCE))
         connection.sendall(fields + _mac(key, b"connect", challenge, fields, port))
-        reply = _receive(connection, _MAC, deadline)
+        try:
+            reply = _receive(connection, _MAC, deadline)
+        except ConnectionError:
+            raise NotOurs(
+                "it refuses this process, which has another secret or is of another job"
+            ) from None
         if not hmac.compare_digest(reply, _mac(key, b"accept", challenge, fields, port)):
             raise NotOurs("a process of another job answers")
     except BaseException:

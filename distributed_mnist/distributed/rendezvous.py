@@ -17,6 +17,7 @@ from .peer import Peer
 
 RENDEZVOUS_SECONDS = 300.0  # the hosts of one job can start minutes apart
 _SPAWNED_SECONDS = 30.0  # our own launcher starts all processes at once, and can restart them
+_SILENT_SECONDS = 10.0  # until a rank says for whom it waits; then after twice that time, and so on
 _CONNECT_SECONDS = 5.0
 _DERIVED_SECONDS = 1.0  # for one of several ports, which may be another program's
 
@@ -38,6 +39,7 @@ class Rendezvous:
         self._placement, self._size = placement, placement.size
         self._spawned = placement.launcher == "spawned"
         self._seconds = max(hang_after, _SPAWNED_SECONDS) if self._spawned else RENDEZVOUS_SECONDS
+        self._began, self._silent_until = time.monotonic(), _SILENT_SECONDS
         self.host = network.LOOPBACK if placement.one_host else placement.host
         self.key, is_secret = job_key(placement)
         if not is_secret and placement.rank == 0:
@@ -64,10 +66,8 @@ class Rendezvous:
         if self._agent_store is not None:
             self._agent_store.publish(network.LOOPBACK if self._placement.one_host else me.address, me.port)
         self.exchange: Callable[[Heartbeat], Mapping[int, Heartbeat]] = partial(coordinator.exchange, 0)
-        deadline = time.monotonic() + self._seconds
         while (membership := coordinator.join(me)).missing:
-            if time.monotonic() > deadline:
-                raise self._late(membership.missing)
+            self._check_time(membership.missing)
             time.sleep(0.005)
         return membership
 
@@ -76,10 +76,10 @@ class Rendezvous:
         self._listen(self._open((0,)))
         me = Peer.here(self._placement, self.listener.port)
         self.where = f"{self.host} port {', '.join(map(str, self._placement.ports))}"
-        deadline = time.monotonic() + self._seconds
         pause = max(0.005, self._size / 2000)  # rank 0 answers 2,000 requests a second
         missing, problem = [0], ""
-        while (left := deadline - time.monotonic()) > 0:
+        while True:
+            left = self._check_time(missing, problem)
             try:
                 if self._connection is None:
                     self._connection = self._connect(left)
@@ -90,15 +90,29 @@ class Rendezvous:
                     return membership
                 missing, problem = membership.missing, ""
             except (OSError, ValueError) as error:
-                problem = f" ({reason(error) if isinstance(error, OSError) else error})"
-                missing = [0]
+                missing, problem = [0], f" ({reason(error) if isinstance(error, OSError) else error})"
                 if self._connection is not None:
                     self._connection.close()
                     if self._spawned:
                         raise WorkerLost(f"lost rank 0 during the rendezvous{problem}") from error
                     self._connection = None
-            time.sleep(pause)
-        raise self._late(missing, problem)
+            time.sleep(pause if self._connection else max(pause, 0.02))
+
+    def _check_time(self, missing: Sequence[int], problem: str = "") -> float:
+        """Return the seconds left, and say now and then which ranks are missing.
+
+        Raises `LaunchError` once no time is left, or `Hang` under our own launcher, which can restart the
+        group.
+        """
+        waited = time.monotonic() - self._began
+        ranks = f"rank {', '.join(map(str, missing))}{problem}"
+        if waited > self._seconds:
+            message = f"still missing at {self.where} after {waited:.0f} s: {ranks}"
+            raise Hang(message) if self._spawned else LaunchError(message)
+        if waited > self._silent_until:
+            self._silent_until = 2 * waited
+            print_note(f"waiting at {self.where} for {ranks}", self._placement)
+        return self._seconds - waited
 
     def _connect(self, seconds: float) -> CoordinatorConnection:
         """Connect to rank 0. Raises `OSError`."""
@@ -115,11 +129,6 @@ class Rendezvous:
             except OSError as error:
                 problem = error
         raise problem
-
-    def _late(self, missing: Sequence[int], problem: str = "") -> LaunchError | Hang:
-        absent = ", ".join(map(str, missing))
-        message = f"still missing at {self.where} after {self._seconds:.0f} s: rank {absent}{problem}"
-        return Hang(message) if self._spawned else LaunchError(message)
 
     def _open(self, ports: Sequence[int]) -> socket.socket:
         """Listen on the first free port. Raises `LaunchError`."""

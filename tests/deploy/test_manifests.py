@@ -145,7 +145,7 @@ class Pods:
             one["name"]: one.get("value") or self._field(one["valueFrom"], index) for one in here["env"]
         }
         changed = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self._port}
-        assert values.keys() == {"RANK", *changed}
+        assert values.keys() == {"RANK", "DMNIST_SECRET", *changed}
         volume = str(self._job.out.parent)
         words = [re.sub(r"^/runs", volume, word) for word in (*here["command"], *here["args"])]
         assert words[0] == "dmnist"
@@ -159,6 +159,9 @@ class Pods:
 
     @staticmethod
     def _field(source: dict[str, Any], index: int) -> str:
+        if secret := source.get("secretKeyRef"):
+            assert secret == {"name": "dmnist", "key": "secret", "optional": True}
+            return ""  # as where nobody made it
         assert source == {"fieldRef": {"fieldPath": INDEX}}
         return str(index)
 
