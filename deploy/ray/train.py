@@ -19,7 +19,7 @@ from ray.train.torch import TorchTrainer
 
 
 def _meeting_point() -> tuple[str, int, str]:
-    """Return this host's address, a free port on it, and a secret by which the ranks recognise each other."""
+    """Return this host's address, a free port on it, and a secret for the ranks."""
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
     return socket.gethostbyname(socket.gethostname()), port, secrets.token_hex(32)
