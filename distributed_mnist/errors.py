@@ -12,6 +12,7 @@ import traceback
 from typing import TextIO
 
 from .common.placement import ALONE, Placement
+from .common.printable import printable
 
 
 class DmnistError(Exception):
@@ -165,7 +166,7 @@ def print_note(text: str, placement: Placement) -> None:
 
 def write_line(text: str) -> None:
     """Print a line for people on standard error, wrapped between words if it is a terminal."""
-    line = f"dmnist: {text}"
+    line = f"dmnist: {printable(text)}"
     if sys.stderr.isatty():  # a terminal would break the line within a word
         width = max(shutil.get_terminal_size().columns, 40)
         line = textwrap.fill(

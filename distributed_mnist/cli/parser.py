@@ -13,7 +13,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 
 from ..config import DATA_OPTIONS, Recipe, Run, load_recipe
 from ..errors import UsageError
-from ..runs import layout
+from ..runs.run_files import config_in
 from .flags_data import Check, Fetch, Generate
 from .flags_train import Bench, Train, Verify
 from .flags_use import Doctor, Evaluate, Export, Predict, Report, Watch
@@ -86,28 +86,25 @@ def _train_defaults(arguments: list[str]) -> Train:
     """The defaults of the flags of `train`.
 
     They come from the recipe that `--recipe` names. With `--resume auto`, the data settings come from the
-    run in `--out`, and so does the recipe unless `--recipe` names one.
+    run in `--out`, and so does the recipe unless `--recipe` names one. Raises `CheckpointError` if the
+    `config.json` there is damaged.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--recipe", "--out", "--resume", "--dataset"):
         early.add_argument(name, nargs="?")  # tyro reports a missing value
     given, _ = early.parse_known_args(arguments if arguments[:1] == ["train"] else [])
-    config = layout.config_in(Path(given.out)) if given.out and given.resume == "auto" else None
+    config = config_in(Path(given.out)) if given.out and given.resume == "auto" else None
     run = Run()
     if config is not None:
-        if given.dataset in (None, config["run"].get("dataset")):
-            data = {name: config["run"][name] for name in DATA_OPTIONS if name in config["run"]}
-            run = Run(**{**data, "data": Path(data.get("data", "data"))})
+        if given.dataset in (None, config.run.dataset):
+            run = Run(**{name: getattr(config.run, name) for name in DATA_OPTIONS})
         if given.recipe is None:
-            settings = {key: value for key, value in config["recipe"].items() if not _is_code(key, value)}
-            return Train(settings=Recipe.from_dict(settings, given.out), run=run, recipe=f"of {given.out}")
+            # Only the user may choose code to import, not a file.
+            is_code = ":" in config.recipe.model
+            settings = config.recipe.replace(model=Recipe.model) if is_code else config.recipe
+            return Train(settings=settings, run=run, recipe=f"of {given.out}")
     recipe = given.recipe or "default"
     return Train(settings=load_recipe(recipe), run=run, recipe=recipe)
-
-
-def _is_code(key: str, value: object) -> bool:
-    """Whether a setting names a user's own model. Only the user may choose code to import, not a file."""
-    return key == "model" and ":" in str(value)
 
 
 def _help_rules() -> ConstructorRegistry:

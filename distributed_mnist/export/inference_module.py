@@ -10,16 +10,14 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..common.installed import version
 from ..data.split import normalise
-from ..errors import CheckpointError
 from ..inference.trained import Trained
+from ..runs.run_files import read_score
 
 INPUT = "images: uint8 (n, 28, 28), white on black, 0 to 255 as in MNIST's files; n is 1 or more"
 OUTPUT = "logits: float32 (n, classes), in the order of class_names; softmax makes probabilities of them"
@@ -70,22 +68,10 @@ def make_metadata(trained: Trained) -> Metadata:
     }
     if trained.content["recipe"]:  # the original script's checkpoints do not have one
         metadata["recipe"] = json.dumps(trained.content["recipe"])
-    result = _read_result(trained.folder)
+    result = read_score(trained.folder) or {}
     if result.get("weights_sha256") == sha256 and "test_accuracy" in result:
         metadata["test_accuracy"] = repr(result["test_accuracy"])
     return metadata
-
-
-def _read_result(folder: Path) -> dict[str, Any]:
-    """The content of a run's `result.json`; empty if there is none."""
-    path = folder / "result.json"
-    try:
-        result = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    return result if isinstance(result, dict) else {}
 
 
 def export_graph(module: InferenceModule) -> torch.export.ExportedProgram:

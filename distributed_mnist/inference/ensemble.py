@@ -1,6 +1,5 @@
 """Evaluate an ensemble: networks of one recipe with consecutive seeds, which vote."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -15,9 +14,11 @@ from ..config import Recipe
 from ..data.broadcast import broadcast_dataset
 from ..data.datasets import Dataset
 from ..distributed.world import World
+from ..errors import CheckpointError
 from ..reporting.progress_bar import Terminal
 from ..runs.checkpoint import read_bytes
 from ..runs.layout import checkpoints_in, member_folder, write_json
+from ..runs.run_files import read_result
 from .score import evaluate_trained
 from .trained import CheckpointFiles, restore
 
@@ -64,11 +65,14 @@ _Members = tuple[CheckpointFiles, list[dict[str, Any]]]
 
 
 def _read_members(out: Path, recipes: Sequence[Recipe]) -> _Members:
-    """Read the members' last checkpoints and their results."""
+    """Read the members' last checkpoints and their results. Raises `CheckpointError`."""
     files, results = [], []
     for recipe in recipes:
         folder = member_folder(out, recipe.seed)
-        path = checkpoints_in(folder / "checkpoints")[-1]
-        files.append((str(path), read_bytes(path)))
-        results.append(json.loads((folder / "result.json").read_text()))
+        result, checkpoints = read_result(folder), checkpoints_in(folder / "checkpoints")
+        if result is None or not checkpoints:
+            missing = "checkpoint" if result else "result.json"
+            raise CheckpointError(f"{folder} has no {missing}: resume the ensemble with --resume auto")
+        files.append((str(checkpoints[-1]), read_bytes(checkpoints[-1])))
+        results.append(result)
     return CheckpointFiles(str(out), files, [result["weights_sha256"] for result in results]), results

@@ -15,7 +15,7 @@ from ..data.download_progress import DataProgress
 from ..distributed.world import World
 from ..errors import CheckpointError, DataError
 from ..reporting.confusion import per_class, table
-from ..runs import layout
+from ..runs.run_files import config_in
 from ..training.evaluate import Evaluation, evaluate
 from .trained import CheckpointFiles, Trained, find_checkpoint, restore
 
@@ -89,10 +89,13 @@ def load_dataset(trained: Trained, dataset: str | None, folder: Path | None, con
 
 
 def _training_data_folder(trained: Trained) -> Path | None:
-    """The folder that the training data came from, if the run recorded it and it still exists."""
-    config = layout.config_in(trained.folder)
-    folder = Path(str(config["run"].get("data", ""))) if config else None
-    return folder if folder is not None and folder.is_dir() else None
+    """The folder that the training data came from, if the run recorded it and it still exists.
+
+    Raises `CheckpointError` for a damaged `config.json`.
+    """
+    is_run = trained.folder == Path(trained.path) or Path(trained.path).parent.name == "checkpoints"
+    config = config_in(trained.folder) if is_run else None  # elsewhere, `config.json` may be anybody's
+    return config.run.data if config and config.run.data.is_dir() else None
 
 
 def evaluate_trained(

@@ -1,7 +1,6 @@
 """Load a trained network, with everything needed to use it, from a checkpoint, a run or an ensemble."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..models.build import build, forward, place
 from ..models.zoo import MODELS
 from ..runs.checkpoint import Content, decode, load_weights, read_bytes
 from ..runs.layout import checkpoint_path, checkpoints_in, member_folder, members_in
+from ..runs.run_files import read_ensemble_result, read_result
 from .vote import Vote
 
 _ORIGINAL_DATASET: dict[str, Any] = {
@@ -119,18 +119,20 @@ def _find_members(path: Path, *, example: Path) -> CheckpointFiles:
 
     Raises `CheckpointError` for an unfinished ensemble, with the member's folder `example` as a suggestion.
     """
-    try:
-        members = json.loads((path / "result.json").read_text())["members"]
-        folders = [member_folder(path, member["seed"]) for member in members]
-        steps = [json.loads((folder / "result.json").read_text())["steps"] for folder in folders]
-        weights = [member["weights_sha256"] for member in members]
-    except (OSError, ValueError, KeyError, TypeError):
+    ensemble = read_ensemble_result(path)
+    members = ensemble["members"] if ensemble else []
+    folders = [member_folder(path, member["seed"]) for member in members]
+    results = [read_result(folder) for folder in folders]
+    files = [
+        checkpoint_path(folder / "checkpoints", result["steps"])
+        for folder, result in zip(folders, results, strict=True)
+        if result is not None
+    ]
+    if not files or None in results:
         raise CheckpointError(
             f"{path} is an unfinished ensemble: name one of its networks, such as {example}"
-        ) from None
-    files = [
-        checkpoint_path(folder / "checkpoints", step) for folder, step in zip(folders, steps, strict=True)
-    ]
+        )
+    weights = [member["weights_sha256"] for member in members]
     return CheckpointFiles(str(path), [(str(file), read_bytes(file)) for file in files], weights)
 
 

@@ -4,19 +4,28 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterable
+from io import TextIOWrapper
 from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.text import Text
 
+from ..common.printable import printable
 from ..errors import OutputError, reason
 
 
 class _PlainConsole(Console):
-    """A console that prints text as it is, without markup: a folder may be called `[/red]`."""
+    """A console that prints text as it is, without markup: a folder may be called `[/red]`.
+
+    Control characters are shown as escapes, because text may come from files of others.
+    """
 
     def __init__(self, *, stderr: bool) -> None:
         stream = sys.stderr if stderr else sys.stdout
+        if isinstance(stream, TextIOWrapper):  # a character that the locale lacks must not end a run
+            stream.reconfigure(errors="backslashreplace")
         super().__init__(
             stderr=stderr,
             markup=False,
@@ -24,6 +33,14 @@ class _PlainConsole(Console):
             # With FORCE_COLOR set, as in notebooks and CI, rich would draw live bars into a file too.
             force_terminal=None if stream.isatty() else False,
         )
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """Return the segments of text to print. All that a console prints goes through here."""
+        for segment in super().render(renderable, options):
+            safe = segment.control is not None or segment.text.isprintable()
+            yield segment if safe else Segment(printable(segment.text), segment.style)
 
     def on_broken_pipe(self) -> None:
         """Print nothing more when the reader is gone (`| head`). By default rich would end the process."""

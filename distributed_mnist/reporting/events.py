@@ -5,14 +5,21 @@ An event is a name and plain fields. The names are `start`, `notice`, `steps`, `
 """
 
 import contextlib
+import errno
 import json
+import os
 import time
+from collections import deque
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 from ..errors import OutputError, reason, write_line
 from ..runs.layout import write_json
+
+_MAX_WAITING_BYTES = 16 << 20
+"""The most that `metrics.jsonl` holds in memory while the disk is full: many minutes of a run."""
 
 
 class Sink(Protocol):
@@ -76,35 +83,65 @@ class JsonLines:
     """Writes `metrics.jsonl`: one JSON object per event, with the event's name and the time of writing.
 
     The file is append-only. After a crash and a resume it contains the lines of repeated steps twice;
-    readers use the later ones.
+    readers use the later ones. On a full disk the lines wait in memory, up to `_MAX_WAITING_BYTES`, and are
+    written once there is room.
     """
 
     def __init__(self, path: Path, complain: Callable[[str], None]) -> None:
         try:
             _drop_unfinished_line(path)
-            self._file: TextIO | None = path.open("a")
+            # Without a buffer, so that it is known which bytes were written before an error.
+            self._file: FileIO | None = path.open("ab", buffering=0)
         except OSError as error:
             raise OutputError(f"{path}: {reason(error)}") from None
         self._path, self._complain = path, complain
+        self._waiting = deque[bytes]()
+        self._waiting_bytes, self._lost = 0, 0
+        self._complained = False
 
     def log(self, event: str, **fields: Any) -> None:
-        """See `Sink`. A full disk ends the record, not the run."""
+        """See `Sink`."""
         if self._file is None or event == "mistakes":  # `MistakesFile` writes those
             return
+        line = json.dumps({"event": event, "time": time.time(), **fields}).encode() + b"\n"
+        self._waiting.append(line)
+        self._waiting_bytes += len(line)
         try:
-            self._file.write(json.dumps({"event": event, "time": time.time(), **fields}) + "\n")
-            self._file.flush()
+            self._write(self._file)
         except OSError as error:
-            broken, self._file = self._file, None
-            with contextlib.suppress(OSError):  # closing tries to write the rest, and fails again
-                broken.close()
-            self._complain(f"{self._path} ends here: {reason(error)}")
+            if not self._complained:
+                text = f"{self._path} cannot be written now ({reason(error)}); later events are added to it"
+                self._complain(f"{text} once that is possible")
+            self._complained = True
+        while self._waiting_bytes > _MAX_WAITING_BYTES and len(self._waiting) > 1:
+            self._waiting_bytes -= len(self._waiting[1])
+            del self._waiting[1]  # part of the first one may be in the file already
+            self._lost += 1
+
+    def _write(self, file: FileIO) -> None:
+        while self._waiting:
+            line = self._waiting.popleft()
+            written = 0
+            try:
+                written = file.write(line) or 0
+            finally:
+                self._waiting_bytes -= written
+                if written < len(line):
+                    self._waiting.appendleft(line[written:])
+            if not written:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def close(self) -> None:
         """See `Sink`."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is None:
+            return
+        with contextlib.suppress(OSError):
+            self._write(file)
+        with contextlib.suppress(OSError):
+            file.close()
+        if lost := self._lost + len(self._waiting):
+            self._complain(f"{self._path} lacks {lost} events, which could not be written")
 
 
 def _drop_unfinished_line(path: Path) -> None:

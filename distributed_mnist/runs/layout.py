@@ -7,7 +7,6 @@ import json
 import re
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from ..common.atomic_write import written_aside
 from ..errors import OutputError, reason
@@ -16,15 +15,6 @@ RUNS = Path("runs")
 """The parent folder of runs without `--out`."""
 _MEMBER = re.compile(r"seed-(\d+)")
 _CHECKPOINT = re.compile(r"step_(\d+)\.pt")
-
-
-def config_in(out: Path) -> dict[str, Any] | None:
-    """Return `config.json` of the run in `out`, or of an ensemble's first member; None if there is none."""
-    try:
-        config = json.loads([*members_in(out), out][0].joinpath("config.json").read_text())
-        return {"recipe": dict(config["recipe"]), "run": dict(config["run"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def write_json(path: Path, value: object) -> None:

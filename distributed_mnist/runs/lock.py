@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import shutil
 import socket
 import time
@@ -11,6 +12,8 @@ from ..errors import OutputError, reason
 
 _PROBE_SECONDS = 0.1  # `is_live` in another process holds the lock for a moment
 _POLL_SECONDS = 0.05
+_OWNER = re.compile(rb"pid \d{1,10} on [!-~]{1,255}")
+"""The content of `.lock`. It is shown to the user, and decides nothing."""
 
 
 class RunLock:
@@ -26,14 +29,15 @@ class RunLock:
         self._folder, self._is_new = folder, not folder.exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+")
+            self._file = path.open("ab+")
         except OSError as error:
             raise OutputError(f"--out {folder}: {reason(error)}") from None
         try:
             self._acquire(time.monotonic() + max(timeout, _PROBE_SECONDS))
         except OSError as error:
             self._file.seek(0)
-            owner = self._file.read().strip() or "unknown"
+            content = self._file.read(1000)
+            owner = content.decode() if _OWNER.fullmatch(content) else "an unknown process"
             self._file.close()
             if isinstance(error, BlockingIOError):
                 raise OutputError(f"--out {folder} is in use by a live run ({owner})") from None

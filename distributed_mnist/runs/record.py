@@ -4,13 +4,14 @@
 used.
 """
 
-import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError, reason
+from ..errors import CheckpointError, UsageError, reason
 from .lock import is_live
+from .run_files import event_of, read_config, read_mistakes, read_result
 
 Event = dict[str, Any]
 """A line of `metrics.jsonl`: `event` (its kind), `time` (seconds since 1970), and that kind's fields."""
@@ -33,6 +34,8 @@ class Record:
     """`result.json`; None for a run that has not finished."""
     mistakes: dict[str, Any] | None
     """`mistakes.json`: the `step` of the latest evaluation and its `mistakes`."""
+    problems: Sequence[str] = ()
+    """What could not be read, in one line each: damaged files, which count as absent, and damaged lines."""
 
     def class_name(self, label: int) -> str:
         """Return the name of a class, or its number if `config.json` has no name for it."""
@@ -57,33 +60,40 @@ class Record:
 
 
 def read(folder: Path) -> Record:
-    """Read the run in `folder`. Raises `UsageError` if it has no run, or if a file cannot be read."""
+    """Read the run in `folder`, as far as its files are undamaged.
+
+    Raises `UsageError` if there is no run, or if `metrics.jsonl` cannot be read.
+    """
+    path = folder / "metrics.jsonl"
     try:
-        lines = (folder / "metrics.jsonl").read_bytes().split(b"\n")[:-1]  # the last may be incomplete
+        lines = path.read_bytes().split(b"\n")[:-1]  # the last may be incomplete
     except OSError as error:
         problem = f"not a run: it has no metrics.jsonl ({reason(error)})"
         if members := sorted(folder.glob("seed-*")):
             problem = f"an ensemble: name one of its members, such as {members[0]}"
         raise UsageError(f"{folder} is {problem}") from None
+    problems: list[str] = []
     events = [event for line in lines if (event := event_of(line)) is not None]
+    if damaged := len(lines) - len(events):
+        problems.append(f"{path}: {damaged} damaged line{'s' if damaged > 1 else ''} skipped")
+
+    def readable(read_file: Callable[[Path], dict[str, Any] | None]) -> dict[str, Any] | None:
+        try:
+            return read_file(folder)
+        except CheckpointError as error:
+            problems.append(str(error))
+            return None
+
     return Record(
         path=folder,
-        config=_read_json(folder / "config.json") or {},
+        config=readable(read_config) or {},
         events=events,
         steps=_without_repeated_steps(events, "steps"),
         evaluations=_without_repeated_steps(events, "evaluation"),
-        result=_read_json(folder / "result.json"),
-        mistakes=_read_json(folder / "mistakes.json"),
+        result=readable(read_result),
+        mistakes=readable(read_mistakes),
+        problems=problems,
     )
-
-
-def event_of(line: bytes) -> Event | None:
-    """Parse a line of `metrics.jsonl`. Return None if a full disk or a crash has damaged the line."""
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return None
-    return event if isinstance(event, dict) and {"event", "time"} <= set(event) else None
 
 
 def _without_repeated_steps(events: list[Event], kind: str) -> list[Event]:
@@ -94,15 +104,7 @@ def _without_repeated_steps(events: list[Event], kind: str) -> list[Event]:
             while kept and kept[-1]["step"] > event["step"]:
                 kept.pop()
         elif event["event"] == kind:
+            while kept and kept[-1]["step"] >= event["step"]:  # a full disk has lost the start between them
+                kept.pop()
             kept.append(event)
     return kept
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from None
-    return value if isinstance(value, dict) else None

@@ -5,7 +5,6 @@ system), one rank on that host keeps a copy of the checkpoints, so that losing a
 """
 
 import dataclasses
-import json
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..errors import OutputError
 from .checkpoint_store import NullStore, RunStore, Store
 from .layout import RUNS, checkpoints_in, new_folder, write_json
 from .lock import RunLock
+from .run_files import read_group
 
 _LOCK_TIMEOUT = 30.0  # seconds for the last processes of a restarted group to end
 
@@ -90,12 +90,8 @@ def _read_group_file(path: Path) -> dict[str, Any]:
 
     If there is no valid file, the values are empty and match nothing.
     """
-    try:
-        group = json.loads((path / ".group").read_text())
-        launcher_ids = [launcher_id for launcher_id in group["starters"] if launcher_id]
-        return {"mark": group["mark"], "what": group["what"], "starters": launcher_ids}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {"mark": "", "what": "", "starters": []}
+    group = read_group(path) or {"mark": "", "what": "", "starters": []}
+    return {**group, "starters": [launcher_id for launcher_id in group["starters"] if launcher_id]}
 
 
 def _write_group_file(folder: RunFolder, world: World) -> None:

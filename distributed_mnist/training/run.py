@@ -24,13 +24,13 @@ from ..reporting.events import JsonLines, MistakesFile, MultiSink, NoticeSink, N
 from ..reporting.progress_bar import Terminal
 from ..runs import layout
 from ..runs.checkpoint_store import NullStore, Store
-from ..runs.layout import write_json
 from ..runs.lock import RunLock
-from ..runs.record import read as read_record
+from ..runs.run_files import write_config
 from ..runs.run_folder import RunFolder, open_folder, open_store
 from .batches import Batches
 from .evaluate import Evaluation
 from .loop import require_same_weights, train
+from .results import write_results
 from .resume import read_requested_checkpoint, require_same_recipe, require_same_run, resume, run_config
 from .state import State, TrainingContext, pack
 from .threads import oversubscription_warnings, use_threads
@@ -83,7 +83,7 @@ def run(
         tensorboard_sink = partial(make_tensorboard, folder.path, recipe, data, state.step)
         sink = make_sink(world, folder.path, store, console, tensorboard_sink if tensorboard else None)
         config = run_config(recipe, options, data)
-        world.on_rank_zero(lambda: write_json(folder.path / "config.json", config), NoneType)
+        world.on_rank_zero(lambda: write_config(folder.path, config), NoneType)
     except DmnistError:
         if folder.lock is not None:
             folder.lock.abandon()
@@ -162,31 +162,6 @@ def lock_released_on_failure(lock: RunLock | None) -> Iterator[None]:
         if lock is not None:
             lock.release()
         raise
-
-
-def write_results(
-    path: Path, lock: RunLock, state: State, result: dict[str, Any], say: Callable[[str], None]
-) -> None:
-    """Write `result.json` and `report.html`, and release the lock of the run's folder.
-
-    If the report cannot be written, `say` is called and the run still succeeds. Raises `OutputError` if the
-    result cannot be written, or if the final weights are not on disk.
-    """
-    from ..reporting import html_report  # noqa: PLC0415 - only the end of a run needs what it imports
-
-    try:
-        write_json(path / "result.json", result)
-    except OutputError as error:
-        flags = layout.resume_flags(path)
-        raise OutputError(f"trained, but {error}; make room, then resume with {flags}") from None
-    finally:
-        lock.release()
-    try:
-        html_report.write([read_record(path)], path / "report.html")
-    except DmnistError as error:
-        say(f"no report: {error}")
-    if state.unsaved:
-        raise OutputError(f"trained, but {state.unsaved}")
 
 
 def train_and_summarise(

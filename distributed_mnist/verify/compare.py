@@ -1,6 +1,5 @@
 """Compare the answers of two runs: which fields differ, at which step first, and by how much."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +8,10 @@ from typing import Any
 
 import torch
 
+from ..errors import CheckpointError
 from ..runs.checkpoint import decode, read_bytes
 from ..runs.layout import checkpoints_in
-from ..runs.record import event_of
+from ..runs.run_files import event_of, read_result
 
 COMPARED = ("data_sha256", "samples_sha256", "weights_sha256", "test_loss")
 _FIELD_NAMES = {
@@ -70,9 +70,11 @@ class Difference:
 
 
 def read_answer(folder: Path) -> Answer:
-    """Read the answer of a finished run from its folder. Raises `CheckpointError`, `OSError`."""
-    result = json.loads((folder / "result.json").read_text())
-    newest = checkpoints_in(folder / "checkpoints")[-1]
+    """Read the answer of a finished run from its folder. Raises `CheckpointError`."""
+    result, checkpoints = read_result(folder), checkpoints_in(folder / "checkpoints")
+    if result is None or not checkpoints:
+        raise CheckpointError(f"{folder} has no {'checkpoint' if result else 'result.json'}")
+    newest = checkpoints[-1]
     return Answer(
         result={name: result[name] for name in COMPARED},
         losses=losses_in(read_events(folder)),
@@ -86,7 +88,7 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     Skips a line that a killed process left unfinished.
     """
     try:
-        lines = (folder / "metrics.jsonl").read_bytes().splitlines()
+        lines = (folder / "metrics.jsonl").read_bytes().split(b"\n")
     except OSError:
         return []
     return [event for line in lines if (event := event_of(line)) is not None]
