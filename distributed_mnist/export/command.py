@@ -17,6 +17,7 @@ from ..errors import OutputError, UsageError, VerificationError, reason
 from ..inference.trained import Trained, find_checkpoint, restore
 from ..inference.vote import Vote
 from ..reporting.console import make_console, print_json
+from ..runs.layout import require_overwritable
 from . import onnx, pt2, safetensors
 from .check import Difference, compare_logits, require_same_metadata, sample_images
 from .inference_module import INPUT, PRODUCER, InferenceModule, Metadata, make_metadata
@@ -56,7 +57,7 @@ def run(
     files = []
     for name in format:
         path = out or _default_path(checkpoint, _FORMATS[name].suffix)
-        _require_overwritable(path)
+        require_overwritable(path, PRODUCER.encode(), "export")
         with console.status(Text(f"exporting to {path}")):
             files.append(_write(path, name, trained, module, metadata))
         _print_file(console, files[-1])
@@ -99,20 +100,6 @@ def _default_path(checkpoint: Path, suffix: str) -> Path:
     folder = checkpoint.parent
     run = folder.parent if folder.name == "checkpoints" else folder
     return run / (checkpoint.name.split(".")[0] + suffix)
-
-
-def _require_overwritable(path: Path) -> None:
-    """Raise `OutputError` if there is a file at `path` that is not an earlier export."""
-    try:
-        is_export = PRODUCER.encode() in path.read_bytes()
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {reason(error)}") from None
-    if not is_export:
-        raise OutputError(
-            f"{path} exists and is not an earlier export: choose another file with --out, or remove it"
-        )
 
 
 def _write(

@@ -1,29 +1,39 @@
 """Write `report.html`: one run, or several side by side, on a page that needs no network."""
 
 import base64
+import functools
 import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from PIL import Image
 
 from ..common.atomic_write import written_aside
-from ..errors import OutputError, reason
+from ..errors import OutputError, reason, write_line
+from ..runs.layout import require_overwritable
 from ..runs.record import Record, read
 from ..runs.timeline import timeline
 from . import report_data
 from .console import make_console, print_json
 
+_MARKER = b'<div id="tooltip"></div>'
+"""Part of every page. It distinguishes a report from a user's other files."""
+
 
 def run(*, runs: Sequence[Path], out: Path | None, as_json: bool) -> int:
     """Run `dmnist report`: write the page of the runs in these folders, and return the exit code.
 
-    Raises `UsageError` for a folder without a run, `OutputError` if the page cannot be written.
+    What is damaged is left out, and named on standard error and on the page. Raises `UsageError` for a
+    folder without a run, `OutputError` if the page cannot be written.
     """
     out = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
-    write([read(folder) for folder in runs], out)
+    records = [read(folder) for folder in runs]
+    write(records, out)
+    for record in records:
+        for problem in record.problems:
+            write_line(f"left out of the report: {problem}")
     if as_json:
         print_json({"runs": [str(folder) for folder in runs], "out": str(out)})
     else:
@@ -32,29 +42,39 @@ def run(*, runs: Sequence[Path], out: Path | None, as_json: bool) -> int:
 
 
 def write(records: Sequence[Record], out: Path) -> None:
-    """Write the page of these runs. Raises `OutputError`."""
+    """Write the page of these runs.
+
+    Raises `OutputError`, also if there is a file at `out` that is not a report.
+    """
+    require_overwritable(out, _MARKER, "report")
     page = render(records)
     try:
         with written_aside(out) as part:
-            part.write_text(page, encoding="utf-8")
+            # A folder's name need not be UTF-8.
+            part.write_text(page, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise OutputError(f"{out}: {reason(error)}") from None
 
 
 def render(records: Sequence[Record]) -> str:
     """Return the page as HTML. All text from a run's files is escaped."""
-    template = (Path(__file__).with_name("report.html.jinja")).read_text(encoding="utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     runs = [_template_values(record) for record in records]
     several = len(records) > 1
-    return environment.from_string(template).render(
+    return _template().render(
         title=" and ".join(run["name"] for run in runs) if len(runs) < 4 else f"{len(runs)} runs",
         runs=runs,
         charts=report_data.charts(records) if several else [],
         differing=report_data.differing(records) if several else [],
     )
+
+
+@functools.cache
+def _template() -> Template:
+    text = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(text)
 
 
 def _template_values(record: Record) -> dict[str, Any]:
@@ -93,6 +113,7 @@ def _template_values(record: Record) -> dict[str, Any]:
         "recipe": record.config.get("recipe", {}),
         "facts": report_data.facts(record),
         "time_line": timeline(record),
+        "problems": record.problems,
     }
 
 

@@ -226,9 +226,7 @@ def rank_table(ranks: Sequence[Mapping[str, Any]], stragglers: StragglerTracker,
     for rank in order[:most]:
         busy, exchange = stragglers.busy[rank], stragglers.exchange[rank]
         peer = ranks[rank] if rank < len(ranks) else {"host": "?", "pid": "?"}
-        bar = Text("█" * round(20 * busy / longest), "green") + Text(
-            "░" * round(20 * exchange / longest), "yellow"
-        )
+        bar = Text("█" * _cells(busy / longest), "green") + Text("░" * _cells(exchange / longest), "yellow")
         style = "bold" if rank == stragglers.slowest_rank and stragglers.waiting_share >= EVEN_SHARE else ""
         cells = [
             str(rank),
@@ -241,6 +239,11 @@ def rank_table(ranks: Sequence[Mapping[str, Any]], stragglers: StragglerTracker,
     if len(order) > most:
         table.add_row("…", f"and {len(order) - most} faster ranks")
     return table
+
+
+def _cells(share: float) -> int:
+    """Return the length of a bar for a share of the longest one, which may be wrong in a damaged file."""
+    return round(20 * min(max(share, 0.0), 1.0))
 
 
 def _columns(width: int, epochs: int, steps: int) -> list[ProgressColumn]:

@@ -8,7 +8,8 @@ from typing import Any
 from ..errors import Interrupted, UsageError, WorkerLost
 from ..runs import layout
 from ..runs.lock import is_live
-from ..runs.record import Event, event_of, read
+from ..runs.record import Event, read
+from ..runs.run_files import event_of
 from .console import make_console, print_json
 from .progress_bar import Terminal
 from .stragglers import StragglerTracker
@@ -27,6 +28,7 @@ class Tail:
         self._path = folder / "metrics.jsonl"
         self._offset = 0  # bytes, up to the end of the last complete line
         self._inode = 0
+        self.damaged_lines = 0
 
     def new_events(self) -> list[Event]:
         """Return the events since the last call. Raises `UsageError` if there is no such file."""
@@ -41,7 +43,10 @@ class Tail:
             read(self._path.parent)  # raises with the cause
             raise UsageError(f"{self._path} cannot be read") from None
         self._offset += len(complete) + bool(complete)
-        return [event for line in complete.splitlines() if (event := event_of(line)) is not None]
+        lines = complete.split(b"\n") if complete else []
+        events = [event for line in lines if (event := event_of(line)) is not None]
+        self.damaged_lines += len(lines) - len(events)
+        return events
 
 
 def run(*, run: Path, as_json: bool) -> int:
@@ -79,9 +84,13 @@ def _wait_for(folder: Path, terminal: Terminal) -> None:
 def _follow(folder: Path, terminal: Terminal) -> int:
     tail, last_news, step = Tail(folder), time.monotonic(), 0
     last: Event = {"event": ""}
+    noticed = False
     hint = f"resume with dmnist train {layout.resume_flags(folder)}"
     while True:
         events = tail.new_events()
+        if tail.damaged_lines and not noticed:
+            noticed = True
+            terminal.log("notice", text=f"{folder}/metrics.jsonl has damaged lines, which are skipped")
         for event in events:
             fields = {key: value for key, value in event.items() if key not in ("event", "time")}
             terminal.log(event["event"], **fields)

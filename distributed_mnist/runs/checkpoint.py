@@ -122,6 +122,8 @@ def decode(data: bytes, name: str) -> Content:
         raise CheckpointError(
             f"{name} has invalid class names, or an invalid standard deviation of the pixels"
         )
+    if not all(isinstance(text, str) for pair in loaded["versions"].items() for text in pair):
+        raise CheckpointError(f"{name} has versions that are not text")
     if loaded["step"] < 0 or not re.fullmatch("[0-9a-f]{64}", loaded["samples_sha256"]):
         raise CheckpointError(f"{name} has an invalid step or sample digest")
     return loaded

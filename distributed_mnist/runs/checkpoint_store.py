@@ -5,6 +5,7 @@ A background thread writes them while training continues. Only some ranks have a
 """
 
 import contextlib
+import errno
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from .checkpoint import Content, decode, encode, read_bytes, snapshot, write
 from .layout import checkpoint_path, checkpoints_in, step_of
 
 _SLOW_WRITE_SECONDS = 60.0  # a slower write may never finish
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 Pack = Callable[[], Content]
 
 
@@ -130,7 +132,10 @@ class BackgroundStore(Store, ABC):
 
 
 class RunStore(BackgroundStore):
-    """The `checkpoints/` folder of a run: `best.pt`, and the newest `keep` files `step_00000470.pt` …."""
+    """The `checkpoints/` folder of a run: `best.pt`, and the newest `keep` files `step_00000470.pt` ….
+
+    On a full disk it keeps fewer, but at least one.
+    """
 
     def __init__(self, folder: Path, keep: int, every_seconds: float | None = None) -> None:
         super().__init__(every_seconds)
@@ -155,10 +160,34 @@ class RunStore(BackgroundStore):
         if best:
             self._unwritten_best = data
         if self._unwritten_best is not None:
-            write(self._folder / "best.pt", self._unwritten_best)
+            self._write_making_room(self._folder / "best.pt", self._unwritten_best, content["step"])
             self._unwritten_best = None
-        write(path, data)
+        self._write_making_room(path, data, content["step"])
         self._prune(content["step"])
+
+    def _write_making_room(self, path: Path, data: bytes, step: int) -> None:
+        """Write a file; on a full disk, remove the oldest checkpoints for it. Raises `OSError`."""
+        while True:
+            try:
+                return write(path, data)
+            except OSError as error:
+                if error.errno not in _NO_ROOM or not self._remove_oldest(step):
+                    raise
+
+    def _remove_oldest(self, step: int) -> bool:
+        """Remove the oldest checkpoint before `step`, and return whether there was one to remove.
+
+        The newest undamaged one is never removed: a run that dies now resumes from it.
+        """
+        newest = self.newest(lambda _: None)
+        if newest is None:
+            return False
+        for path in checkpoints_in(self._folder):
+            if step_of(path) < min(step_of(newest[0]), step):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                    return True
+        return False
 
     def newest(self, warn: Callable[[str], None]) -> tuple[Path, bytes, int] | None:
         """See `Store`."""

@@ -26,6 +26,20 @@ def write_json(path: Path, value: object) -> None:
         raise OutputError(f"{path}: {reason(error)}") from None
 
 
+def require_overwritable(path: Path, marker: bytes, name: str) -> None:
+    """Raise `OutputError` if there is a file at `path` without `marker`: it is not an earlier `name`."""
+    try:
+        is_ours = marker in path.read_bytes()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {reason(error)}") from None
+    if not is_ours:
+        raise OutputError(
+            f"{path} exists and is not an earlier {name}: choose another file with --out, or remove it"
+        )
+
+
 def new_folder(title: str) -> Path:
     """Return an unused path under `runs/`, named after the time and `title`, the name of the recipe."""
     stamp = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{Path(title).stem}"

@@ -1,0 +1,190 @@
+"""Damaged files of a run's folder: refused in one line or read as what they were, never half believed."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import run_folders
+
+from distributed_mnist.config import Recipe
+from distributed_mnist.errors import CheckpointError, DmnistError, OutputError
+from distributed_mnist.runs import run_files
+from distributed_mnist.runs.lock import RunLock, is_live
+from distributed_mnist.runs.record import read
+
+COUNT = 500
+
+
+def one_line(error: DmnistError, path: Path) -> None:
+    assert str(path) in str(error)
+    assert "\n" not in str(error)
+    assert len(str(error)) < len(str(path)) + 400, str(error)
+
+
+def test_whole_files_are_read_as_written(tmp_path: Path) -> None:
+    run_folders.write(tmp_path)
+    record = read(tmp_path)
+    assert record.problems == []
+    assert record.config == run_folders.config()
+    assert record.events == run_folders.events()
+    assert record.result == run_folders.result()
+    found = run_files.config_in(tmp_path)
+    assert found is not None and found.recipe == Recipe(epochs=2, seed=3)
+    assert run_files.config_in(tmp_path / "nowhere") is None
+    assert run_files.config_in(tmp_path / "config.json") is None  # not a folder
+
+
+def test_a_damaged_config_is_refused_or_read_as_it_was(tmp_path: Path) -> None:
+    path = run_folders.write(tmp_path) / "config.json"
+    whole, rng = path.read_bytes(), random.Random(1)
+    expected = run_files.config_in(tmp_path)
+    refused = 0
+    for _ in range(COUNT):
+        path.write_bytes(run_folders.damaged(rng, whole))
+        try:
+            assert run_files.config_in(tmp_path) == expected
+        except CheckpointError as error:
+            one_line(error, path)
+            refused += 1
+    assert refused > COUNT * 0.9
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [('"epochs": 2', '"epochs": 6'), ('"seed": 3', '"seed": 2'), ("content_sha256", "content_sha25v")],
+)
+def test_a_plausible_change_of_the_config_is_refused(before: str, after: str, tmp_path: Path) -> None:
+    path = run_folders.write(tmp_path) / "config.json"
+    text = path.read_text()
+    assert text.count(before) == 1
+    path.write_text(text.replace(before, after))
+    with pytest.raises(CheckpointError, match=r"config\.json .*: delete it, and repeat all flags"):
+        run_files.config_in(tmp_path)
+    assert "config.json" in read(tmp_path).problems[0]
+
+
+def without_digest(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name != "content_sha256"}
+
+
+def test_a_config_of_an_earlier_version_has_no_digest(tmp_path: Path) -> None:
+    path = run_folders.write(tmp_path) / "config.json"
+    config = without_digest(json.loads(path.read_text()))
+    path.write_text(json.dumps(config))
+    found = run_files.config_in(tmp_path)
+    assert found is not None and found.recipe.seed == 3
+    wrong: list[Callable[[dict[str, Any]], object]] = [
+        lambda config: config["recipe"].update(epochs="6"),
+        lambda config: config["recipe"].update(epoch=6),
+        lambda config: config["run"].update(datasets="mnist"),
+        lambda config: config["run"].update(data=3),
+        lambda config: config["run"].update(train_size=-1),
+        lambda config: config.pop("run"),
+    ]
+    for change in wrong:
+        changed = json.loads(json.dumps(config))
+        change(changed)
+        path.write_text(json.dumps(changed))
+        with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
+            run_files.config_in(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "result.json", "mistakes.json", "metrics.jsonl", ".group", ".lock"]
+)
+def test_any_damage_leaves_the_rest_readable(name: str, tmp_path: Path) -> None:
+    folder = run_folders.write(tmp_path / "run")
+    whole, rng = (folder / name).read_bytes(), random.Random(name)
+    expected, kept = read(folder), 0
+    for _ in range(COUNT):
+        (folder / name).write_bytes(run_folders.damaged(rng, whole))
+        record = read(folder)
+        assert not is_live(folder)
+        for file, value in (
+            ("config.json", record.config),
+            ("result.json", record.result),
+            ("mistakes.json", record.mistakes),
+        ):
+            if file != name:
+                assert value is not None
+        if name == "metrics.jsonl":
+            assert len(record.problems) <= 1
+            kept += len(record.events)
+        else:
+            assert record.events == expected.events
+            for problem in record.problems:
+                assert str(folder / name) in problem
+                assert problem.isprintable()
+        if name == ".group":
+            group = run_files.read_group(folder)
+            assert group is None or all(isinstance(one, str) for one in [group["what"], *group["starters"]])
+    if name == "metrics.jsonl":
+        assert kept > COUNT * len(expected.events) / 2
+
+
+def test_a_damaged_lock_is_taken_and_a_held_one_is_shown_safely(tmp_path: Path) -> None:
+    rng = random.Random(2)
+    with (tmp_path / ".lock").open("wb"):
+        pass
+    for _ in range(COUNT):
+        (tmp_path / ".lock").write_bytes(run_folders.damaged(rng, b"pid 123 on node1"))
+        held = RunLock(tmp_path)
+        assert (tmp_path / ".lock").read_bytes().startswith(b"pid ")
+        held.release()
+    held = RunLock(tmp_path)
+    for content, said in ((b"\xff\x1b[2J", "an unknown process"), (b"pid 7 on node1", "pid 7 on node1")):
+        (tmp_path / ".lock").write_bytes(content)
+        with pytest.raises(OutputError) as caught:
+            RunLock(tmp_path)
+        assert str(caught.value).endswith(f"is in use by a live run ({said})")
+    held.release()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff", "it is not UTF-8 text"),
+        (b"[" * 100_000, "it is nested too deeply"),
+        (b"{", "it is not JSON: "),
+        (b"7" * 5000, "it is not JSON: "),
+        (b"[1]", "it must be an object, not [1]"),
+        (b"{}", "it lacks data_sha256, "),
+        (json.dumps(run_folders.result(test_loss=float("nan"))).encode(), "NaN is not a number"),
+        (
+            json.dumps(run_folders.result(test_loss=1e300)).encode(),
+            "test_loss: it must be a number, not 1e+300",
+        ),
+        (json.dumps(run_folders.result(steps=True)).encode(), "steps: it must be a whole number, not True"),
+        (
+            json.dumps(run_folders.result(test_accuracy=2)).encode(),
+            "test_accuracy: it must be from 0 to 1, not 2",
+        ),
+        (
+            json.dumps(run_folders.result(weights_sha256="x")).encode(),
+            "weights_sha256: it must have 64 hexadecimal",
+        ),
+    ],
+)
+def test_what_is_said_of_a_damaged_file(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        run_files.read_result(tmp_path)
+    assert f"result.json is damaged ({said}" in str(caught.value)
+    assert str(caught.value).endswith(": resume the run with --resume auto to write it again")
+    one_line(caught.value, tmp_path / "result.json")
+
+
+def test_a_folder_in_the_place_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "result.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"result\.json is not a file: resume"):
+        run_files.read_result(tmp_path)
+
+
+def test_events_that_a_full_disk_has_left_do_not_count_steps_twice(tmp_path: Path) -> None:
+    """The `start` of the second group is lost."""
+    kept = [run_folders.start(0), run_folders.steps(10), run_folders.steps(20), run_folders.steps(20)]
+    (tmp_path / "metrics.jsonl").write_text(run_folders.lines(*kept))
+    assert [event["step"] for event in read(tmp_path).steps] == [10, 20]
