@@ -5,7 +5,6 @@ import json
 import os
 import sys
 from collections.abc import Iterable
-from io import TextIOWrapper
 from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -24,8 +23,6 @@ class _PlainConsole(Console):
 
     def __init__(self, *, stderr: bool) -> None:
         stream = sys.stderr if stderr else sys.stdout
-        if isinstance(stream, TextIOWrapper):  # a character that the locale lacks must not end a run
-            stream.reconfigure(errors="backslashreplace")
         super().__init__(
             stderr=stderr,
             markup=False,
@@ -39,8 +36,12 @@ class _PlainConsole(Console):
     ) -> Iterable[Segment]:
         """Return the segments of text to print. All that a console prints goes through here."""
         for segment in super().render(renderable, options):
-            safe = segment.control is not None or segment.text.isprintable()
-            yield segment if safe else Segment(printable(segment.text), segment.style)
+            is_safe = segment.control is not None or (segment.text.isascii() and segment.text.isprintable())
+            yield segment if is_safe else Segment(self._safe(segment.text), segment.style)
+
+    def _safe(self, text: str) -> str:
+        """Return the text with escapes for control characters and for what the locale cannot write."""
+        return printable(text).encode(self.encoding, "backslashreplace").decode(self.encoding)
 
     def on_broken_pipe(self) -> None:
         """Print nothing more when the reader is gone (`| head`). By default rich would end the process."""

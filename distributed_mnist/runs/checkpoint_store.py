@@ -183,7 +183,7 @@ class RunStore(BackgroundStore):
         if newest is None:
             return False
         for path in checkpoints_in(self._folder):
-            if step_of(path) < min(step_of(newest[0]), step):
+            if path != newest[0] and step_of(path) < step:
                 with contextlib.suppress(OSError):
                     path.unlink()
                     return True

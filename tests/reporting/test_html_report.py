@@ -1,16 +1,24 @@
 """Test the page of a run: complete, self-contained, true to the files, and safe to open."""
 
+import contextlib
 import dataclasses
+import io
 import json
+import os
+import random
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import run_folders
 from ranks import dmnist, train
+from rich.console import Console
 
-from distributed_mnist.reporting import html_report
+from distributed_mnist.errors import OutputError, WorkerLost
+from distributed_mnist.reporting import html_report, watch
 from distributed_mnist.reporting.charts import Line, line_chart, smoothed
+from distributed_mnist.reporting.progress_bar import Terminal
 from distributed_mnist.runs.record import read
 from distributed_mnist.runs.timeline import timeline
 
@@ -139,3 +147,65 @@ def test_long_lines_are_thinned_and_keep_their_mean() -> None:
     assert len(chart) < 30_000
     assert smoothed([(0, 1), (1, 3), (2, 5)], 2) == [(0, 2), (1, 4)]
     assert smoothed([(0, 1)], 5) == [(0, 1)]
+
+
+# ---- Damaged folders -------------------------------------------------------------------------------------
+
+
+def test_reports_of_damaged_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The report shows what is readable, and names what is not. Two runs share a page as well."""
+    whole, folder = run_folders.write(tmp_path / "whole"), run_folders.write(tmp_path / "run")
+    names = ("config.json", "metrics.jsonl", "result.json", "mistakes.json")
+    files, rng = {name: (whole / name).read_bytes() for name in names}, random.Random(5)
+    with_notes = 0
+    for number in range(600):
+        for name in rng.sample(names, rng.choice((1, 1, 2, 4))):
+            (folder / name).write_bytes(run_folders.damaged(rng, files[name]))
+        record = read(folder)
+        page = html_report.render([record] if number % 4 else [record, read(whole)])
+        assert page.count("Left out: ") == len(record.problems)
+        with_notes += bool(record.problems)
+        watch.state(folder)
+        for name in names:
+            (folder / name).write_bytes(files[name])
+    assert 300 < with_notes < 600
+    (folder / "config.json").write_bytes(b"{")
+    assert html_report.run(runs=[folder], out=None, as_json=False) == 0
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"dmnist: left out of the report: {folder / 'config.json'} is damaged (it is not"
+    )
+    assert said.count("\n") == 1
+
+
+def test_following_damaged_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_RESTART_SECONDS", -1.0)
+    monkeypatch.setattr(watch, "_POLL_SECONDS", 0.0)
+    whole, rng = (run_folders.write(tmp_path) / "metrics.jsonl").read_bytes(), random.Random(6)
+    for _ in range(60):
+        (tmp_path / "metrics.jsonl").write_bytes(run_folders.damaged(rng, whole))
+        shown = Terminal(Console(file=io.StringIO(), force_terminal=True, width=100), ranks=True)
+        with contextlib.suppress(WorkerLost):  # the end of the run may be damaged
+            assert watch._follow(tmp_path, shown) == 0
+        shown.close()
+
+
+def test_a_report_overwrites_only_reports(tmp_path: Path) -> None:
+    folder = run_folders.write(tmp_path / "run")
+    mine = tmp_path / "mine.html"
+    mine.write_text("<html>precious</html>")
+    with pytest.raises(
+        OutputError, match=r"mine\.html exists and is not an earlier report: choose another"
+    ):
+        html_report.run(runs=[folder], out=mine, as_json=False)
+    assert mine.read_text() == "<html>precious</html>"
+    mine.unlink()
+    for _ in range(2):
+        assert html_report.run(runs=[folder], out=mine, as_json=False) == 0
+
+
+def test_a_folder_whose_name_is_not_utf_8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run_folders.write(tmp_path / os.fsdecode(b"run \xff\x1b[2J"))
+    assert html_report.run(runs=[folder], out=None, as_json=False) == 0
+    assert "run \\udcff\\x1b[2J/report.html" in capsys.readouterr().out
+    assert "run \\udcff" in (folder / "report.html").read_text()

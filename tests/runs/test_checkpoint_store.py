@@ -1,5 +1,6 @@
 """A run's folder: which checkpoints stay in it and are found again, and who may write to it."""
 
+import errno
 import resource
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from distributed_mnist.errors import OutputError
+from distributed_mnist.runs import checkpoint_store
 from distributed_mnist.runs.checkpoint import decode, encode
 from distributed_mnist.runs.checkpoint_store import NullStore, RunStore
 from distributed_mnist.runs.layout import checkpoints_in, newest_step, write_json
@@ -170,6 +172,31 @@ def test_a_full_disk_is_reported_and_harms_nothing(tmp_path: Path) -> None:
     assert store.last_good() == str(file(tmp_path, 1))
     assert save(store, 3, best=True) is None  # and when there is room again, it is used
     assert names(tmp_path) == ["best.pt", file(tmp_path, 3).name]
+
+
+def test_older_checkpoints_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest is removed first, and the newest undamaged one never, whatever comes after it."""
+    store = RunStore(tmp_path, keep=4)
+    for step in (10, 20, 30, 40):
+        save(store, step)
+    file(tmp_path, 40).write_bytes(b"torn")
+    room = 2
+    really_write = checkpoint_store.write
+
+    def write(path: Path, data: bytes) -> None:
+        if len([*path.parent.iterdir()]) > room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        really_write(path, data)
+
+    monkeypatch.setattr(checkpoint_store, "write", write)
+    assert save(store, 50, best=True) is None
+    assert names(tmp_path) == ["best.pt", file(tmp_path, 30).name, file(tmp_path, 50).name]
+    assert save(store, 60) is None
+    assert names(tmp_path) == ["best.pt", file(tmp_path, 50).name, file(tmp_path, 60).name]
+    room = 1
+    assert save(store, 70) == f"{file(tmp_path, 70)} could not be saved: no space left on device"
+    assert names(tmp_path) == ["best.pt", file(tmp_path, 60).name]
+    assert store.last_good() == str(file(tmp_path, 60))
 
 
 def test_a_deleted_folder_is_created_again(tmp_path: Path) -> None:

@@ -152,7 +152,10 @@ def test_a_damaged_lock_is_taken_and_a_held_one_is_shown_safely(tmp_path: Path) 
         (b"7" * 5000, "it is not JSON: "),
         (b"[1]", "it must be an object, not [1]"),
         (b"{}", "it lacks data_sha256, "),
-        (json.dumps(run_folders.result(test_loss=float("nan"))).encode(), "NaN is not a number"),
+        (
+            json.dumps(run_folders.result(test_loss=float("nan"))).encode(),
+            "it is not JSON: NaN is not a number",
+        ),
         (
             json.dumps(run_folders.result(test_loss=1e300)).encode(),
             "test_loss: it must be a number, not 1e+300",

@@ -146,27 +146,40 @@ def steps_saved(out: Path) -> list[int]:
 def test_a_disk_that_fills_up(
     disk: Callable[[str], Disk], flags: tuple[object, ...], whole: Path, tmp_path: Path
 ) -> None:
-    """There is space for two checkpoints: training continues without more, and reports this once."""
+    """There is space for two checkpoints: one to resume from, and the best one or the next one."""
     small = disk("size=256k")
     out = small.path / "out"
     ended = start(flags, out)
     assert ended.code == OUTPUT, ended
-    said = [line for line in ended.stdout.splitlines() if "could not be saved" in line]
-    assert len(said) == 1, ended
-    assert "step_00000060.pt could not be saved: no space left on device; training continues" in said[0]
-    assert f"last good checkpoint: {out}/checkpoints/step_00000040.pt" in said[0]
     (line,) = ended.stderr.splitlines()
     assert line.startswith("dmnist: trained, but ")
     assert "step_00000100.pt could not be saved: no space left on device" in line
-    assert steps_saved(out) == [20, 40]
+    said = [line for line in ended.stdout.splitlines() if "could not be saved" in line]
+    assert len(said) == 1, ended
+    assert f"last good checkpoint: {out}/checkpoints/step_00000080.pt" in said[0]
+    assert steps_saved(out) == [80]  # best.pt has the final weights
     assert [path.name for path in (out / "checkpoints").glob(".*")] == []
 
     small.remount("size=4m")
     again = start(flags, out, "--resume", "auto")
     assert again.code == 0, again
-    assert [event["step"] for event in events(out) if event["event"] == "start"][-1] == 40
+    assert [event["step"] for event in events(out) if event["event"] == "start"][-1] == 80
     same_answer(out, whole)
-    assert steps_saved(out) == [60, 80, 100]
+    assert steps_saved(out) == [80, 100]
+
+
+def test_a_disk_with_room_for_fewer_checkpoints_than_are_kept(
+    disk: Callable[[str], Disk], flags: tuple[object, ...], whole: Path
+) -> None:
+    """Older checkpoints make room for the best and the last one."""
+    small = disk("size=400k")
+    out = small.path / "out"
+    ended = start(flags, out)
+    assert ended.code == 0, ended
+    assert "could not be saved" not in ended.stdout
+    same_answer(out, whole)
+    assert steps_saved(out)[-1] == 100
+    assert (out / "checkpoints" / "best.pt").exists()
 
 
 def test_a_single_failed_save(flags: tuple[object, ...], whole: Path, tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ The rate of the classic recipe does not look ahead, so such a run begins exactly
 what it left is resumed as one that ends an epoch or two after the place where it stopped.
 """
 
+import json
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -326,14 +328,40 @@ def test_auto_in_an_empty_folder_starts(
 
 
 def test_auto_in_a_finished_run_changes_nothing(
-    undisturbed: Any, flags: tuple[object, ...], copy: Path
+    undisturbed: Any, flags: tuple[object, ...], halfway: Path, copy: Path
 ) -> None:
     """So a job that is requeued once too often does no harm."""
+    shutil.copy(halfway / "result.json", copy)
+    before = (copy / "result.json").read_bytes()
     again = train(*flags, "--epochs", 1, "--resume", "auto", nproc=2, out=copy)
     assert again["weights_sha256"] == undisturbed(1)["weights_sha256"]
     assert again["samples_sha256"] == undisturbed(1)["samples_sha256"]
     assert again["steps"] == 100
     assert saved(copy) == [60, 80, 100]
+    assert (copy / "result.json").read_bytes() == before  # with the speed of the training
+
+
+def test_damaged_files_beside_the_checkpoints(
+    flags: tuple[object, ...], digits: Path, halfway: Path, copy: Path
+) -> None:
+    """A damaged record fails no run; a damaged config is not gone on with."""
+    for name in ("config.json", "metrics.jsonl", "result.json"):
+        shutil.copy(halfway / name, copy)
+    with (copy / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"event": "steps", "time": 1.0, "step": 7}\n\xff\n' + b"[" * 100_000 + b"\n")
+    (copy / "result.json").write_text("{")
+    again = dmnist("train", *flags, "--epochs", 1, "--resume", "auto", "--out", copy, "--device", "cpu")
+    assert (again.code, again.stderr) == (0, "")
+    assert f"report: {copy / 'metrics.jsonl'}: 3 damaged lines skipped\n" in again.stdout
+    assert json.loads((copy / "result.json").read_text())["steps"] == 100
+    config = copy / "config.json"
+    config.write_text(config.read_text().replace('"epochs": 1', '"epochs": 6'))
+    checkpoint = copy / "checkpoints" / "step_00000060.pt"
+    for command in (("train", "--resume", "auto", "--out", copy), ("evaluate", checkpoint)):
+        ended = dmnist(*command, "--nproc", 1, "--device", "cpu")
+        assert ended.code == 4, ended
+        (line,) = ended.stderr.splitlines()
+        assert line.startswith(f"dmnist: {config} was damaged or changed (it does not match its digest): ")
 
 
 def test_a_schedule_that_looks_ahead_resumes_too(digits: Path, tmp_path: Path) -> None:

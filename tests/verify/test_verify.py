@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import run_folders
 import torch
 from ranks import DMNIST, TORCHRUN, Finished, dmnist, environment
 from rich.console import Console
@@ -98,9 +99,9 @@ def test_weights_of_another_shape_cannot_be_compared() -> None:
 
 def test_the_later_loss_of_a_repeated_step_counts_and_torn_lines_are_skipped(tmp_path: Path) -> None:
     lines = [
-        {"event": "steps", "time": 1.0, "first_step": 1, "losses": [9.0, 8.0, 7.0]},
-        {"event": "start", "time": 2.0},
-        {"event": "steps", "time": 3.0, "first_step": 2, "losses": [5.0]},
+        run_folders.steps(3, 1, losses=[9.0, 8.0, 7.0]),
+        run_folders.start(1),
+        run_folders.steps(2, 2, losses=[5.0]),
     ]
     text = "\n".join([*map(json.dumps, lines[:2]), '{"event": "st', json.dumps(lines[2])])
     (tmp_path / "metrics.jsonl").write_text(text + '\n{"eve')
