@@ -68,7 +68,7 @@ def config_in(out: Path) -> Config | None:
         known = {field.name: str(field.type) for field in dataclasses.fields(Run)}
         if unknown := sorted(config["run"].keys() - known.keys()):
             raise UsageError(f"there is no setting {unknown[0]!r}")
-        run = {
+        run: dict[str, Any] = {
             name: Path(value) if isinstance(value, str) and "Path" in known[name] else value
             for name, value in config["run"].items()
         }
