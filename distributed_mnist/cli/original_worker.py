@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ..common.digest import START_OF_CHAIN
 from ..common.placement import Placement
+from ..common.printable import printable
 from ..config import Run, load_recipe
 from ..data import datasets
 from ..data.broadcast import Data, broadcast_dataset
@@ -214,5 +215,5 @@ def _adapt_checkpoint(content: Content, steps_per_epoch: int, data: Data, name: 
 
 
 def _print_line(line: str) -> None:
-    sys.stdout.write(line + "\n")
+    sys.stdout.write(printable(line) + "\n")
     sys.stdout.flush()

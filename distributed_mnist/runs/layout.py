@@ -29,6 +29,8 @@ def write_json(path: Path, value: object) -> None:
 def require_overwritable(path: Path, marker: bytes, name: str) -> None:
     """Raise `OutputError` if there is a file at `path` without `marker`: it is not an earlier `name`."""
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # reading a device may never end
+            raise OutputError(f"{path} cannot be written: it is not a file")
         is_ours = marker in path.read_bytes()
     except FileNotFoundError:
         return

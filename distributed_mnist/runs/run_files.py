@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,10 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     config = read(path, schema.ConfigFields, _CONFIG_ADVICE)
     if config is None:
         return None
-    # A damaged name of this field must not make the file one without a digest.
+    # If the name of the field with the digest is damaged, the file must not count as one without a digest.
     if unknown := sorted(config.keys() - schema.ConfigFields.__annotations__.keys()):
-        raise CheckpointError(f"{path} is damaged (there is no field {unknown[0]!r}): {_CONFIG_ADVICE}")
+        shown = reprlib.repr(unknown[0])
+        raise CheckpointError(f"{path} is damaged (there is no field {shown}): {_CONFIG_ADVICE}")
     claimed = config.pop("content_sha256", None)
     if claimed is not None and claimed != _digest(config):
         raise CheckpointError(

@@ -93,7 +93,11 @@ class ResultFields(TypedDict):
 
 
 Result = Annotated[
-    ResultFields, Rule("have both or none of these", lambda r: ("steps_here" in r) == ("seconds_here" in r))
+    ResultFields,
+    Rule(
+        "have both steps_here and seconds_here, or neither",
+        lambda r: ("steps_here" in r) == ("seconds_here" in r),
+    ),
 ]
 
 
@@ -191,7 +195,12 @@ class _Steps(EventFields):
     first_step: Positive
     losses: Annotated[list[float], _NOT_EMPTY]
     ranks: NotRequired[
-        Annotated[RankTimes, Rule("have as many of both", lambda r: len(r["busy"]) == len(r["exchange"]))]
+        Annotated[
+            RankTimes,
+            Rule(
+                "have as many times in busy as in exchange", lambda r: len(r["busy"]) == len(r["exchange"])
+            ),
+        ]
     ]
 
 

@@ -199,6 +199,8 @@ def test_a_report_overwrites_only_reports(tmp_path: Path) -> None:
     ):
         html_report.run(runs=[folder], out=mine, as_json=False)
     assert mine.read_text() == "<html>precious</html>"
+    with pytest.raises(OutputError, match="it is not a file"):
+        html_report.run(runs=[folder], out=Path("/dev/null"), as_json=False)
     mine.unlink()
     for _ in range(2):
         assert html_report.run(runs=[folder], out=mine, as_json=False) == 0

@@ -211,3 +211,11 @@ def test_odd_values_with_a_correct_digest(rng: random.Random) -> None:
         assert "\n" not in str(error)
     else:
         assert digest(read) == digest(whole)
+
+
+def test_versions_are_text() -> None:
+    """They are shown to the user."""
+    for versions in ({"torch": torch.zeros(2)}, {"torch": ["2"]}, {1: "2"}):
+        data = checkpoint.encode({**fuzz.content(), "versions": versions})
+        with pytest.raises(DmnistError, match="file has versions that are not text"):
+            checkpoint.decode(data, "file")
