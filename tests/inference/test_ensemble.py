@@ -5,11 +5,14 @@ import signal
 from pathlib import Path
 
 import pytest
+import run_folders
 import torch
 from ranks import DMNIST, Program, dmnist, events, last_step, train
 from torch import nn
 
 from distributed_mnist.data import idx
+from distributed_mnist.errors import CheckpointError
+from distributed_mnist.inference.trained import find_checkpoint
 from distributed_mnist.inference.vote import Vote
 from distributed_mnist.runs.layout import resume_flags
 
@@ -185,6 +188,22 @@ def test_an_unfinished_ensemble_has_no_vote(tmp_path: Path, data: tuple[object, 
     assert ended.code == 4, ended
     assert f"unfinished ensemble: name one of its networks, such as {out / 'seed-3'}" in ended.stderr
     assert dmnist("evaluate", out / "seed-3").code == 0
+
+
+@pytest.mark.parametrize("damaged", ["result.json", "seed-3/result.json"])
+def test_damaged_results_are_named(damaged: str, tmp_path: Path) -> None:
+    """A wrong number of steps or another member must not be believed."""
+    (tmp_path / "seed-3").mkdir()
+    members = [{"seed": 3, "weights_sha256": "a" * 64}]
+    (tmp_path / "result.json").write_text(json.dumps({"members": members}))
+    (tmp_path / "seed-3" / "result.json").write_text(json.dumps(run_folders.result()))
+    with pytest.raises(CheckpointError, match=r"step_00000040\.pt: no such file"):
+        find_checkpoint(tmp_path)
+    path = tmp_path / damaged
+    path.write_text(path.read_text().replace("a" * 64, "a" * 63).replace('"seed": 3', '"seed": -3'))
+    with pytest.raises(CheckpointError) as caught:
+        find_checkpoint(tmp_path)
+    assert str(caught.value).startswith(f"{path} is damaged (")
 
 
 def test_evaluate_of_a_run_that_was_never_scored(tmp_path: Path, data: tuple[object, ...]) -> None:
