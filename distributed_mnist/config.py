@@ -77,11 +77,7 @@ class Run:
         """Raises `UsageError` for impossible values."""
         for field in dataclasses.fields(self):
             _check_type(flag(field.name), field, getattr(self, field.name))
-        for name in ("train_size", "test_size", "keep"):
-            require(getattr(self, name) >= 1, name, "at least 1", self)
-        for name in ("nproc", "micro_batch"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, name, "at least 1", self)
+        require_at_least_one(self, "train_size", "test_size", "keep", "nproc", "micro_batch")
         require(0 <= self.data_seed < 2**63, "data_seed", "between 0 and 2^63 - 1", self)
         require(self.max_restarts >= 0, "max_restarts", "zero or more", self)
         require(1 <= self.hang_after < math.inf, "hang_after", "at least 1", self)
@@ -178,8 +174,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Raises `UsageError` for impossible values."""
-        for name in ("epochs", "batch_size", "decay_every", "shards"):
-            require(getattr(self, name) >= 1, name, "at least 1", self)
+        require_at_least_one(self, "epochs", "batch_size", "decay_every", "shards")
         for name in ("steps", "weight_decay", "shift", "rotate"):
             require(0 <= getattr(self, name) < math.inf, name, "zero or more", self)
         for name in ("beta1", "beta2", "momentum", "label_smoothing", "scale"):
@@ -249,6 +244,13 @@ def require(condition: bool, name: str, rule: str, owner: object) -> None:
     """Raise `UsageError` unless `condition`; the message says that the flag of `name` must be `rule`."""
     if not condition:
         raise UsageError(f"{flag(name)} must be {rule}, not {getattr(owner, name)}")
+
+
+def require_at_least_one(owner: object, *names: str) -> None:
+    """Raise `UsageError` if one of these fields is less than 1. None is allowed."""
+    for name in names:
+        value = getattr(owner, name)
+        require(value is None or value >= 1, name, "at least 1", owner)
 
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", Path: "a path", type(None): "None"}

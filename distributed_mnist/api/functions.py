@@ -199,15 +199,7 @@ def evaluate(
             world,
             lambda: given or prefetch.read(Run(dataset=name or "", data=folder or Path("data")), console),
         )
-        return evaluate_network(
-            network,
-            loaded.test,
-            world,
-            classes=len(loaded.class_names),
-            mean=loaded.mean,
-            std=loaded.std,
-            precision="fp32",
-        )
+        return evaluate_network(network, loaded, world, "fp32")
 
 
 class _NoStopRequests:
@@ -280,9 +272,8 @@ def _override_recipe(
     for name in settings:
         if name not in known:
             raise UsageError(f"there is no setting {name!r}{did_you_mean(name, sorted(known))}")
-    base, title = (
-        (recipe, "recipe") if isinstance(recipe, Recipe) else (load_recipe(str(recipe)), str(recipe))
-    )
+    title = "recipe" if isinstance(recipe, Recipe) else str(recipe)
+    base = recipe if isinstance(recipe, Recipe) else load_recipe(title)
     changes = {key: value for key, value in settings.items() if key in _RECIPE_FIELDS}
     changes |= {} if model is None else {"model": model}
     return Recipe.from_dict(base.to_dict() | changes, "settings"), title

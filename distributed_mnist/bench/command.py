@@ -6,6 +6,7 @@ compare alternate, so that a drift of the machine's speed has little effect on t
 
 import json
 import platform
+from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -22,8 +23,11 @@ from ..reporting.console import make_console, print_json
 from .sections import SECTIONS, Bench, Plan
 
 
-def run(*, as_json: bool, **flags: Any) -> int:
-    """Measure, show the results, and return the exit code. Raises `UsageError` for too many processes."""
+def run(*, sections: Sequence[str], out: Path | None, as_json: bool, **flags: Any) -> int:
+    """Measure, show the results, and return the exit code. Raises `UsageError` for too many processes.
+
+    `sections` are names of `SECTIONS`; empty for all of them.
+    """
     plan = Plan(**flags)
     recipe = load_recipe(plan.recipe)
     if plan.nproc is not None:
@@ -34,10 +38,10 @@ def run(*, as_json: bool, **flags: Any) -> int:
         bench = Bench(plan, console, folder)
         bench.results["machine"] = machine()
         console.print(", ".join(bench.results["machine"].values()))
-        for name in plan.sections or SECTIONS:
+        for name in sections or SECTIONS:
             bench.measure(name)
-        if plan.out is not None:
-            save(bench.results, plan.out, console)
+        if out is not None:
+            save(bench.results, out, console)
     if as_json:
         print_json(bench.results)
     return 0

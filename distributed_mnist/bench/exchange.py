@@ -17,7 +17,7 @@ from ..common.placement import Placement
 from ..distributed.world import World
 from ..gradients.cost_model import ExchangeMethod
 from ..gradients.subtree_exchange import SubtreeExchange, has_equal_subtrees
-from ..gradients.tree_sum import BinaryCounter, owned_shards
+from ..gradients.tree_sum import BinaryCounter
 from ..launcher import spawn
 from ..launcher.rank_process import run_in_group
 from ..launcher.signals import StopSignals
@@ -65,7 +65,7 @@ def exchanges(world: World) -> list[dict[str, Any]]:
 
             def add_up(exchange: SubtreeExchange = exchange, vector: torch.Tensor = vector) -> None:
                 counter = BinaryCounter()
-                counter.push(0, owned_shards(world.rank, world.size, world.size).start, vector.clone())
+                counter.push(0, world.rank, vector.clone())
                 exchange.all_reduce(counter)
 
             seconds = median_seconds(world, add_up)

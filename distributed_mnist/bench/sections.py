@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..config import Recipe, load_recipe
 from ..data import datasets, generated
 from ..gradients.cost_model import exchange_seconds, fit_link, prediction_table
 from ..launcher.default_nproc import MICROSECONDS_PER_IMAGE
-from .timed_runs import Sample, TimedTraining, median_and_range, output, seconds_of, train
+from .timed_runs import TimedTraining, median_and_range, output, ratios, seconds_of, summary, train
 
 PLAIN_LOOP = "plain loop"
 METHODS = ("tree", "ddp", PLAIN_LOOP)
@@ -26,19 +27,15 @@ _DRAWN_IMAGES = 2_000
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure, and how often."""
+    """The flags that say how to measure."""
 
-    sections: tuple[str, ...] = ()
-    """Names of `SECTIONS`; empty for all of them."""
-    recipe: str = "default"
-    nproc: int | None = None
-    runs: int = 3
-    seeds: int = 5
-    seconds: float = 2.0
-    """Approximate training time of each `scaling` run, in seconds."""
-    dataset: str = "auto"
-    data: Path = Path("data")
-    out: Path | None = None
+    recipe: str
+    nproc: int | None
+    runs: int
+    seeds: int
+    seconds: float
+    dataset: str
+    data: Path
 
 
 @dataclass
@@ -87,7 +84,7 @@ class Bench:
 
 def startup(bench: Bench) -> dict[str, Any]:
     """Measure the time from the command to the first step, and compare it with an import of torch."""
-    samples: dict[str, Sample] = {}
+    samples = defaultdict[str, list[float]](list)
     import_torch, flags = "python -c 'import torch'", ["--recipe", bench.plan.recipe, "--steps", "2"]
     for i in range(bench.plan.runs):
         bench.show_progress(f"round {i + 1} of {bench.plan.runs}")
@@ -96,10 +93,10 @@ def startup(bench: Bench) -> dict[str, Any]:
         for n in bench.sizes[:2]:
             seconds[f"dmnist train --nproc {n}"] = bench.train(n, *flags).first_step_seconds
         for name, value in seconds.items():
-            samples.setdefault(name, Sample()).add(value)
+            samples[name].append(value)
     rows = {
-        name: {"seconds": sample.to_dict(), "ratio": sample.over(samples[import_torch]).to_dict()}
-        for name, sample in samples.items()
+        name: {"seconds": summary(values), "ratio": summary(ratios(values, samples[import_torch]))}
+        for name, values in samples.items()
     }
     bench.show(
         "Start-up, from the command to the first step",
@@ -114,16 +111,16 @@ def startup(bench: Bench) -> dict[str, Any]:
 
 def data(bench: Bench) -> dict[str, Any]:
     """Measure how long it takes to read the data set and to generate a digit."""
-    read, drawn, megabytes, name = Sample(), Sample(), 0.0, ""
+    read, drawn, megabytes, name = list[float](), list[float](), 0.0, ""
     for _ in range(bench.plan.runs):
         began = time.perf_counter()
         dataset = datasets.load(bench.plan.dataset, bench.plan.data)
-        read.add(time.perf_counter() - began)
+        read.append(time.perf_counter() - began)
         began = time.perf_counter()
         generated.draw(_DRAWN_IMAGES, "bench")
-        drawn.add((time.perf_counter() - began) / _DRAWN_IMAGES * 1e6)
+        drawn.append((time.perf_counter() - began) / _DRAWN_IMAGES * 1e6)
         megabytes, name = sum(array.nbytes for array in dataset.arrays().values()) / 1e6, dataset.name
-    seconds, microseconds = read.to_dict(), drawn.to_dict()
+    seconds, microseconds = summary(read), summary(drawn)
     bench.show(
         "Data",
         ["", "", ""],
@@ -141,7 +138,7 @@ def scaling(bench: Bench) -> dict[str, Any]:
     cost = recipe.batch_size * MICROSECONDS_PER_IMAGE.get(recipe.model, MICROSECONDS_PER_IMAGE["cnn"])
     steps_alone = max(20, round(plan.seconds / cost * 1e6))
     flags = ["--recipe", plan.recipe, "--epochs", "1000"]
-    speed: dict[tuple[str, int], Sample] = {}
+    speed = defaultdict[tuple[str, int], list[float]](list)
     parts: dict[tuple[str, int], dict[str, float]] = {}
     for i in range(plan.runs):
         for n in bench.sizes:
@@ -149,34 +146,33 @@ def scaling(bench: Bench) -> dict[str, Any]:
             steps = ["--steps", str(steps_alone * min(n, usable_cores()))]
             for method in ("tree", "ddp"):
                 training = bench.train(n, *flags, *steps, "--sync", method, cores=n)
-                speed.setdefault((method, n), Sample()).add(training.result["images_per_second"])
+                speed[method, n].append(training.result["images_per_second"])
                 parts[method, n] = training.parts
-            speed.setdefault((PLAIN_LOOP, n), Sample()).add(plain_loop(bench, recipe, n))
+            speed[PLAIN_LOOP, n].append(plain_loop(bench, recipe, n))
     rows = [
         {
             "way": method,
             "nproc": n,
-            "images_per_second": speed[method, n].to_dict(),
-            "of_one_process": speed[method, n].over(speed[method, 1]).to_dict(),
-            "of_ddp": speed[method, n].over(speed["ddp", n]).to_dict(),
-            "of_plain_loop": speed[method, n].over(speed[PLAIN_LOOP, n]).to_dict(),
+            "images_per_second": summary(speed[method, n]),
+            "of_one_process": summary(ratios(speed[method, n], speed[method, 1])),
+            "of_ddp": summary(ratios(speed[method, n], speed["ddp", n])),
+            "of_plain_loop": summary(ratios(speed[method, n], speed[PLAIN_LOOP, n])),
             "parts": parts.get((method, n), {}),
         }
         for method in METHODS
         for n in bench.sizes
     ]
+    formats = {
+        "images_per_second": ",.0f",
+        "of_one_process": ".2f",
+        "of_ddp": ".2f",
+        "of_plain_loop": ".1f",
+    }
     bench.show(
         f"Throughput of {plan.recipe} ({recipe.model}, batches of {recipe.batch_size}), a core per process",
         ["", "processes", "images/s", "of one process", "of ddp", "of the plain loop"],
         (
-            [
-                row["way"],
-                str(row["nproc"]),
-                median_and_range(row["images_per_second"], ",.0f"),
-                median_and_range(row["of_one_process"], ".2f"),
-                median_and_range(row["of_ddp"], ".2f"),
-                median_and_range(row["of_plain_loop"], ".1f"),
-            ]
+            [row["way"], str(row["nproc"]), *(median_and_range(row[key], formats[key]) for key in formats)]
             for row in rows
         ),
         "the plain loop: DataLoader, DistributedSampler, DistributedDataParallel over gloo, in fp32",
@@ -260,7 +256,7 @@ def exchange(bench: Bench) -> dict[str, Any]:
 
 def time_to_99(bench: Bench) -> dict[str, Any]:
     """Train the recipe `fast` with several seeds; measure its accuracy and its duration."""
-    samples: dict[str, Sample] = {}
+    samples = defaultdict[str, list[float]](list)
     nproc, dataset = bench.plan.nproc or min(usable_cores(), 8), ""
     for seed in range(bench.plan.seeds):
         bench.show_progress(f"run {seed + 1} of {bench.plan.seeds}")
@@ -273,8 +269,8 @@ def time_to_99(bench: Bench) -> dict[str, Any]:
             "whole command, s": training.wall_seconds,
         }
         for name, value in figures.items():
-            samples.setdefault(name, Sample()).add(value)
-    rows = {name: sample.to_dict() for name, sample in samples.items()}
+            samples[name].append(value)
+    rows = {name: summary(values) for name, values in samples.items()}
     bench.show(
         f"Recipe fast on {dataset}, {nproc} processes, {bench.plan.seeds} seeds",
         ["", "mean", "deviation", "min", "max"],

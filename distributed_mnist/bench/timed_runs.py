@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,44 +19,25 @@ TIMEOUT_SECONDS = 1800.0
 """A program that runs longer than this hangs."""
 
 
-@dataclass
-class Sample:
-    """Repeated measurements of the same thing."""
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """Return the statistics of repeated measurements as plain values, for `--json`."""
+    return {
+        "n": len(values),
+        "median": statistics.median(values),
+        "mean": statistics.fmean(values),
+        "deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
+        "min": min(values),
+        "max": max(values),
+    }
 
-    values: list[float] = field(default_factory=list)
 
-    def add(self, value: float) -> None:
-        """Add a measurement."""
-        self.values.append(value)
-
-    @property
-    def median(self) -> float:
-        """The median of the values."""
-        return statistics.median(self.values)
-
-    @property
-    def deviation(self) -> float:
-        """The standard deviation of a single value; 0 if there is only one."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
-
-    def over(self, other: "Sample") -> "Sample":
-        """Return the ratios to `other`, pair by pair. The values of a pair were measured in sequence."""
-        return Sample([a / b for a, b in zip(self.values, other.values, strict=True)])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the statistics as plain values, for `--json`."""
-        return {
-            "n": len(self.values),
-            "median": self.median,
-            "mean": statistics.fmean(self.values),
-            "deviation": self.deviation,
-            "min": min(self.values),
-            "max": max(self.values),
-        }
+def ratios(values: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Return the ratios pair by pair. The values of a pair were measured in sequence."""
+    return [a / b for a, b in zip(values, others, strict=True)]
 
 
 def median_and_range(row: dict[str, Any], form: str) -> str:
-    """Format `Sample.to_dict()` with the format `form`: the median, and of several values the range."""
+    """Format a `summary` with the format `form`: the median, and of several values the range."""
     median = f"{row['median']:{form}}"
     if row["n"] == 1:
         return median

@@ -37,15 +37,10 @@ def check(*, dataset: str, data: Path, as_json: bool) -> int:
         paths = [str(finding.path) for finding in findings]
         rows = ["-" if finding.rows is None else f"{finding.rows:,}" for finding in findings]
         path_width, rows_width = max(map(len, paths)), max(map(len, rows))
-        lines = [
-            (
-                f"{path:<{path_width}}  {count:>{rows_width}} rows  ",
-                finding.verdict,
-                "green" if finding.ok else "bold red",
-            )
-            for path, count, finding in zip(paths, rows, findings, strict=True)
-        ]
-        _print_lines(console, lines)
+        for path, count, finding in zip(paths, rows, findings, strict=True):
+            line = f"{path:<{path_width}}  {count:>{rows_width}} rows  "
+            style = "green" if finding.ok else "bold red"
+            console.print(Text.assemble(line, (finding.verdict, style)), soft_wrap=True)
     bad = [finding for finding in findings if not finding.ok]
     if bad:
         counts = f"{len(bad)} of {len(findings)} files of {dataset} cannot be used"
@@ -69,8 +64,8 @@ def generate(*, out: Path, train_size: int, test_size: int, data_seed: int, as_j
     if as_json:
         from ..common.digest import digest  # noqa: PLC0415 - imports torch, which takes a second or two
 
-        sizes = {"train_size": train_size, "test_size": test_size}
         sha256 = digest(list(drawn.arrays().values()))  # as in a run's records
+        sizes = {"train_size": train_size, "test_size": test_size}
         result = {"dataset": "generated", **sizes, "data_seed": data_seed, "data_sha256": sha256}
         print_json({**result, "paths": paths})
     else:
@@ -79,8 +74,7 @@ def generate(*, out: Path, train_size: int, test_size: int, data_seed: int, as_j
     return 0
 
 
-def _print_lines(console: Console, lines: Sequence[str | tuple[str, str, str]]) -> None:
-    """Print lines without wrapping. Each is a text, or a tuple of text, verdict and the verdict's style."""
+def _print_lines(console: Console, lines: Sequence[str]) -> None:
+    """Print lines without wrapping."""
     for line in lines:
-        text, verdict, style = (line, "", "") if isinstance(line, str) else line
-        console.print(Text.assemble(text, (verdict, style)), soft_wrap=True)
+        console.print(Text(line), soft_wrap=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tyro
 
-from ..config import require
+from ..config import require, require_at_least_one
 from ..data.catalog import require_name
 from .flags_train import CommonFlags
 
@@ -55,6 +55,5 @@ class Generate(CommonFlags):
 
     def __post_init__(self) -> None:
         """Raise `UsageError` for invalid values."""
-        for name in ("train_size", "test_size"):
-            require(getattr(self, name) >= 1, name, "at least 1", self)
+        require_at_least_one(self, "train_size", "test_size")
         require(0 <= self.data_seed < 2**63, "data_seed", "between 0 and 2^63 - 1", self)

@@ -74,40 +74,32 @@ def _train(command: "Train") -> int:
     # Choose the folder here, so that all restarts use the same one.
     out = command.run.out or layout.new_folder(command.recipe)
     command = dataclasses.replace(command, run=dataclasses.replace(command.run, out=out))
-    with prefetch.Prefetcher(
-        partial(prefetch.read, command.run, make_console(stderr=command.json))
-    ) as data:
+    resume_flags = layout.resume_flags(out, command.ensemble)
+    read = partial(prefetch.read, command.run, make_console(stderr=command.json))
+    with prefetch.Prefetcher(read) as data:
         tasks = []
-        for member_out, member in _split_into_members(command, out):
-            reached = partial(layout.newest_step, member_out)
-            restarts = spawn.Restarts(
-                command.run.max_restarts, reached, layout.resume_flags(out, command.ensemble)
-            )
+        for member in _split_into_members(command, out):
+            reached = partial(layout.newest_step, member.run.out or out)
+            restarts = spawn.Restarts(command.run.max_restarts, reached, resume_flags)
             tasks.append(spawn.Task(f"{_WORKERS}:train", member, restarts, data.for_rank_zero))
         if command.ensemble > 1:
             tasks.append(spawn.Task(f"{_WORKERS}:vote", command, rank_zero_argument=data.for_rank_zero))
         return spawn.spawn(nproc, tasks)
 
 
-def _split_into_members(command: "Train", out: Path) -> list[tuple[Path, "Train"]]:
-    """The folder and the command for each member of an ensemble, or for a single network."""
+def _split_into_members(command: "Train", out: Path) -> list["Train"]:
+    """The command for each member of an ensemble; for a single network, the command itself."""
     from ..runs.layout import member_folder
 
     if command.ensemble == 1:
-        return [(out, command)]
-    seeds = range(command.settings.seed, command.settings.seed + command.ensemble)
-    return [
-        (
-            member_folder(out, seed),
-            dataclasses.replace(
-                command,
-                settings=command.settings.replace(seed=seed),
-                run=dataclasses.replace(command.run, out=member_folder(out, seed)),
-                recipe=f"{command.recipe} ({i} of {command.ensemble})",
-            ),
-        )
-        for i, seed in enumerate(seeds, start=1)
-    ]
+        return [command]
+    members = []
+    for i in range(command.ensemble):
+        settings = command.settings.replace(seed=command.settings.seed + i)
+        run = dataclasses.replace(command.run, out=member_folder(out, settings.seed))
+        recipe = f"{command.recipe} ({i + 1} of {command.ensemble})"
+        members.append(dataclasses.replace(command, settings=settings, run=run, recipe=recipe))
+    return members
 
 
 def _evaluate(command: "Evaluate") -> int:

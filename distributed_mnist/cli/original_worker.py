@@ -12,7 +12,7 @@ from rich.console import Console
 from ..common.digest import START_OF_CHAIN
 from ..common.placement import Placement
 from ..common.printable import printable
-from ..config import Run, load_recipe
+from ..config import Run, flag, load_recipe
 from ..data import datasets
 from ..data.broadcast import Data, broadcast_dataset
 from ..data.download_progress import DataProgress
@@ -30,11 +30,19 @@ from ..runs.original_format import to_original
 from ..training.batches import Batches
 from ..training.evaluate import evaluate
 from ..training.loop import require_same_weights, train
-from ..training.state import ZERO_TOTALS, State, TrainingContext, pack
+from ..training.state import ZERO_TOTALS, State, TrainingContext
 from ..training.threads import use_threads
 from .original_script import Options
 
 FOLDER = Path("checkpoints")  # in the current folder, as in the original
+_WITHOUT_EFFECT = {
+    "workers": ": the data stays on the device, there are no loader processes",
+    "momentum": ", as in the original: it trains with Adam",
+    "weight_decay": ", as in the original: it trains with Adam",
+    "init_method": ": a free port is chosen automatically",
+    "rank": ": ranks are assigned automatically",
+}
+"""Flags of the original script that are accepted, and why they change nothing."""
 
 
 def work(placement: Placement, listener: socket.socket | None, options: Options) -> int:
@@ -61,7 +69,7 @@ def run(options: Options, world: World, signals: StopSignals) -> None:
         sync="ddp",
         shards=max(8, world.size),
     )
-    use_threads(world, recipe)
+    use_threads(world, recipe.sync)
     content: Content | None = None
     if options.resume:  # before loading the data, so that a missing file is reported at once
         say(f"=> loading checkpoint '{options.resume}'")
@@ -78,30 +86,23 @@ def run(options: Options, world: World, signals: StopSignals) -> None:
         name = options.resume
         state.restore(_adapt_checkpoint(content, batches.steps_per_epoch, data, name), name)
         say(f"=> loaded checkpoint '{name}' (epoch {state.step // batches.steps_per_epoch})")
-    evaluation_options: dict[str, Any] = {
-        "classes": len(data.class_names),
-        "mean": data.mean,
-        "std": data.std,
-        "precision": "fp32",
-    }
     require_same_weights(state, world)
     if options.evaluate:
-        result = evaluate(model, data.test, world, **evaluation_options)
+        result = evaluate(model, data, world, recipe.precision)
         say(f"test loss: {result.loss:.6f}, test acc: {result.accuracy:.2%}.")
         return
 
     job = TrainingContext(
         recipe=recipe,
+        options=Run(),
         world=world,
+        data=data,
         batches=batches,
-        test=data.test,
         gradients=make_gradients(recipe, Run(), world, model, traits),
         reseed=traits.draws_random_numbers,
         store=OriginalStore(batches.steps_per_epoch) if world.rank == 0 else NullStore(),
         sink=EpochLines(options.epochs) if world.rank == 0 else NullSink(),
-        pack=partial(pack, state, recipe, data, Run(), batches.steps_per_epoch),
         stop_requested=signals.requested,
-        evaluation_options=evaluation_options,
         save_every=batches.steps_per_epoch,
         eval_every=batches.steps_per_epoch,
     )
@@ -121,24 +122,14 @@ def make_notes(options: Options, world: World) -> list[str]:
     if world.device.type == "cpu":
         backend = f" with {world.backend}" if world.size > 1 else ""
         lines.append(f"no GPU found, training on the CPU{backend}")
-    if options.workers is not None:
-        lines.append("--workers has no effect: the data stays on the device, there are no loader processes")
-    for name in ("momentum", "weight_decay"):
-        if getattr(options, name) is not None:
-            lines.append(
-                f"--{name.replace('_', '-')} has no effect, as in the original: it trains with Adam"
-            )
-    for name, why in (
-        ("init_method", "a free port is chosen automatically"),
-        ("rank", "ranks are assigned automatically"),
-    ):
-        if getattr(options, name) is not None:
-            lines.append(f"--{name.replace('_', '-')} has no effect: {why}")
+    lines += [
+        f"{flag(name)} has no effect{why}"
+        for name, why in _WITHOUT_EFFECT.items()
+        if getattr(options, name) is not None
+    ]
     if options.world_size not in (1, world.size):
-        lines.append(
-            f"--world-size {options.world_size} has no effect: "
-            f"{world.launcher} started {world.size} processes"
-        )
+        started = f"{world.launcher} started {world.size} processes"
+        lines.append(f"--world-size {options.world_size} has no effect: {started}")
     return lines
 
 
@@ -156,9 +147,7 @@ class OriginalStore(BackgroundStore):
     def path_of(self, content: Content) -> Path:
         """See `BackgroundStore`."""
         epoch, step = divmod(content["step"], self._steps_per_epoch)
-        return FOLDER / (
-            f"checkpoint_{epoch}_{step}.pth.tar" if step else f"checkpoint_{epoch - 1}.pth.tar"
-        )
+        return FOLDER / f"checkpoint_{f'{epoch}_{step}' if step else epoch - 1}.pth.tar"
 
     def write(self, path: Path, content: Content, *, best: bool) -> None:
         """See `BackgroundStore`."""

@@ -16,25 +16,22 @@ from ..data import prefetch
 from ..data.datasets import Dataset
 from ..data.prefetch import PrefetchedData
 from ..distributed.world import World
-from ..doctor import command as doctor_command
 from ..inference.ensemble import evaluate_ensemble
 from ..inference.score import evaluate_checkpoint
-from ..launcher.rank_process import run_in_group
+from ..launcher.rank_process import Body, run_in_group
 from ..launcher.signals import StopSignals
 from ..reporting.console import make_console, print_json
 from ..runs.layout import resume_flags
 from ..training import run as training
-from ..verify import under_launcher
-from ..verify.results_table import ResultsTable
 from .flags_train import CommonFlags, Train, Verify
 from .flags_use import Doctor, Evaluate
 
+Listener = socket.socket | None
+"""On rank 0 of our launcher, the socket on which the other ranks reach it."""
+
 
 def train(
-    placement: Placement,
-    listener: socket.socket | None,
-    command: Train,
-    prefetched: PrefetchedData | None = None,
+    placement: Placement, listener: Listener, command: Train, prefetched: PrefetchedData | None = None
 ) -> int:
     """Run one rank of `dmnist train`. Returns its exit code.
 
@@ -42,6 +39,7 @@ def train(
     """
 
     def body(world: World, signals: StopSignals) -> None:
+        out, is_member = command.run.out, command.ensemble > 1
         result = training.run(
             world,
             command.settings,
@@ -51,30 +49,16 @@ def train(
             signals=signals,
             read=_dataset_reader(command, prefetched),
             tensorboard=command.tensorboard,
-            resume_flags=resume_flags(command.run.out.parent, command.ensemble)
-            if command.ensemble > 1 and command.run.out
-            else None,
+            resume_flags=resume_flags(out.parent, command.ensemble) if out and is_member else None,
         )
-        if command.ensemble == 1:  # otherwise `vote` prints the result
+        if not is_member:  # otherwise `vote` prints the result
             _print_result(world, command, result)
 
-    exact = command.settings.sync == "tree"
-    return run_in_group(
-        placement,
-        listener,
-        body,
-        device=command.run.device,
-        exact=exact,
-        hang_after=command.run.hang_after,
-        debug=command.debug,
-    )
+    return _run_in_group(placement, listener, body, command, exact=command.settings.sync == "tree")
 
 
 def vote(
-    placement: Placement,
-    listener: socket.socket | None,
-    command: Train,
-    prefetched: PrefetchedData | None = None,
+    placement: Placement, listener: Listener, command: Train, prefetched: PrefetchedData | None = None
 ) -> int:
     """Run one rank of the vote that follows the training of an ensemble. Returns its exit code."""
 
@@ -90,17 +74,10 @@ def vote(
         )
         _print_result(world, command, result)
 
-    return run_in_group(
-        placement,
-        listener,
-        body,
-        device=command.run.device,
-        hang_after=command.run.hang_after,
-        debug=command.debug,
-    )
+    return _run_in_group(placement, listener, body, command)
 
 
-def evaluate(placement: Placement, listener: socket.socket | None, command: Evaluate) -> int:
+def evaluate(placement: Placement, listener: Listener, command: Evaluate) -> int:
     """Run one rank of `dmnist evaluate`. Returns its exit code."""
 
     def body(world: World, signals: StopSignals) -> None:
@@ -117,8 +94,10 @@ def evaluate(placement: Placement, listener: socket.socket | None, command: Eval
     return run_in_group(placement, listener, body, device=command.device, debug=command.debug)
 
 
-def verify(placement: Placement, listener: socket.socket | None, command: Verify) -> int:
+def verify(placement: Placement, listener: Listener, command: Verify) -> int:
     """Run one rank of `dmnist verify` under another launcher. Returns its exit code."""
+    from ..verify import under_launcher  # noqa: PLC0415 - no other command needs what it imports
+    from ..verify.results_table import ResultsTable  # noqa: PLC0415
 
     def body(world: World, signals: StopSignals) -> None:
         under_launcher.run(world, ResultsTable.make(as_json=command.json, shown=world.rank == 0), signals)
@@ -126,8 +105,9 @@ def verify(placement: Placement, listener: socket.socket | None, command: Verify
     return run_in_group(placement, listener, body, device=command.device, debug=command.debug)
 
 
-def doctor(placement: Placement, listener: socket.socket | None, command: Doctor) -> int:
+def doctor(placement: Placement, listener: Listener, command: Doctor) -> int:
     """Run one rank of `dmnist doctor`. Returns its exit code."""
+    from ..doctor import command as doctor_command  # noqa: PLC0415 - no other command needs what it imports
 
     def body(world: World, signals: StopSignals) -> None:
         torch.set_num_threads(1)  # as in training
@@ -137,6 +117,15 @@ def doctor(placement: Placement, listener: socket.socket | None, command: Doctor
         doctor_command.conclude(result)
 
     return run_in_group(placement, listener, body, device=command.device, debug=command.debug)
+
+
+def _run_in_group(
+    placement: Placement, listener: Listener, body: Body, command: Train, *, exact: bool = True
+) -> int:
+    device, hang_after = command.run.device, command.run.hang_after
+    return run_in_group(
+        placement, listener, body, device=device, exact=exact, hang_after=hang_after, debug=command.debug
+    )
 
 
 def _dataset_reader(command: Train, prefetched: PrefetchedData | None) -> Callable[[], Dataset]:

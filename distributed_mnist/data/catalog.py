@@ -32,16 +32,13 @@ class Published:
         return tuple(spelling for name in dict.fromkeys(names) for spelling in (name, f"{name}.gz"))
 
 
-Files = tuple[Published, Published, Published, Published]  # in the order of ROLES
-
-
 @dataclass(frozen=True)
 class Entry:
     """One data set."""
 
     name: str
     folder: str  # torchvision's: the files are in <root>/<folder>/raw
-    files: Files
+    files: tuple[Published, ...]  # in the order of ROLES
     mirrors: tuple[str, ...] = ()  # base addresses, in the order in which they are tried
     class_names: tuple[str, ...] = ()  # empty: the highest label determines the number of classes
     first_label: int = 0  # the label of the first class in the files
@@ -61,12 +58,13 @@ class Entry:
         return self.files[0].name == MNIST_NAMES[0]
 
 
-MNIST_NAMES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
+def _names(prefix: str = "", test: str = "test", labels: str = "labels-idx1-ubyte") -> tuple[str, ...]:
+    """Return the names of a data set's files, in the order of ROLES."""
+    parts = ("images-idx3-ubyte", labels)
+    return tuple(f"{prefix}{split}-{part}" for split in ("train", test) for part in parts)
+
+
+MNIST_NAMES = _names(test="t10k")
 DIGITS = tuple(string.digits)
 MNIST_CONSTANTS = (0.1307, 0.3081)
 """Mean and standard deviation of MNIST's training pixels, rounded as is usual."""
@@ -78,23 +76,15 @@ def _files(
     *,
     gz_md5: tuple[str | None, ...] = _NO_CHECKSUMS,
     sha256: tuple[str | None, ...] = _NO_CHECKSUMS,
-) -> Files:
-    a, b, c, d = (Published(*columns) for columns in zip(names, gz_md5, sha256, strict=True))
-    return a, b, c, d
+) -> tuple[Published, ...]:
+    return tuple(Published(*columns) for columns in zip(names, gz_md5, sha256, strict=True))
 
 
 def _emnist(split: str, class_names: tuple[str, ...], first_label: int = 0) -> Entry:
     return Entry(
         name=f"emnist-{split}",
         folder="EMNIST",
-        files=_files(
-            (
-                f"emnist-{split}-train-images-idx3-ubyte",
-                f"emnist-{split}-train-labels-idx1-ubyte",
-                f"emnist-{split}-test-images-idx3-ubyte",
-                f"emnist-{split}-test-labels-idx1-ubyte",
-            )
-        ),
+        files=_files(_names(f"emnist-{split}-")),
         mirrors=("https://www.itl.nist.gov/iaui/vip/cs_links/EMNIST/",),
         class_names=class_names,
         first_label=first_label,
@@ -177,12 +167,7 @@ ENTRIES: dict[str, Entry] = {
             name="qmnist",
             folder="QMNIST",
             files=_files(
-                (
-                    "qmnist-train-images-idx3-ubyte",
-                    "qmnist-train-labels-idx2-int",
-                    "qmnist-test-images-idx3-ubyte",
-                    "qmnist-test-labels-idx2-int",
-                ),
+                _names("qmnist-", labels="labels-idx2-int"),
                 gz_md5=(
                     "ed72d4157d28c017586c42bc6afe6370",
                     "0058f8dd561b90ffdd0f734c6a30e5e4",

@@ -21,6 +21,7 @@ from .idx import one_line
 from .locate import FoundFiles, NotFoundError
 
 DRAWN = "drawn by the program"
+IMAGES_OF: dict[Role, Role] = {"train_labels": "train_images", "test_labels": "test_images"}
 
 _DRAW_BLOCK = 1024  # images between two progress reports
 _COUNT_BLOCK = 1 << 22  # pixels; `bincount` needs eight bytes for each
@@ -42,12 +43,7 @@ class Dataset:
 
     def arrays(self) -> dict[Role, NDArray[np.uint8]]:
         """Return the four arrays by role."""
-        return {
-            "train_images": self.train_images,
-            "train_labels": self.train_labels,
-            "test_images": self.test_images,
-            "test_labels": self.test_labels,
-        }
+        return {role: getattr(self, role) for role in ROLES}
 
 
 @dataclass(frozen=True)
@@ -171,21 +167,15 @@ def _find_or_download(
 
 
 def _decode(entry: Entry, found: FoundFiles) -> Dataset:
-    paths, stored = found.paths, found.arrays
-    train_images = decode.images(entry, paths["train_images"], stored["train_images"])
-    train_labels = decode.labels(entry, paths["train_labels"], stored["train_labels"])
-    test_images = decode.images(entry, paths["test_images"], stored["test_images"])
-    test_labels = decode.labels(entry, paths["test_labels"], stored["test_labels"])
-    decode.require_pairs(paths["train_images"], len(train_images), paths["train_labels"], len(train_labels))
-    decode.require_pairs(paths["test_images"], len(test_images), paths["test_labels"], len(test_labels))
-    classes = int(max(train_labels.max(), test_labels.max())) + 1
-    mean, std = entry.constants or pixel_statistics(train_images)
+    paths = found.paths
+    arrays = {role: decode.content(entry, role, paths[role], found.arrays[role]) for role in ROLES}
+    for labels, images in IMAGES_OF.items():
+        decode.require_pairs(paths[images], len(arrays[images]), paths[labels], len(arrays[labels]))
+    classes = int(max(arrays["train_labels"].max(), arrays["test_labels"].max())) + 1
+    mean, std = entry.constants or pixel_statistics(arrays["train_images"])
     return Dataset(
         name=entry.name,
-        train_images=train_images,
-        train_labels=train_labels,
-        test_images=test_images,
-        test_labels=test_labels,
+        **arrays,
         class_names=entry.class_names or tuple(map(str, range(classes))),
         mean=mean,
         std=std,
@@ -208,12 +198,8 @@ def _draw(seed: int, train_size: int, test_size: int, source: str, progress: Pro
             progress("generating digits", before + stop, train_size + test_size)
         return images, labels
 
-    train_images, train_labels = draw_split("train", train_size, 0)
-    test_images, test_labels = draw_split("test", test_size, train_size)
-    mean, std = pixel_statistics(train_images)
-    return Dataset(
-        "generated", train_images, train_labels, test_images, test_labels, DIGITS, mean, std, source
-    )
+    train, test = draw_split("train", train_size, 0), draw_split("test", test_size, train_size)
+    return Dataset("generated", *train, *test, DIGITS, *pixel_statistics(train[0]), source)
 
 
 def pixel_statistics(images: NDArray[np.uint8]) -> tuple[float, float]:
@@ -248,13 +234,9 @@ def _check_files(entry: Entry, folder: Path, paths: dict[Role, Path]) -> list[Fi
             sha256 = idx.digest(array)
             rows[role] = len(array) if array.ndim else 1
             ok, verdict = locate.verify(entry, role, path, array)
-            if role in ("train_images", "test_images"):
-                decode.images(entry, path, array)
-            else:
-                decode.labels(entry, path, array)
-                images: Role = "train_images" if role == "train_labels" else "test_images"
-                if images in rows:
-                    decode.require_pairs(paths[images], rows[images], path, rows[role])
+            decode.content(entry, role, path, array)
+            if (images := IMAGES_OF.get(role)) in rows:
+                decode.require_pairs(paths[images], rows[images], path, rows[role])
         except DataError as error:
             ok, verdict = False, str(error).removeprefix(f"{one_line(path)}: ")
         checks.append(FileCheck(path, rows.get(role), sha256, ok, verdict))

@@ -11,11 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
-from .catalog import Entry
+from .catalog import Entry, Role
 from .idx import one_line
 
 SIDE = 28  # pixels
 MAX_CLASSES = 256  # labels are uint8
+
+
+def content(entry: Entry, role: Role, path: Path, stored: NDArray[Any]) -> NDArray[np.uint8]:
+    """Return the images or labels in a file, as `images` or `labels` does. Raises DataError."""
+    return (images if role.endswith("images") else labels)(entry, path, stored)
 
 
 def images(entry: Entry, path: Path, stored: NDArray[Any]) -> NDArray[np.uint8]:

@@ -9,8 +9,10 @@ import contextlib
 import shutil
 import zipfile
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from ..common.atomic_write import written_aside
@@ -72,11 +74,9 @@ class _Mirrors:
 
     def _failure(self, name: str, reasons: dict[str, str]) -> str:
         """Return the message for a file that no mirror provided, with mirrors grouped by reason."""
-        grouped: dict[str, list[str]] = {}
+        grouped = defaultdict[str, dict[str, None]](dict)  # the keys of each value: hosts, in order
         for base, reason in reasons.items():
-            hosts = grouped.setdefault(reason, [])
-            if _host(base) not in hosts:
-                hosts.append(_host(base))
+            grouped[reason][_host(base)] = None
         if not grouped:
             return "no mirror is known"
         shown = "; ".join(f"{', '.join(hosts)} ({reason})" for reason, hosts in grouped.items())
@@ -133,13 +133,12 @@ def _fetch_into(folder: Path, entry: Entry, mirrors: _Mirrors) -> list[Path]:
         if role in paths:
             continue
         published = entry.file(role)
-        paths[role] = folder / f"{published.name}.gz"
+        name = f"{published.name}.gz"
+        paths[role] = folder / name
         if archive:
-            _extract(archive, f"gzip/{published.name}.gz", paths[role])
+            _extract(archive, f"gzip/{name}", paths[role])
         else:
-            mirrors.download(
-                paths[role].name, paths[role], lambda part, file=published: _problem(file, part)
-            )
+            mirrors.download(name, paths[role], partial(_problem, published))
     return [paths[role] for role in ROLES]
 
 
@@ -161,7 +160,7 @@ def _fetch_archive(entry: Entry, name: str, folder: Path, mirrors: _Mirrors) -> 
     published = Published(name, gz_md5=entry.archive_md5)
     path = folder / name
     if not path.is_file() or _problem(published, path):
-        mirrors.download(name, path, lambda part: _problem(published, part))
+        mirrors.download(name, path, partial(_problem, published))
     return path
 
 

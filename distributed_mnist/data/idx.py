@@ -14,6 +14,7 @@ import io
 import math
 import stat
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -119,9 +120,8 @@ def _parse(stream: _Readable, content: bytearray, name: str) -> NDArray[Any]:
     if math.prod(size for size in shape if size) * dtype.itemsize > _MAX_BYTES:
         raise DataError(f"{name}: invalid header: it declares {' x '.join(map(str, shape))} numbers")
     end = start + math.prod(shape) * dtype.itemsize
-    _fill(
-        stream, content, end + 1
-    )  # one more byte, to detect trailing bytes and to make gzip check its CRC
+    # One more byte, to detect trailing bytes and to make gzip check its CRC.
+    _fill(stream, content, end + 1)
     if len(content) < end:
         raise DataError(f"{name}: truncated: {len(content)} of the {end} bytes that its header declares")
     if len(content) > end:
@@ -164,13 +164,10 @@ def write(path: Path, array: NDArray[Any]) -> None:
     header, numbers = _encode(array, name)
     try:
         with written_aside(path) as part, part.open("wb") as file:
-            if path.suffix == ".gz":
-                with gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as packed:
-                    packed.write(header)
-                    packed.write(numbers)
-            else:
-                file.write(header)
-                file.write(numbers)
+            zipped = path.suffix == ".gz"
+            with gzip.GzipFile("", "wb", 6, file, mtime=0) if zipped else nullcontext(file) as stream:
+                stream.write(header)
+                stream.write(numbers)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a file name"
         raise DataError(f"{name}: cannot be written: {reason}") from error

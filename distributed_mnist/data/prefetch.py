@@ -58,9 +58,7 @@ class Prefetcher:
     def __init__(self, read: Callable[[Callable[[], bool]], Dataset]) -> None:
         self._closing = threading.Event()
         self._read, self._memory = read, _shared_memory()
-        self._message: Any = None  # for rank 0: the data set or an error, once it is known
-        self._waiting: list[Connection] = []
-        self._lock = threading.Lock()
+        self._message: Any = None  # for rank 0: the data set or an error, once the thread has ended
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -79,22 +77,20 @@ class Prefetcher:
     def for_rank_zero(self) -> "PrefetchedData":
         """Return the object with which rank 0 of a new group receives the data."""
         receiver, sender = Pipe(duplex=False)
-        with self._lock:
-            if self._message is None:
-                self._waiting.append(sender)
-            else:
-                _send(sender, self._message)
+        threading.Thread(target=self._send_when_read, args=(sender,), daemon=True).start()
         return PrefetchedData(reduction.DupFd(self._memory.fileno()), receiver)
 
     def _run(self) -> None:
         try:
-            message: Any = self._share(self._read(self._closing.is_set))
+            self._message = self._share(self._read(self._closing.is_set))
         except Exception as error:
-            message = described(error)
-        with self._lock:
-            self._message = message
-            for sender in self._waiting:
-                _send(sender, message)
+            self._message = described(error)
+
+    def _send_when_read(self, connection: Connection) -> None:
+        self._thread.join()
+        with contextlib.suppress(OSError):  # the group has ended
+            connection.send(self._message)
+        connection.close()
 
     def _share(self, dataset: Dataset) -> tuple[Dataset, list[tuple[int, ...]]]:
         """Write the arrays to the shared memory. Return the data set without arrays, and their shapes."""
@@ -122,9 +118,8 @@ class PrefetchedData:
         dataset, shapes = message
         descriptor = self._memory.detach()
         size = os.fstat(descriptor).st_size
-        content = mmap.mmap(
-            descriptor, size, access=mmap.ACCESS_COPY
-        )  # copy on write: `Dataset` is writable
+        # Copy on write, because the arrays of a `Dataset` are writable.
+        content = mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)
         os.close(descriptor)
         arrays, start = {}, 0
         for role, shape in zip(dataset.arrays(), shapes, strict=True):
@@ -138,9 +133,3 @@ def _shared_memory() -> BinaryIO:
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("dmnist"), "r+b")
     return tempfile.TemporaryFile()
-
-
-def _send(connection: Connection, message: Any) -> None:
-    with contextlib.suppress(OSError):  # the group has ended
-        connection.send(message)
-    connection.close()

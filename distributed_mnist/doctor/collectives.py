@@ -14,7 +14,7 @@ from ..distributed.world import World
 from ..errors import WorkerLost, described
 from ..gradients.cost_model import LOOPBACK
 from ..gradients.subtree_exchange import SubtreeExchange
-from ..gradients.tree_sum import BinaryCounter, owned_shards
+from ..gradients.tree_sum import BinaryCounter
 from .findings import Finding, bad, doubtful, first_few, good
 
 _LENGTH = 5_000
@@ -32,8 +32,8 @@ def collectives(world: World) -> Finding:
             ranks_by_failure.setdefault(names, []).append(str(rank))
     if ranks_by_failure:
         failures = [f"{names} on rank {', '.join(ranks)}" for names, ranks in ranks_by_failure.items()]
-        return bad("collectives", f"wrong: {'; '.join(failures)}", _ADVICE)
-    return good("collectives", f"{len(_CHECKS)} right over {world.backend}: {', '.join(_CHECKS)}")
+        return bad(f"wrong: {'; '.join(failures)}", _ADVICE)
+    return good(f"{len(_CHECKS)} right over {world.backend}: {', '.join(_CHECKS)}")
 
 
 def _failure(world: World, name: str, check: Callable[[World], bool]) -> str:
@@ -75,8 +75,8 @@ def speed(world: World) -> tuple[Finding, list[dict[str, float]]]:
     )
     rows.append({"bytes": 0, "seconds": barrier})
     if latency > 20 * LOOPBACK.latency:
-        return doubtful("exchange", value, "a slow network, or more processes than cores"), rows
-    return good("exchange", value), rows
+        return doubtful(value, "a slow network, or more processes than cores"), rows
+    return good(value), rows
 
 
 def _size(nbytes: float) -> str:
@@ -91,7 +91,7 @@ def addresses(world: World) -> Finding:
     hosts: dict[str, str] = {}
     for rank, peer in enumerate(world.peers):
         hosts.setdefault(peer.host, f"{peer.host} {world.address(rank)}")
-    return good("addresses", first_few(list(hosts.values())))
+    return good(first_few(list(hosts.values())))
 
 
 def clocks(world: World) -> Finding:
@@ -104,8 +104,8 @@ def clocks(world: World) -> Finding:
     apart = max(times) - min(times)
     if apart > 1:
         advice = "synchronise them (NTP): otherwise logs are hard to read"
-        return doubtful("clocks", f"{apart:.1f} s apart", advice)
-    return good("clocks", f"within {1e3 * max(apart, 0.001):.0f} ms")
+        return doubtful(f"{apart:.1f} s apart", advice)
+    return good(f"within {1e3 * max(apart, 0.001):.0f} ms")
 
 
 def _median_seconds(world: World, call: Callable[[], None], times: int = 15) -> float:
@@ -174,9 +174,7 @@ def _tree(world: World) -> bool:
     """Check the sum of gradients. For integers every order gives the same sum, so the answer is known."""
     exchange = SubtreeExchange(world, world.size, _LENGTH)
     counter = BinaryCounter()
-    counter.push(
-        0, owned_shards(world.rank, world.size, world.size).start, _values(world, world.rank).float()
-    )
+    counter.push(0, world.rank, _values(world, world.rank).float())  # one shard for each rank
     return torch.equal(exchange.all_reduce(counter), _all_values(world).sum(0).float())
 
 

@@ -39,7 +39,7 @@ def run(world: World, out: Path, dataset: str, data: Path, console: Console) -> 
     by_rank = world.all_gather_object(own, list[Finding])
     names = [f"rank {peer.rank} ({peer.host})" for peer in world.peers]
     findings = merge(list(zip(names, _same_figures_on_a_host(world.peers, by_rank), strict=True)))
-    findings.append(_launcher(world))
+    findings.append(_launcher(world).named("launcher"))
     message_times: list[dict[str, float]] = []
     disk, data_finding = world.on_rank_zero(
         lambda: (
@@ -49,11 +49,13 @@ def run(world: World, out: Path, dataset: str, data: Path, console: Console) -> 
         tuple[Finding, Finding],
     )
     if world.size > 1:
-        findings += [collectives.addresses(world)] if world.local_size < world.size else []
-        findings.append(collectives.collectives(world))
+        if world.local_size < world.size:
+            findings.append(collectives.addresses(world).named("addresses"))
+        findings.append(collectives.collectives(world).named("collectives"))
         exchange, message_times = collectives.speed(world)
-        findings += [exchange, collectives.clocks(world)]
-        findings += [_shared_folder(world, out)] if disk.verdict != "bad" else []
+        findings += [exchange.named("exchange"), collectives.clocks(world).named("clocks")]
+        if disk.verdict != "bad":
+            findings.append(_shared_folder(world, out).named("shared folder"))
     findings += [disk, data_finding]
     if world.rank == 0:
         show(findings, console)
@@ -112,11 +114,11 @@ def _same_figures_on_a_host(
 def _launcher(world: World) -> Finding:
     hosts = len({peer.host for peer in world.peers})
     if world.launcher == "spawned":
-        return good("launcher", f"none; this command started {world.size} processes for the checks below")
+        return good(f"none; this command started {world.size} processes for the checks below")
     if world.size == 1:
-        return good("launcher", "none")
+        return good("none")
     where = f"{hosts} host{'s' if hosts > 1 else ''}"
-    return good("launcher", f"{world.launcher}: {world.size} processes on {where}, {world.backend}")
+    return good(f"{world.launcher}: {world.size} processes on {where}, {world.backend}")
 
 
 def _shared_folder(world: World, out: Path) -> Finding:
@@ -128,11 +130,11 @@ def _shared_folder(world: World, out: Path) -> Finding:
         return name
 
     name = world.on_rank_zero(create_file, str)
-    sees = run_probe("", lambda: good("", "yes" if Path(name).exists() else "no"), "").value == "yes"
+    sees = run_probe("", lambda: good("yes" if Path(name).exists() else "no"), "").value == "yes"
     seen_by_rank = world.all_gather(torch.tensor([int(sees)], device=world.device)).flatten().tolist()
     world.on_rank_zero(lambda: Path(name).unlink(missing_ok=True), NoneType)
     blind_hosts = {world.peers[rank].host for rank, seen in enumerate(seen_by_rank) if not seen}
     if blind_hosts:
         hosts = ", ".join(sorted(blind_hosts))
-        return good("shared folder", f"not seen by {hosts}: each of them keeps a copy of the checkpoints")
-    return good("shared folder", "all ranks see the same")
+        return good(f"not seen by {hosts}: each of them keeps a copy of the checkpoints")
+    return good("all ranks see the same")

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Verdict = Literal["good", "doubtful", "bad"]
@@ -19,20 +19,24 @@ class Finding:
     advice: str = ""
     """What to do; empty if the verdict is good."""
 
+    def named(self, name: str) -> "Finding":
+        """Return this finding with its name, which the code that finds it need not know."""
+        return replace(self, name=name)
 
-def good(name: str, value: str) -> Finding:
-    """Make a good finding."""
-    return Finding(name, "good", value)
+
+def good(value: str) -> Finding:
+    """Make a good finding, still without a name."""
+    return Finding("", "good", value)
 
 
-def doubtful(name: str, value: str, advice: str) -> Finding:
+def doubtful(value: str, advice: str) -> Finding:
     """Make a finding for something that works but may not be what the user meant."""
-    return Finding(name, "doubtful", value, advice)
+    return Finding("", "doubtful", value, advice)
 
 
-def bad(name: str, value: str, advice: str) -> Finding:
+def bad(value: str, advice: str) -> Finding:
     """Make a finding for something that will make training fail."""
-    return Finding(name, "bad", value, advice)
+    return Finding("", "bad", value, advice)
 
 
 def run_probe(name: str, probe: Callable[[], Finding], advice: str, seconds: float = 20.0) -> Finding:
@@ -41,20 +45,20 @@ def run_probe(name: str, probe: Callable[[], Finding], advice: str, seconds: flo
     A probe that raises, or that does not return in time (as on a file system whose server is gone), gives
     a bad finding, and the other probes still run.
     """
-    finding = bad(name, f"no answer within {seconds:g} s", advice)
+    finding = bad(f"no answer within {seconds:g} s", advice)
 
     def target() -> None:
         nonlocal finding
         try:
             finding = probe()
         except Exception as error:
-            finding = bad(name, f"{type(error).__name__}: {error}", advice)
+            finding = bad(f"{type(error).__name__}: {error}", advice)
 
     # A daemon thread, because a probe that never returns must not keep the process from ending.
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
     thread.join(seconds)
-    return finding
+    return finding.named(name)
 
 
 def worst(findings: Sequence[Finding]) -> Verdict:

@@ -21,7 +21,7 @@ from ..common.installed import version
 from ..common.placement import usable_cores
 from ..data import datasets
 from ..distributed.peer import Peer
-from ..errors import DataError
+from ..errors import DataError, reason
 from .findings import Finding, bad, doubtful, good, run_probe
 
 _OLDEST_TORCH = (2, 9)
@@ -79,33 +79,28 @@ def disk(out: Path) -> Finding:
             (Path(temporary) / "part").replace(Path(temporary) / "whole")
             seconds = time.perf_counter() - began
     except OSError as error:
-        cause = (error.strerror or str(error)).lower()
-        return bad("checkpoints", f"{folder}: {cause}", "choose another --out, or make room there")
+        return bad(f"{folder}: {reason(error)}", "choose another --out, or make room there")
     free = shutil.disk_usage(folder).free
     value = f"{folder}: {free / 2**30:,.1f} GiB free, 8 MiB on disk in {1e3 * seconds:.0f} ms"
     if free < _MIN_FREE_DISK:
-        return doubtful(
-            "checkpoints", value, "make room: on a full disk checkpoints are lost, but the run continues"
-        )
+        return doubtful(value, "make room: on a full disk checkpoints are lost, but the run continues")
     if seconds > 5:
-        return doubtful("checkpoints", value, "the disk is slow: use --checkpoint-every '1 minute'")
-    return good("checkpoints", value)
+        return doubtful(value, "the disk is slow: use --checkpoint-every '1 minute'")
+    return good(value)
 
 
 def data(dataset: str, folder: Path) -> Finding:
     """Check whether the data files are there and their checksums right. Downloads nothing."""
     if dataset in ("generated", "auto", "idx"):
-        return good("data", f"{dataset}: nothing to check")
+        return good(f"{dataset}: nothing to check")
     try:
         files = datasets.check(dataset, folder)
     except DataError as error:
-        return doubtful("data", str(error), f"dmnist data fetch {dataset} --data {folder}")
+        return doubtful(str(error), f"dmnist data fetch {dataset} --data {folder}")
     damaged = [f"{file.path.name} {file.verdict}" for file in files if not file.ok]
     if damaged:
-        return bad(
-            "data", "; ".join(damaged), f"remove it, then dmnist data fetch {dataset} --data {folder}"
-        )
-    return good("data", f"{dataset} in {folder}: {len(files)} files, checksums right")
+        return bad("; ".join(damaged), f"remove it, then dmnist data fetch {dataset} --data {folder}")
+    return good(f"{dataset} in {folder}: {len(files)} files, checksums right")
 
 
 def _versions() -> Finding:
@@ -116,8 +111,8 @@ def _versions() -> Finding:
     value = ", ".join([*packages, system, *([libc] if libc else []), platform.machine()])
     major, minor = map(int, torch.__version__.split(".")[:2])
     if (major, minor) < _OLDEST_TORCH:
-        return bad("versions", value, "torch 2.9 or later is needed")
-    return good("versions", value)
+        return bad(value, "torch 2.9 or later is needed")
+    return good(value)
 
 
 def _processor(local_size: int, host_cores: int) -> Finding:
@@ -131,24 +126,22 @@ def _processor(local_size: int, host_cores: int) -> Finding:
         f"{psutil.cpu_count()}, load {load:.1f}"
     )
     if torch.accelerator.is_available():
-        return good("processor", value)
+        return good(value)
     if local_size > cores:
         advice = f"{local_size} processes share {cores} cores: same answer, slower than {cores} processes"
-        return doubtful("processor", value, advice)
-    return good("processor", value)
+        return doubtful(value, advice)
+    return good(value)
 
 
 def _threads(local_size: int) -> Finding:
     """Report the threads per process: training sets them itself, whatever OMP_NUM_THREADS is."""
     divided = max(1, usable_cores() // local_size)
-    return good(
-        "threads", f"1 a process with --sync tree, {divided} with ddp; OMP_NUM_THREADS has no effect"
-    )
+    return good(f"1 a process with --sync tree, {divided} with ddp; OMP_NUM_THREADS has no effect")
 
 
 def _settings() -> Finding:
     settings = [f"{name}={value}" for name, value in environment.settings().items()]
-    return good("settings", ", ".join(settings) or "none for torch, OpenMP, MKL, NCCL or gloo")
+    return good(", ".join(settings) or "none for torch, OpenMP, MKL, NCCL or gloo")
 
 
 def _model_name() -> str:
@@ -170,12 +163,10 @@ def _memory() -> Finding:
     if (shared := _shared_memory()) is not None:
         value += f"; /dev/shm {shared / 2**30:.1f} GiB free"
         if shared < _MIN_SHARED_MEMORY and torch.accelerator.is_available():
-            return doubtful("memory", value, "NCCL passes data through /dev/shm: docker run --shm-size=1g")
+            return doubtful(value, "NCCL passes data through /dev/shm: docker run --shm-size=1g")
     if available < 2**30:
-        return doubtful(
-            "memory", value, "a process needs about half a GiB: end other programs on this host"
-        )
-    return good("memory", value)
+        return doubtful(value, "a process needs about half a GiB: end other programs on this host")
+    return good(value)
 
 
 def _shared_memory(folder: Path = Path("/dev/shm")) -> int | None:
@@ -204,13 +195,13 @@ def _devices() -> Finding:
     if kind is None:
         build = "CPU build of torch" if "+cpu" in torch.__version__ else "torch finds no GPU"
         if Path("/dev/nvidia0").exists() or Path("/dev/kfd").exists():
-            return doubtful("devices", f"a GPU, but {build}", "install torch's build for it")
-        return good("devices", f"CPU ({build})")
+            return doubtful(f"a GPU, but {build}", "install torch's build for it")
+        return good(f"CPU ({build})")
     module = torch.get_device_module(kind)
     names = [_device_name(module, i) for i in range(torch.accelerator.device_count())]
     counted = [f"{names.count(name)} × {name}" for name in dict.fromkeys(names)]  # noqa: RUF001
     build = torch.version.cuda or torch.version.hip or ""
-    return good("devices", f"{kind.type}: {', '.join(counted)} {build}".rstrip())
+    return good(f"{kind.type}: {', '.join(counted)} {build}".rstrip())
 
 
 def _device_name(module: Any, index: int) -> str:
@@ -226,8 +217,8 @@ def _device_name(module: Any, index: int) -> str:
 def _open_files() -> Finding:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 512:
-        return doubtful("open files", f"at most {soft}", "ulimit -n 4096")
-    return good("open files", f"at most {soft}")
+        return doubtful(f"at most {soft}", "ulimit -n 4096")
+    return good(f"at most {soft}")
 
 
 def _name(peers: list[Peer], rank: int) -> Finding:
@@ -243,13 +234,11 @@ def _name(peers: list[Peer], rank: int) -> Finding:
     if unknown:
         problem = f"{', '.join(unknown)} cannot be resolved"
         if not several:
-            return good("host name", f"{problem}: not needed on a single host")
+            return good(f"{problem}: not needed on a single host")
         advice = "put it into /etc/hosts or DNS; training uses addresses, so it may still work"
-        return doubtful("host name", problem, advice)
+        return doubtful(problem, advice)
     own = peers[rank].host
     address = socket.getaddrinfo(own, None)[0][4][0]
     if several and str(address).startswith("127."):
-        return doubtful(
-            "host name", f"{own} is {address} here", "give it its network address in /etc/hosts"
-        )
-    return good("host name", ", ".join(hosts))
+        return doubtful(f"{own} is {address} here", "give it its network address in /etc/hosts")
+    return good(", ".join(hosts))

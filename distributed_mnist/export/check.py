@@ -47,24 +47,18 @@ def compare_logits(run: Callable[[Tensor], Tensor], module: InferenceModule, pat
     for images in sample_images():
         expected, actual = module(images), run(images)
         if actual.shape != expected.shape or actual.dtype != torch.float32:
-            raise VerificationError(
-                f"{path} was not kept: for {len(images)} images it returns {actual.dtype} "
-                f"{tuple(actual.shape)}, not torch.float32 {tuple(expected.shape)}"
-            )
+            returned = f"for {len(images)} images it returns {actual.dtype} {tuple(actual.shape)}"
+            raise not_kept(path, f"{returned}, not torch.float32 {tuple(expected.shape)}")
         if not actual.isfinite().all():
-            raise VerificationError(f"{path} was not kept: its logits are not finite")
+            raise not_kept(path, "its logits are not finite")
         if not torch.equal(actual.argmax(1), expected.argmax(1)):
-            raise VerificationError(
-                f"{path} was not kept: it predicts a different class for a digit from torch"
-            )
+            raise not_kept(path, "it predicts a different class for a digit from torch")
         greatest = max(greatest, (actual - expected).abs().max().item())
         largest = max(largest, expected.abs().max().item())
     allowed = TOLERANCE * max(1.0, largest)
     if greatest > allowed:
-        raise VerificationError(
-            f"{path} was not kept: its logits differ from torch's by {greatest:.1e}, "
-            f"but rounding explains only {allowed:.1e}"
-        )
+        by = f"{greatest:.1e}, but rounding explains only {allowed:.1e}"
+        raise not_kept(path, f"its logits differ from torch's by {by}")
     return Difference(greatest, allowed, sum(BATCHES))
 
 
@@ -72,4 +66,9 @@ def require_same_metadata(actual: Metadata, expected: Metadata, path: str) -> No
     """Raise `VerificationError` if the metadata read back differs from what was written."""
     keys = expected.keys() | actual.keys()
     if changed := sorted(key for key in keys if expected.get(key) != actual.get(key)):
-        raise VerificationError(f"{path} was not kept: its metadata changed in {', '.join(changed)}")
+        raise not_kept(path, f"its metadata changed in {', '.join(changed)}")
+
+
+def not_kept(path: str, problem: str) -> VerificationError:
+    """Make the error for a file that failed the check and was removed."""
+    return VerificationError(f"{path} was not kept: {problem}")

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ..common.atomic_write import written_aside
 from ..common.installed import install
-from ..errors import OutputError, UsageError, VerificationError, reason
+from ..errors import OutputError, UsageError, reason
 from ..inference.trained import Trained, find_checkpoint, restore
 from ..inference.vote import Vote
 from ..reporting.console import make_console, print_json
 from ..runs.layout import require_overwritable
 from . import onnx, pt2, safetensors
-from .check import Difference, compare_logits, require_same_metadata, sample_images
+from .check import compare_logits, not_kept, require_same_metadata, sample_images
 from .inference_module import INPUT, PRODUCER, InferenceModule, Metadata, make_metadata
 
 
@@ -120,7 +120,13 @@ def _write(
     try:
         with written_aside(path) as part:
             part.write_bytes(data)
-            difference = _read_back(part.read_bytes(), format_, trained, module, metadata, str(path))
+            written = part.read_bytes()
+            try:
+                run, read_metadata = format_.decode(written, trained)
+            except Exception as error:  # each library raises its own types for a bad file
+                raise not_kept(str(path), f"it cannot be read back: {_shorten(error)}") from error
+            require_same_metadata(read_metadata, metadata, str(path))
+            difference = compare_logits(run, module, str(path))
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {reason(error)}") from None
     return {
@@ -131,25 +137,6 @@ def _write(
         "allowed_difference": difference.allowed,
         "compared_images": difference.images,
     }
-
-
-def _read_back(
-    data: bytes,
-    format_: _Format,
-    trained: Trained,
-    module: InferenceModule,
-    metadata: Metadata,
-    path: str,
-) -> Difference:
-    """Decode a file and compare it with `module` and `metadata`. Raises `VerificationError`."""
-    try:
-        run, read_metadata = format_.decode(data, trained)
-    except Exception as error:  # each library raises its own types for a bad file
-        raise VerificationError(
-            f"{path} was not kept: it cannot be read back: {_shorten(error)}"
-        ) from error
-    require_same_metadata(read_metadata, metadata, path)
-    return compare_logits(run, module, path)
 
 
 def _shorten(error: Exception) -> str:

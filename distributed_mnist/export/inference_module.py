@@ -92,9 +92,7 @@ def export_graph(module: InferenceModule) -> torch.export.ExportedProgram:
 def quiet() -> Iterator[None]:
     """Suppress what torch's exporters print and log. They raise errors for problems with the model."""
     before = logging.root.manager.disable
-    logging.disable(
-        logging.WARNING
-    )  # such as the warning that torchvision, which we do not use, is missing
+    logging.disable(logging.WARNING)  # as of a missing torchvision, which we do not use
     try:
         # Without the redirection they print the whole graph if they fail.
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):

@@ -47,9 +47,8 @@ def decode(data: bytes, trained: Trained) -> tuple[Callable[[Tensor], Tensor], M
 
     onnx.checker.check_model(data, full_check=True)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = (
-        1  # more would be pinned to cores, which fails with warnings in containers
-    )
+    # More threads would be pinned to cores, which fails with warnings in containers.
+    options.intra_op_num_threads = 1
     options.log_severity_level = 3  # errors only
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 

@@ -29,7 +29,5 @@ def decode(data: bytes, trained: Trained) -> tuple[Callable[[Tensor], Tensor], M
     """The file as a function, and its metadata. Raises `torch.export.load`'s errors for a bad file."""
     names = zipfile.ZipFile(io.BytesIO(data)).namelist()
     metadata = {name.removeprefix(_EXTRA): "" for name in names if name.startswith(_EXTRA)}
-    run = torch.export.load(
-        io.BytesIO(data), extra_files=metadata
-    ).module()  # fills in the metadata's values
-    return run, metadata
+    program = torch.export.load(io.BytesIO(data), extra_files=metadata)  # fills in the metadata's values
+    return program.module(), metadata

@@ -79,7 +79,8 @@ class TreeGradients:
             shards = self._shards_of_next_pass(sizes, start)
             start = shards.stop
             rows = self._rows[shards.start - self._owned.start : shards.stop - self._owned.start]
-            if sum(sizes[shards.start : shards.stop]) == 0:  # a batch with fewer samples than shards
+            own_sizes = sizes[shards.start : shards.stop]
+            if sum(own_sizes) == 0:  # a batch with fewer samples than shards
                 rows.zero_()
             elif self._layers is None:
                 logits, grad_logits = forward_shards(self._model, shards)
@@ -93,9 +94,7 @@ class TreeGradients:
                     self._layer_views[shards] = self._layers.views(rows)
                 with self._layers.recording():
                     logits, grad_logits = forward_shards(self._model, shards)
-                self._layers.write_gradients(
-                    logits, grad_logits, sizes[shards.start : shards.stop], self._layer_views[shards]
-                )
+                self._layers.write_gradients(logits, grad_logits, own_sizes, self._layer_views[shards])
             yield from rows.unbind()
 
     def _shards_of_next_pass(self, sizes: Sequence[int], start: int) -> range:
@@ -116,21 +115,11 @@ class TreeGradients:
 class DdpGradients:
     """Sums gradients with DistributedDataParallel, the standard way. Results are equal up to rounding.
 
-    A rank's shards go through the model together, in as few passes as `micro_batch` (the most images per
-    pass) allows. All passes but the last only accumulate gradients. If `one_shard_per_pass`, which is for
-    models that draw random numbers, dropout masks do not depend on the number of processes.
+    A rank's shards go through the model together, up to `per_pass` of them in one pass. All passes but the
+    last only accumulate gradients.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        world: World,
-        shards: int,
-        *,
-        shard_size: int,
-        one_shard_per_pass: bool,
-        micro_batch: int | None,
-    ) -> None:
+    def __init__(self, model: nn.Module, world: World, shards: int, per_pass: int) -> None:
         self._world = world
         self._module: nn.Module = model
         if world.size > 1:
@@ -146,12 +135,6 @@ class DdpGradients:
                 self._module.register_comm_hook(None, lambda _, bucket: _mean_over(world, bucket))
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         owned = owned_shards(world.rank, world.size, shards)
-        if one_shard_per_pass:
-            per_pass = 1
-        elif micro_batch:
-            per_pass = micro_batch // shard_size
-        else:
-            per_pass = len(owned)
         self._passes = [owned[i : i + per_pass] for i in range(0, len(owned), per_pass)]
 
     def compute(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:

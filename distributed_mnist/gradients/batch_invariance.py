@@ -149,7 +149,7 @@ def _gradient_rows(layer: nn.Module, x: Tensor, grad_output: Tensor, sizes: Sequ
     """Return the gradients of the layer's weight and bias, one row per shard."""
     count = layer.get_parameter("weight").numel()
     rows = torch.zeros(len(sizes), sum(p.numel() for p in layer.parameters()), device=x.device)
-    write_layer_gradients(layer, x, grad_output, sizes, rows[:, :count], rows[:, count:])
+    write_layer_gradients(layer, x, grad_output, sizes, (rows[:, :count], rows[:, count:]))
     return rows
 
 

@@ -52,16 +52,6 @@ def exchange_seconds(
     return direct + rounds * link.latency + share * nbytes * byte
 
 
-def exchange_bytes(method: ExchangeMethod, size: int, nbytes: int, *, roots: int = 1) -> int:
-    """Return the number of bytes that each rank sends for one sum; see `exchange_seconds`."""
-    if size == 1:
-        return 0
-    share = (size - 1) / size
-    if method == "doubling":
-        return math.ceil(math.log2(size)) * nbytes
-    return round(share * nbytes * (1 + (roots if method == "slices" else 1)))
-
-
 def fit_link(messages: Sequence[tuple[float, float]]) -> Link:
     """Estimate a link from the measured (bytes, seconds) of messages.
 

@@ -100,8 +100,8 @@ class HookedLayers:
         """
         recorded = self.inputs_and_output_gradients(logits, grad_logits)
         with torch.no_grad():
-            for (layer, x, grad_output), (grad_weight, grad_bias) in zip(recorded, views, strict=True):
-                write_layer_gradients(layer, x, grad_output, sizes, grad_weight, grad_bias)
+            for (layer, x, grad_output), layer_views in zip(recorded, views, strict=True):
+                write_layer_gradients(layer, x, grad_output, sizes, layer_views)
 
 
 def backpropagate(logits: Tensor, inputs: Sequence[Tensor], grad_logits: Tensor) -> tuple[Tensor, ...]:
@@ -115,29 +115,20 @@ def backpropagate(logits: Tensor, inputs: Sequence[Tensor], grad_logits: Tensor)
 
 
 def write_layer_gradients(
-    layer: nn.Module,
-    x: Tensor,
-    grad_output: Tensor,
-    sizes: Sequence[int],
-    grad_weight: Tensor,
-    grad_bias: Tensor,
+    layer: nn.Module, x: Tensor, grad_output: Tensor, sizes: Sequence[int], views: GradientViews
 ) -> None:
     """Write one layer's gradients, one row per shard, from its input `x` and its output's gradient."""
     if isinstance(layer, nn.Linear):
-        _write_linear(layer, x, grad_output, sizes, grad_weight, grad_bias)
+        _write_linear(layer, x, grad_output, sizes, views)
     elif isinstance(layer, nn.Conv2d):
-        _write_convolution(layer, x, grad_output, sizes, grad_weight, grad_bias)
+        _write_convolution(layer, x, grad_output, sizes, views)
 
 
 def _write_linear(
-    layer: nn.Linear,
-    x: Tensor,
-    grad_output: Tensor,
-    sizes: Sequence[int],
-    grad_weight: Tensor,
-    grad_bias: Tensor,
+    layer: nn.Linear, x: Tensor, grad_output: Tensor, sizes: Sequence[int], views: GradientViews
 ) -> None:
     """`x` and `grad_output` are `(samples, …, features)`; a sample may have several rows of features."""
+    grad_weight, grad_bias = views
     x, grad_output = x.reshape(-1, layer.in_features), grad_output.reshape(-1, layer.out_features)
     if len(set(sizes)) > 1:  # one shard after another, by the same calls that each would get alone
         rows = [size * (len(x) // sum(sizes)) for size in sizes]
@@ -145,7 +136,7 @@ def _write_linear(
             x.split(rows), grad_output.split(rows), grad_weight.split(1), grad_bias.split(1), strict=True
         )
         for shard_x, shard_grad, weight_row, bias_row in shards:
-            _write_linear(layer, shard_x, shard_grad, [1], weight_row, bias_row)
+            _write_linear(layer, shard_x, shard_grad, [1], (weight_row, bias_row))
         return
     grad_weight = grad_weight.view(len(sizes), *layer.weight.shape)
     grad_output = grad_output.view(len(sizes), -1, layer.out_features)
@@ -163,14 +154,10 @@ def _write_linear(
 
 
 def _write_convolution(
-    layer: nn.Conv2d,
-    x: Tensor,
-    grad_output: Tensor,
-    sizes: Sequence[int],
-    grad_weight: Tensor,
-    grad_bias: Tensor,
+    layer: nn.Conv2d, x: Tensor, grad_output: Tensor, sizes: Sequence[int], views: GradientViews
 ) -> None:
     """`x` and `grad_output` are `(samples, channels, height, width)`."""
+    grad_weight, grad_bias = views
     weight = layer.weight.to(grad_output.dtype)
     shards = zip(x.split(list(sizes)), grad_output.split(list(sizes)), strict=True)
     for i, (shard_x, shard_grad) in enumerate(shards):

@@ -39,14 +39,10 @@ def make_gradients(
         )
     if recipe.sync == "tree":
         return make_tree_gradients(recipe, world, model, properties)
-    return DdpGradients(
-        model,
-        world,
-        recipe.shards,
-        shard_size=shard_size,
-        one_shard_per_pass=properties.draws_random_numbers,
-        micro_batch=options.micro_batch,
-    )
+    per_pass = options.micro_batch // shard_size if options.micro_batch else recipe.shards
+    if properties.draws_random_numbers:  # so that dropout masks do not depend on the number of processes
+        per_pass = 1
+    return DdpGradients(model, world, recipe.shards, per_pass)
 
 
 def make_tree_gradients(

@@ -29,13 +29,7 @@ def has_equal_subtrees(size: int, shards: int) -> bool:
 
     Only then does each higher level of the tree join pairs of ranks, as doubling and halving require.
     """
-    if not _is_power_of_two(size) or shards % size != 0:
-        return False
-    return _is_power_of_two(shards // size)
-
-
-def _is_power_of_two(number: int) -> bool:
-    return number & (number - 1) == 0
+    return size <= shards and all(number & (number - 1) == 0 for number in (size, shards))  # powers of two
 
 
 def fastest_method(size: int, shards: int, nbytes: int) -> ExchangeMethod:

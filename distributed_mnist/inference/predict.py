@@ -69,7 +69,8 @@ def run(
     name_width = min(max((len(str(file)) for file in files), default=0), _MAX_NAME_WIDTH)
     results: list[dict[str, Any]] = []
     unusable = 0
-    for batch in _batches(_read_pictures(files, ink)):
+    pictures = _read_pictures(files, ink)
+    while batch := list(islice(pictures, _BATCH)):
         usable = [item.pixels for item in batch if isinstance(item, Picture)]
         predictions = iter(classify(trained, usable, top) if usable else [])
         for item in batch:
@@ -156,11 +157,6 @@ def _read_pictures(files: Iterable[Path], ink: image_files.Ink) -> Iterator[Pict
             yield str(error)
         except ValueError as error:
             yield f"{file}: {error}"
-
-
-def _batches(items: Iterator[Picture | str]) -> Iterator[list[Picture | str]]:
-    while batch := list(islice(items, _BATCH)):
-        yield batch
 
 
 def _is_idx(path: Path) -> bool:

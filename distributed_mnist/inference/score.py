@@ -1,6 +1,7 @@
 """`dmnist evaluate`: evaluate a checkpoint on a data set."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def evaluate_checkpoint(
     same_data = dataset is None and folder is None
     result = evaluate_trained(trained, data, world, require_training_data=same_data)
     seconds = time.perf_counter() - start
+    content, is_ours = trained.content, trained.content["recipe"] is not None
     if world.rank == 0:
         line = Text.assemble(
             (trained.path, "bold"),
@@ -56,10 +58,12 @@ def evaluate_checkpoint(
         "dataset": data.name,
         "model": trained.recipe.model,
         "world_size": world.size,
-        **_training_summary(trained),
-        "test_accuracy": result.accuracy,
-        "test_loss": result.loss,
-        "test_images": result.images,
+        # What the original script does not record is None.
+        "epochs": trained.recipe.epochs if is_ours else content["epoch"],
+        "steps": content["step"] if is_ours else None,
+        "samples_sha256": content["samples_sha256"],
+        "train_seconds": content.get("train_seconds"),
+        **result.figures(),
         "weights_sha256": trained.weights_sha256,
         "data_sha256": data.sha256,
         "images_per_second": result.images / seconds,
@@ -117,24 +121,5 @@ def evaluate_trained(
         raise CheckpointError(
             f"{trained.path} has {classes} classes, but {data.name} has {len(data.class_names)}"
         )
-    return evaluate(
-        trained.network,
-        data.test,
-        world,
-        classes=classes,
-        mean=trained.mean,
-        std=trained.std,
-        precision=trained.recipe.precision,
-    )
-
-
-def _training_summary(trained: Trained) -> dict[str, Any]:
-    """How the checkpoint was trained. Fields that the original script does not record are None."""
-    content, recipe = trained.content, trained.recipe
-    is_ours = content["recipe"] is not None
-    return {
-        "epochs": recipe.epochs if is_ours else content["epoch"],
-        "steps": content["step"] if is_ours else None,
-        "samples_sha256": content["samples_sha256"],
-        "train_seconds": content.get("train_seconds"),
-    }
+    as_trained = replace(data, class_names=trained.class_names, mean=trained.mean, std=trained.std)
+    return evaluate(trained.network, as_trained, world, trained.recipe.precision)

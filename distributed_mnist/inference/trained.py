@@ -54,17 +54,14 @@ class Trained:
     @property
     def weights_sha256(self) -> str:
         """SHA-256 of the weights, as the run reports it. For an ensemble, of its members' digests."""
-        digests = [digest(dict(network.state_dict())) for network in self._networks]
-        return digest(digests) if isinstance(self.network, Vote) else digests[0]
+        if isinstance(self.network, Vote):
+            return digest([digest(dict(member.state_dict())) for member in self.network.members])
+        return digest(dict(self.network.state_dict()))
 
     @property
     def folder(self) -> Path:
         """The folder of the run, or the ensemble, that the checkpoint belongs to."""
         return Path(self.path) if isinstance(self.network, Vote) else Path(self.path).parent.parent
-
-    @property
-    def _networks(self) -> list[nn.Module]:
-        return list(self.network.members) if isinstance(self.network, Vote) else [self.network]
 
     @torch.no_grad()
     def logits(self, images: Tensor | NDArray[np.uint8]) -> Tensor:
@@ -94,6 +91,10 @@ class CheckpointFiles:
     """For an ensemble, the SHA-256 digest of each member's weights when it was evaluated."""
 
 
+Members = tuple[CheckpointFiles, list[dict[str, Any]]]
+"""The checkpoints of an ensemble's networks, and their results."""
+
+
 def find_checkpoint(path: Path) -> CheckpointFiles:
     """Read the checkpoint at `path`. For a run's folder it is the best one, for an ensemble's its members'.
 
@@ -121,19 +122,29 @@ def _find_members(path: Path, *, example: Path) -> CheckpointFiles:
     """
     ensemble = read_ensemble_result(path)
     members = ensemble["members"] if ensemble else []
-    folders = [member_folder(path, member["seed"]) for member in members]
-    results = [read_result(folder) for folder in folders]
-    files = [
-        checkpoint_path(folder / "checkpoints", result["steps"])
-        for folder, result in zip(folders, results, strict=True)
-        if result is not None
-    ]
-    if not files or None in results:
+    found = read_members(path, [member["seed"] for member in members])
+    if not members or found is None:
         raise CheckpointError(
             f"{path} is an unfinished ensemble: name one of its networks, such as {example}"
         )
-    weights = [member["weights_sha256"] for member in members]
-    return CheckpointFiles(str(path), [(str(file), read_bytes(file)) for file in files], weights)
+    return dataclasses.replace(found[0], member_weights=[member["weights_sha256"] for member in members])
+
+
+def read_members(path: Path, seeds: Sequence[int]) -> Members | None:
+    """Read the final checkpoints of the members with these seeds; None if one of them is unfinished.
+
+    Raises `CheckpointError` for a damaged file.
+    """
+    folders = [member_folder(path, seed) for seed in seeds]
+    results = [result for folder in folders if (result := read_result(folder)) is not None]
+    if len(results) < len(folders):
+        return None
+    files = [
+        checkpoint_path(folder / "checkpoints", result["steps"])
+        for folder, result in zip(folders, results, strict=True)
+    ]
+    weights = [result["weights_sha256"] for result in results]
+    return CheckpointFiles(str(path), [(str(file), read_bytes(file)) for file in files], weights), results
 
 
 def restore(checkpoint: CheckpointFiles, *, model: str | None, device: torch.device) -> Trained:

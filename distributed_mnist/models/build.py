@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -104,8 +104,12 @@ def inspect(model: nn.Module, name: str, classes: int, device: torch.device) -> 
     Raises `UsageError` if it cannot be trained exactly. This tests the model's behaviour, not the types of
     its layers. So it also finds batch statistics or functional dropout in a user's own code.
     """
+
+    def refuse(problem: str) -> NoReturn:
+        raise UsageError(f"--model {name}: {problem}")
+
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UsageError(f"--model {name}: it has no parameters to train")
+        refuse("it has no parameters to train")
     generator = torch.Generator().manual_seed(0)
     first, second, third = (torch.randn(1, *IMAGE_SHAPE, generator=generator).to(device) for _ in range(3))
     buffers = {key: value.clone() for key, value in model.named_buffers()}
@@ -124,32 +128,28 @@ def inspect(model: nn.Module, name: str, classes: int, device: torch.device) -> 
     logits = forward(first, second)
     draws_random_numbers = not torch.equal(state_before, _generator_state(device))
     if not isinstance(logits, Tensor):
-        raise UsageError(f"--model {name}: it returns a {type(logits).__name__}, not a tensor of logits")
+        refuse(f"it returns a {type(logits).__name__}, not a tensor of logits")
     if logits.shape != (2, classes):
-        raise UsageError(
-            f"--model {name}: it returns shape {tuple(logits.shape)} for 2 images, not (2, {classes}): "
-            f"the data has {classes} classes"
-        )
+        shapes = f"{tuple(logits.shape)} for 2 images, not (2, {classes})"
+        refuse(f"it returns shape {shapes}: the data has {classes} classes")
     changed = [key for key, value in model.named_buffers() if not torch.equal(value, buffers[key])]
     mixes_samples = not torch.equal(logits[0], forward(first, third)[0])
     if mixes_samples or changed:
         problem = "one image's logits depend on the others in its batch"
         if changed:
             problem = f"its buffer {changed[0]} changes in the forward pass"
-        raise UsageError(
-            f"--model {name}: {problem}; batch statistics cannot be trained exactly, use per-sample norms"
-        )
+        refuse(f"{problem}; batch statistics cannot be trained exactly, use per-sample norms")
     model.eval()
     state_before = _generator_state(device)
     pair = torch.cat((first, second))
     if not torch.equal(model(pair), model(pair)) or not torch.equal(state_before, _generator_state(device)):
-        raise UsageError(f"--model {name}: it draws random numbers in evaluation")
+        refuse("it draws random numbers in evaluation")
     model.train()
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
     with torch.enable_grad():
         total = forward(first, second).float().sum()
         if not total.requires_grad:
-            raise UsageError(f"--model {name}: its logits do not depend on its parameters")
+            refuse("its logits do not depend on its parameters")
         gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
     unused = tuple(key for key, gradient in zip(trained, gradients, strict=True) if gradient is None)
     return ModelProperties(sum(p.numel() for p in trained.values()), draws_random_numbers, unused)

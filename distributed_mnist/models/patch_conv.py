@@ -26,9 +26,8 @@ class PatchConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of `x`; for the shapes see the class."""
         device = x.device.type
-        if torch.is_autocast_enabled(
-            device
-        ):  # cast each value once, before it is copied into several patches
+        if torch.is_autocast_enabled(device):
+            # Cast each value once, before it is copied into several patches.
             x = x.to(torch.get_autocast_dtype(device))
         rows, columns = ((side - self.kernel) // self.stride + 1 for side in x.shape[1:3])
         return self.product(patches(x, self.kernel, self.stride)).view(x.shape[0], rows, columns, -1)

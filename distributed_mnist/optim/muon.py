@@ -10,12 +10,11 @@ torch's own `torch.optim.Muon` accepts matrices only, but most weights here are 
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .optimizers import Optimizer, adam_step
+from .optimizers import Group, Optimizer
 
 # The coefficients of a quintic that maps singular values between 0 and 1 to about one, from the source
 # above. There it is applied five times. The small networks here learn as well with three, see
@@ -64,22 +63,19 @@ class Muon(Optimizer):
         matrix_ids = {id(p) for p in matrices}
         rest = [p for p in parameters if id(p) not in matrix_ids]
         adam = {"lr": lr, "weight_decay": weight_decay, "adam_ratio": adam_ratio, "betas": betas}
-        groups: list[dict[str, Any]] = [{"params": rest, "matrices": False, **adam}]
+        groups: list[Group] = [{"params": rest, "matrices": False, **adam}]
         if matrices:
             groups.append({"params": matrices, "matrices": True, "momentum": momentum, "lr": lr})
         super().__init__(groups, {})
 
-    def update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+    def update(self, parameters: list[Tensor], gradients: list[Tensor], group: Group) -> None:
         """Update the parameters of one group; see `Optimizer`."""
         if group["matrices"]:
             self._orthogonal_step(parameters, gradients, group)
         else:
-            lr = group["lr"] * group["adam_ratio"]
-            adam_step(torch._fused_adamw_, self.state, parameters, gradients, lr=lr, group=group)
+            self.adam_step(torch._fused_adamw_, parameters, gradients, group)
 
-    def _orthogonal_step(
-        self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]
-    ) -> None:
+    def _orthogonal_step(self, parameters: list[Tensor], gradients: list[Tensor], group: Group) -> None:
         lr, momentum = group["lr"], group["momentum"]
         for p in parameters:
             if "momentum_buffer" not in self.state[p]:

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Group = dict[str, Any]
+"""A group of parameters with their hyperparameters."""
+
 
 def _unwrapped(method: Any) -> Any:
     """Return a method of torch's base class without the wrapper that imports the compiler."""
@@ -39,9 +42,33 @@ class Optimizer(torch.optim.Optimizer):
     # Without this, torch wraps `step` for profiler marks and step hooks, which are not used here: 20 µs.
     step.hooked = True  # type: ignore[attr-defined]
 
-    def update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+    def update(self, parameters: list[Tensor], gradients: list[Tensor], group: Group) -> None:
         """Update the parameters of one group, which holds its hyperparameters."""
         raise NotImplementedError
+
+    def adam_step(
+        self, kernel: Callable[..., object], parameters: list[Tensor], gradients: list[Tensor], group: Group
+    ) -> None:
+        """Take Adam's step with one of torch's kernels. `adam_ratio` multiplies the learning rate."""
+        state = self.state
+        for p in parameters:
+            if "step" not in state[p]:
+                state[p]["step"] = torch.zeros((), device=p.device)
+                state[p]["exp_avg"], state[p]["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        means, squares, steps = (
+            [state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq", "step")
+        )
+        if steps[0].is_cpu:  # on CPU one call for all of them takes longer
+            for step in steps:
+                step.add_(1)
+        else:
+            torch._foreach_add_(steps, 1)
+        beta1, beta2 = group["betas"]
+        kernel(
+            parameters, gradients, means, squares, [], steps,
+            lr=group["lr"] * group.get("adam_ratio", 1), beta1=beta1, beta2=beta2, eps=1e-8,
+            weight_decay=group["weight_decay"], amsgrad=False, maximize=False,
+        )  # fmt: skip
 
 
 class Adam(Optimizer):
@@ -60,38 +87,9 @@ class Adam(Optimizer):
         super().__init__(parameters, {"lr": lr, "betas": betas, "weight_decay": weight_decay, **fixed})
         self._kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
 
-    def update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+    def update(self, parameters: list[Tensor], gradients: list[Tensor], group: Group) -> None:
         """Update the parameters of one group; see `Optimizer`."""
-        adam_step(self._kernel, self.state, parameters, gradients, lr=group["lr"], group=group)
-
-
-def adam_step(
-    kernel: Callable[..., object],
-    state: dict[Tensor, dict[str, Any]],
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    *,
-    lr: float,
-    group: dict[str, Any],
-) -> None:
-    """Take Adam's step with one of torch's kernels. `group` holds the betas and the weight decay."""
-    for p in parameters:
-        if "step" not in state[p]:
-            state[p]["step"] = torch.zeros((), device=p.device)
-            state[p]["exp_avg"], state[p]["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-    means, squares, steps = (
-        [state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq", "step")
-    )
-    if steps[0].is_cpu:  # on CPU one call for all of them takes longer
-        for step in steps:
-            step.add_(1)
-    else:
-        torch._foreach_add_(steps, 1)
-    beta1, beta2 = group["betas"]
-    kernel(
-        parameters, gradients, means, squares, [], steps, lr=lr, beta1=beta1, beta2=beta2, eps=1e-8,
-        weight_decay=group["weight_decay"], amsgrad=False, maximize=False,
-    )  # fmt: skip
+        self.adam_step(self._kernel, parameters, gradients, group)
 
 
 class SGD(Optimizer):
@@ -102,7 +100,7 @@ class SGD(Optimizer):
     ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
-    def update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+    def update(self, parameters: list[Tensor], gradients: list[Tensor], group: Group) -> None:
         """Update the parameters of one group; see `Optimizer`."""
         is_first_step = "momentum_buffer" not in self.state[parameters[0]]
         if is_first_step and group["momentum"]:

@@ -61,9 +61,8 @@ def make_schedule(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float
         steps_since_peak = min(step - warmup_steps, falling_steps)
         return recipe.lr + (final_rate - recipe.lr) * steps_since_peak / falling_steps
 
-    return {"constant": constant, "step": stepwise, "cosine": cosine, "one-cycle": one_cycle}[
-        recipe.schedule
-    ]
+    schedules = {"constant": constant, "step": stepwise, "cosine": cosine, "one-cycle": one_cycle}
+    return schedules[recipe.schedule]
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:

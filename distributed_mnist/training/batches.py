@@ -44,6 +44,7 @@ class Batches:
         self._split, self._recipe = split, recipe
         self._mean, self._std = mean, std
         self.steps_per_epoch = -(-len(split) // recipe.batch_size)
+        self.total_steps = recipe.total_steps(self.steps_per_epoch)
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
         self._order_on_device = torch.empty(0, dtype=torch.int64)

@@ -5,20 +5,25 @@ chunk does not depend on the rank that computes it. The losses of the chunks are
 so their total does not depend on the number of ranks.
 """
 
+import base64
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import Precision
+from ..data.broadcast import Data
 from ..data.split import Split, normalise
 from ..distributed.world import World
 from ..errors import UsageError
 from ..models.build import forward
 
 CHUNK = 250  # divides 10,000 into 40: fits a core's cache, and leaves each of 8 ranks 5
+MAX_MISTAKES = 200
+"""The maximum number of mistakes to list."""
 
 
 @dataclass(frozen=True)
@@ -41,23 +46,19 @@ class Evaluation:
         """The fraction of images that are classified correctly."""
         return self.correct / self.images
 
+    def figures(self) -> dict[str, float]:
+        """Return accuracy, loss and number of images under the names that they have in every result."""
+        return {"test_accuracy": self.accuracy, "test_loss": self.loss, "test_images": self.images}
+
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    split: Split,
-    world: World,
-    *,
-    classes: int,
-    mean: float,
-    std: float,
-    precision: Precision,
-) -> Evaluation:
-    """Evaluate the model on a split that every rank holds; every rank returns the same metrics.
+def evaluate(model: nn.Module, data: Data, world: World, precision: Precision) -> Evaluation:
+    """Evaluate the model on the test images, which every rank holds; every rank returns the same metrics.
 
-    `mean` and `std` normalise the images. The model runs in evaluation mode; afterwards its previous mode
-    is restored. Raises `UsageError` if the model does not return logits `(n, classes)`.
+    The model runs in evaluation mode; afterwards its previous mode is restored. Raises `UsageError` if it
+    does not return logits `(n, classes)`.
     """
+    split, classes = data.test, len(data.class_names)
     chunks = -(-len(split) // CHUNK)
     losses = torch.zeros(chunks, device=world.device)
     predicted = torch.zeros(len(split), dtype=torch.int64, device=world.device)
@@ -68,7 +69,7 @@ def evaluate(
         world.status.made_progress()
         rows = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
         images, labels = split.images[rows].clone(), split.labels[rows].long()
-        logits = forward(model, normalise(images, mean, std), precision)
+        logits = forward(model, normalise(images, data.mean, data.std), precision)
         if logits.shape != (len(images), classes):
             shape, expected = tuple(logits.shape), (len(images), classes)
             raise UsageError(
@@ -90,3 +91,24 @@ def evaluate(
         predicted=predicted,
         confidence=confidence,
     )
+
+
+def mistakes(result: Evaluation, split: Split) -> list[dict[str, Any]]:
+    """Return the mistakes of an evaluation of `split` as plain values, the most confident ones first.
+
+    There are at most `MAX_MISTAKES`. Each has `index` (in the split), `label`, `predicted`, `confidence`
+    (in the wrong class, 0 to 1) and `image` (28 by 28 bytes, in base64).
+    """
+    labels = split.labels.cpu().long()
+    wrong = (result.predicted != labels).nonzero().flatten()
+    order = torch.argsort(result.confidence[wrong], descending=True, stable=True)
+    return [
+        {
+            "index": index,
+            "label": int(labels[index]),
+            "predicted": int(result.predicted[index]),
+            "confidence": float(result.confidence[index]),
+            "image": base64.b64encode(split.images[index].cpu().numpy().tobytes()).decode(),
+        }
+        for index in wrong[order][:MAX_MISTAKES].tolist()
+    ]

@@ -38,9 +38,8 @@ class Ledger:
     """A buffer for the records of up to `capacity` steps of up to `batch_size` samples."""
 
     def __init__(self, capacity: int, batch_size: int, device: torch.device) -> None:
-        self._ids = np.zeros(
-            (capacity, batch_size), dtype=np.int64
-        )  # id + 1; 0 means another rank's sample
+        # Each is an id plus one; 0 means another rank's sample.
+        self._ids = np.zeros((capacity, batch_size), dtype=np.int64)
         self._losses = torch.zeros((capacity, batch_size), device=device)
         self._correct = torch.zeros((capacity, batch_size), dtype=torch.bool, device=device)
         self._sizes: list[int] = []
@@ -69,14 +68,9 @@ class Ledger:
         digest of all ids so far. Every rank must call it.
         """
         steps, sizes = len(self._sizes), self._sizes
+        ids = self._ids[:steps]
         if world.size > 1:
-            ids = (
-                world.all_reduce_sum_(torch.from_numpy(self._ids[:steps].copy()).to(world.device))
-                .cpu()
-                .numpy()
-            )
-        else:
-            ids = self._ids[:steps]
+            ids = world.all_reduce_sum_(torch.from_numpy(ids.copy()).to(world.device)).cpu().numpy()
         for size, row in zip(sizes, ids, strict=True):
             samples_sha256 = chain(samples_sha256, row[:size] - 1)
         losses = world.all_reduce_sum_(self._losses[:steps].clone()).cpu().numpy().astype(np.float64)

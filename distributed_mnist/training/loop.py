@@ -6,6 +6,7 @@ the ranks combine their metrics, evaluate the model, save checkpoints, and agree
 """
 
 import math
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -19,11 +20,10 @@ from ..gradients.loss import cross_entropy
 from ..models.build import forward
 from ..optim import weight_average
 from ..optim.schedule import make_schedule, set_learning_rate
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation, evaluate, mistakes
 from .ledger import IntervalRecord, Ledger
-from .mistakes import mistakes
-from .state import ZERO_TOTALS, State, TrainingContext
-from .sync_points import PhaseTimer, SyncPoints, suggest_fewer_processes
+from .state import ZERO_TOTALS, State, TrainingContext, pack
+from .sync_points import PhaseTimer, SyncPoints
 
 _DISK_PATIENCE_SECONDS = 300.0  # a slow disk is not a hang
 _OUTPUT_PATIENCE_SECONDS = 3600.0  # a terminal paused with Ctrl-S is not a hang either
@@ -37,7 +37,7 @@ def train(state: State, context: TrainingContext) -> Evaluation:
     if the loss or the weights are not finite, or if the weights differ between ranks.
     """
     recipe, world, batches = context.recipe, context.world, context.batches
-    total_steps = recipe.total_steps(batches.steps_per_epoch)
+    total_steps = batches.total_steps
     lr_at = make_schedule(recipe, batches.steps_per_epoch)
     averaging_start = total_steps - recipe.averaged_steps(total_steps)
     averages_weights = averaging_start < total_steps
@@ -78,11 +78,12 @@ def train(state: State, context: TrainingContext) -> Evaluation:
         close_interval(state, context, ledger, sync_points, timer, lr_at(step))
         if not speed_judged and sync_points.steps >= _MIN_STEPS_TO_JUDGE_SPEED:
             speed_judged = True
-            report_speed_hint(context, sync_points)
+            if hint := sync_points.speed_hint():
+                report(context, "notice", text=hint)
         is_best = False
         if must_evaluate:
             world.status.enter("evaluating")
-            evaluation = evaluate(state.model, context.test, world, **context.evaluation_options)
+            evaluation = evaluate(state.model, context.data, world, recipe.precision)
             is_best = report_evaluation(state, context, evaluation) or (is_last and averages_weights)
         if must_save or save_due or stopping or is_best:
             save(state, context, best=is_best)
@@ -91,7 +92,7 @@ def train(state: State, context: TrainingContext) -> Evaluation:
             stop(state, world, total_steps)
         world.status.enter("training")
         sync_points.start()
-    return evaluation or evaluate(state.model, context.test, world, **context.evaluation_options)
+    return evaluation or evaluate(state.model, context.data, world, recipe.precision)
 
 
 def train_step(
@@ -186,7 +187,7 @@ def save(state: State, context: TrainingContext, *, best: bool) -> None:
     """Start to write a checkpoint of the current state. Training continues while it is written."""
     require_same_weights(state, context.world)
     with context.world.status.during("saving a checkpoint", _DISK_PATIENCE_SECONDS):
-        context.store.save(context.pack, best=best)
+        context.store.save(partial(pack, state, context), best=best)
 
 
 def report_saved(state: State, context: TrainingContext, *, wait: bool) -> None:
@@ -240,18 +241,8 @@ def report_evaluation(state: State, context: TrainingContext, result: Evaluation
         confusion=result.confusion,
         best=is_best,
     )
-    report(context, "mistakes", step=state.step, mistakes=mistakes(result, context.test))
+    report(context, "mistakes", step=state.step, mistakes=mistakes(result, context.data.test))
     return is_best
-
-
-def report_speed_hint(context: TrainingContext, sync_points: SyncPoints) -> None:
-    """Report a notice if fewer processes would train at least as fast."""
-    steps = sync_points.steps
-    hint = suggest_fewer_processes(
-        context.world.size, sync_points.seconds / steps, sync_points.exchange_seconds / steps
-    )
-    if hint:
-        report(context, "notice", text=hint)
 
 
 def report(context: TrainingContext, event: str, **fields: Any) -> None:

@@ -64,15 +64,15 @@ def resume(
     store: Store,
     requested: bytes | None,
     state: State,
-    *,
-    check: Callable[[Content, str], None],
+    recipe: Recipe,
+    data: Data,
     complain: Callable[[str], None],
 ) -> str | None:
     """Restore the state from a checkpoint, if there is one to resume from, and return its path.
 
     After a restart by a launcher, the run's newest checkpoint takes precedence over `--resume`. `requested`
-    is the result of `read_requested_checkpoint`. `check` raises an error for a checkpoint that
-    does not belong to this run. `complain` is called with each notice for the user.
+    is the result of `read_requested_checkpoint`. `complain` is called with each notice for the user. Raises
+    `CheckpointError` for a checkpoint that does not belong to this run.
     """
     found = (options.resume or "", requested) if requested is not None else None
     if options.resume == "auto" or folder.restarted:
@@ -83,7 +83,7 @@ def resume(
         return None
     name, raw = found
     content = decode(raw, name)
-    check(content, name)
+    require_same_run(content, name, recipe, data)
     state.restore(content, name)
     store.resumed_from(name, state.step)
     now, then = versions(), content["versions"]

@@ -28,11 +28,10 @@ from ..runs.lock import RunLock
 from ..runs.run_files import write_config
 from ..runs.run_folder import RunFolder, open_folder, open_store
 from .batches import Batches
-from .evaluate import Evaluation
 from .loop import require_same_weights, train
 from .results import write_results
-from .resume import read_requested_checkpoint, require_same_recipe, require_same_run, resume, run_config
-from .state import State, TrainingContext, pack
+from .resume import read_requested_checkpoint, require_same_recipe, resume, run_config
+from .state import State, TrainingContext
 from .threads import oversubscription_warnings, use_threads
 
 
@@ -58,31 +57,25 @@ def run(
     require_same_recipe(world, recipe)
     find_factory(recipe.model)  # cheap checks come first: reading the data takes long
     requested = read_requested_checkpoint(world, options)
-    threads = use_threads(world, recipe)  # after a user's module is imported, which may set them too
+    threads = use_threads(world, recipe.sync)  # after a user's module is imported, which may set them too
     data = broadcast_dataset(world, read)
-    model, properties = world.on_every_rank(lambda: make_model(recipe, len(data.class_names), world.device))
     batches = Batches(data.train, recipe, data.mean, data.std)
+    model, properties = world.on_every_rank(lambda: make_model(recipe, len(data.class_names), world.device))
     state = State(model, make_optimizer(recipe, model))
     gradients = make_gradients(recipe, options, world, model, properties)
     folder = open_folder(world, options, recipe, title)
     notices = start_notices(world, recipe, data, threads, folder)
+    lines = start_lines(world, recipe, data, properties, title, threads, folder.path)
+    config = run_config(recipe, options, data)
     save_steps, save_seconds = checkpoint_interval(options.checkpoint_every, batches.steps_per_epoch)
     try:
         store = open_store(world, options, folder, save_seconds)
         resumed = resume(
-            world,
-            options,
-            folder,
-            store,
-            requested,
-            state,
-            check=partial(require_same_run, recipe=recipe, data=data),
-            complain=notices.append,
+            world, options, folder, store, requested, state, recipe, data, complain=notices.append
         )
         require_same_weights(state, world)
         tensorboard_sink = partial(make_tensorboard, folder.path, recipe, data, state.step)
         sink = make_sink(world, folder.path, store, console, tensorboard_sink if tensorboard else None)
-        config = run_config(recipe, options, data)
         world.on_rank_zero(lambda: write_config(folder.path, config), NoneType)
     except DmnistError:
         if folder.lock is not None:
@@ -90,43 +83,36 @@ def run(
         raise
     context = TrainingContext(
         recipe=recipe,
+        options=options,
         world=world,
+        data=data,
         batches=batches,
-        test=data.test,
         gradients=gradients,
         reseed=properties.draws_random_numbers,
         store=store,
         sink=sink,
-        pack=partial(pack, state, recipe, data, options, batches.steps_per_epoch),
         stop_requested=signals.requested,
-        evaluation_options={
-            "classes": len(data.class_names),
-            "mean": data.mean,
-            "std": data.std,
-            "precision": recipe.precision,
-        },
         save_every=save_steps,
         eval_every=steps_between(options.eval_every, batches.steps_per_epoch, "eval_every"),
     )
-    total_steps = recipe.total_steps(batches.steps_per_epoch)
     sink.log(
         "start",
-        lines=start_lines(world, recipe, data, properties, title, threads, folder.path),
+        lines=lines,
         world_size=world.size,
         step=state.step,
-        steps=total_steps,
+        steps=batches.total_steps,
         epochs=recipe.epochs,
         again=folder.restarted,
         ranks=[{"rank": peer.rank, "host": peer.host, "pid": peer.pid} for peer in world.peers],
     )
     if resumed:
-        notices.append(f"resumed from {resumed} at step {state.step} of {total_steps}")
+        notices.append(f"resumed from {resumed} at step {state.step} of {batches.total_steps}")
     for text in notices:
         sink.log("notice", text=text)
     signals.arm(resume_flags := resume_flags or layout.resume_flags(folder.path))
     with lock_released_on_failure(folder.lock):
         try:
-            result = train_and_summarise(state, context, data, folder.path, began)
+            result = train_and_summarise(state, context, folder.path, began)
             sink.log("end", result=result)
         except Interrupted as error:
             sink.log("stop", step=state.step)
@@ -165,15 +151,25 @@ def lock_released_on_failure(lock: RunLock | None) -> Iterator[None]:
 
 
 def train_and_summarise(
-    state: State, context: TrainingContext, data: Data, folder: Path, began: float
+    state: State, context: TrainingContext, folder: Path, began: float
 ) -> dict[str, Any]:
     """Train to the end. Return the result of the run, including its speed since this process started."""
     steps_before, seconds_before = state.step, state.train_seconds
     evaluation = train(state, context)
+    recipe, data = context.recipe, context.data
     images = context.batches.images_before(state.step) - context.batches.images_before(steps_before)
     seconds_here = state.train_seconds - seconds_before
     return {
-        **summary(state, context.recipe, data, evaluation),
+        "dataset": data.name,
+        "model": recipe.model,
+        "sync": recipe.sync,
+        "epochs": recipe.epochs,
+        "steps": state.step,
+        **evaluation.figures(),
+        "weights_sha256": digest(dict(state.model.state_dict())),
+        "samples_sha256": state.samples_sha256,
+        "data_sha256": data.sha256,
+        "train_seconds": state.train_seconds,
         "world_size": context.world.size,
         "device": context.world.device.type,
         "steps_here": state.step - steps_before,
@@ -181,24 +177,6 @@ def train_and_summarise(
         "images_per_second": images / seconds_here if images else None,
         "total_seconds": time.perf_counter() - began,
         "out": str(folder),
-    }
-
-
-def summary(state: State, recipe: Recipe, data: Data, evaluation: Evaluation) -> dict[str, Any]:
-    """Return the part of the result that does not depend on where it ran, except for `train_seconds`."""
-    return {
-        "dataset": data.name,
-        "model": recipe.model,
-        "sync": recipe.sync,
-        "epochs": recipe.epochs,
-        "steps": state.step,
-        "test_accuracy": evaluation.accuracy,
-        "test_loss": evaluation.loss,
-        "test_images": evaluation.images,
-        "weights_sha256": digest(dict(state.model.state_dict())),
-        "samples_sha256": state.samples_sha256,
-        "data_sha256": data.sha256,
-        "train_seconds": state.train_seconds,
     }
 
 

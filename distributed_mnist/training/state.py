@@ -2,14 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
 from ..common.digest import START_OF_CHAIN
 from ..config import Recipe, Run
 from ..data.broadcast import Data
-from ..data.split import Split
 from ..distributed.world import World
 from ..gradients.all_reduce import Gradients
 from ..optim.optimizers import Optimizer
@@ -18,6 +16,8 @@ from ..runs.checkpoint import FORMAT, Content, load_optimizer, load_weights, ver
 from ..runs.checkpoint_store import Store
 from .batches import Batches
 
+_SCALARS = ("step", "best_accuracy", "samples_sha256", "train_seconds")
+"""Fields of `State` that a checkpoint stores as they are."""
 ZERO_TOTALS: dict[str, float] = {"loss": 0.0, "correct": 0, "images": 0}
 
 
@@ -44,10 +44,7 @@ class State:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "best_accuracy": self.best_accuracy,
-            "samples_sha256": self.samples_sha256,
-            "train_seconds": self.train_seconds,
+            **{scalar: getattr(self, scalar) for scalar in _SCALARS},
             "totals": dict(self.totals),
         }
 
@@ -55,10 +52,8 @@ class State:
         """Load the state from a checkpoint. Raises `CheckpointError` if it is from a different model."""
         load_weights(self.model, content["model"], name)
         load_optimizer(self.optimizer, content["optimizer"], name)
-        self.step = content["step"]
-        self.best_accuracy = content["best_accuracy"]
-        self.samples_sha256 = content["samples_sha256"]
-        self.train_seconds = content["train_seconds"]
+        for scalar in _SCALARS:
+            setattr(self, scalar, content[scalar])
         self.totals = dict(content["totals"])
 
 
@@ -67,33 +62,31 @@ class TrainingContext:
     """Everything that the loop uses and does not replace."""
 
     recipe: Recipe
+    options: Run
     world: World
+    data: Data
     batches: Batches
-    test: Split
     gradients: Gradients
     reseed: bool
     """Seed torch's generator before each forward pass, because the model draws random numbers."""
     store: Store
     sink: Sink
-    pack: Callable[[], Content]
-    """Returns a checkpoint's content for the current state."""
     stop_requested: Callable[[], bool]
-    evaluation_options: dict[str, Any]
-    """Keyword arguments for `evaluate`."""
     save_every: int | None
     """Steps between checkpoints; None if the store saves by elapsed time."""
     eval_every: int
     """Steps between evaluations."""
 
 
-def pack(state: State, recipe: Recipe, data: Data, options: Run, steps_per_epoch: int) -> Content:
+def pack(state: State, context: TrainingContext) -> Content:
     """Return a checkpoint's content for the current state."""
+    data, options = context.data, context.options
     drawn = {"seed": options.data_seed, "train_size": options.train_size, "test_size": options.test_size}
     return {
         "format": FORMAT,
         **state.to_content(),
-        "recipe": recipe.to_dict(),
+        "recipe": context.recipe.to_dict(),
         "dataset": {**data.to_dict(), **(drawn if data.name == "generated" else {})},
-        "steps_per_epoch": steps_per_epoch,
+        "steps_per_epoch": context.batches.steps_per_epoch,
         "versions": versions(),
     }

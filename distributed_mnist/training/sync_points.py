@@ -113,6 +113,11 @@ class SyncPoints:
         self._last, self._next = step, step + max(interval, 1)
         return max(stops) > 0, max(saves) > 0
 
+    def speed_hint(self) -> str | None:
+        """Return a hint if fewer processes would train at least as fast, else None."""
+        step_seconds, exchange_seconds = self.seconds / self.steps, self.exchange_seconds / self.steps
+        return suggest_fewer_processes(self._world.size, step_seconds, exchange_seconds)
+
 
 def suggest_fewer_processes(size: int, step_seconds: float, exchange_seconds: float) -> str | None:
     """Return a hint if fewer processes would certainly train at least as fast, else None.

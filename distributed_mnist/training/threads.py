@@ -3,19 +3,19 @@
 import torch
 
 from ..common.placement import usable_cores
-from ..config import Recipe
+from ..config import Sync
 from ..distributed.world import World
 
 
-def use_threads(world: World, recipe: Recipe) -> int:
+def use_threads(world: World, sync: Sync) -> int:
     """Set and return the number of intra-op threads of this process.
 
     With `tree` this is one, because two threads would add in a different order. With `ddp` the processes on
     a host share its cores.
     """
-    threads = 1 if recipe.sync == "tree" else max(1, usable_cores() // world.local_size)
+    threads = 1 if sync == "tree" else max(1, usable_cores() // world.local_size)
     torch.set_num_threads(threads)
-    if world.device.type == "cuda" and recipe.sync == "tree":
+    if world.device.type == "cuda" and sync == "tree":
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
     return threads

@@ -5,15 +5,16 @@ Each run under faults must give the same answer as the run without faults. The s
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from .compare import Answer, compare
 from .faults import FAULTS
-from .results_table import ResultsTable, Row
+from .results_table import ResultsTable
 from .run_with_faults import LONGER_JOB, FaultyRun, RunEndedError
 from .training_job import RunFailedError, run_without_faults
 
@@ -63,7 +64,7 @@ def run_chaos(
             return
     table.header("under faults")
     seconds = time.monotonic() - began
-    table.add(Row("a longer job, without faults", True, "reference", reference.sha256, seconds))
+    table.add("a longer job, without faults", reference, seconds, good="reference")
     kinds = _fault_kinds(Random(seed))
     faults: list[InjectedFault] = []
     number = failures = runs_without_fault = 0
@@ -73,10 +74,10 @@ def run_chaos(
         and runs_without_fault < _MAX_RUNS_WITHOUT_FAULT
     ):
         number += 1
-        began = time.monotonic()
+        began, rng = time.monotonic(), Random(f"{seed}/{number}")
+        start = partial(FaultyRun, folder / f"chaos-{number}", max_nproc, device, rng)
         with table.busy(f"run {number}, {len(faults)} of {fault_count} faults so far"):
-            remaining = fault_count - len(faults)
-            chaos_run = _run_once(number, max_nproc, device, kinds, seed, folder, reference, remaining)
+            chaos_run = _run_once(f"run {number}", start, kinds, fault_count - len(faults), reference)
         faults += chaos_run.faults
         failures += chaos_run.problem is not None
         runs_without_fault = 0 if chaos_run.faults else runs_without_fault + 1
@@ -88,21 +89,13 @@ def run_chaos(
 
 
 def _run_once(
-    number: int,
-    max_nproc: int,
-    device: str,
-    kinds: Iterator[str],
-    seed: int,
-    folder: Path,
-    reference: Answer,
-    max_faults: int,
+    name: str, start: Callable[[], FaultyRun], kinds: Iterator[str], max_faults: int, reference: Answer
 ) -> ChaosRun:
-    rng = Random(f"{seed}/{number}")
-    chaos_run = ChaosRun(f"run {number}")
+    chaos_run = ChaosRun(name)
     try:
-        with FaultyRun(folder / f"chaos-{number}", max_nproc, device, rng) as run:
+        with start() as run:
             chaos_run.sizes = run.sizes
-            fault_count = min(max_faults, rng.randint(1, _MAX_FAULTS_PER_RUN))
+            fault_count = min(max_faults, run.rng.randint(1, _MAX_FAULTS_PER_RUN))
             for _, kind in zip(range(fault_count), kinds, strict=False):
                 if fault := _inject(run, kind):
                     chaos_run.faults.append(fault)
@@ -140,12 +133,10 @@ def _show_run(chaos_run: ChaosRun, seed: int, seconds: float, table: ResultsTabl
     sizes = " → ".join(map(str, chaos_run.sizes))
     kinds = ", ".join(fault.kind for fault in chaos_run.faults)
     after = f" after {kinds}" if kinds else ""
-    problem = chaos_run.problem
-    sha256 = chaos_run.answer.sha256 if chaos_run.answer else None
     name = f"{chaos_run.name}, size {sizes}"
-    table.add(Row(name, problem is None, problem or f"same{after}", sha256, seconds))
-    if problem:
-        table.problems.append(f"chaos, --seed {seed}, {name}{after}: {problem}")
+    table.add(name, chaos_run.answer, seconds, chaos_run.problem, f"same{after}")
+    if chaos_run.problem:
+        table.problems.append(f"chaos, --seed {seed}, {name}{after}: {chaos_run.problem}")
 
 
 def _summary(faults: list[InjectedFault], runs: int, failures: int, seed: int) -> dict[str, Any]:

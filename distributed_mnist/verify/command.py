@@ -19,7 +19,7 @@ from ..launcher.signals import SIGNALS, StoppedEarly
 from .chaos import run_chaos
 from .compare import Answer, compare
 from .known_answers import report_known_answer, this_platform
-from .results_table import ResultsTable, Row
+from .results_table import ResultsTable
 from .training_job import RunFailedError, options, recipe, run_without_faults
 
 DEFAULT_MAX_NPROC = 4
@@ -75,9 +75,7 @@ def compare_sizes(sizes: list[int], device: str, folder: Path, table: ResultsTab
             problem = str(error)
         else:
             problem = reference and compare(reference, answer)
-        verdict = str(problem or ("same" if reference else "reference"))
-        sha256 = answer.sha256 if answer else None
-        table.add(Row(name, not problem, verdict, sha256, time.monotonic() - began))
+        table.add(name, answer, time.monotonic() - began, problem, "same" if reference else "reference")
         if problem:
             table.problems.append(f"{name}{' against 1' if answer else ''}: {problem}")
         reference = reference or answer

@@ -46,9 +46,7 @@ def kill_while_saving(run: FaultyRun) -> str:
     """Kill rank 0 at the moment it begins to write a checkpoint."""
     old = _unfinished_checkpoints(run)
     run.wait_for(lambda: _unfinished_checkpoints(run) - old, "it saved no checkpoint", poll_seconds=0.0005)
-    victim = run.rank(0)
-    if victim is None:
-        raise RunEndedError
+    victim = run.rank_zero()
     run.mark_fault()
     return _send(signal.SIGKILL, victim)
 
@@ -75,7 +73,7 @@ def terminate(run: FaultyRun) -> str:
         raise RunFailedError(
             f"{done} to the {target}, and it ended with code {code}: {run.command.last_line()}"
         )
-    run.start_again()
+    run.start()
     return f"{done} to the {target}"
 
 
@@ -85,7 +83,7 @@ def kill_launcher(run: FaultyRun) -> str:
     done = _send(signal.SIGKILL, run.command.process)
     if run.command.finish() == 0:
         raise RunEndedError
-    run.start_again()
+    run.start()
     return done
 
 
@@ -96,7 +94,7 @@ def tear_checkpoint(run: FaultyRun) -> str:
     run.command.kill()
     newest = run.checkpoints()[-1]
     done = f"{_damage(run, newest)} {newest.name}"
-    run.start_again()
+    run.start()
 
     def noticed() -> bool:
         return any(newest.name in text and "trying the one before" in text for text in run.notices())

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ..errors import VerificationError
 from ..reporting.console import make_console, print_json
+from .compare import Answer
 
 _NAME_WIDTH = 36
 
@@ -59,14 +60,15 @@ class ResultsTable:
         line = f"\n  {title:<{_NAME_WIDTH}} {'weights sha256':<14} {'seconds':>7}  result"
         self.print_line(line, "bold")
 
-    @contextlib.contextmanager
-    def busy(self, activity: str) -> Iterator[None]:
+    def busy(self, activity: str) -> contextlib.AbstractContextManager[Any]:
         """Show the current activity on a terminal until the block ends."""
-        with self._console.status(activity):
-            yield
+        return self._console.status(activity)
 
-    def add(self, row: Row) -> None:
-        """Print a row of the table."""
+    def add(
+        self, what: str, answer: Answer | None, seconds: float, problem: object = None, good: str = "same"
+    ) -> None:
+        """Print the row of a run, which says its `problem`, or `good` if it has none."""
+        row = Row(what, not problem, str(problem or good), answer and answer.sha256, seconds)
         self._rows.append(row)
         mark, style = ("✓", "green") if row.good else ("✗", "bold red")
         line = Text.assemble(

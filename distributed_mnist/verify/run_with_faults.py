@@ -40,7 +40,7 @@ class FaultyRun:
         self.folder, self._max_nproc, self._device, self.rng = folder, max_nproc, device, rng
         self.sizes: list[int] = []
         self.fault_time = 0.0
-        self.command = self._start()
+        self.start()
 
     def __enter__(self) -> Self:
         return self
@@ -48,15 +48,12 @@ class FaultyRun:
     def __exit__(self, *_: object) -> None:
         self.command.kill()
 
-    def start_again(self) -> None:
-        """Start the same command again, if possible at a different size. The old one must have ended."""
-        self.command = self._start()
-
-    def _start(self) -> TrainCommand:
+    def start(self) -> None:
+        """Start the command, if possible at a different size than before. The old one must have ended."""
         others = [size for size in range(1, self._max_nproc + 1) if self.sizes[-1:] != [size]]
         size = self.rng.choice(others or [1])
         self.sizes.append(size)
-        return TrainCommand(self.folder, size, self._device, *_FLAGS)
+        self.command = TrainCommand(self.folder, size, self._device, *_FLAGS)
 
     def wait_for(self, condition: Callable[[], T], complaint: str, poll_seconds: float = 0.02) -> T:
         """Poll until `condition()` is true, and return its value.
@@ -112,14 +109,12 @@ class FaultyRun:
         """Wait until the run ends and return its answer. Raises `RunFailedError`."""
         return wait_for_answer(self.command)
 
-    def rank(self, number: int) -> psutil.Process | None:
-        """Return the process of a rank, or None if it has ended."""
-        for event in self._events("start")[-1:]:
-            for peer in event["ranks"]:
-                if peer["rank"] == number:
-                    with contextlib.suppress(psutil.Error):
-                        return psutil.Process(peer["pid"])
-        return None
+    def rank_zero(self) -> psutil.Process:
+        """Return the process of rank 0. Raises `RunEndedError` if it has ended."""
+        try:
+            return psutil.Process(self._events("start")[-1]["ranks"][0]["pid"])
+        except (IndexError, psutil.Error):
+            raise RunEndedError from None
 
     def checkpoints(self) -> list[Path]:
         """Return the run's checkpoints, oldest first."""

@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 
 import psutil
 
-from ..config import Recipe, Run, load_recipe
+from ..config import Recipe, Run, flag, load_recipe
 from ..errors import CheckpointError
 from .compare import Answer, read_answer, read_events
 
@@ -23,6 +23,8 @@ DATA = {"dataset": "generated", "train_size": 4_000, "test_size": 999, "data_see
 TIMEOUT_SECONDS = 120.0
 """A run that makes no visible progress for this long hangs."""
 _POLL_SECONDS = 0.02
+_PACKAGE_PARENT = Path(__file__).parents[2]
+"""`python -m` looks in the current folder first, so from here it runs this package and no other."""
 
 
 class RunFailedError(Exception):
@@ -50,14 +52,12 @@ class TrainCommand:
         self.log = folder.with_name(f"{folder.name}.log")
         arguments = ["train", "--recipe", str(RECIPE_FILE), "--nproc", str(nproc), "--device", device]
         for name, value in DATA.items():
-            arguments += [f"--{name.replace('_', '-')}", str(value)]
+            arguments += [flag(name), str(value)]
         arguments += ["--out", str(folder), *flags]
         with self.log.open("ab") as log:
             self.process = psutil.Popen(
                 [sys.executable, "-m", "distributed_mnist", *arguments],
-                cwd=Path(__file__).parents[
-                    2
-                ],  # `-m` looks there first, so it runs this package and no other
+                cwd=_PACKAGE_PARENT,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -24,7 +24,7 @@ from ..launcher.signals import StopSignals
 from ..training import run as training_run
 from .compare import Answer, Difference, compare, read_answer
 from .known_answers import Platform, report_known_answer, this_platform
-from .results_table import ResultsTable, Row
+from .results_table import ResultsTable
 from .training_job import options, recipe
 
 _SOLO_TIMEOUT_SECONDS = 900.0  # a slow host may train alone this long while ranks on faster hosts wait
@@ -94,12 +94,10 @@ def show_solo_results(results: Sequence[SoloResult], table: ResultsTable) -> Sol
     table.header("each process alone")
     for result in results:
         difference = compare(reference.answer, result.answer)
-        verdict = "reference" if result is reference else str(difference or "same")
-        sha256 = result.answer.sha256
-        table.add(Row(str(result.peer), difference is None, verdict, sha256, result.seconds))
+        good = "reference" if result is reference else "same"
+        table.add(str(result.peer), result.answer, result.seconds, difference, good)
         if difference is not None:
-            problem = _describe_mismatch(result, reference, agreeing, len(results), difference)
-            table.problems.append(problem)
+            table.problems.append(_describe_mismatch(result, reference, agreeing, len(results), difference))
     return reference
 
 
@@ -133,8 +131,7 @@ def train_together(
         problem = compare(reference, answer)
     except TrainingError as error:  # the ranks compare their weights at every checkpoint
         problem = error
-    verdict = str(problem or "same")
-    table.add(Row(name, not problem, verdict, answer and answer.sha256, time.monotonic() - began))
+    table.add(name, answer, time.monotonic() - began, problem)
     if problem:
         table.problems.append(f"{name} together, against one alone: {problem}")
     elif world.rank != 0 and out.parent != folder:

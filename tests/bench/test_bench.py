@@ -10,20 +10,19 @@ import pytest
 from ranks import dmnist
 
 from distributed_mnist.bench import sections
-from distributed_mnist.bench.timed_runs import Sample
+from distributed_mnist.bench.timed_runs import ratios, summary
 from distributed_mnist.cli import flags_train
 
 SMALL = ("--dataset", "generated", "--nproc", 2, "--runs", 2, "--seeds", 2, "--seconds", 0.05)
 
 
-def test_a_sample() -> None:
-    sample = Sample([4.0, 1.0, 2.0])
-    assert sample.median == 2.0
-    assert sample.deviation == pytest.approx(statistics.stdev([4, 1, 2]))
-    assert sample.over(Sample([2.0, 1.0, 4.0])).values == [2.0, 1.0, 0.5]
-    assert Sample([3.0]).deviation == 0.0
-    row = sample.to_dict()
+def test_the_statistics_of_measurements() -> None:
+    row = summary([4.0, 1.0, 2.0])
+    assert row["median"] == 2.0
+    assert row["deviation"] == pytest.approx(statistics.stdev([4, 1, 2]))
     assert (row["n"], row["min"], row["max"], row["mean"]) == (3, 1.0, 4.0, pytest.approx(7 / 3))
+    assert summary([3.0])["deviation"] == 0.0
+    assert ratios([4.0, 1.0, 2.0], [2.0, 1.0, 4.0]) == [2.0, 1.0, 0.5]
 
 
 def measured(section: str, digits: Path, out: Path, *titles: str) -> Any:

@@ -130,7 +130,9 @@ def test_ranks_bound_to_a_core_each_do_not_share_it(monkeypatch: pytest.MonkeyPa
 
 def test_ranks_of_one_host_that_look_a_moment_apart_get_one_line() -> None:
     peers = [Peer(rank, host, 1) for rank, host in enumerate(("a", "a", "b"))]
-    by_rank = [[good("memory", f"{rank} GiB"), good("versions", str(rank))] for rank in range(3)]
+    by_rank = [
+        [good(f"{rank} GiB").named("memory"), good(str(rank)).named("versions")] for rank in range(3)
+    ]
     shown = doctor._same_figures_on_a_host(peers, by_rank)
     assert [[line.value for line in lines] for lines in shown] == [
         ["0 GiB", "0"],
@@ -217,19 +219,19 @@ def test_clocks_of_a_single_process() -> None:
 
 
 def test_lines_of_several_ranks() -> None:
-    same, other = good("memory", "much"), doubtful("memory", "little", "buy some")
+    same, other = good("much"), doubtful("little", "buy some")
     assert merge([("a", [same]), ("b", [same])]) == [same]
     assert [line.value for line in merge([("a", [same]), ("b", [other]), ("c", [same])])] == [
         "a, c: much",
         "b: little",
     ]
     assert worst([]) == "good"
-    assert worst([same, other, bad("x", "", ""), same]) == "bad"
+    assert worst([same, other, bad("", ""), same]) == "bad"
 
     def broken() -> Finding:
         raise KeyError("no")
 
-    assert run_probe("it", broken, "mend it") == bad("it", "KeyError: 'no'", "mend it")
+    assert run_probe("it", broken, "mend it") == bad("KeyError: 'no'", "mend it").named("it")
 
 
 def test_a_probe_that_does_not_return_is_a_finding() -> None:
@@ -240,9 +242,9 @@ def test_a_probe_that_does_not_return_is_a_finding() -> None:
         released.wait(PATIENCE)
         return same
 
-    same = good("it", "at last")
+    same = good("at last")
     finding = run_probe("it", stuck, "mend it", seconds=0.05)
-    assert finding == bad("it", "no answer within 0.05 s", "mend it")
+    assert finding == bad("no answer within 0.05 s", "mend it").named("it")
     released.set()
 
 

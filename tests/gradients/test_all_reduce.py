@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distributed_mnist.common.placement import ALONE
+from distributed_mnist.config import Recipe, Run
 from distributed_mnist.distributed.world import World
-from distributed_mnist.gradients.all_reduce import DdpGradients, TreeGradients
+from distributed_mnist.gradients.all_reduce import Gradients, TreeGradients
 from distributed_mnist.gradients.per_shard import HookedLayers
+from distributed_mnist.gradients.setup import make_gradients
 from distributed_mnist.gradients.tree_sum import BinaryCounter, owned_shards, shard_sizes, subtree_roots
+from distributed_mnist.models.build import ModelProperties
 
 ALL = [(size, shards) for shards in range(1, 18) for size in range(1, shards + 1)]
 WORLD = World(ALONE, torch.device("cpu"), "none")
@@ -160,23 +163,16 @@ def of_the_mean(model: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor
     return list(torch.autograd.grad(F.cross_entropy(logits, labels), wide))
 
 
-def ddp_alone(
-    micro_batch: int | None, one_shard_per_pass: bool
-) -> Callable[[nn.Module, int], DdpGradients]:
-    def make(model: nn.Module, shards: int) -> DdpGradients:
-        return DdpGradients(
-            model,
-            WORLD,
-            shards,
-            shard_size=4,
-            one_shard_per_pass=one_shard_per_pass,
-            micro_batch=micro_batch,
-        )
+def ddp_alone(micro_batch: int | None, one_shard_per_pass: bool) -> Callable[[nn.Module, int], Gradients]:
+    def make(model: nn.Module, shards: int) -> Gradients:
+        recipe = Recipe(batch_size=4 * shards, shards=shards, sync="ddp")
+        properties = ModelProperties(1, draws_random_numbers=one_shard_per_pass, unused=())
+        return make_gradients(recipe, Run(micro_batch=micro_batch), WORLD, model, properties)
 
     return make
 
 
-WAYS: dict[str, Callable[[nn.Module, int], TreeGradients | DdpGradients]] = {
+WAYS: dict[str, Callable[[nn.Module, int], Gradients]] = {
     "tree": lambda model, shards: TreeGradients(model, WORLD, shards),
     "tree by layers": lambda model, shards: TreeGradients(model, WORLD, shards, HookedLayers(model)),
     "tree, shards together": lambda model, shards: TreeGradients(

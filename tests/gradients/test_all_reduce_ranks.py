@@ -18,14 +18,15 @@ from torch import Tensor, nn
 
 from distributed_mnist.common.placement import ALONE
 from distributed_mnist.common.random_keys import torch_seed
-from distributed_mnist.config import Precision, Recipe
+from distributed_mnist.config import Precision, Recipe, Run
+from distributed_mnist.data.broadcast import Data
 from distributed_mnist.data.split import Split
 from distributed_mnist.distributed.world import World
 from distributed_mnist.errors import WorkerLost
-from distributed_mnist.gradients.all_reduce import DdpGradients, ForwardShards, Gradients, TreeGradients
+from distributed_mnist.gradients.all_reduce import ForwardShards, Gradients, TreeGradients
 from distributed_mnist.gradients.loss import cross_entropy
 from distributed_mnist.gradients.per_shard import HookedLayers
-from distributed_mnist.gradients.setup import make_tree_gradients
+from distributed_mnist.gradients.setup import make_gradients, make_tree_gradients
 from distributed_mnist.models.build import build, forward, inspect, place
 from distributed_mnist.training.batches import Batches
 from distributed_mnist.training.evaluate import Evaluation, evaluate
@@ -95,11 +96,8 @@ class Case:
             return make_tree_gradients(self.recipe, world, model, inspect(model, self.model, 10, CPU))
         if self.sync == "apart":
             return TreeGradients(model, world, self.shards, HookedLayers(model))
-        shard_size = -(-self.batch // self.shards)
-        return DdpGradients(
-            model, world, self.shards, shard_size=shard_size, one_shard_per_pass=self.draws,
-            micro_batch=self.micro_batch,
-        )  # fmt: skip
+        properties = inspect(model, self.model, 10, CPU)
+        return make_gradients(self.recipe, Run(micro_batch=self.micro_batch), world, model, properties)
 
 
 def pass_for(case: Case, batches: Batches, step: int) -> ForwardShards:
@@ -351,6 +349,10 @@ def plain(evaluation: Evaluation) -> dict[str, Any]:
     return {**vars(evaluation), **tensors}
 
 
+def data_of(images: Split) -> Data:
+    return Data(images, images, "test", tuple("0123456789"), 0.13, 0.31, "", "")
+
+
 def score(world: World) -> list[dict[str, Any]]:
     model = user_models.dropout(10)
     torch.manual_seed(1)
@@ -359,7 +361,7 @@ def score(world: World) -> list[dict[str, Any]]:
     model.train()
     found = []
     for count in COUNTS:
-        result = evaluate(model, split(count), world, classes=10, mean=0.13, std=0.31, precision="fp32")
+        result = evaluate(model, data_of(split(count)), world, "fp32")
         found.append(plain(result))
         assert model.training, "evaluate left the model in evaluation mode"
     return found

@@ -10,7 +10,6 @@ from distributed_mnist.gradients.cost_model import (
     LOOPBACK,
     ExchangeMethod,
     Link,
-    exchange_bytes,
     exchange_seconds,
     fit_link,
     prediction_table,
@@ -23,7 +22,6 @@ LINK = Link(latency=10e-6, overhead=1e-6, bandwidth=1e9)
 @pytest.mark.parametrize("method", METHODS)
 def test_alone_costs_nothing(method: ExchangeMethod) -> None:
     assert exchange_seconds(method, 1, 1_000_000, LINK) == 0
-    assert exchange_bytes(method, 1, 1_000_000) == 0
 
 
 def test_two_by_hand() -> None:
@@ -32,18 +30,12 @@ def test_two_by_hand() -> None:
     assert exchange_seconds("halving", 2, 1_000_000, LINK) == pytest.approx(1.02e-3)
     assert exchange_seconds("ring", 2, 1_000_000, LINK) == pytest.approx(1.02e-3)
     assert exchange_seconds("slices", 2, 1_000_000, LINK) == pytest.approx(1.02e-3)
-    assert {method: exchange_bytes(method, 2, 1_000_000) for method in METHODS} == dict.fromkeys(
-        METHODS, 1_000_000
-    )
 
 
 def test_eight_by_hand() -> None:
     assert exchange_seconds("doubling", 8, 8_000, LINK) == pytest.approx(3 * (10e-6 + 8e-6))
     assert exchange_seconds("halving", 8, 8_000, LINK) == pytest.approx(2 * (3 * 10e-6 + 7e-6))
     assert exchange_seconds("ring", 8, 8_000, LINK) == pytest.approx(14 * (10e-6 + 1e-6))
-    assert exchange_bytes("doubling", 8, 8_000) == 24_000
-    assert exchange_bytes("halving", 8, 8_000) == exchange_bytes("ring", 8, 8_000) == 14_000
-    assert exchange_bytes("slices", 8, 8_000, roots=2) == 21_000
 
 
 @given(st.sampled_from(METHODS), st.integers(1, 10), st.integers(1, 10**9))

@@ -12,12 +12,12 @@ from run_folders import evaluation, start, steps
 from torch import nn
 
 from distributed_mnist.common.placement import ALONE
+from distributed_mnist.data.broadcast import Data
 from distributed_mnist.data.split import Split
 from distributed_mnist.distributed.world import World
 from distributed_mnist.errors import UsageError
 from distributed_mnist.runs.record import read
-from distributed_mnist.training.evaluate import evaluate
-from distributed_mnist.training.mistakes import MAX_MISTAKES, mistakes
+from distributed_mnist.training.evaluate import MAX_MISTAKES, evaluate, mistakes
 
 
 def test_repeated_steps_count_once(tmp_path: Path) -> None:
@@ -128,7 +128,8 @@ def test_the_most_confident_mistakes_first() -> None:
     images[:, 0, 1] = [10, 20, 50, 40, 30]
     split = Split(torch.from_numpy(images), torch.tensor([3, 1, 1, 1, 1], dtype=torch.uint8))
     world = World(ALONE, torch.device("cpu"), "none")
-    result = evaluate(Guess(), split, world, classes=10, mean=0.0, std=1.0, precision="fp32")
+    data = Data(split, split, "test", tuple("0123456789"), 0.0, 1.0, "", "")
+    result = evaluate(Guess(), data, world, "fp32")
     found = mistakes(result, split)
     assert [each["index"] for each in found] == [2, 3, 4, 1]
     assert [each["predicted"] for each in found] == [5, 6, 7, 4]

@@ -1,7 +1,6 @@
 """Test that the metrics equal those of a plain loop over single images."""
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from distributed_mnist.common.placement import ALONE
+from distributed_mnist.config import Precision
+from distributed_mnist.data.broadcast import Data
 from distributed_mnist.data.split import Split
 from distributed_mnist.distributed.world import World
 from distributed_mnist.models.build import build, forward
@@ -24,9 +25,9 @@ def split(count: int, classes: int = 10) -> Split:
     return Split(images, torch.from_numpy(rng.integers(0, classes, count).astype(np.uint8)))
 
 
-def scored(model: nn.Module, on: Split, classes: int = 10, **changes: Any) -> Evaluation:
-    options: dict[str, Any] = {"classes": classes, "mean": MEAN, "std": STD, "precision": "fp32", **changes}
-    return evaluate(model, on, WORLD, **options)
+def scored(model: nn.Module, on: Split, classes: int = 10, precision: Precision = "fp32") -> Evaluation:
+    data = Data(on, on, "test", tuple(map(str, range(classes))), MEAN, STD, "", "")
+    return evaluate(model, data, WORLD, precision)
 
 
 @torch.no_grad()

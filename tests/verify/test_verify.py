@@ -30,7 +30,7 @@ from distributed_mnist.verify.known_answers import (
     this_platform,
     toml_row,
 )
-from distributed_mnist.verify.results_table import ResultsTable, Row
+from distributed_mnist.verify.results_table import ResultsTable
 from distributed_mnist.verify.training_job import DATA, RunFailedError, recipe
 from distributed_mnist.verify.under_launcher import SoloResult, recipe_for, show_solo_results
 
@@ -274,7 +274,7 @@ def test_a_work_folder_is_kept_only_if_there_are_problems() -> None:
 
 def test_json_has_what_the_table_shows(capsys: pytest.CaptureFixture[str]) -> None:
     results_table = ResultsTable(Console(quiet=True), as_json=True)
-    results_table.add(Row("1 process", True, "reference", "a" * 64, 1.5))
+    results_table.add("1 process", Answer({"weights_sha256": "a" * 64}, {}, {}), 1.5, good="reference")
     results_table.conclude()
     result = json.loads(capsys.readouterr().out)
     assert (result["passed"], result["wrong"]) == (True, [])
