@@ -39,7 +39,7 @@ class Network(nn.Module):
         if self.training or len(images) > 20:  # else the program only tries the model
             self.passes[when] += 1
         if self.slow_until and self.training and not Path(self.slow_until).exists():
-            time.sleep(0.005)
+            time.sleep(0.01)
         if when == self.when and self.passes[when] == self.at and _rank() == self.rank and _begins():
             return self.trouble(images)
         return self.layers(images)

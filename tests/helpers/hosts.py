@@ -10,6 +10,7 @@ behind: processes are ended and namespaces removed at the end of the block, howe
 """
 
 import contextlib
+import ctypes
 import ipaddress
 import itertools
 import os
@@ -18,13 +19,13 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
-from ranks import PATIENCE
-from torchrun_agents import Whole
+from ranks import PATIENCE, WarmProgram
+from torchrun_agents import WarmAgent, Whole
 
 SUBNET = ipaddress.ip_network("192.168.83.0/24")  # it exists in the namespaces only
 _COUNT = itertools.count(1)
@@ -32,6 +33,7 @@ _COUNT = itertools.count(1)
 _NAMES = "127.0.0.1 localhost\n127.0.1.1 {own}\n{others}"
 # Runs in a view of the mounts and of the machine's name that ends with the process.
 _ENTER = 'mount --bind "$1" /etc/hosts && echo "$2" > /proc/sys/kernel/hostname && shift 2 && exec "$@"'
+_NEW_MOUNTS, _NEW_HOST_NAME, _NEW_NETWORK = 0x20000, 0x4000000, 0x40000000  # of <sched.h>
 
 
 class Host:
@@ -64,6 +66,20 @@ class Host:
         enter = f"ip netns exec {self._namespace} unshare --uts sh -ec".split()
         words = [*enter, _ENTER, "sh", self._names, self.name, *command]
         return self._programs.enter_context(Whole(words, cwd=self.folder, **variables))
+
+    def start_warm(
+        self, command: Sequence[object], *, first: Callable[[], None] | None = None, **variables: str
+    ) -> WarmProgram:
+        """The same as a `WarmProgram`, which calls `first()` before anything else."""
+        before = partial(_enter, self._namespace, self._names, self.name, first)
+        return self._programs.enter_context(
+            WarmProgram(command, cwd=self.folder, before=before, **variables)
+        )
+
+    def start_agent(self, command: Sequence[object], **variables: str) -> WarmAgent:
+        """The same for torchrun, as a `WarmAgent`."""
+        before = partial(_enter, self._namespace, self._names, self.name, None)
+        return self._programs.enter_context(WarmAgent(command, cwd=self.folder, before=before, **variables))
 
     def cut(self) -> None:
         """Pull the cable out at the switch: what is sent goes nowhere, and nobody is told."""
@@ -141,6 +157,19 @@ class Network:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+
+def _enter(namespace: str, names: Path, name: str, then: Callable[[], None] | None) -> None:
+    """Move this process to a host, as `ip netns exec` and `_ENTER` do with a new one."""
+    libc = ctypes.CDLL(None, use_errno=True)  # Python 3.12 has these calls in os
+    with Path("/run/netns", namespace).open() as file:
+        assert libc.setns(file.fileno(), _NEW_NETWORK) == 0, os.strerror(ctypes.get_errno())
+    assert libc.unshare(_NEW_MOUNTS | _NEW_HOST_NAME) == 0, os.strerror(ctypes.get_errno())
+    _do("mount --make-rprivate /")
+    _do(f"mount --bind {names} /etc/hosts")
+    Path("/proc/sys/kernel/hostname").write_text(name)
+    if then is not None:
+        then()
 
 
 def new_port() -> int:

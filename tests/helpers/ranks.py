@@ -5,28 +5,30 @@
   that has imported torch already: a fraction of a second each. A process of its own parses the real
   command line; what is shared is the import.
 - `run(command)` and `Program(command)` start a fresh program, as a user does, in a session of its own.
+- `WarmProgram((*DMNIST, ...))` is the same program without its imports: launcher, fork server and workers
+  are processes of their own as usual, but forked from the warm server.
 
 All of them wait for a bounded time and end what they started.
 """
 
 import contextlib
-import functools
+import gc
+import itertools
 import json
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import sysconfig
-import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, forkserver, util
 from pathlib import Path
 from typing import Any, Self
 
@@ -35,7 +37,6 @@ import pytest
 from distributed_mnist.cli import main
 from distributed_mnist.common.placement import Placement
 from distributed_mnist.launcher import spawn
-from distributed_mnist.launcher import worker as child
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DMNIST = (str(Path(sysconfig.get_path("scripts"), "dmnist")),)
@@ -177,8 +178,9 @@ def server() -> Any:
     wants them born with its signals blocked.
     """
     context = multiprocessing.get_context("forkserver")
-    modules = ("cli.workers", "cli.original_worker", "reporting.html_report")
-    context.set_forkserver_preload([*(f"distributed_mnist.{name}" for name in modules), "pytest", "ranks"])
+    modules = ("cli.main", "cli.parser", "cli.workers", "cli.original_worker", "reporting.html_report")
+    preload = [*(f"distributed_mnist.{name}" for name in modules), "torch._dynamo", "pytest"]
+    context.set_forkserver_preload(preload)  # torch's DDP imports _dynamo when it is first used
     spawn.start_server()
     return context
 
@@ -203,57 +205,11 @@ def dmnist(*arguments: object, **variables: str) -> Finished:
 
 def dmnist_ranks(ranks: Sequence[Mapping[str, str]], *arguments: object) -> list[Finished]:
     """`dmnist ...` once for each of these environments at the same time, as a launcher of others would."""
-    context = server()
-    folder = Path(tempfile.mkdtemp(prefix="dmnist-test-"))
-    words = [str(word) for word in arguments]
-    workers = []
-    for rank, variables in enumerate(ranks):
-        files = (folder / f"{rank}.out", folder / f"{rank}.err")
-        address = forkserver._forkserver._forkserver_address  # type: ignore[attr-defined]
-        worker = context.Process(target=_command, args=(files, environment(**variables), words, address))
-        worker.start()
-        workers.append((worker, files))
-    try:
-        deadline = time.monotonic() + PATIENCE
-        for worker, _ in workers:
-            worker.join(max(0.0, deadline - time.monotonic()))
-        ends = []
-        for worker, (out, err) in workers:
-            hangs = worker.is_alive()
-            worker.kill()
-            worker.join()
-            finished = Finished(worker.exitcode, out.read_text(), err.read_text())
-            assert not hangs, f"still running after {PATIENCE} seconds: {words} {finished}"
-            ends.append(finished)
-        return ends
-    finally:
-        shutil.rmtree(folder)
-
-
-def _command(files: tuple[Path, Path], variables: dict[str, str], words: list[str], server: str) -> None:
-    # The command's own workers come from the same warm server, not from a cold one of its own.
-    forkserver._forkserver._forkserver_address = server  # type: ignore[attr-defined]
-    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
-    forkserver.ensure_running = lambda: None  # the same method, as the launcher calls it
-    for number in spawn.SIGNALS:  # which the server is deaf to
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, spawn.SIGNALS)
-    _write_into(files, "ab")
-    spawn.run_worker = functools.partial(_work_into, files)  # type: ignore[assignment]
-    os.environ.clear()
-    os.environ.update(variables)
-    main.main(words)
-
-
-def _work_into(files: tuple[Path, Path], *arguments: Any) -> None:
-    _write_into(files, "ab")
-    child.run_worker(*arguments)
-
-
-def _write_into(files: tuple[Path, Path], mode: str) -> None:
-    for descriptor, path in enumerate(files, start=1):
-        with path.open(mode) as file:
-            os.dup2(file.fileno(), descriptor)
+    with contextlib.ExitStack() as running:
+        programs = [
+            running.enter_context(WarmProgram((*DMNIST, *arguments), **variables)) for variables in ranks
+        ]
+        return [program.finish() for program in programs]
 
 
 # ---- The program, fresh ----------------------------------------------------------------------------------
@@ -264,17 +220,20 @@ class Program:
 
     def __init__(self, command: Sequence[object], *, cwd: Path | None = None, **variables: str) -> None:
         self.command = [str(word) for word in command]
-        self._process = subprocess.Popen(
+        self._process = self._start(cwd, environment(**variables))
+        self.pid = self._process.pid
+
+    def _start(self, cwd: Path | None, variables: dict[str, str]) -> "subprocess.Popen[str] | _Forked":
+        return subprocess.Popen(
             self.command,
             cwd=cwd,
-            env=environment(**variables),
+            env=variables,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
         )
-        self.pid = self._process.pid
 
     def __enter__(self) -> Self:
         return self
@@ -320,6 +279,137 @@ def run(command: Sequence[object], *, cwd: Path | None = None, **variables: str)
     """Run a fresh program to its end."""
     with Program(command, cwd=cwd, **variables) as program:
         return program.finish()
+
+
+# ---- The program, warm -----------------------------------------------------------------------------------
+
+
+class WarmProgram(Program):
+    """`Program((*DMNIST, ...))` without the second of imports of each process that it starts.
+
+    The launcher is forked from the warm server. Where it would start an interpreter as its fork server, it
+    forks itself. Signals, sessions, parents, pids and output are those of the fresh program. `before` is
+    called in the launcher before anything else.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[object],
+        *,
+        cwd: Path | None = None,
+        before: Callable[[], None] | None = None,
+        **variables: str,
+    ) -> None:
+        self._before = before
+        super().__init__(command, cwd=cwd, **variables)
+
+    def _start(self, cwd: Path | None, variables: dict[str, str]) -> "_Forked":
+        function, words = self._main()
+        return _Forked(function, words, cwd or Path.cwd(), variables, self._before)
+
+    def _main(self) -> tuple[Callable[[list[str]], None], list[str]]:
+        """What to call with which words."""
+        assert self.command[0] == DMNIST[0]
+        return _launch, self.command[1:]
+
+
+class _Forked:
+    """What `Program` needs of `subprocess.Popen`, for a function in a fork of the warm server."""
+
+    def __init__(
+        self,
+        function: Callable[[list[str]], None],
+        words: list[str],
+        cwd: Path,
+        variables: dict[str, str],
+        before: Callable[[], None] | None,
+    ) -> None:
+        context = server()
+        readers, writers = zip(*[context.Pipe(duplex=False) for _ in range(3)], strict=True)
+        arguments = (writers, function, words, cwd, variables, before)
+        self._process = context.Process(target=_become_program, args=arguments)
+        self._process.start()
+        self.pid: int = self._process.pid
+        for writer in writers:
+            writer.close()
+        *outputs, ready = readers
+        self._text = ["", ""]
+        self._threads = [
+            threading.Thread(target=self._read, args=(number, reader), daemon=True)
+            for number, reader in enumerate(outputs)
+        ]
+        for thread in self._threads:
+            thread.start()
+        ready.poll(PATIENCE)  # until it is closed
+
+    def _read(self, number: int, reader: connection.Connection) -> None:
+        with reader, os.fdopen(os.dup(reader.fileno())) as file:
+            for line in file:
+                self._text[number] += line
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def communicate(self, timeout: float = PATIENCE) -> tuple[str, str]:
+        """Wait until it has ended and all that hold its output have."""
+        deadline = time.monotonic() + timeout
+        for waited in (*self._threads, self._process):
+            waited.join(max(0.0, deadline - time.monotonic()))
+        stdout, stderr = self._text
+        if self.poll() is None or any(thread.is_alive() for thread in self._threads):
+            late = subprocess.TimeoutExpired("dmnist", timeout)
+            late.stdout, late.stderr = stdout, stderr  # type: ignore[assignment]
+            raise late
+        return stdout, stderr
+
+
+def _become_program(
+    writers: Sequence[connection.Connection],
+    function: Callable[[list[str]], None],
+    words: list[str],
+    cwd: Path,
+    variables: dict[str, str],
+    before: Callable[[], None] | None,
+) -> None:
+    for descriptor, writer in enumerate(writers[:2], start=1):
+        os.dup2(writer.fileno(), descriptor)
+    os.setsid()
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(variables)
+    if before is not None:
+        before()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, spawn.SIGNALS)  # which the server is deaf to
+    for writer in writers:
+        writer.close()  # the last one tells the test that this process can be signalled
+    function(words)
+
+
+def _launch(words: list[str]) -> None:
+    util.spawnv_passfds = _fork_server
+    main.main(words)
+
+
+def _fork_server(_: object, command: list[str | bytes], descriptors: Sequence[int]) -> int:
+    """Instead of a fresh interpreter for multiprocessing's fork server: this process, forked.
+
+    `command` ends with the text of a call of `forkserver.main`, with the descriptors as numbers.
+    """
+    if pid := os.fork():
+        return pid
+    try:
+        gc.freeze()  # no object may close a descriptor that is closed below and then used by another
+        forkserver._forkserver._lock = threading.Lock()  # type: ignore[attr-defined]
+        kept = sorted({0, 1, 2, *descriptors})
+        for low, high in itertools.pairwise([*kept, os.sysconf("SC_OPEN_MAX")]):
+            os.closerange(low + 1, high)
+        exec(command[-1], {})
+    finally:
+        os._exit(0)
 
 
 def events(out: Path) -> list[dict[str, Any]]:

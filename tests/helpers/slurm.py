@@ -248,5 +248,5 @@ def _wait_for(condition: Callable[[], Any], explain: Callable[[], str]) -> Any:
     deadline = time.monotonic() + PATIENCE
     while not (value := condition()):
         assert time.monotonic() < deadline, explain()
-        time.sleep(0.05)
+        time.sleep(0.3)  # most conditions ask Slurm, which costs time that its jobs need
     return value

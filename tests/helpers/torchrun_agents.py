@@ -1,15 +1,21 @@
 """torchrun in tests: how it is started, and a program that ends with all that it started."""
 
 import contextlib
+import gc
 import itertools
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
-from ranks import PATIENCE, TORCHRUN, Program
+from ranks import PATIENCE, TORCHRUN, Program, WarmProgram
+
+from distributed_mnist.cli import main
 
 ELASTIC = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """Without it agents of torch 2.13 cannot take another one in: see docs/explanation/faults.md."""
@@ -35,9 +41,9 @@ class Whole(Program):
     """A program under way that is ended with everything it started. torchrun's workers are in sessions of
     their own, and outlive it for a moment when it is killed."""
 
-    def __init__(self, command: Sequence[object], *, cwd: Path | None = None, **variables: str) -> None:
+    def __init__(self, command: Sequence[object], *, cwd: Path | None = None, **more: Any) -> None:
         self._mark = f"{os.getpid()}-{next(_COUNT)}"
-        super().__init__(command, cwd=cwd, **{**variables, _MARK: self._mark})
+        super().__init__(command, cwd=cwd, **{**more, _MARK: self._mark})
 
     def __exit__(self, *reason: object) -> None:
         self.signal(signal.SIGKILL, group=True)
@@ -55,8 +61,11 @@ class Whole(Program):
         """What is left of the program: itself, its workers, theirs, orphans too."""
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if process.environ().get(_MARK) == self._mark and process.status() != psutil.STATUS_ZOMBIE:
+                if self._owns(process) and process.status() != psutil.STATUS_ZOMBIE:
                     yield process
+
+    def _owns(self, process: psutil.Process) -> bool:
+        return process.environ().get(_MARK) == self._mark
 
     def gone(self, pid: int | None = None) -> None:
         """Wait until nothing is left of it, or of that process of it. It need not be reaped."""
@@ -64,3 +73,66 @@ class Whole(Program):
         while left := [process for process in self.processes() if pid in (None, process.pid)]:
             assert time.monotonic() < deadline, left
             time.sleep(0.1)  # looking at all processes takes a while
+
+
+# ---- The same, warm --------------------------------------------------------------------------------------
+
+
+class WarmAgent(Whole, WarmProgram):
+    """`Whole((*torchrun(...), ...))` without imports: the agent is a fork of the warm server, and forks
+    itself where it would start an interpreter as a worker. It is torch's agent otherwise."""
+
+    def _main(self) -> tuple[Any, list[str]]:
+        assert self.command[: len(TORCHRUN)] == [*TORCHRUN]
+        return _run_agent, self.command[len(TORCHRUN) :]
+
+    def _owns(self, process: psutil.Process) -> bool:
+        return process.name() == self._mark  # the kernel shows no variables that were set after the start
+
+
+def _run_agent(words: list[str]) -> None:
+    import torch
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    _show_mark()
+    torch.multiprocessing._set_thread_name = lambda _: None  # it would hide the mark
+    subprocess_handler.Popen = _ForkedWorker  # type: ignore[attr-defined, misc]
+    run.main(words)
+
+
+def _show_mark() -> None:
+    Path("/proc/self/comm").write_text(os.environ[_MARK])
+
+
+class _ForkedWorker(subprocess.Popen[bytes]):
+    """A `Popen` of `python -u -m distributed_mnist WORDS...` that forks this process instead."""
+
+    def _execute_child(self, args: Sequence[str], *more: Any) -> None:
+        variables = more[5]
+        assert args[1:4] == ("-u", "-m", "distributed_mnist"), args
+        self._child_created = True
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                _become_worker([*args[4:]], variables)
+            finally:
+                os._exit(1)
+
+
+def _become_worker(words: list[str], variables: dict[str, str]) -> None:
+    """What the start of an interpreter does: nothing of the agent stays, but its output."""
+    os.setsid()
+    gc.freeze()  # no object may close a descriptor that is closed below and then used by another
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # the agent's handlers
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(variables)
+    _show_mark()
+    try:
+        main.main(words)
+    except SystemExit as end:
+        sys.stdout.flush()
+        os._exit(end.code)  # type: ignore[arg-type]

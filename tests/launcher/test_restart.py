@@ -10,17 +10,16 @@ from typing import Any
 
 import paced
 import pytest
-from ranks import DMNIST, PATIENCE, Finished, Program, events, processes, train
+from ranks import DMNIST, PATIENCE, Finished, Program, WarmProgram, events, processes, train
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc"),
 ]
 
-STEPS = 200
-"""Steps of two epochs; slowed down, they take about five seconds."""
-RECIPE = ("--recipe", "classic", "--model", "faulty_model:network", "--batch-size", 11, "--lr", 0.003)
-FLAGS = (*RECIPE, "--epochs", 2, "--checkpoint-every", 15)
+RECIPE = ("--recipe", "classic", "--model", "faulty_model:network", "--batch-size", 22, "--lr", 0.003)
+FLAGS = (*RECIPE, "--epochs", 2, "--checkpoint-every", 10)
+"""A hundred steps; slowed down, they take about five seconds."""
 HANG = 5
 """Seconds; other processes on this host may delay a step for some of them."""
 KILLED = r"rank {} \(pid {}\) was ended by SIGKILL \(out of memory, or by hand\)"
@@ -34,8 +33,8 @@ def undisturbed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return train("--dataset", "idx", "--data", digits, *FLAGS, nproc=1, out=out)
 
 
-class Run(Program):
-    """A fresh `dmnist train` with these flags and variables; slow until `hurry()`."""
+class Run(WarmProgram):
+    """`dmnist train` with these flags and variables; slow until `hurry()`."""
 
     def __init__(self, digits: Path, folder: Path, *flags: object, **variables: str) -> None:
         self.out = folder / "out"
@@ -58,7 +57,7 @@ class Run(Program):
         """Return the `start` events so far: one for each group that trained."""
         return [event for event in events(self.out) if event["event"] == "start"]
 
-    def under_way(self, groups: int = 1, steps: int = 20) -> list[int]:
+    def under_way(self, groups: int = 1, steps: int = 12) -> list[int]:
         """Wait until the last of this many groups has trained this many steps; return its pids by rank."""
 
         def trains() -> bool:
@@ -71,7 +70,7 @@ class Run(Program):
     def workers(self) -> list[int]:
         """Return the workers' pids, oldest first: the launcher's grandchildren."""
         alive = processes(self.pid)
-        return sorted(pid for pid, parent in alive.items() if parent not in (self.pid, os.getpid()))
+        return sorted(pid for pid, parent in alive.items() if self.pid not in (pid, parent))
 
     def ends(self) -> Finished:
         """Wait for its end, and until no process is left."""
@@ -79,9 +78,15 @@ class Run(Program):
         deadline = time.monotonic() + PATIENCE
         while left := processes(self.pid):
             assert time.monotonic() < deadline, left
-            time.sleep(0.01)
+            time.sleep(0.05)  # looking costs time that they need
         assert "Traceback" not in ended.stderr, ended
         return ended
+
+
+class FreshRun(Run):
+    """The same with fresh interpreters, as a user starts it."""
+
+    _start = Program._start
 
 
 def last_step_of_last_group(out: Path) -> int:
@@ -133,7 +138,8 @@ def recorded(out: Path) -> dict[int, float]:
 
 @pytest.mark.parametrize(("rank", "nproc"), [(0, 2), (1, 2), (0, 1)])
 def test_one_rank_is_killed(rank: int, nproc: int, digits: Path, undisturbed: Any, tmp_path: Path) -> None:
-    with Run(digits, tmp_path, "--nproc", nproc) as run:
+    start = FreshRun if rank == 1 else Run
+    with start(digits, tmp_path, "--nproc", nproc) as run:
         pid = run.under_way()[rank]
         os.kill(pid, signal.SIGKILL)
         run.hurry()
@@ -226,8 +232,8 @@ def test_it_gives_up(digits: Path, tmp_path: Path) -> None:
 def test_it_does_not_give_up_while_there_is_progress(
     digits: Path, undisturbed: Any, tmp_path: Path
 ) -> None:
-    """Every group dies after its 60th step, and has saved a checkpoint before."""
-    with Run(digits, tmp_path, "--max-restarts", 1, TROUBLE="kill 0 train 240") as run:
+    """Every group dies after its 35th step, and has saved a checkpoint before."""
+    with Run(digits, tmp_path, "--max-restarts", 1, TROUBLE="kill 0 train 140") as run:
         run.hurry()
         ended = run.ends()
     assert len(run.starts()) >= 4
@@ -389,7 +395,7 @@ def test_asked_to_stop_while_a_new_group_starts(digits: Path, undisturbed: Any, 
 
 def test_asked_to_stop_in_the_moment_of_a_death(digits: Path, undisturbed: Any, tmp_path: Path) -> None:
     """Nothing is restarted then, no matter which of the two came first."""
-    with Run(digits, tmp_path) as run:
+    with FreshRun(digits, tmp_path) as run:
         pid = run.under_way()[1]
         os.kill(pid, signal.SIGSTOP)
         run.signal(signal.SIGTERM)
@@ -404,7 +410,7 @@ def test_asked_to_stop_in_the_moment_of_a_death(digits: Path, undisturbed: Any, 
 
 def test_the_server_of_the_workers_is_killed(digits: Path, undisturbed: Any, tmp_path: Path) -> None:
     """Their parent process. It is reported, and no training is lost."""
-    with Run(digits, tmp_path) as run:
+    with FreshRun(digits, tmp_path) as run:
         pid = run.under_way()[0]
         parent = processes(run.pid)[pid]
         assert parent != run.pid

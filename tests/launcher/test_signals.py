@@ -221,7 +221,7 @@ def test_other_signals_have_no_effect() -> None:
     other = """
     signal.signal(signal.SIGUSR2, lambda *_: say("SIGUSR2"))
     say("ready")
-    time.sleep(1)
+    time.sleep(0.5)  # longer than OBEY_SECONDS
     say(stop.requested())
     os._exit(0)
     """

@@ -66,6 +66,7 @@ def act(placement: Placement, listener: socket.socket | None, plan: dict[str, An
 @pytest.fixture(autouse=True)
 def little_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spawn, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(spawn, "_POLL_SECONDS", 0.1)
     server()
 
 
@@ -154,8 +155,10 @@ def test_output_has_the_rank_in_front(tmp_path: Path, capsys: pytest.CaptureFixt
 # ---- Restarts --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize(("how", "more"), [("SIGKILL", MEMORY), ("SIGSEGV", ""), ("SIGABRT", "")])
+@pytest.mark.parametrize(
+    ("victim", "how", "more"),
+    [(0, "SIGKILL", MEMORY), (1, "SIGKILL", MEMORY), (0, "SIGSEGV", ""), (1, "SIGABRT", "")],
+)
 def test_one_dies(
     victim: int, how: str, more: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -278,7 +281,7 @@ def test_ctrl_c_twice_while_one_hangs(
 
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.2)  # like a person; two at once would be one signal
+        time.sleep(0.1)  # like a person; two at once would be one signal
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = when(tmp_path / "waits.1.0", twice)
@@ -293,7 +296,7 @@ def test_ctrl_c_twice_while_one_hangs(
 def test_a_group_that_ignores_signals_is_killed(
     heard: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spawn, "OBEY_SECONDS", 0.5)
+    monkeypatch.setattr(spawn, "OBEY_SECONDS", 0.2)
     thread = when(tmp_path / "waits.1.0", lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert Launched(tmp_path, ["ignore", "ignore"]).run(no_progress(3)) == 75
     thread.join()

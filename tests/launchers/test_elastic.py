@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 import pytest
 from paced import Job, assert_same
-from ranks import DMNIST, TORCHRUN, events, free_port
-from torchrun_agents import ELASTIC, Whole, torchrun
+from ranks import TORCHRUN, events, free_port
+from torchrun_agents import ELASTIC, WarmAgent, Whole, torchrun
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +50,7 @@ class Group:
         """One more."""
         agent = torchrun(self._endpoint, "1:4", "--local-addr", "127.0.0.1", serves=serves)
         command = (*agent, *self._job.words, "--out", self._job.out)
-        program = Whole(command, cwd=self._job.out.parent, **self._job.variables, **ELASTIC)
+        program = WarmAgent(command, cwd=self._job.out.parent, **self._job.variables, **ELASTIC)
         self.agents.append(program)
         return program
 
@@ -99,8 +99,8 @@ def test_members_come_and_go(group: Group, job: Job, expected: dict[str, Any]) -
 def test_kills_in_a_row(job: Job, expected: dict[str, Any]) -> None:
     """torchrun's own restarts, as fast as they come: in the midst of training, and again at birth."""
     agent = (*TORCHRUN, "--standalone", "--nproc-per-node", 2, "--max-restarts", KILLS)
-    command = (*agent, "--monitor-interval", 0.1, *DMNIST, *job.words, "--out", job.out)
-    with Whole(command, cwd=job.out.parent, **job.variables) as program:
+    command = (*agent, "--monitor-interval", 0.1, "-m", "distributed_mnist", *job.words, "--out", job.out)
+    with WarmAgent(command, cwd=job.out.parent, **job.variables) as program:
         for kill in range(KILLS // 2):
             job.under_way(program, size=2)
             before = children(program)
