@@ -13,7 +13,7 @@ from typing import Any
 import paced
 import pytest
 import slurm as bench
-from ranks import DMNIST, PATIENCE, REPOSITORY, Program, environment, events, last_step
+from ranks import DMNIST, PATIENCE, REPOSITORY, Program, environment, events, last_step, train
 from slurm import Job, Slurm
 
 SBATCH = REPOSITORY / "deploy" / "slurm" / "train.sbatch"
@@ -45,9 +45,10 @@ def saved(out: Path) -> list[int]:
 
 
 class Batch:
-    """A job of the batch file with one task on each node, which takes its time until it was disturbed."""
+    """A job of the batch file with one task on each node. It takes its time, with `hurry` until its first
+    attempt has ended."""
 
-    def __init__(self, slurm: Slurm, digits: Path, folder: Path, *options: str) -> None:
+    def __init__(self, slurm: Slurm, digits: Path, folder: Path, *options: str, hurry: bool) -> None:
         words = (
             *options,
             "--nodes=2",
@@ -60,10 +61,15 @@ class Batch:
         variables = {"PACED_UNTIL": str(folder / "hurry"), "PYTHONPATH": paced.python_path()}
         self.job: Job = slurm.submit(*words, cwd=folder, **variables)
         self.out = folder / "runs" / f"slurm-{self.job.number}"
-        (folder / "hurry").symlink_to(self.out / "attempts")  # is there when the first attempt has ended
+        if hurry:
+            (folder / "hurry").symlink_to(self.out / "attempts")  # which the batch file writes then
 
-    def under_way(self) -> None:
-        self.job.wait_for(lambda: saved(self.out), "the first checkpoint")
+    def under_way(self, attempt: int = 1) -> None:
+        def saves() -> bool:
+            begun = starts(self.out)
+            return len(begun) == attempt and bool(saved(self.out)) and saved(self.out)[-1] > begun[-1]
+
+        self.job.wait_for(saves, f"a checkpoint of attempt {attempt}")
 
 
 def grace(batch: Batch) -> None:
@@ -75,17 +81,13 @@ def kill(batch: Batch) -> None:
     os.kill(batch.job.pid(rank=1), signal.SIGKILL)
 
 
-def cancel(batch: Batch) -> None:
-    batch.job.cancel()
-
-
 def time_limit(batch: Batch) -> None:
     """Nothing is left to do: when its minute is nearly over Slurm sends USR1 to the batch file."""
     assert batch.job.shown()["TimeLimit"] == "00:01:00"
 
 
 Disturb = Callable[[Batch], None]
-DISTURBANCES: dict[Disturb, int] = {grace: 10, kill: 10, cancel: 10, time_limit: 1}
+DISTURBANCES: dict[Disturb, int] = {grace: 10, kill: 10, time_limit: 1}
 """With minutes until the time is up."""
 
 
@@ -93,7 +95,13 @@ DISTURBANCES: dict[Disturb, int] = {grace: 10, kill: 10, cancel: 10, time_limit:
 def batches(digits: Path, slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> dict[Disturb, Batch]:
     """A job for each disturbance, disturbed. All at the same time, for much of it is waiting for Slurm."""
     started = {
-        disturb: Batch(slurm, digits, tmp_path_factory.mktemp(disturb.__name__), f"--time={minutes}")
+        disturb: Batch(
+            slurm,
+            digits,
+            tmp_path_factory.mktemp(disturb.__name__),
+            f"--time={minutes}",
+            hurry=disturb is not grace,
+        )
         for disturb, minutes in reversed(DISTURBANCES.items())
     }
     for disturb in DISTURBANCES:
@@ -105,10 +113,10 @@ def batches(digits: Path, slurm: Slurm, tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.slow
 def test_the_job_is_examined(slurm: Slurm, batches: object, tmp_path: Path) -> None:
     words = (*DMNIST, "doctor", "--device", "cpu", "--dataset", "generated", "--json")
-    ended = slurm.call("srun", "-N2", "-n2", *words, cwd=tmp_path)
+    ended = slurm.call("srun", "-N2", "-n3", *words, cwd=tmp_path)
     assert ended.code == 0, ended
     told = json.loads(ended.stdout)
-    assert (told["launcher"], told["world_size"]) == ("srun", 2)
+    assert (told["launcher"], told["world_size"]) == ("srun", 3)
     assert {one["name"]: one["verdict"] for one in told["findings"]}["collectives"] == "good"
 
 
@@ -116,13 +124,12 @@ def test_the_job_is_examined(slurm: Slurm, batches: object, tmp_path: Path) -> N
 def test_a_step_is_asked_to_stop(
     slurm: Slurm, batches: object, digits: Path, expected: dict[str, Any], tmp_path: Path
 ) -> None:
-    """All its tasks get the signal and stop at one step. The run continues with one more task."""
+    """All its tasks get the signal and stop at one step. The run continues at another size."""
     out = tmp_path / "out"
-    words = [*DMNIST, "train", "--device", "cpu", *paced.flags(digits), "--out", out]
-    variables = {"PYTHONPATH": paced.python_path()}
-    command = ["srun", "-N2", "-n2", "--job-name=stopped", *words]
-    slow = {**variables, **slurm.variables, "PACED_UNTIL": str(tmp_path / "never")}
-    with Program(command, cwd=tmp_path, **slow) as program:
+    words = ("train", "--device", "cpu", *paced.flags(digits), "--out", out)
+    variables = {"PYTHONPATH": paced.python_path(), "PACED_UNTIL": str(tmp_path / "never")}
+    command = ["srun", "-N2", "-n2", "--job-name=stopped", *DMNIST, *words]
+    with Program(command, cwd=tmp_path, **slurm.variables, **variables) as program:
         program.wait_for(lambda: last_step(out) >= 3, "step 3")
         number = slurm.call("squeue", "--name=stopped", "--noheader", "--format=%i").stdout.strip()
         assert slurm.call("scancel", "--signal=USR1", f"{number}.0").code == 0
@@ -131,47 +138,57 @@ def test_a_step_is_asked_to_stop(
     stopped = last_step(out)
     assert saved(out)[-1] == stopped
     assert f"after step {stopped} of" in ended.stderr
-    ended = slurm.call("srun", "-N2", "-n3", *words, "--resume", "auto", cwd=tmp_path, **variables)
-    assert ended.code == 0, ended
+    resumed = train(*paced.flags(digits), "--resume", "auto", nproc=3, out=out)
     assert starts(out) == [0, stopped]
-    paced.assert_same(result(out), expected, world_size=3)
+    paced.assert_same(resumed, expected, world_size=3)
+
+
+def requeued(batch: Batch) -> None:
+    """Check that it stopped with a checkpoint and was requeued, and that the last attempt began there."""
+    step = starts(batch.out)[-1]
+    assert f"after step {step} of" in batch.job.output()
+    left = f"ended after runs/slurm-{batch.job.number}/checkpoints/step_{step:08d}.pt"
+    assert f"code 75, {left}: requeued" in batch.job.output()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("disturb", [time_limit, grace, kill])
-def test_goes_on_by_itself(
-    disturb: Disturb,
-    batches: dict[Disturb, Batch],
-    expected: dict[str, Any],
-) -> None:
-    """The job restarts by itself, and only the work since the last checkpoint is lost."""
-    batch = batches[disturb]
+def test_requeued_at_the_time_limit(batches: dict[Disturb, Batch], expected: dict[str, Any]) -> None:
+    """The job restarts by itself, and no work is lost."""
+    batch = batches[time_limit]
     assert batch.job.ended() == "COMPLETED", batch.job.output()
     first, *more = starts(batch.out)
     assert first == 0
-    restarts = int(batch.job.shown()["Restarts"])
-    left = f"ended after runs/slurm-{batch.job.number}/checkpoints/step_{more[-1]:08d}.pt"
-    if disturb is kill:
-        assert restarts == 0
-        assert len(more) == 1
-        assert f"code 137, {left}: starting again" in batch.job.output()
-    else:
-        # With a minute's limit, a slow machine may be stopped more than once.
-        assert restarts >= len(more) if disturb is time_limit else restarts == len(more) == 1
-        assert f"after step {more[-1]} of" in batch.job.output()
-        assert f"code 75, {left}: requeued" in batch.job.output()
+    # With a minute's limit, a slow machine may be stopped more than once.
+    assert int(batch.job.shown()["Restarts"]) >= len(more) >= 1
+    requeued(batch)
     paced.assert_same(result(batch.out), expected, world_size=2)
 
 
 @pytest.mark.slow
-def test_cancelled_by_hand(batches: dict[Disturb, Batch]) -> None:
-    """It saves, and it stays cancelled."""
-    batch = batches[cancel]
-    assert batch.job.ended() == "CANCELLED"
+def test_goes_on_where_a_task_was_killed(batches: dict[Disturb, Batch], expected: dict[str, Any]) -> None:
+    """The batch file starts again on the same nodes. Only the work since the last checkpoint is lost."""
+    batch = batches[kill]
+    assert batch.job.ended() == "COMPLETED", batch.job.output()
     assert batch.job.shown()["Restarts"] == "0"
-    assert len(starts(batch.out)) == 1
+    first, again = starts(batch.out)
+    assert first == 0
+    left = f"ended after runs/slurm-{batch.job.number}/checkpoints/step_{again:08d}.pt"
+    assert f"code 137, {left}: starting again" in batch.job.output()
+    paced.assert_same(result(batch.out), expected, world_size=2)
+
+
+@pytest.mark.slow
+def test_makes_room_and_is_cancelled_later(batches: dict[Disturb, Batch]) -> None:
+    """It is requeued the first time. Cancelled by hand, it saves too, and stays cancelled."""
+    batch = batches[grace]
+    batch.under_way(attempt=2)
+    requeued(batch)
+    batch.job.cancel()
+    assert batch.job.ended() == "CANCELLED"
+    assert batch.job.shown()["Restarts"] == "1"
+    assert len(starts(batch.out)) == 2
     assert f"after step {saved(batch.out)[-1]} of" in batch.job.output()
-    assert "requeued" not in batch.job.output()
+    assert batch.job.output().count("requeued") == 1
 
 
 # ---- What the batch file decides, with stand-ins for Slurm's commands ------------------------------------
