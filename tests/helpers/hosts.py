@@ -24,7 +24,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import pytest
-from ranks import PATIENCE, WarmProgram
+from ranks import PATIENCE, Program, WarmProgram
 from torchrun_agents import WarmAgent, Whole
 
 SUBNET = ipaddress.ip_network("192.168.83.0/24")  # it exists in the namespaces only
@@ -68,18 +68,16 @@ class Host:
         return self._programs.enter_context(Whole(words, cwd=self.folder, **variables))
 
     def start_warm(
-        self, command: Sequence[object], *, first: Callable[[], None] | None = None, **variables: str
-    ) -> WarmProgram:
+        self, command: Sequence[object], first: Callable[[], None] | None = None, /, **variables: str
+    ) -> Program:
         """The same as a `WarmProgram`, which calls `first()` before anything else."""
         before = partial(_enter, self._namespace, self._names, self.name, first)
-        return self._programs.enter_context(
-            WarmProgram(command, cwd=self.folder, before=before, **variables)
-        )
+        return self._programs.enter_context(WarmProgram(command, before, cwd=self.folder, **variables))
 
     def start_agent(self, command: Sequence[object], **variables: str) -> WarmAgent:
         """The same for torchrun, as a `WarmAgent`."""
         before = partial(_enter, self._namespace, self._names, self.name, None)
-        return self._programs.enter_context(WarmAgent(command, cwd=self.folder, before=before, **variables))
+        return self._programs.enter_context(WarmAgent(command, before, cwd=self.folder, **variables))
 
     def cut(self) -> None:
         """Pull the cable out at the switch: what is sent goes nowhere, and nobody is told."""

@@ -207,7 +207,8 @@ def dmnist_ranks(ranks: Sequence[Mapping[str, str]], *arguments: object) -> list
     """`dmnist ...` once for each of these environments at the same time, as a launcher of others would."""
     with contextlib.ExitStack() as running:
         programs = [
-            running.enter_context(WarmProgram((*DMNIST, *arguments), **variables)) for variables in ranks
+            running.enter_context(WarmProgram((*DMNIST, *arguments), cwd=None, **variables))
+            for variables in ranks
         ]
         return [program.finish() for program in programs]
 
@@ -295,15 +296,16 @@ class WarmProgram(Program):
     def __init__(
         self,
         command: Sequence[object],
+        before: Callable[[], None] | None = None,
+        /,
         *,
         cwd: Path | None = None,
-        before: Callable[[], None] | None = None,
         **variables: str,
     ) -> None:
         self._before = before
         super().__init__(command, cwd=cwd, **variables)
 
-    def _start(self, cwd: Path | None, variables: dict[str, str]) -> "_Forked":
+    def _start(self, cwd: Path | None, variables: dict[str, str]) -> "subprocess.Popen[str] | _Forked":
         function, words = self._main()
         return _Forked(function, words, cwd or Path.cwd(), variables, self._before)
 
@@ -351,7 +353,7 @@ class _Forked:
         return self._process.exitcode
 
     @property
-    def returncode(self) -> int | None:
+    def returncode(self) -> Any:  # as in Popen
         return self._process.exitcode
 
     def communicate(self, timeout: float = PATIENCE) -> tuple[str, str]:
@@ -410,6 +412,9 @@ def _fork_server(_: object, command: list[str | bytes], descriptors: Sequence[in
         exec(command[-1], {})
     finally:
         os._exit(0)
+
+
+# ---- What a program shows of itself ----------------------------------------------------------------------
 
 
 def events(out: Path) -> list[dict[str, Any]]:

@@ -41,9 +41,11 @@ class Whole(Program):
     """A program under way that is ended with everything it started. torchrun's workers are in sessions of
     their own, and outlive it for a moment when it is killed."""
 
-    def __init__(self, command: Sequence[object], *, cwd: Path | None = None, **more: Any) -> None:
+    def __init__(
+        self, command: Sequence[object], /, *more: Any, cwd: Path | None = None, **variables: str
+    ) -> None:
         self._mark = f"{os.getpid()}-{next(_COUNT)}"
-        super().__init__(command, cwd=cwd, **{**more, _MARK: self._mark})
+        super().__init__(command, *more, cwd=cwd, **{**variables, _MARK: self._mark})
 
     def __exit__(self, *reason: object) -> None:
         self.signal(signal.SIGKILL, group=True)
