@@ -307,7 +307,7 @@ def test_one_loops_in_a_users_model(rank: int, digits: Path, undisturbed: Any, t
 @pytest.mark.parametrize("sync", ["tree", "ddp"])
 def test_a_hang_that_comes_again(sync: str, digits: Path, tmp_path: Path) -> None:
     flags = ("--hang-after", HANG, "--max-restarts", 0, "--sync", sync)
-    with Run(digits, tmp_path, *flags, TROUBLE="loop 1 train 100") as run:
+    with Run(digits, tmp_path, *flags, TROUBLE="sleep 1 train 100") as run:
         run.hurry()
         ended = run.ends()
     assert ended.code == 8
