@@ -125,7 +125,8 @@ class DdpGradients:
         if world.size > 1:
             world.join_process_group()
             device_ids = None if world.device.type == "cpu" else [world.device]
-            with world.communicating("a first gradient sum"):
+            # It imports torch's compiler, which takes seconds and is not a hang.
+            with world.status.during("setting up DDP", 120.0), world.communicating("a first gradient sum"):
                 self._module = DistributedDataParallel(
                     model, device_ids=device_ids, gradient_as_bucket_view=True
                 )
