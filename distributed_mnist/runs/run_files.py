@@ -7,23 +7,25 @@ imported.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import reprlib
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ..config import Recipe, Run
-from ..errors import CheckpointError, UsageError
+from ..errors import CheckpointError, UsageError, reason
 from . import schema
-from .checked_json import check_of, parse, read
 from .layout import members_in, write_json
 
+_MAX_BYTES = 64 << 20
 _CONFIG_ADVICE = "delete it, and repeat all flags of the run to resume it"
-_FIELDS = {
-    name: getattr(kind, "__origin__", kind).__annotations__.keys() for name, kind in schema.EVENTS.items()
-}
+_decoder = functools.cache(msgspec.json.Decoder)
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,16 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 def read_config(folder: Path) -> dict[str, Any] | None:
     """Return `config.json` of the run in `folder`; None if there is none. Raises `CheckpointError`."""
     path = folder / "config.json"
-    config = read(path, schema.ConfigFields, _CONFIG_ADVICE)
+    config = _read(path, dict[str, Any], _CONFIG_ADVICE)
     if config is None:
         return None
-    # If the name of the field with the digest is damaged, the file must not count as one without a digest.
-    if unknown := sorted(config.keys() - schema.ConfigFields.__annotations__.keys()):
-        shown = reprlib.repr(unknown[0])
-        raise CheckpointError(f"{path} is damaged (there is no field {shown}): {_CONFIG_ADVICE}")
+    try:
+        # A file whose field with the digest has a damaged name must not count as one without a digest.
+        if unknown := config.keys() - set(schema.ConfigFields.__struct_fields__):
+            raise ValueError(f"there is no field {reprlib.repr(min(unknown))}")
+        msgspec.convert(config, schema.ConfigFields)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}): {_CONFIG_ADVICE}") from None
     claimed = config.pop("content_sha256", None)
     if claimed is not None and claimed != _digest(config):
         raise CheckpointError(
@@ -81,9 +86,8 @@ def config_in(out: Path) -> Config | None:
 
 def read_result(folder: Path) -> dict[str, Any] | None:
     """Return `result.json` of the run in `folder`; None if there is none. Raises `CheckpointError`."""
-    return read(
-        folder / "result.json", schema.Result, "resume the run with --resume auto to write it again"
-    )
+    advice = "resume the run with --resume auto to write it again"
+    return _read(folder / "result.json", schema.ResultFields, advice)
 
 
 def read_score(folder: Path) -> dict[str, Any] | None:
@@ -91,39 +95,70 @@ def read_score(folder: Path) -> dict[str, Any] | None:
 
     Returns None if there is no such file. Raises `CheckpointError`.
     """
-    return read(folder / "result.json", schema.ScoreFields, "delete it to export without the accuracy")
+    return _read(folder / "result.json", schema.ScoreFields, "delete it to export without the accuracy")
 
 
 def read_ensemble_result(folder: Path) -> dict[str, Any] | None:
     """Return `result.json` of an ensemble; None if there is none. Raises `CheckpointError`."""
-    return read(folder / "result.json", schema.EnsembleFields, "resume the ensemble to write it again")
+    return _read(folder / "result.json", schema.EnsembleFields, "resume the ensemble to write it again")
 
 
 def read_mistakes(folder: Path) -> dict[str, Any] | None:
     """Return `mistakes.json` of a run; None if there is none. Raises `CheckpointError`."""
-    return read(folder / "mistakes.json", schema.MistakesFields, "delete it; only the report uses it")
+    return _read(folder / "mistakes.json", schema.MistakesFields, "delete it; only the report uses it")
 
 
 def read_group(folder: Path) -> dict[str, Any] | None:
     """Return `.group`; None if there is no valid file. Then the folder belongs to no known group."""
     with contextlib.suppress(CheckpointError):
-        return read(folder / ".group", schema.GroupFields, "delete it")
+        return _read(folder / ".group", schema.GroupFields, "delete it")
     return None
 
 
 def event_of(line: bytes) -> dict[str, Any] | None:
     """Return the event in a line of `metrics.jsonl`; None if the line is damaged."""
     try:
-        event = parse(line, schema.EventFields)
-        kind = event["event"]
-        check_of(schema.EVENTS[kind])(event)
-    except (ValueError, KeyError):
+        return _parse(line, schema.Event)
+    except ValueError:
         return None
-    return {name: value for name, value in event.items() if name in _FIELDS[kind]}
+
+
+def _read(path: Path, kind: Any, advice: str) -> dict[str, Any] | None:
+    """Return the fields that `kind` has of the JSON file at `path`; None if there is no file.
+
+    Raises `CheckpointError`, which ends with `advice`, if it cannot be read or does not have this type.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{path} is not a file: {advice}")
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({reason(error)}): {advice}") from None
+    try:
+        if len(data) > _MAX_BYTES:
+            raise ValueError("it is too large")
+        return _parse(data, kind)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}): {advice}") from None
+
+
+def _parse(data: bytes, kind: Any) -> dict[str, Any]:
+    """Return the fields that `kind` has of the JSON object in `data`.
+
+    Raises `ValueError` if it does not have this type.
+    """
+    text = data.decode()
+    try:
+        # msgspec cannot decode half a surrogate pair, which stands for a byte of a path that is not UTF-8.
+        half = r"\ud" in text
+        value = msgspec.convert(json.loads(text), kind) if half else _decoder(kind).decode(text)
+        return msgspec.to_builtins(value)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _digest(content: dict[str, Any]) -> str:
-    try:
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    except RecursionError:
-        return "nested too deeply"
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

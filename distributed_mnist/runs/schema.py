@@ -1,74 +1,59 @@
 """The content of the JSON files in a run's folder, as types. `run_files` checks each file against its type.
 
-Unless a comment says otherwise, a file may have further fields, which nothing reads.
+Unless a comment says otherwise, a file may have further fields, which nothing reads. `__post_init__` checks
+what a type cannot express. This module does not import torch, because the command line uses it before torch
+is imported.
 """
 
-import base64
-import binascii
-import re
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated
 
-from .checked_json import Rule
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 # ---- Types of values -------------------------------------------------------------------------------------
 
-
-def _between(low: float, high: float) -> Rule:
-    return Rule(f"be from {low:g} to {high:g}", lambda value: low <= value <= high)
-
-
-def _is_picture(text: str) -> bool:
-    try:
-        return len(base64.b64decode(text, validate=True)) == 28 * 28
-    except (binascii.Error, ValueError):
-        return False
-
-
-_NOT_EMPTY = Rule("not be empty", bool)
-Count = Annotated[int, _between(0, 2**63 - 1)]
-Positive = Annotated[int, _between(1, 2**63 - 1)]
-Share = Annotated[float, _between(0, 1)]
-Amount = Annotated[float, _between(0, 1e100)]
-Time = Annotated[float, _between(0, 250_000_000_000)]
+_LARGEST_INT = 2**63 - 1
+Count = Annotated[int, Meta(ge=0, le=_LARGEST_INT)]
+Positive = Annotated[int, Meta(ge=1, le=_LARGEST_INT)]
+Number = Annotated[float, Meta(gt=-1e100, lt=1e100)]
+"""A larger number is damage. Sums and products of smaller ones stay finite."""
+Share = Annotated[float, Meta(ge=0, le=1)]
+Amount = Annotated[float, Meta(ge=0, le=1e100)]
+Time = Annotated[float, Meta(ge=0, le=250_000_000_000)]
 """Seconds since 1970, up to about the year 9900."""
-Epoch = Annotated[float, _between(1e-9, 1e9)]
-Sha256 = Annotated[str, Rule("have 64 hexadecimal digits", re.compile("[0-9a-f]{64}").fullmatch)]
-Picture = Annotated[str, Rule("be 28 by 28 bytes in base64", _is_picture)]
-StepSeconds = Annotated[float, _between(-1, 1e9)]
+Epoch = Annotated[float, Meta(ge=1e-9, le=1e9)]
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", max_length=64)]  # `$` admits a line end
+Picture = Annotated[bytes, Meta(min_length=28 * 28, max_length=28 * 28)]
+"""The pixels of an image, in base64 in the file."""
+StepSeconds = Annotated[float, Meta(ge=-1, le=1e9)]
 """Seconds per step: a difference of two clocks, which rounding can make slightly negative."""
-Matrix = Annotated[
-    list[list[Count]],
-    _NOT_EMPTY,
-    Rule("be square", lambda rows: all(len(row) == len(rows) for row in rows)),
-]
-Scalar = str | int | float | bool | None
+Scalar = str | int | Number | bool | None
 
 # ---- Types of files --------------------------------------------------------------------------------------
 
 
-class DatasetFields(TypedDict):
+class DatasetFields(Struct):
     """The data set in `config.json`."""
 
     name: str
     class_names: list[str]
-    mean: float
-    std: float
+    mean: Number
+    std: Number
     sha256: Sha256
-    source: NotRequired[str]
+    source: str | UnsetType = UNSET
 
 
-class ConfigFields(TypedDict):
-    """`config.json`."""
+class ConfigFields(Struct):
+    """`config.json`, which has no further fields."""
 
     recipe: dict[str, Scalar]
     run: dict[str, Scalar]
-    dataset: NotRequired[DatasetFields]
-    versions: NotRequired[dict[str, str]]
-    content_sha256: NotRequired[Sha256]
+    dataset: DatasetFields | UnsetType = UNSET
+    versions: dict[str, str] | UnsetType = UNSET
+    content_sha256: Sha256 | UnsetType = UNSET
     """The digest of all other fields. Earlier versions did not write it."""
 
 
-class ResultFields(TypedDict):
+class ResultFields(Struct):
     """`result.json` of a run, and the `result` of its `end` event."""
 
     dataset: str
@@ -76,7 +61,7 @@ class ResultFields(TypedDict):
     epochs: Count
     steps: Count
     test_accuracy: Share
-    test_loss: float
+    test_loss: Number
     test_images: Count
     weights_sha256: Sha256
     samples_sha256: Sha256
@@ -85,43 +70,38 @@ class ResultFields(TypedDict):
     world_size: Positive
     images_per_second: Amount | None
     out: str
-    sync: NotRequired[str]
-    device: NotRequired[str]
-    steps_here: NotRequired[Count]
-    seconds_here: NotRequired[Amount]
-    total_seconds: NotRequired[Amount]
+    sync: str | UnsetType = UNSET
+    device: str | UnsetType = UNSET
+    steps_here: Count | UnsetType = UNSET
+    seconds_here: Amount | UnsetType = UNSET
+    total_seconds: Amount | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        if (self.steps_here is UNSET) != (self.seconds_here is UNSET):
+            raise ValueError("Expected both `steps_here` and `seconds_here`, or neither")
 
 
-Result = Annotated[
-    ResultFields,
-    Rule(
-        "have both steps_here and seconds_here, or neither",
-        lambda r: ("steps_here" in r) == ("seconds_here" in r),
-    ),
-]
-
-
-class ScoreFields(TypedDict):
+class ScoreFields(Struct):
     """`result.json` of a run or an ensemble, as far as `dmnist export` reads it."""
 
-    weights_sha256: NotRequired[str]
-    test_accuracy: NotRequired[Share]
+    weights_sha256: str | UnsetType = UNSET
+    test_accuracy: Share | UnsetType = UNSET
 
 
-class MemberFields(TypedDict):
+class MemberFields(Struct):
     """A network of an ensemble, in `result.json` of the ensemble."""
 
     seed: Count
     weights_sha256: Sha256
 
 
-class EnsembleFields(TypedDict):
+class EnsembleFields(Struct):
     """`result.json` of an ensemble, as far as it is read."""
 
-    members: Annotated[list[MemberFields], _NOT_EMPTY]
+    members: Annotated[list[MemberFields], Meta(min_length=1)]
 
 
-class MistakeFields(TypedDict):
+class MistakeFields(Struct):
     """A misclassified image."""
 
     index: Count
@@ -131,14 +111,14 @@ class MistakeFields(TypedDict):
     image: Picture
 
 
-class MistakesFields(TypedDict):
+class MistakesFields(Struct):
     """`mistakes.json`."""
 
     step: Count
     mistakes: list[MistakeFields]
 
 
-class GroupFields(TypedDict):
+class GroupFields(Struct):
     """`.group`: a random token, the digest of recipe and data, and the launchers' IDs."""
 
     mark: str
@@ -149,14 +129,13 @@ class GroupFields(TypedDict):
 # ---- Types of events, the lines of metrics.jsonl ---------------------------------------------------------
 
 
-class EventFields(TypedDict):
+class _Event(Struct, tag_field="event"):
     """What every event has: its kind, and when it was written."""
 
-    event: str
     time: Time
 
 
-class RankFields(TypedDict):
+class RankFields(Struct):
     """A rank, in a `start` event."""
 
     rank: Count
@@ -164,82 +143,75 @@ class RankFields(TypedDict):
     pid: Count
 
 
-class _Start(EventFields):
+class _Start(_Event, tag="start"):
     lines: dict[str, str]
     world_size: Positive
     step: Count
     steps: Count
     epochs: Count
-    again: NotRequired[bool]
-    ranks: NotRequired[list[RankFields]]
+    again: bool | UnsetType = UNSET
+    ranks: list[RankFields] | UnsetType = UNSET
 
 
-class _Notice(EventFields):
+class _Notice(_Event, tag="notice"):
     text: str
 
 
-class RankTimes(TypedDict):
+class RankTimes(Struct):
     """Seconds per step, by rank."""
 
-    busy: Annotated[list[StepSeconds], _NOT_EMPTY]
-    exchange: Annotated[list[StepSeconds], _NOT_EMPTY]
+    busy: Annotated[list[StepSeconds], Meta(min_length=1)]
+    exchange: Annotated[list[StepSeconds], Meta(min_length=1)]
+
+    def __post_init__(self) -> None:
+        if len(self.busy) != len(self.exchange):
+            raise ValueError("Expected as many times in `busy` as in `exchange`")
 
 
-class _Steps(EventFields):
+class _Steps(_Event, tag="steps"):
     step: Positive
     epoch: Epoch
-    loss: float
-    lr: float
+    loss: Number
+    lr: Number
     images_per_second: Amount
     seconds: dict[str, StepSeconds]
     first_step: Positive
-    losses: Annotated[list[float], _NOT_EMPTY]
-    ranks: NotRequired[
-        Annotated[
-            RankTimes,
-            Rule(
-                "have as many times in busy as in exchange", lambda r: len(r["busy"]) == len(r["exchange"])
-            ),
-        ]
-    ]
+    losses: Annotated[list[Number], Meta(min_length=1)]
+    ranks: RankTimes | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        if len(self.losses) != self.step - self.first_step + 1:
+            raise ValueError("Expected a loss for each step")
 
 
-class _Evaluation(EventFields):
+class _Evaluation(_Event, tag="evaluation"):
     step: Count
-    epoch: Annotated[float, _between(0, 1e9)]
-    train_loss: float
+    epoch: Annotated[float, Meta(ge=0, le=1e9)]
+    train_loss: Number
     train_accuracy: Share
-    test_loss: float
+    test_loss: Number
     test_accuracy: Share
     test_images: Count
     best: bool
-    confusion: NotRequired[Matrix]
+    confusion: Annotated[list[list[Count]], Meta(min_length=1)] | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        if self.confusion and any(len(row) != len(self.confusion) for row in self.confusion):
+            raise ValueError("Expected a square matrix in `confusion`")
 
 
-class _Checkpoint(EventFields):
+class _Checkpoint(_Event, tag="checkpoint"):
     step: Count
     path: str
     seconds: Amount
 
 
-class _Stop(EventFields):
+class _Stop(_Event, tag="stop"):
     step: Count
 
 
-class _End(EventFields):
-    result: Result
+class _End(_Event, tag="end"):
+    result: ResultFields
 
 
-EVENTS: dict[str, Any] = {
-    "start": _Start,
-    "notice": _Notice,
-    "steps": Annotated[
-        _Steps,
-        Rule("have a loss for each step", lambda e: e["first_step"] + len(e["losses"]) == e["step"] + 1),
-    ],
-    "evaluation": _Evaluation,
-    "checkpoint": _Checkpoint,
-    "stop": _Stop,
-    "end": _End,
-}
-"""The type of each kind of event."""
+Event = _Start | _Notice | _Steps | _Evaluation | _Checkpoint | _Stop | _End

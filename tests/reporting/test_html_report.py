@@ -173,7 +173,7 @@ def test_reports_of_damaged_folders(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert html_report.run(runs=[folder], out=None, as_json=False) == 0
     said = capsys.readouterr().err
     assert said.startswith(
-        f"dmnist: left out of the report: {folder / 'config.json'} is damaged (it is not"
+        f"dmnist: left out of the report: {folder / 'config.json'} is damaged (Input data"
     )
     assert said.count("\n") == 1
 

@@ -1,6 +1,8 @@
 """Damaged files of a run's folder: refused in one line or read as what they were, never half believed."""
 
+import base64
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,10 @@ def one_line(error: DmnistError, path: Path) -> None:
     assert str(path) in str(error)
     assert "\n" not in str(error)
     assert len(str(error)) < len(str(path)) + 400, str(error)
+
+
+def whole_result(**more: Any) -> bytes:
+    return json.dumps(run_folders.result(**more)).encode()
 
 
 def test_whole_files_are_read_as_written(tmp_path: Path) -> None:
@@ -64,6 +70,55 @@ def test_a_plausible_change_of_the_config_is_refused(before: str, after: str, tm
     with pytest.raises(CheckpointError, match=r"config\.json .*: delete it, and repeat all flags"):
         run_files.config_in(tmp_path)
     assert "config.json" in read(tmp_path).problems[0]
+
+
+def test_a_path_that_is_not_utf_8(tmp_path: Path) -> None:
+    """Python writes such a byte as half a surrogate pair."""
+    out = os.fsdecode(b"run \xff")
+    config = run_folders.config()
+    config["run"]["out"] = out
+    run_files.write_config(tmp_path, config)
+    found = run_files.config_in(tmp_path)
+    assert found is not None and found.run.out == Path(out)
+    (tmp_path / "result.json").write_bytes(whole_result(out=out))
+    assert run_files.read_result(tmp_path) == run_folders.result(out=out)
+    event = run_folders.start(0, lines={"out": out})
+    assert run_files.event_of(run_folders.lines(event).encode()) == event
+
+
+def test_unknown_fields_are_dropped(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_bytes(whole_result(unknown=[{}]))
+    assert run_files.read_result(tmp_path) == run_folders.result()
+    for event in run_folders.events():
+        assert run_files.event_of(json.dumps({**event, "unknown": [{}]}).encode()) == event
+    assert run_files.event_of(run_folders.lines(run_folders.start(0, event="begin")).encode()) is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        run_folders.steps(10, losses=[2.0] * 8),
+        run_folders.steps(10, ranks={"busy": [0.1], "exchange": [0.1, 0.2]}),
+        run_folders.steps(10, losses=[]),
+        run_folders.evaluation(10, confusion=[]),
+        run_folders.evaluation(10, confusion=[[3, 1], [1]]),
+        run_folders.evaluation(10, confusion=[[3, -1], [1, 3]]),
+        run_folders.start(0, time=1e12),
+    ],
+)
+def test_events_whose_fields_do_not_fit_are_damaged(wrong: dict[str, Any]) -> None:
+    assert run_files.event_of(json.dumps(wrong).encode()) is None
+
+
+@pytest.mark.parametrize("pixels", [28 * 28 - 1, 28 * 28 + 1])
+def test_pictures_of_another_size_are_damage(pixels: int, tmp_path: Path) -> None:
+    path = run_folders.write(tmp_path) / "mistakes.json"
+    mistakes = run_files.read_mistakes(tmp_path)
+    assert mistakes is not None and mistakes == json.loads(path.read_text())
+    mistakes["mistakes"][1]["image"] = base64.b64encode(bytes(pixels)).decode()
+    path.write_text(json.dumps(mistakes))
+    with pytest.raises(CheckpointError, match=r"of length .. 784 - at `\$\.mistakes\[1\]\.image`"):
+        run_files.read_mistakes(tmp_path)
 
 
 def without_digest(config: dict[str, Any]) -> dict[str, Any]:
@@ -146,28 +201,41 @@ def test_a_damaged_lock_is_taken_and_a_held_one_is_shown_safely(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"\xff", "it is not UTF-8 text"),
-        (b"[" * 100_000, "it is nested too deeply"),
-        (b"{", "it is not JSON: "),
-        (b"7" * 5000, "it is not JSON: "),
-        (b"[1]", "it must be an object, not [1]"),
-        (b"{}", "it lacks data_sha256, "),
+        (b"\xff", "'utf-8' codec can't decode byte 0xff"),
+        (whole_result().replace(b"{", b'{"unknown": "\xff", ', 1), "'utf-8' codec can't decode byte 0xff"),
+        (b'{"unknown": ' + b"[" * 100_000, "it is nested too deeply"),
+        (b'{"unknown": "\\udcff", "deep": ' + b"[" * 100_000, "it is nested too deeply"),
+        (b"{", "Input data was truncated"),
+        (b"[1]", "Expected `object`, got `array`"),
+        (b"{}", "Object missing required field `dataset`"),
+        (whole_result() + b"x", "JSON is malformed: trailing characters "),
         (
-            json.dumps(run_folders.result(test_loss=float("nan"))).encode(),
-            "it is not JSON: NaN is not a number",
+            whole_result(steps=1, again=None).replace(b"again", b"steps"),
+            "Expected `int`, got `null` - at `$.steps`",
+        ),
+        (whole_result(unknown=float("nan")), "JSON is malformed: "),
+        (
+            whole_result(test_loss=float("nan"), out="\udcff"),
+            "Expected `float` > -1e+100 - at `$.test_loss`",
+        ),
+        (whole_result(test_loss=1e300), "Expected `float` < 1e+100 - at `$.test_loss`"),
+        (whole_result(test_loss=1 << 1000), "Expected `float` < 1e+100 - at `$.test_loss`"),
+        (whole_result(steps=1 << 63), "Expected `int` <= 9223372036854775807 - at `$.steps`"),
+        (whole_result(steps=7).replace(b"7", b"7" * 5000), "Integer value out of range - at `$.steps`"),
+        (whole_result(steps=True), "Expected `int`, got `bool` - at `$.steps`"),
+        (whole_result(steps=1.0), "Expected `int`, got `float` - at `$.steps`"),
+        (whole_result(test_accuracy=2), "Expected `float` <= 1.0 - at `$.test_accuracy`"),
+        (
+            whole_result(weights_sha256="x"),
+            "Expected `str` matching regex '^[0-9a-f]{64}$' - at `$.weights",
         ),
         (
-            json.dumps(run_folders.result(test_loss=1e300)).encode(),
-            "test_loss: it must be a number, not 1e+300",
-        ),
-        (json.dumps(run_folders.result(steps=True)).encode(), "steps: it must be a whole number, not True"),
-        (
-            json.dumps(run_folders.result(test_accuracy=2)).encode(),
-            "test_accuracy: it must be from 0 to 1, not 2",
+            whole_result(weights_sha256="a" * 64 + "\n"),
+            "Expected `str` of length <= 64 - at `$.weights_sha256`",
         ),
         (
-            json.dumps(run_folders.result(weights_sha256="x")).encode(),
-            "weights_sha256: it must have 64 hexadecimal",
+            whole_result().replace(b"seconds_here", b"seconds"),
+            "Expected both `steps_here` and `seconds_here`",
         ),
     ],
 )
