@@ -20,12 +20,13 @@ from ..data import prefetch
 from ..data.datasets import Dataset
 from ..data.prefetch import PrefetchedData
 from ..distributed.world import World
-from ..errors import DmnistError, UsageError, WorkerLost, described, recreate, write_line
+from ..errors import CheckpointError, DmnistError, UsageError, WorkerLost, described, recreate, write_line
 from ..launcher import spawn
 from ..launcher.rank_process import run_in_group
 from ..launcher.signals import StopSignals
 from ..reporting.console import make_console
 from ..runs import layout
+from ..runs.run_files import read_result
 from ..training import run as training
 
 
@@ -122,7 +123,10 @@ def train_in_processes(
         )
         if code:
             raise _make_error(code, messages, Path(error_folder))
-    return json.loads((out / "result.json").read_text())
+    result = read_result(out)
+    if result is None:
+        raise CheckpointError(f"{out} has no result.json")
+    return result
 
 
 def _make_error(code: int, messages: list[str], error_folder: Path) -> BaseException:
