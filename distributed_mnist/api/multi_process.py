@@ -1,5 +1,6 @@
 """Train in several processes for `library.train`: start them, and raise their error here if they fail."""
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -137,7 +138,10 @@ def _make_error(code: int, messages: list[str], error_folder: Path) -> BaseExcep
     """
     if code == 130:  # after a second Ctrl-C
         return KeyboardInterrupt()
-    saved = [recreate(*json.loads(path.read_text())) for path in sorted(error_folder.iterdir())]
+    saved: list[DmnistError] = []
+    for path in sorted(error_folder.iterdir()):
+        with contextlib.suppress(ValueError):  # a rank that was killed while it wrote
+            saved.append(recreate(*json.loads(path.read_text())))
     error = next((error for error in saved if error.exit_code == code), None)
     if error is not None and not (messages and isinstance(error, WorkerLost)):
         return error
