@@ -81,7 +81,7 @@ def test_connections_are_told_apart_by_attempt_and_rank(port: Listener) -> None:
 
 def test_strangers_are_reported_once(port: Listener, reports: list[str]) -> None:
     for _ in range(3):
-        with pytest.raises(NotOurs, match="it closed the connection"):
+        with pytest.raises(NotOurs, match="it refuses this process"):
             connect(port.port, key=b"another key")
     assert len(reports) == 1
     assert reports[0].startswith(
