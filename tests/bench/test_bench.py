@@ -1,19 +1,25 @@
 """Test `dmnist bench`: what each section measures, and that it shows what it writes."""
 
+import functools
 import json
+import os
 import statistics
+import sys
+import tempfile
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import dmnist
+import torch.multiprocessing
+from ranks import PATIENCE, dmnist, server
 
-from distributed_mnist.bench import sections
+from distributed_mnist.bench import baseline, sections, timed_runs
 from distributed_mnist.bench.timed_runs import ratios, summary
-from distributed_mnist.cli import flags_train
-
-SMALL = ("--dataset", "generated", "--nproc", 2, "--runs", 2, "--seeds", 2, "--seconds", 0.05)
+from distributed_mnist.cli import flags_train, main
+from distributed_mnist.errors import DmnistError
 
 
 def test_the_statistics_of_measurements() -> None:
@@ -25,43 +31,79 @@ def test_the_statistics_of_measurements() -> None:
     assert ratios([4.0, 1.0, 2.0], [2.0, 1.0, 4.0]) == [2.0, 1.0, 0.5]
 
 
-def measured(section: str, digits: Path, out: Path, *titles: str) -> Any:
-    """Run one section and return its figures; check that they are written, and shown under these titles."""
-    flags = (
-        "--dataset",
-        "idx",
-        "--data",
-        digits,
-        "--nproc",
-        2,
-        "--runs",
-        1,
-        "--seeds",
-        2,
-        "--seconds",
-        0.05,
-    )
-    ended = dmnist("bench", section, *flags, "--recipe", "classic", "--out", out, "--json")
-    results = ended.json()
-    assert results == json.loads((out / "bench.json").read_text())
-    assert results.keys() == {"machine", section}
-    assert ET.parse(out / "bench.svg").getroot().tag.endswith("svg")
-    for title in titles:
-        assert title in ended.stderr
-    return results[section]
+class Bench:
+    """Runs `dmnist bench` in this process."""
+
+    def __init__(self, digits: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self._data, self._out, self._capsys = digits, out, capsys
+
+    def measured(self, section: str, *titles: str, nproc: int = 2) -> Any:
+        """Run one section and return its figures; check that they are written, and shown."""
+        words = ["bench", section, "--dataset", "idx", "--data", self._data, "--recipe", "classic"]
+        words += [
+            "--nproc",
+            nproc,
+            "--runs",
+            1,
+            "--seeds",
+            2,
+            "--seconds",
+            0.01,
+            "--out",
+            self._out,
+            "--json",
+        ]
+        with pytest.raises(SystemExit) as end:
+            main.main([str(word) for word in words])
+        stdout, stderr = self._capsys.readouterr()
+        assert end.value.code == 0, stderr
+        results = json.loads(stdout)
+        assert results == json.loads((self._out / "bench.json").read_text())
+        assert results.keys() == {"machine", section}
+        assert ET.parse(self._out / "bench.svg").getroot().tag.endswith("svg")
+        for title in titles:
+            assert title in stderr
+        return results[section]
 
 
-def test_startup(tmp_path: Path, digits: Path) -> None:
-    rows = measured("startup", digits, tmp_path, "Start-up, from the command to the first step")
+@pytest.fixture
+def bench(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Bench:
+    return Bench(digits, tmp_path / "out", capsys)
+
+
+def test_startup(bench: Bench) -> None:
+    """All these programs are fresh ones."""
+    rows = bench.measured("startup", "Start-up, from the command to the first step", nproc=1)
     import_torch = rows["python -c 'import torch'"]["seconds"]["median"]
-    assert len(rows) == 4
+    assert rows.keys() >= {"dmnist --help", "dmnist train --nproc 1"}
     for row in rows.values():
         assert row["ratio"]["median"] == pytest.approx(row["seconds"]["median"] / import_torch)
 
 
+@pytest.fixture
+def warm_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the programs that are timed be `dmnist` of the warm server; `test_startup` runs fresh ones."""
+
+    def output(command: Sequence[str], cores: int | None = None) -> str:
+        assert command[:3] == [sys.executable, "-m", "distributed_mnist"]
+        ended = dmnist(*command[3:])
+        assert ended.code == 0, ended
+        return ended.stdout
+
+    monkeypatch.setattr(timed_runs, "output", output)
+
+
 @pytest.mark.slow
-def test_scaling(tmp_path: Path, digits: Path) -> None:
-    results = measured("scaling", digits, tmp_path, "Throughput of classic", "A step, in milliseconds")
+def test_scaling(bench: Bench, warm_training: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = sections.output
+
+    def plain_loop(command: Sequence[str], cores: int | None = None) -> str:
+        """Run it fresh in one process, and warm in two."""
+        assert command[:3] == [sys.executable, "-m", baseline.__name__]
+        return fresh(command, cores) if "--nproc 1" in " ".join(command) else warm_plain_loop(command[3:])
+
+    monkeypatch.setattr(sections, "output", plain_loop)
+    results = bench.measured("scaling", "Throughput of classic", "A step, in milliseconds")
     rows = {(row["way"], row["nproc"]): row for row in results["rows"]}
     assert rows.keys() == {(method, n) for method in ("tree", "ddp", "plain loop") for n in (1, 2)}
     for (method, nproc), row in rows.items():
@@ -78,16 +120,67 @@ def test_scaling(tmp_path: Path, digits: Path) -> None:
         assert (parts["exchange"] > 0) == (nproc > 1)
 
 
-def test_exchange(tmp_path: Path, digits: Path) -> None:
-    results = measured("exchange", digits, tmp_path, "One sum of a vector over all processes")
+def warm_plain_loop(arguments: Sequence[str]) -> str:
+    """Return what the plain loop prints, with processes forked from the warm server."""
+    context = server()
+    reader, writer = context.Pipe(duplex=False)
+    process = context.Process(target=_plain_loop, args=(arguments, writer))
+    process.start()
+    writer.close()
+    try:
+        assert reader.poll(PATIENCE), f"still running after {PATIENCE} seconds"
+        return reader.recv()
+    finally:
+        process.kill()
+        process.join()
+
+
+def _plain_loop(arguments: Sequence[str], writer: Connection) -> None:
+    fork = functools.partial(torch.multiprocessing.start_processes, start_method="fork")
+    torch.multiprocessing.spawn = fork
+    sys.argv = ["baseline", *arguments]
+    with tempfile.TemporaryFile("w+") as printed:
+        os.dup2(printed.fileno(), 1)
+        baseline.main()
+        printed.seek(0)
+        writer.send(printed.read())
+
+
+def test_a_program_that_is_timed_gets_its_cores() -> None:
+    command = [sys.executable, "-c", "import os; print(len(os.sched_getaffinity(0)))"]
+    before = os.sched_getaffinity(0)
+    assert timed_runs.output(command, cores=1) == "1\n"
+    assert os.sched_getaffinity(0) == before
+    assert timed_runs.output(command) == f"{len(before)}\n"
+
+
+def test_a_program_that_fails_is_reported() -> None:
+    command = [sys.executable, "-c", "import sys; sys.exit('dmnist: no such thing')"]
+    with pytest.raises(DmnistError, match="no such thing"):
+        timed_runs.output(command)
+
+
+# Each of 21 measurements takes half a second in two processes. Python runs this whenever it starts.
+SHORTER = """
+import sys
+if any("forkserver" in word for word in sys.orig_argv):  # the server that forks the processes
+    from distributed_mnist.bench import exchange
+    exchange._SECONDS_PER_LENGTH = 0.01
+"""
+
+
+def test_exchange(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SHORTER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    results = bench.measured("exchange", "One sum of a vector over all processes")
     assert results["link"]["latency"] > 0
     assert {row["how"] for row in results["rows"]} >= {"doubling", "halving", "slices"}
     assert all(row["seconds"] > 0 for row in results["rows"])
     assert {row["size"] for row in results["predictions"]} >= {8, 1024}
 
 
-def test_time_to_99(tmp_path: Path, digits: Path) -> None:
-    rows = measured("time-to-99", digits, tmp_path, "Recipe fast")
+def test_time_to_99(bench: Bench, warm_training: None) -> None:
+    rows = bench.measured("time-to-99", "Recipe fast")
     accuracy = rows["test accuracy, %"]
     assert accuracy["n"] == 2
     assert accuracy["min"] <= accuracy["mean"] <= accuracy["max"]
@@ -102,7 +195,7 @@ def test_the_flags_know_the_sections() -> None:
 
 
 def test_only_the_given_section_is_measured() -> None:
-    ended = dmnist("bench", "data", *SMALL)
+    ended = dmnist("bench", "data", "--dataset", "generated", "--runs", 1)
     assert ended.code == 0, ended
     assert "a generated image" in ended.stdout
     assert "Throughput" not in ended.stdout
