@@ -3,23 +3,23 @@
 import itertools
 import json
 import os
-import subprocess
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from ranks import DMNIST, environment
 
+from distributed_mnist.cli import main
 from distributed_mnist.errors import CheckpointError
 from distributed_mnist.runs.checkpoint import decode
-from distributed_mnist.verify import chaos, faults
+from distributed_mnist.runs.layout import checkpoints_in
+from distributed_mnist.verify import chaos, faults, training_job
+from distributed_mnist.verify import command as verify
 from distributed_mnist.verify.chaos import InjectedFault
+from distributed_mnist.verify.compare import Answer
 from distributed_mnist.verify.faults import FAULTS
 from distributed_mnist.verify.training_job import RunFailedError, TrainCommand
-
-LONG = 900.0  # seconds, for several runs in sequence
 
 
 def test_every_kind_of_fault_comes_once_per_round() -> None:
@@ -51,17 +51,27 @@ def test_summary_counts_by_kind() -> None:
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> TrainCommand:
-    """A short run of two processes that has ended."""
+    """A run of two processes that was under way, with a checkpoint, when the block was left."""
     folder = tmp_path_factory.mktemp("command") / "run"
-    with TrainCommand(folder, 2, "cpu", "--epochs", "1", "--model", "linear") as command:
-        assert command.wait_for(command.workers, "it has no workers")
-        assert command.finish() == 0, command.last_line()
+    flags = ("--model", "linear", "--epochs", "1000", "--checkpoint-every", "0.1 seconds")
+    with TrainCommand(folder, 2, "cpu", *flags) as command:
+        saved = lambda: checkpoints_in(folder / "checkpoints")  # noqa: E731
+        assert command.wait_for(saved, "it saved no checkpoint", poll_seconds=0.1)
+        assert len(command.workers()) == 2
+        pids = {process.pid for process in command.processes()}
+        assert command.process.pid in pids
+        assert os.getpid() not in pids
     return command
+
+
+def test_leaving_the_block_ends_all_processes(command: TrainCommand) -> None:
+    assert command.processes() == []
+    assert not command.running()
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_a_damaged_checkpoint_cannot_be_read(seed: int, command: TrainCommand, tmp_path: Path) -> None:
-    newest = max((command.folder / "checkpoints").glob("step_*.pt"))
+    newest = checkpoints_in(command.folder / "checkpoints")[-1]
     copy = tmp_path / newest.name
     copy.write_bytes(newest.read_bytes())
     faults._damage(cast(Any, SimpleNamespace(rng=Random(seed))), copy)
@@ -70,19 +80,9 @@ def test_a_damaged_checkpoint_cannot_be_read(seed: int, command: TrainCommand, t
 
 
 def test_a_run_that_fails_says_so_and_leaves_no_processes(tmp_path: Path) -> None:
-    with TrainCommand(tmp_path / "run", 1, "cpu", "--resume", "nowhere.pt") as command:
-        assert command.finish() == 4
-        assert "nowhere.pt" in command.last_line()
-
-
-def test_leaving_the_block_ends_all_processes(tmp_path: Path) -> None:
-    with TrainCommand(tmp_path / "run", 2, "cpu", "--epochs", "1000") as command:
-        assert len(command.wait_for(lambda: command.workers()[1:], "it has no second worker")) == 1
-        pids = {process.pid for process in command.processes()}
-        assert command.process.pid in pids
-        assert os.getpid() not in pids
-    assert command.processes() == []
-    assert not command.running()
+    with TrainCommand(tmp_path / "run", 1, "cpu", "--epochs", "0") as command:
+        assert command.finish() == 2
+        assert "--epochs" in command.last_line()
 
 
 def test_waiting_times_out(command: TrainCommand, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,38 +92,28 @@ def test_waiting_times_out(command: TrainCommand, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-def test_a_few_faults_change_no_answer() -> None:
+def test_a_few_faults_change_no_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """For the long version run `dmnist verify --chaos --faults 200`."""
-    arguments = [
-        "verify",
-        "--nproc",
-        "3",
-        "--device",
-        "cpu",
-        "--chaos",
-        "--faults",
-        "2",
-        "--seed",
-        "3",
-        "--json",
-    ]
-    done = subprocess.run(
-        [*DMNIST, *arguments],
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=LONG,
-    )
-    assert done.returncode == 0, done
-    result = json.loads(done.stdout)
+    # Less data, which have no known answer. Runs without faults are compared in test_verify.
+    monkeypatch.setitem(training_job.DATA, "train_size", 1_000)
+    monkeypatch.setitem(training_job.DATA, "test_size", 99)
+    monkeypatch.setattr(verify, "compare_sizes", lambda *arguments: Answer({}, {}, {}))
+    monkeypatch.setattr(verify, "report_known_answer", lambda *arguments: None)
+    words = ["verify", "--nproc", "3", "--device", "cpu", "--chaos", "--faults", "2", "--seed", "3"]
+    with pytest.raises(SystemExit) as end:
+        main.main([*words, "--json"])
+    stdout, stderr = capsys.readouterr()
+    assert end.value.code == 0, stderr
+    result = json.loads(stdout)
     assert result["passed"]
     assert result["chaos"]["seed"] == 3
     assert result["chaos"]["faults"] == result["chaos"]["kinds"]["all"]["count"] == 2
     assert result["chaos"]["failures"] == 0
-    assert "--seed 3" in done.stderr
-    reference = [run for run in result["runs"] if run["what"] == "a longer job, without faults"]
-    under_faults = [run for run in result["runs"] if run["what"].startswith("run ")]
+    assert "--seed 3" in stderr
+    reference, *under_faults = result["runs"]
+    assert reference["what"] == "a longer job, without faults"
     assert under_faults
-    assert {run["weights_sha256"] for run in under_faults} == {reference[0]["weights_sha256"]}
+    assert all(run["what"].startswith("run ") for run in under_faults)
+    assert {run["weights_sha256"] for run in under_faults} == {reference["weights_sha256"]}
