@@ -3,8 +3,8 @@
 import io
 import json
 import math
-import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -14,13 +14,18 @@ from typing import Any
 import pytest
 import run_folders
 import torch
-from ranks import DMNIST, TORCHRUN, Finished, dmnist, environment
+from ranks import TORCHRUN, dmnist, run, run_ranks
 from rich.console import Console
 
+from distributed_mnist.cli import main
 from distributed_mnist.common.digest import digest
+from distributed_mnist.common.placement import ALONE
 from distributed_mnist.distributed.peer import Peer
+from distributed_mnist.distributed.world import World
 from distributed_mnist.errors import UsageError, VerificationError
+from distributed_mnist.launcher.signals import StopSignals
 from distributed_mnist.verify import command as verify
+from distributed_mnist.verify import training_job, under_launcher
 from distributed_mnist.verify.compare import Answer, compare, losses_in, read_events
 from distributed_mnist.verify.known_answers import (
     Platform,
@@ -36,26 +41,11 @@ from distributed_mnist.verify.under_launcher import SoloResult, recipe_for, show
 
 HERE = Platform(torch="9.9", machine="x86_64", device="cpu", model="Some CPU", capability="AVX512")
 RESULT = {"data_sha256": "d" * 64, "samples_sha256": "e" * 64, "weights_sha256": "f" * 64, "test_loss": 0.5}
-LONG = 600.0
-"""Seconds: several complete trainings in sequence."""
 
 
 def answer(losses: Sequence[float] = (3.0, 2.0, 1.0), weight: float = 0.25, **fields: Any) -> Answer:
     weights = {"a": torch.tensor([1.0, weight]), "b": torch.zeros(2, 2)}
     return Answer({**RESULT, **fields}, dict(enumerate(losses, start=1)), weights)
-
-
-def run(command: Sequence[object], **variables: str) -> Finished:
-    done = subprocess.run(
-        [str(argument) for argument in command],
-        env=environment(**variables),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=LONG,
-    )
-    return Finished(done.returncode, done.stdout, done.stderr)
 
 
 def make_table() -> tuple[ResultsTable, io.StringIO]:
@@ -311,14 +301,32 @@ def test_chaos_is_refused_under_another_launcher() -> None:
 
 
 @pytest.mark.slow
-def test_a_correct_machine_passes() -> None:
-    ended = run([*DMNIST, "verify", "--nproc", 2, "--device", "cpu", "--json"])
-    result = ended.json()
-    assert result["passed"], ended
+def test_a_correct_machine_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main.main(["verify", "--nproc", "2", "--device", "cpu", "--json"])
+    stdout, stderr = capsys.readouterr()
+    assert end.value.code == 0, stderr
+    result = json.loads(stdout)
+    assert result["passed"], stderr
     assert [run["what"] for run in result["runs"]] == ["1 process", "2 processes"]
     assert {run["weights_sha256"] for run in result["runs"]} == {result["weights_sha256"]}
     assert result["known_answer"]["verdict"] in ("equal", "unknown")
-    assert "PASS" in ended.stderr
+    assert "PASS" in stderr
+
+
+ONE_ODD_RANK = """
+import os
+if os.environ["RANK"] == "1":
+    os.environ["ATEN_CPU_CAPABILITY"] = "default"
+
+from distributed_mnist.cli.main import main
+from distributed_mnist.verify import training_job, under_launcher
+
+# A shorter job than the one with known answers: the first step shows the difference.
+training_job.DATA.update(train_size=400, test_size=99)
+under_launcher.recipe_for = lambda size: training_job.recipe().replace(epochs=1)
+main(["verify", "--device", "cpu", "--json"])
+"""
 
 
 @pytest.mark.slow
@@ -328,13 +336,7 @@ def test_a_correct_machine_passes() -> None:
 def test_a_rank_that_computes_differently_is_reported(tmp_path: Path) -> None:
     """Run two ranks under torchrun, one of them without the processor's vector instructions."""
     script = tmp_path / "verify.py"
-    script.write_text(
-        "import os\n"
-        "if os.environ['RANK'] == '1':\n"
-        "    os.environ['ATEN_CPU_CAPABILITY'] = 'default'\n"
-        "from distributed_mnist.cli.main import main\n"
-        "main(['verify', '--device', 'cpu', '--json'])\n"
-    )
+    script.write_text(ONE_ODD_RANK)
     ended = run(
         [*TORCHRUN, "--standalone", "--nproc-per-node", 2, script],
         TMPDIR=str(tmp_path),
@@ -353,11 +355,25 @@ def test_a_rank_that_computes_differently_is_reported(tmp_path: Path) -> None:
     assert "exitcode  : 9" in ended.stderr
 
 
+def verify_less(world: World, folder: str) -> tuple[str, dict[str, Any]]:
+    """Verify this world with less data, which have no known answer; return its text and fields."""
+    training_job.DATA.update(train_size=400, test_size=99)
+    under_launcher.report_known_answer = lambda result, platform, table: table.json_fields.update(
+        looked_up=result["weights_sha256"]
+    )
+    tempfile.tempdir = folder
+    text = io.StringIO()
+    table = ResultsTable(Console(file=text, width=1000), as_json=False)
+    under_launcher.run(world, table, StopSignals(ALONE))
+    return text.getvalue(), table.json_fields
+
+
 @pytest.mark.slow
-def test_a_correct_world_passes() -> None:
-    command = ("verify", "--device", "cpu", "--json")
-    ended = run([*TORCHRUN, "--standalone", "--nproc-per-node", 2, "-m", "distributed_mnist", *command])
-    result = ended.json()
-    assert result["passed"], ended
-    assert [run["what"].split(" (")[0] for run in result["runs"]] == ["rank 0", "rank 1", "2 processes"]
-    assert {run["weights_sha256"] for run in result["runs"]} == {result["weights_sha256"]}
+def test_a_correct_world_passes(tmp_path: Path) -> None:
+    (text, fields), *others = run_ranks(verify_less, 2, str(tmp_path))
+    lines = [line.split() for line in text.splitlines() if line[:1] in ("✓", "✗")]
+    assert [line[:3] for line in lines] == [["✓", "rank", "0"], ["✓", "rank", "1"], ["✓", "2", "processes"]]
+    assert all(fields["looked_up"][:12] in line for line in lines)
+    assert text.splitlines()[-1] == "PASS"
+    assert [field for _, field in others] == [fields]
+    assert list(tmp_path.iterdir()) == [], "folders of runs that were right are deleted"
