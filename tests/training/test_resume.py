@@ -1,22 +1,25 @@
 """Test that a run that is stopped, killed or damaged, and resumed at any size, ends with the same weights.
 
-An interrupted run pauses in every step and is given more epochs than anyone would wait for, so that a
-signal cannot come too late. The rate of the classic recipe does not look ahead, so such a run begins
-exactly like a shorter one. What it left is resumed without pauses, as a run of a few epochs.
+An interrupted run is given more epochs than anyone would wait for, so that a signal cannot come too late.
+The rate of the classic recipe does not look ahead, so such a run begins exactly like a shorter one, and
+what it left is resumed as one that ends an epoch or two after the place where it stopped.
 """
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import paced
+import psutil
 import pytest
 from ranks import DMNIST, PATIENCE, Finished, Program, dmnist, events, last_step, processes, train
 
@@ -45,27 +48,48 @@ def undisturbed(flags: tuple[object, ...], tmp_path_factory: pytest.TempPathFact
     return run_once
 
 
-def endless(flags: tuple[object, ...], out: Path, *more: object, nproc: int = 2) -> Program:
-    """Start `dmnist train` with pauses, and too many epochs to end by itself."""
-    words = [
-        "train",
-        "--device",
-        "cpu",
-        "--nproc",
-        nproc,
-        *flags,
-        "--epochs",
-        1_000_000,
-        "--out",
-        out,
-        *more,
-    ]
+def endless(flags: tuple[object, ...], out: Path, nproc: int, *more: object) -> list[object]:
+    """Return the words of a `dmnist train` with too many epochs to end by itself."""
+    words = ["train", "--device", "cpu", "--nproc", nproc, *flags, "--epochs", 1_000_000]
+    return [*words, "--out", out, *more]
+
+
+def fresh_program(flags: tuple[object, ...], out: Path, *more: object) -> Program:
+    """Start it with two processes, and with pauses: the processor has other things to do."""
     pauses = {"PACED_UNTIL": str(out / "never"), "PYTHONPATH": paced.python_path()}
-    return Program([*DMNIST, *words], **pauses)
+    return Program([*DMNIST, *endless(flags, out, 2, *more)], **pauses)
 
 
-def in_the_middle(program: Program, out: Path, least: int = 5) -> None:
-    program.wait_for(lambda: last_step(out) >= least, f"step {least}")
+def in_the_middle(program: Program, out: Path) -> None:
+    program.wait_for(lambda: last_step(out) >= 5, "step 5")
+
+
+def interrupted(
+    flags: tuple[object, ...],
+    out: Path,
+    nproc: int,
+    interrupt: Callable[[int, list[int]], None],
+    *more: object,
+) -> Finished:
+    """Start it from the warm server, and call `interrupt(launcher, workers)` with their pids meanwhile.
+
+    Return how it ended; no worker is left then.
+    """
+    deadline = time.monotonic() + PATIENCE
+    with ThreadPoolExecutor(1) as pool:
+        ending = pool.submit(dmnist, *endless(flags, out, nproc, *more))
+        while last_step(out) < 20:
+            assert not ending.done(), ending.result()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        (launcher,) = multiprocessing.active_children()
+        assert launcher.pid is not None
+        workers = [rank["pid"] for rank in events(out)[0]["ranks"]]
+        interrupt(launcher.pid, workers)
+        ended = ending.result()
+    assert len(workers) == nproc
+    assert not any(map(psutil.pid_exists, workers))
+    return ended
 
 
 def same_again(undisturbed: Any, flags: tuple[object, ...], out: Path, nproc: int, start: int) -> None:
@@ -107,18 +131,6 @@ def saved(out: Path) -> list[int]:
     return sorted(int(path.stem.removeprefix("step_")) for path in (out / "checkpoints").glob("step_*.pt"))
 
 
-def to_launcher(number: int) -> Callable[[Program, Path], None]:
-    return lambda program, out: program.signal(number)
-
-
-def to_group(program: Program, out: Path) -> None:
-    program.signal(signal.SIGTERM, group=True)
-
-
-def to_second_worker(program: Program, out: Path) -> None:
-    os.kill(workers(program, out)[1], signal.SIGTERM)
-
-
 def workers(program: Program, out: Path) -> list[int]:
     """Return the workers' pids by rank: rank 0's is in the lock file, the others' are later siblings'."""
     first = re.match(r"pid (\d+)", (out / ".lock").read_text())
@@ -139,53 +151,70 @@ def assert_nothing_left(program: Program) -> None:
         time.sleep(0.05)
 
 
-# How to stop a run, its number of processes, and that of the run which resumes it.
+# The signal, who gets it, the number of processes, and that of the resumed run.
 STOPS = {
-    "SIGINT": (to_launcher(signal.SIGINT), 2, 1),
-    "SIGUSR1, a single process": (to_launcher(signal.SIGUSR1), 1, 4),
-    "SIGTERM to all": (to_group, 2, 3),
-    "SIGTERM to one worker": (to_second_worker, 2, 3),
+    "SIGINT": (signal.SIGINT, "launcher", 2, 1),
+    "SIGUSR1, a single process": (signal.SIGUSR1, "launcher", 1, 4),
+    "SIGTERM to one worker": (signal.SIGTERM, "worker", 2, 3),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [pytest.param(name, marks=needs_proc) for name in STOPS])
+@pytest.mark.parametrize("how", STOPS)
 def test_asked_to_stop(how: str, undisturbed: Any, flags: tuple[object, ...], tmp_path: Path) -> None:
     """All ranks stop at one step with a checkpoint and exit code 75, and no work is lost."""
-    stop, nproc, nproc_later = STOPS[how]
+    number, target, nproc, nproc_later = STOPS[how]
+
+    def interrupt(launcher: int, workers: list[int]) -> None:
+        os.kill(launcher if target == "launcher" else workers[1], number)
+
     out = tmp_path / "out"
-    with endless(flags, out, nproc=nproc) as program:
-        in_the_middle(program, out)
-        stop(program, out)
-        ended = program.finish()
-        assert_nothing_left(program)
-    step = stopped_at(ended)
-    assert step == last_step(out) == saved(out)[-1]
-    assert not (out / "result.json").exists()
-    same_again(undisturbed, flags, out, nproc_later, step)
+    ended = interrupted(flags, out, nproc, interrupt)
+    assert_nothing_lost(ended, out)
+    same_again(undisturbed, flags, out, nproc_later, stopped_at(ended))
 
 
 @pytest.mark.slow
 @needs_proc
+def test_all_processes_are_asked_to_stop(
+    undisturbed: Any, flags: tuple[object, ...], tmp_path: Path
+) -> None:
+    """Schedulers do this: the server that forked the workers gets the signal too."""
+    out = tmp_path / "out"
+    with fresh_program(flags, out) as program:
+        in_the_middle(program, out)
+        program.signal(signal.SIGTERM, group=True)
+        ended = program.finish()
+        assert_nothing_left(program)
+    assert_nothing_lost(ended, out)
+    same_again(undisturbed, flags, out, 3, stopped_at(ended))
+
+
+def assert_nothing_lost(ended: Finished, out: Path) -> None:
+    assert stopped_at(ended) == last_step(out) == saved(out)[-1]
+    assert not (out / "result.json").exists()
+
+
+@pytest.mark.slow
 def test_a_worker_is_killed_and_not_started_again(
     undisturbed: Any, flags: tuple[object, ...], tmp_path: Path
 ) -> None:
     """One line names the worker, no process is left, and only work since the last checkpoint is lost."""
-    out = tmp_path / "out"
-    with endless(flags, out, "--checkpoint-every", 4, "--max-restarts", 0) as program:
-        in_the_middle(program, out, 10)
-        pid = workers(program, out)[1]
-        os.kill(pid, signal.SIGKILL)
-        ended = program.finish()
-        assert_nothing_left(program)
+    out, pids = tmp_path / "out", []
+
+    def interrupt(launcher: int, workers: list[int]) -> None:
+        pids.extend(workers)
+        os.kill(workers[1], signal.SIGKILL)
+
+    ended = interrupted(flags, out, 2, interrupt, "--checkpoint-every", 5, "--max-restarts", 0)
     assert ended.code == 8, ended
     lines = ended.stderr.splitlines()
     told = [line for line in lines if line.startswith("dmnist: ")]
     assert len(told) == 1, ended
-    assert f"rank 1 (pid {pid}) was ended by SIGKILL" in told[0]
+    assert f"rank 1 (pid {pids[1]}) was ended by SIGKILL" in told[0]
     assert "Traceback" not in ended.stderr
     newest = saved(out)[-1]
-    assert newest % 4 == 0
+    assert newest % 5 == 0
     same_again(undisturbed, flags, out, 3, newest)
 
 
@@ -194,7 +223,7 @@ def test_a_worker_is_killed_and_not_started_again(
 def test_the_launcher_is_killed(undisturbed: Any, flags: tuple[object, ...], tmp_path: Path) -> None:
     """To its workers this is a request to stop: they save a checkpoint and end."""
     out = tmp_path / "out"
-    with endless(flags, out, "--checkpoint-every", 4) as program:
+    with fresh_program(flags, out, "--checkpoint-every", 4) as program:
         in_the_middle(program, out)
         assert len(workers(program, out)) == 2
         program.signal(signal.SIGKILL)
