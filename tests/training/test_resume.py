@@ -56,8 +56,8 @@ def endless(flags: tuple[object, ...], out: Path, nproc: int, *more: object) -> 
 
 def fresh_program(flags: tuple[object, ...], out: Path, *more: object) -> Program:
     """Start it with two processes, and with pauses: the processor has other things to do."""
-    pauses = {"PACED_UNTIL": str(out / "never"), "PYTHONPATH": paced.python_path()}
-    return Program([*DMNIST, *endless(flags, out, 2, *more)], **pauses)
+    command = [*DMNIST, *endless(flags, out, 2, *more)]
+    return Program(command, PACED_UNTIL=str(out / "never"), PYTHONPATH=paced.python_path())
 
 
 def in_the_middle(program: Program, out: Path) -> None:
