@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 JOBS ?= $(shell $(PYTHON) -c "import os; print(min(8, os.cpu_count()))")
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet
 
-.PHONY: setup train test test-gpu lint format build clean
+.PHONY: setup train test soak test-gpu lint format build clean
 
 setup: $(VENV)/installed
 
@@ -19,6 +19,10 @@ train: setup
 # As many workers as cores, 8 at most. Each takes whole files, the slow ones first.
 test: $(VENV)/installed-dev
 	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+# Many repetitions and rare variants, of which `make test` runs a short form.
+soak: $(VENV)/installed-dev
+	$(BIN)/pytest -m soak
 
 # On a machine with a GPU or another accelerator: what only it can show. (`make test` runs these too.)
 test-gpu: $(VENV)/installed-dev
