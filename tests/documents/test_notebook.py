@@ -27,7 +27,7 @@ def output_kinds(path: Path) -> list[list[str]]:
 
 @pytest.mark.slow
 def test_it_runs(tmp_path: Path) -> None:
-    """Run the notebook with fewer images and epochs.
+    """Run the notebook with fewer images, epochs and runs.
 
     After a change, refresh its output: `jupyter execute --inplace docs/tutorial/tutorial.ipynb`.
     """
@@ -36,8 +36,11 @@ def test_it_runs(tmp_path: Path) -> None:
     execute = Path(sys.executable).with_name("jupyter-execute")
     shorter = NOTEBOOK.read_text()
     for words, fewer in (
-        ("train_size=6_000", "train_size=4_000"),
-        (r"\"--epochs\", \"20\"", r"\"--epochs\", \"8\""),
+        ("train_size=6_000, test_size=1_000", "train_size=600, test_size=100"),
+        ("(1, 3, 10, 30, 100)", "(1, 10)"),
+        # 90 steps, of which 20 are done when the process is killed
+        (r"\"--epochs\", \"20\"", r"\"--epochs\", \"15\""),
+        (r"\"--checkpoint-every\", \"50\"", r"\"--checkpoint-every\", \"20\""),
     ):
         assert shorter.count(words) == 1
         shorter = shorter.replace(words, fewer)
