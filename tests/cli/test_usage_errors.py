@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ranks import DMNIST, REPOSITORY, Finished, dmnist, run, train
+from ranks import DMNIST, REPOSITORY, Finished, run, train
+from warm import here
 
 from distributed_mnist.data import datasets, idx
 
@@ -124,7 +125,7 @@ def test_bad_flags_of_train(
     words_given = ("train", "--device", "cpu", "--dataset", "idx", "--data", digits, *alone, *out, "--json")
     if "--device" in flags:
         words_given = tuple(word for word in words_given if word not in ("--device", "cpu"))
-    refused(dmnist(*words_given, *flags.split()), USAGE, *words)
+    refused(here(*words_given, *flags.split()), USAGE, *words)
     nothing_in(tmp_path)
 
 
@@ -160,7 +161,7 @@ def test_bad_commands(
     words: list[str], expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    refused(dmnist(*words), USAGE, *expected)
+    refused(here(*words), USAGE, *expected)
     nothing_in(tmp_path)
 
 
@@ -176,14 +177,14 @@ def test_bad_commands(
 )
 def test_bad_recipes(text: str, words: list[str], tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(text)
-    ended = dmnist("train", "--recipe", tmp_path / "mine.toml", "--out", tmp_path / "out", "--json")
+    ended = here("train", "--recipe", tmp_path / "mine.toml", "--out", tmp_path / "out", "--json")
     refused(ended, USAGE, *words)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_size_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    ended = dmnist("data", "generate", "there", "--train-size", 0)
+    ended = here("data", "generate", "there", "--train-size", 0)
     refused(ended, USAGE, "--train-size must be at least 1, not 0")
     nothing_in(tmp_path)
 
@@ -193,7 +194,7 @@ def test_a_size_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def start(digits: Path, out: Path, *more: object) -> Finished:
     words = ("train", "--device", "cpu", "--nproc", 1, "--dataset", "idx", "--data", digits, "--out", out)
-    return dmnist(*words, *RECIPE, *more, "--json")
+    return here(*words, *RECIPE, *more, "--json")
 
 
 def test_an_unknown_data_set(tmp_path: Path) -> None:
@@ -209,7 +210,7 @@ def test_a_missing_data_folder(tmp_path: Path) -> None:
 
 def test_no_run_under_runs_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    ended = dmnist(
+    ended = here(
         "train", "--device", "cpu", "--nproc", 1, "--dataset", "idx", "--data", "nowhere", "--json"
     )
     refused(ended, DATA, "nowhere")
@@ -341,19 +342,19 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_evaluate_nothing(digits: Path, tmp_path: Path) -> None:
-    ended = dmnist("evaluate", tmp_path / "missing.pt", "--data", digits, "--json")
+    ended = here("evaluate", tmp_path / "missing.pt", "--data", digits, "--json")
     refused(ended, CHECKPOINT, str(tmp_path / "missing.pt"))
 
 
 def test_evaluate_a_corrupt_checkpoint(digits: Path, checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "bad.pt"
     path.write_bytes(checkpoint.read_bytes()[:-500])
-    refused(dmnist("evaluate", path, "--data", digits, "--json"), CHECKPOINT, str(path), "damaged")
+    refused(here("evaluate", path, "--data", digits, "--json"), CHECKPOINT, str(path), "damaged")
 
 
 def test_evaluate_without_the_data(checkpoint: Path, tmp_path: Path) -> None:
     refused(
-        dmnist("evaluate", checkpoint, "--data", tmp_path / "gone", "--json"), DATA, str(tmp_path / "gone")
+        here("evaluate", checkpoint, "--data", tmp_path / "gone", "--json"), DATA, str(tmp_path / "gone")
     )
 
 
@@ -362,7 +363,7 @@ def test_evaluate_without_the_data(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_more_processes_than_shards(digits: Path, tmp_path: Path) -> None:
     words = ("train", "--device", "cpu", "--nproc", 3, "--shards", 2, "--dataset", "idx", "--data", digits)
-    ended = run([*DMNIST, *words, "--out", tmp_path / "out", "--json"])
+    ended = here(*words, "--out", tmp_path / "out", "--json")
     refused(ended, USAGE, "3 processes", "2 shards", "--shards 3")
     nothing_in(tmp_path)
 
@@ -377,7 +378,7 @@ def test_one_line_for_a_group_of_three(tmp_path: Path) -> None:
 
 def test_one_line_for_a_resume_by_a_group(digits: Path, tmp_path: Path) -> None:
     words = ("train", "--device", "cpu", "--nproc", 2, "--dataset", "idx", "--data", digits)
-    ended = run([*DMNIST, *words, "--resume", "gone.pt", "--out", tmp_path / "out", "--json"])
+    ended = here(*words, "--resume", "gone.pt", "--out", tmp_path / "out", "--json")
     refused(ended, CHECKPOINT, "gone.pt")
     nothing_in(tmp_path)
 
@@ -395,13 +396,13 @@ def test_one_line_for_a_resume_by_a_group(digits: Path, tmp_path: Path) -> None:
 )
 def test_half_an_environment(variables: dict[str, str], word: str, tmp_path: Path) -> None:
     for command in (["train", "--out", tmp_path / "out"], ["evaluate", tmp_path / "some.pt"]):
-        refused(dmnist(*command, "--json", **variables), LAUNCH, word)
+        refused(here(*command, "--json", **variables), LAUNCH, word)
     nothing_in(tmp_path)
 
 
 def test_nproc_under_another_launcher(tmp_path: Path) -> None:
     variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1234"}
-    ended = dmnist("train", "--nproc", 2, "--out", tmp_path / "out", "--json", **variables)
+    ended = here("train", "--nproc", 2, "--out", tmp_path / "out", "--json", **variables)
     refused(ended, USAGE, "--nproc 2")
     nothing_in(tmp_path)
 
@@ -473,7 +474,7 @@ def test_a_loss_that_is_not_finite(digits: Path, tmp_path: Path) -> None:
 
 
 def test_debug_shows_where(tmp_path: Path) -> None:
-    ended = dmnist(
+    ended = here(
         "train",
         "--nproc",
         1,
