@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from paced import Job, assert_same
-from ranks import DMNIST, REPOSITORY, TORCHRUN, Program, free_port
+from ranks import REPOSITORY, TORCHRUN, free_port
 from torchrun_agents import Whole
+from warm import Warm
 
 from distributed_mnist.cli.parser import parse
 
@@ -139,7 +140,7 @@ class Pods:
         self._port = str(free_port())
         self.running = [self._start(index) for index in range(2)]
 
-    def _start(self, index: int) -> Program:
+    def _start(self, index: int) -> Warm:
         here = container({"spec": self._spec})
         values = {
             one["name"]: one.get("value") or self._field(one["valueFrom"], index) for one in here["env"]
@@ -150,12 +151,17 @@ class Pods:
         words = [re.sub(r"^/runs", volume, word) for word in (*here["command"], *here["args"])]
         assert words[0] == "dmnist"
         job = self._job.words[1:]  # later flags win: the test's small job in place of MNIST
-        return Program(
-            (*DMNIST, *words[1:], *job),
+        return Warm(
+            (*words[1:], *job),
             cwd=self._job.out.parent,
             **self._job.variables,
             **{**values, **changed},
         )
+
+    def end(self) -> None:
+        """End both, if they have not ended yet."""
+        for pod in self.running:
+            pod.__exit__()
 
     @staticmethod
     def _field(source: dict[str, Any], index: int) -> str:
@@ -175,6 +181,7 @@ class Pods:
     def replace(self) -> list[str]:
         """Wait for both to end, and start both anew, as the controller would; the actions taken."""
         codes = [pod.finish().code for pod in self.running]
+        self.end()
         actions = [self.action(code % 256 if code >= 0 else 128 - code) for code in codes]
         assert 0 not in codes and "FailJob" not in actions, (codes, actions)
         self.running = [self._start(index) for index in range(2)]
@@ -185,8 +192,7 @@ class Pods:
 def pods(job: Job) -> Iterator[Pods]:
     pods = Pods(job)
     yield pods
-    for pod in pods.running:
-        pod.__exit__()
+    pods.end()
 
 
 @pytest.mark.slow
