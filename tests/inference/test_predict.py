@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
-from ranks import dmnist, train
+from ranks import train
+from warm import here
 
 from distributed_mnist.data import datasets, idx
 from distributed_mnist.errors import DataError
@@ -159,19 +160,8 @@ def test_as_text() -> None:
 @pytest.fixture(scope="module")
 def run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("predict") / "run"
-    options = [
-        "--dataset",
-        "idx",
-        "--data",
-        digits,
-        "--epochs",
-        "6",
-        "--batch-size",
-        "32",
-        "--device",
-        "cpu",
-    ]
-    train(*options, nproc=1, out=out)
+    recipe = ("--recipe", "classic", "--model", "mlp", "--epochs", 6, "--batch-size", 32)
+    train("--dataset", "idx", "--data", digits, *recipe, nproc=1, out=out)
     return out
 
 
@@ -185,7 +175,7 @@ def test_pictures_folders_and_idx_files_agree(run: Path, digits: Path, tmp_path:
     (tmp_path / "images.gz").write_bytes(gzip.compress((tmp_path / "images-idx3-ubyte").read_bytes()))
     answers = []
     for what in ("sub", "images-idx3-ubyte", "images.gz"):
-        ended = dmnist("predict", run, tmp_path / what, "--top", "3", "--json", "--device", "cpu")
+        ended = here("predict", run, tmp_path / what, "--top", "3", "--json", "--device", "cpu")
         assert ended.code == 0, ended
         output = json.loads(ended.stdout)
         assert output["unusable"] == 0
@@ -204,9 +194,7 @@ def test_lines_for_people(run: Path, tmp_path: Path) -> None:
     ImageDraw.Draw(stroke).line([(60, 30), (60, 170)], fill="black", width=16)
     stroke.save(tmp_path / "one.png")
     Image.new("L", (40, 40), "white").save(tmp_path / "blank.png")
-    ended = dmnist(
-        "predict", run, tmp_path / "blank.png", tmp_path / "one.png", "--show", "--device", "cpu"
-    )
+    ended = here("predict", run, tmp_path / "blank.png", tmp_path / "one.png", "--show", "--device", "cpu")
     assert ended.code == 3
     first, *shown = ended.stdout.splitlines()
     assert first.split()[:2] == [str(tmp_path / "one.png"), "1"]
@@ -217,9 +205,9 @@ def test_lines_for_people(run: Path, tmp_path: Path) -> None:
 
 def test_errors_name_what_is_wrong(run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "has no pictures" in dmnist("predict", run, tmp_path / "empty", "--device", "cpu").stderr
+    assert "has no pictures" in here("predict", run, tmp_path / "empty", "--device", "cpu").stderr
     idx.write(tmp_path / "labels", np.zeros(5, np.uint8))
-    ended = dmnist("predict", run, tmp_path / "labels", "--device", "cpu")
+    ended = here("predict", run, tmp_path / "labels", "--device", "cpu")
     assert ended.code == 3
     assert "not images of 28 by 28" in ended.stderr
-    assert "needs pictures" in dmnist("predict", run).stderr
+    assert "needs pictures" in here("predict", run).stderr
