@@ -54,17 +54,17 @@ def test_every_single_bit_of_a_small_idx_file() -> None:
         assert how.startswith("other data" if bit // 8 >= header or same_size else "refused"), bit
 
 
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("which", fuzz.checkpoint_files())
-def test_every_byte_of_a_small_checkpoint(which: str) -> None:
+def test_single_bytes_of_a_small_checkpoint(which: str, stride: int) -> None:
     data, expected = fuzz.checkpoint_files()[which]
     rng = random.Random(0)
     seen = Counter[str]()
-    for place in range(len(data)):
+    for place in range(0, len(data), stride):
         content = bytearray(data)
         content[place] ^= rng.randrange(1, 256)
         seen[fuzz.judge_checkpoint(bytes(content), expected)] += 1
-    assert seen.total() == len(data)
-    assert seen["refused"] > len(data) / 3
+    assert seen["refused"] > seen.total() / 3
 
 
 def put(folder: Path, files: dict[catalog.Role, bytes]) -> None:

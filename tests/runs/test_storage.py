@@ -24,8 +24,9 @@ from typing import Any
 import fuzz
 import pytest
 import torch
-from ranks import Finished, dmnist, events, train
+from ranks import Finished, events, train
 from torch import nn
+from warm import here
 
 from distributed_mnist.errors import CheckpointError
 from distributed_mnist.optim.optimizers import Adam
@@ -130,7 +131,7 @@ def start(flags: tuple[object, ...], out: Path, *more: object) -> Finished:
         out,
         *more,
     )
-    return dmnist(*words)
+    return here(*words)
 
 
 def steps_saved(out: Path) -> list[int]:
@@ -238,7 +239,7 @@ def test_a_read_only_disk(
     elsewhere = start(flags, tmp_path / "elsewhere", "--resume", path)
     assert elsewhere.code == 0, elsewhere
     same_answer(tmp_path / "elsewhere", whole)
-    scored = dmnist("evaluate", path, "--dataset", "idx", "--data", digits, "--device", "cpu", "--json")
+    scored = here("evaluate", path, "--dataset", "idx", "--data", digits, "--device", "cpu", "--json")
     assert scored.code == 0, scored
 
 
@@ -445,7 +446,7 @@ def test_an_untrusted_file_given_by_name(
     if command == "train":
         ended = start(flags, tmp_path / "out", "--resume", path)
     else:
-        ended = dmnist("evaluate", path, "--dataset", "idx", "--data", digits, "--json")
+        ended = here("evaluate", path, "--dataset", "idx", "--data", digits, "--json")
     refused(ended, CHECKPOINT, str(path), "could run code")
     assert not trace.exists()
 
