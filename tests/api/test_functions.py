@@ -27,7 +27,8 @@ from distributed_mnist.errors import (
     WorkerLost,
 )
 
-SHORT: dict[str, Any] = {"recipe": "fast", "model": "mlp", "steps": 3, "device": "cpu"}
+STEPS: dict[str, Any] = {"recipe": "fast", "steps": 3, "device": "cpu"}
+SHORT: dict[str, Any] = {**STEPS, "model": "mlp"}
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +173,7 @@ def test_any_function_is_a_model(digits: Path, tmp_path: Path) -> None:
     def local(classes: int) -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(784, width), nn.ReLU(), nn.Linear(width, classes))
 
-    ended = train(**SHORT | {"model": local}, dataset=digits, out=tmp_path / "run")
+    ended = train(**STEPS, model=local, dataset=digits, out=tmp_path / "run")
     assert ended.model[1].out_features == width  # type: ignore[index]
     assert evaluate(ended.out, digits, model=local).accuracy == ended.accuracy
     with pytest.raises(CheckpointError, match="code outside this program"):
@@ -182,7 +183,7 @@ def test_any_function_is_a_model(digits: Path, tmp_path: Path) -> None:
 def test_functions_of_modules_go_to_other_processes(digits: Path, tmp_path: Path) -> None:
     ranks.server()
     one, two = (
-        train(**SHORT | {"model": user_models.dropout}, dataset=digits, out=tmp_path / str(n), nproc=n)
+        train(**STEPS, model=user_models.dropout, dataset=digits, out=tmp_path / str(n), nproc=n)
         for n in (1, 2)
     )
     assert one.weights_sha256 == two.weights_sha256
@@ -192,7 +193,7 @@ def test_functions_of_modules_go_to_other_processes(digits: Path, tmp_path: Path
     )
     for unknown in unknowns:
         with pytest.raises(UsageError, match="top level of a module"):
-            train(**SHORT | {"model": unknown}, dataset=digits, nproc=2)
+            train(**STEPS, model=unknown, dataset=digits, nproc=2)
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
@@ -267,7 +268,8 @@ def test_a_lost_process_is_reported(digits: Path, tmp_path: Path) -> None:
     ranks.server()
     with pytest.raises(WorkerLost, match="SIGKILL"):
         train(
-            **SHORT | {"model": user_models.fatal},
+            **STEPS,
+            model=user_models.fatal,
             dataset=digits,
             out=tmp_path / "run",
             nproc=2,

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from ranks import LAUNCH, REPOSITORY, Finished, free_port, run
+from warm import Warm
 
 MNIST = Path(os.environ.get("DMNIST_DATA") or REPOSITORY.parent / "shared" / "mnist")
 SCRIPT = REPOSITORY / "multi_proc_single_gpu.py"
-PYTHON = (sys.executable, SCRIPT)
 
 pytestmark = pytest.mark.skipif(not MNIST.is_dir(), reason="MNIST not found: set DMNIST_DATA to its folder")
 
@@ -40,6 +40,12 @@ def saved(folder: Path, name: str) -> dict[str, Any]:
     return torch.load(folder / "checkpoints" / name, weights_only=True)
 
 
+def script(*flags: object, cwd: Path) -> Finished:
+    """Run the script with one process, warm. `launched` and `spawned` are fresh programs."""
+    with Warm([SCRIPT, *flags], cwd=cwd) as program:
+        return program.finish()
+
+
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
     """The first command: `torch.distributed.launch` with two processes and all flags of that command."""
@@ -56,7 +62,7 @@ def spawned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
     flags = ["-s", 2, "-j", 4, "--root", MNIST, "--epochs", 1, "--start-epoch", 0, "--batch-size", 256]
     flags += ["--learning-rate", "1e-3", "--momentum", 0.9, "--wd", "1e-4", "--backend", "nccl"]
     flags += ["-i", "tcp://127.0.0.1:23456", "-r", 0, "--seed", 0]
-    return folder, run([*PYTHON, *flags], cwd=folder)
+    return folder, run([sys.executable, SCRIPT, *flags], cwd=folder)
 
 
 @pytest.mark.slow
@@ -109,7 +115,7 @@ def test_evaluate(launched: tuple[Path, Finished]) -> None:
     folder, ended = launched
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     flags = ["--world-size", 1, "--evaluate", "--resume", "checkpoints/model_best.pth.tar"]
-    scored = run([*PYTHON, *flags, "--root", MNIST, "--local-rank=0"], cwd=folder)
+    scored = script(*flags, "--root", MNIST, "--local-rank=0", cwd=folder)
     assert scored.code == 0, scored
     (score,) = [match for line in scored.stdout.splitlines() if (match := SCORE.search(line))]
     (line,) = epoch_lines(ended)
@@ -124,7 +130,8 @@ def test_resume_continues_with_the_next_epoch(spawned: tuple[Path, Finished], tm
     theirs = {key: content[key] for key in ("epoch", "state_dict", "best_acc", "optimizer")}
     torch.save(theirs, tmp_path / "start.pth.tar")
     flags = ["--root", MNIST, "--resume", "start.pth.tar", "--epochs", 2, "--local_rank=0"]
-    ended = run([*PYTHON, *flags], cwd=tmp_path)
+    flags += ["--batch-size", 2000]  # 30 steps
+    ended = script(*flags, cwd=tmp_path)
     (line,) = epoch_lines(ended)
     assert line.group(1, 2) == ("1", "2")
     (before,) = epoch_lines(spawned[1])
@@ -134,7 +141,7 @@ def test_resume_continues_with_the_next_epoch(spawned: tuple[Path, Finished], tm
 
 
 def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
-    ended = run([*PYTHON, "--root", MNIST, "--resume", "missing.pth.tar"], cwd=tmp_path)
+    ended = script("--root", MNIST, "--resume", "missing.pth.tar", cwd=tmp_path)
     assert ended.code == 4, ended
     assert ended.stderr.splitlines() == ["dmnist: missing.pth.tar: no such file or directory"]
     assert list(tmp_path.iterdir()) == []
@@ -149,7 +156,7 @@ def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
     ],
 )
 def test_impossible_values(flags: list[object], words: str, tmp_path: Path) -> None:
-    ended = run([*PYTHON, "--root", MNIST, *flags], cwd=tmp_path)
+    ended = script("--root", MNIST, *flags, cwd=tmp_path)
     assert ended.code == 2, ended
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("dmnist: ")]
     assert words in line
@@ -158,7 +165,7 @@ def test_impossible_values(flags: list[object], words: str, tmp_path: Path) -> N
 
 
 def test_help_names_every_flag_of_the_original(tmp_path: Path) -> None:
-    shown = run([*PYTHON, "--help"], cwd=tmp_path).stdout
+    shown = script("--help", cwd=tmp_path).stdout
     for flag in (
         "--root",
         *("-j", "--workers", "--epochs", "--start-epoch", "--batch-size", "--lr", "--learning-rate"),

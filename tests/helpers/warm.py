@@ -51,13 +51,16 @@ def here(*arguments: object, **variables: str) -> Finished:
 class Warm(Program):
     """A command in one process of the warm server; leaving the `with` block ends it.
 
-    The words are those after `dmnist`, or the path of a script and its arguments.
+    The words are those after `dmnist`, or the path of a script and its arguments. `stdout` takes the
+    standard output, which `finish` then does not return.
     """
 
-    def __init__(self, words: Sequence[object], *, cwd: Path, **variables: str) -> None:
+    def __init__(
+        self, words: Sequence[object], *, cwd: Path, stdout: Path | None = None, **variables: str
+    ) -> None:
         self.command = [str(word) for word in words]
         self._folder = Path(tempfile.mkdtemp(prefix="dmnist-test-"))
-        files = (self._folder / "out", self._folder / "err")
+        files = (stdout or self._folder / "out", self._folder / "err")
         context = ranks.server()
         address = forkserver._forkserver._forkserver_address  # type: ignore[attr-defined]
         self._process = context.Process(

@@ -1,14 +1,17 @@
 """`--ensemble N`: each network equals a run with its seed alone, and the vote is their mean probability."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import run_folders
 import torch
-from ranks import DMNIST, Program, dmnist, events, last_step, train
+from ranks import DMNIST, Program, events, last_step, train
 from torch import nn
+from warm import here
 
 from distributed_mnist.data import idx
 from distributed_mnist.errors import CheckpointError
@@ -16,12 +19,33 @@ from distributed_mnist.inference.trained import find_checkpoint
 from distributed_mnist.inference.vote import Vote
 from distributed_mnist.runs.layout import resume_flags
 
-FLAGS = ("--recipe", "fast", "--steps", 4, "--batch-size", 100, "--seed", 3)
+FLAGS = ("--recipe", "fast", "--model", "mlp", "--steps", 4, "--batch-size", 100, "--seed", 3)
 
 
 @pytest.fixture(scope="module")
 def data(digits: Path) -> tuple[object, ...]:
     return ("--dataset", "idx", "--data", digits)
+
+
+@pytest.fixture(scope="module")
+def two(data: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A finished ensemble of two, and what `--json` printed. Tests change a copy of it."""
+    out = tmp_path_factory.mktemp("two") / "out"
+    output = here("train", "--device", "cpu", *data, *FLAGS, "--ensemble", 2, "--out", out, "--json").json()
+    return out, output
+
+
+@pytest.fixture(scope="module")
+def three(
+    data: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """A finished ensemble of three, trained in one process, and its result."""
+    out = tmp_path_factory.mktemp("three") / "out"
+    return out, train(*data, *FLAGS, "--ensemble", 3, nproc=1, out=out)
+
+
+def copied(folder: Path, to: Path) -> Path:
+    return Path(shutil.copytree(folder, to / "copy"))
 
 
 def test_a_vote_is_the_mean_of_the_probabilities() -> None:
@@ -49,10 +73,10 @@ def test_logits_of_any_size_are_voted_on() -> None:
     assert vote.argmax() == 0
 
 
-def test_members_are_what_their_seeds_give_at_any_size(tmp_path: Path, data: tuple[object, ...]) -> None:
-    votes = [
-        train(*data, *FLAGS, "--ensemble", 3, nproc=nproc, out=tmp_path / f"of-{nproc}") for nproc in (1, 3)
-    ]
+def test_members_are_what_their_seeds_give_at_any_size(
+    three: tuple[Path, dict[str, Any]], tmp_path: Path, data: tuple[object, ...]
+) -> None:
+    votes = [three[1], train(*data, *FLAGS, "--ensemble", 3, nproc=3, out=tmp_path / "of-3")]
     assert [member["seed"] for member in votes[0]["members"]] == [3, 4, 5]
     alone = train(*data, *FLAGS, "--seed", 5, nproc=2, out=tmp_path / "alone")
     assert votes[0]["members"][2]["weights_sha256"] == alone["weights_sha256"]
@@ -64,7 +88,7 @@ def test_members_are_what_their_seeds_give_at_any_size(tmp_path: Path, data: tup
     assert int(confusion.sum()) == votes[0]["test_images"] == 300
     assert int(confusion.trace()) / 300 == votes[0]["test_accuracy"]
     # Three that disagree have a smaller loss together than on average (Jensen's inequality).
-    results = [json.loads((tmp_path / f"of-1/seed-{seed}/result.json").read_text()) for seed in (3, 4, 5)]
+    results = [json.loads((three[0] / f"seed-{seed}/result.json").read_text()) for seed in (3, 4, 5)]
     assert votes[0]["test_loss"] < sum(result["test_loss"] for result in results) / 3
 
 
@@ -105,9 +129,9 @@ def test_a_stop_prints_how_to_resume(tmp_path: Path, data: tuple[object, ...]) -
     assert not (out / "seed-4").exists()
 
 
-def test_json_is_one_object(tmp_path: Path, data: tuple[object, ...]) -> None:
-    output = dmnist("train", *data, *FLAGS, "--ensemble", 2, "--out", tmp_path / "out", "--json").json()
-    assert output == json.loads((tmp_path / "out/result.json").read_text())
+def test_json_is_one_object(two: tuple[Path, dict[str, Any]]) -> None:
+    out, output = two
+    assert output == json.loads((out / "result.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -119,7 +143,7 @@ def test_json_is_one_object(tmp_path: Path, data: tuple[object, ...]) -> None:
     ],
 )
 def test_what_is_refused(tmp_path: Path, flags: list[str], words: list[str]) -> None:
-    ended = dmnist("train", "--dataset", "generated", *flags, "--out", tmp_path / "out")
+    ended = here("train", "--dataset", "generated", *flags, "--out", tmp_path / "out")
     assert ended.code == 2, ended
     assert all(word in ended.stderr for word in words), ended
     assert not (tmp_path / "out").exists()
@@ -128,66 +152,65 @@ def test_what_is_refused(tmp_path: Path, flags: list[str], words: list[str]) -> 
 def test_it_starts_its_own_processes(tmp_path: Path) -> None:
     of_torchrun = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    ended = dmnist("train", "--ensemble", 2, "--out", tmp_path / "out", **of_torchrun, **address)
+    ended = here("train", "--ensemble", 2, "--out", tmp_path / "out", **of_torchrun, **address)
     assert ended.code == 2, ended
     assert "--ensemble starts its own processes" in ended.stderr
 
 
 def test_the_vote_is_scored_predicts_and_is_exported(
-    digits: Path, tmp_path: Path, data: tuple[object, ...]
+    digits: Path, two: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    result = train(*data, *FLAGS, "--ensemble", 2, nproc=1, out=out)
-    evaluated = dmnist("evaluate", out, "--device", "cpu", "--json").json()
+    out, result = copied(two[0], tmp_path), two[1]
+    evaluated = here("evaluate", out, "--device", "cpu", "--json").json()
     same = ("test_accuracy", "test_loss", "weights_sha256", "data_sha256", "confusion")
     assert {name: evaluated[name] for name in same} == {name: result[name] for name in same}
     images = next(digits.glob("t10k-images*"))
-    seen = dmnist("predict", out, images, "--device", "cpu", "--json").json()
+    seen = here("predict", out, images, "--device", "cpu", "--json").json()
     labels = idx.read(next(digits.glob("t10k-labels*")))
     right = sum(one["label"] == label for one, label in zip(seen["images"], labels, strict=True))
     assert right / len(labels) == result["test_accuracy"]
     assert seen["weights_sha256"] == result["weights_sha256"]
     assert (
-        dmnist("export", out, "--format", "torch", "--json").json()["files"][0]["path"]
-        == f"{out}/model.pt2"
+        here("export", out, "--format", "torch", "--json").json()["files"][0]["path"] == f"{out}/model.pt2"
     )
-    refused = dmnist("export", out, "--format", "safetensors")
+    refused = here("export", out, "--format", "safetensors")
     assert (refused.code, refused.stderr.count("holds one network")) == (2, 1)
 
 
-def test_only_who_voted_votes(tmp_path: Path, data: tuple[object, ...]) -> None:
-    out = tmp_path / "out"
-    train(*data, *FLAGS, "--ensemble", 3, nproc=1, out=out)
+def test_only_who_voted_votes(
+    three: tuple[Path, dict[str, Any]], tmp_path: Path, data: tuple[object, ...]
+) -> None:
+    out = copied(three[0], tmp_path)
     two = train(*data, *FLAGS, "--ensemble", 2, "--resume", "auto", nproc=1, out=out)
-    evaluated = dmnist("evaluate", out, "--device", "cpu", "--json").json()
+    evaluated = here("evaluate", out, "--device", "cpu", "--json").json()
     assert evaluated["weights_sha256"] == two["weights_sha256"]
     assert evaluated["test_loss"] == two["test_loss"]
     other, one = (out / f"seed-{seed}" / "checkpoints" / "step_00000004.pt" for seed in (5, 3))
     one.write_bytes(other.read_bytes())
-    ended = dmnist("evaluate", out)
+    ended = here("evaluate", out)
     assert ended.code == 4
     assert f"has different weights from when {out} was evaluated" in ended.stderr
 
 
-def test_one_network_is_not_trained_over_an_ensemble(tmp_path: Path, data: tuple[object, ...]) -> None:
-    out = tmp_path / "out"
-    whole = train(*data, *FLAGS, "--ensemble", 2, nproc=1, out=out)
-    ended = dmnist("train", "--resume", "auto", "--out", out)
+def test_one_network_is_not_trained_over_an_ensemble(
+    two: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = copied(two[0], tmp_path)
+    ended = here("train", "--resume", "auto", "--out", out)
     assert (ended.code, ended.stderr) == (2, f"dmnist: {out} is an ensemble: add --ensemble 2\n")
     again = train("--resume", "auto", "--ensemble", 2, nproc=1, out=out)
-    assert again["weights_sha256"] == whole["weights_sha256"]
+    assert again["weights_sha256"] == two[1]["weights_sha256"]
     assert resume_flags(out / "seed-3") == f"--resume auto --out {out} --ensemble N"
     assert resume_flags(out) == f"--resume auto --out {out}"
 
 
-def test_an_unfinished_ensemble_has_no_vote(tmp_path: Path, data: tuple[object, ...]) -> None:
-    out = tmp_path / "out"
-    train(*data, *FLAGS, "--ensemble", 2, nproc=1, out=out)
+def test_an_unfinished_ensemble_has_no_vote(two: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out = copied(two[0], tmp_path)
     (out / "result.json").unlink()
-    ended = dmnist("evaluate", out)
+    ended = here("evaluate", out)
     assert ended.code == 4, ended
     assert f"unfinished ensemble: name one of its networks, such as {out / 'seed-3'}" in ended.stderr
-    assert dmnist("evaluate", out / "seed-3").code == 0
+    assert here("evaluate", out / "seed-3").code == 0
 
 
 @pytest.mark.parametrize("damaged", ["result.json", "seed-3/result.json"])
@@ -206,10 +229,11 @@ def test_damaged_results_are_named(damaged: str, tmp_path: Path) -> None:
     assert str(caught.value).startswith(f"{path} is damaged (")
 
 
-def test_evaluate_of_a_run_that_was_never_scored(tmp_path: Path, data: tuple[object, ...]) -> None:
-    out = tmp_path / "out"
-    train(*data, *FLAGS, nproc=1, out=out)
+def test_evaluate_of_a_run_that_was_never_scored(
+    two: tuple[Path, dict[str, Any]], tmp_path: Path, data: tuple[object, ...]
+) -> None:
+    out = copied(two[0] / "seed-3", tmp_path)
     (out / "checkpoints/best.pt").unlink()
-    ended = dmnist("evaluate", out, *data)
+    ended = here("evaluate", out, *data)
     assert ended.code == 4, ended
     assert f"name a checkpoint, such as {out / 'checkpoints/step_00000004.pt'}" in ended.stderr
