@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import LAUNCH, REPOSITORY, Finished, free_port, run
-from warm import Warm
+from ranks import LAUNCH, REPOSITORY, Finished, WarmProgram, free_port, run
 
 MNIST = Path(os.environ.get("DMNIST_DATA") or REPOSITORY.parent / "shared" / "mnist")
 SCRIPT = REPOSITORY / "multi_proc_single_gpu.py"
@@ -42,7 +41,7 @@ def saved(folder: Path, name: str) -> dict[str, Any]:
 
 def script(*flags: object, cwd: Path) -> Finished:
     """Run the script with one process, warm. `launched` and `spawned` are fresh programs."""
-    with Warm([SCRIPT, *flags], cwd=cwd) as program:
+    with WarmProgram([SCRIPT, *flags], cwd=cwd) as program:
         return program.finish()
 
 

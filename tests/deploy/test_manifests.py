@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 from paced import Job, assert_same
-from ranks import REPOSITORY, TORCHRUN, free_port
+from ranks import DMNIST, REPOSITORY, TORCHRUN, Program, WarmProgram, free_port
 from torchrun_agents import Whole
-from warm import Warm
 
 from distributed_mnist.cli.parser import parse
 
@@ -140,7 +139,7 @@ class Pods:
         self._port = str(free_port())
         self.running = [self._start(index) for index in range(2)]
 
-    def _start(self, index: int) -> Warm:
+    def _start(self, index: int) -> Program:
         here = container({"spec": self._spec})
         values = {
             one["name"]: one.get("value") or self._field(one["valueFrom"], index) for one in here["env"]
@@ -151,8 +150,8 @@ class Pods:
         words = [re.sub(r"^/runs", volume, word) for word in (*here["command"], *here["args"])]
         assert words[0] == "dmnist"
         job = self._job.words[1:]  # later flags win: the test's small job in place of MNIST
-        return Warm(
-            (*words[1:], *job),
+        return WarmProgram(
+            (*DMNIST, *words[1:], *job),
             cwd=self._job.out.parent,
             **self._job.variables,
             **{**values, **changed},

@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -310,7 +311,9 @@ class WarmProgram(Program):
         return _Forked(function, words, cwd or Path.cwd(), variables, self._before)
 
     def _main(self) -> tuple[Callable[[list[str]], None], list[str]]:
-        """What to call with which words."""
+        """What to call with which words: `dmnist` with its arguments, or the path of a script with its own."""
+        if self.command[0].endswith(".py"):
+            return _run_script, self.command
         assert self.command[0] == DMNIST[0]
         return _launch, self.command[1:]
 
@@ -394,6 +397,12 @@ def _become_program(
 def _launch(words: list[str]) -> None:
     util.spawnv_passfds = _fork_server
     main.main(words)
+
+
+def _run_script(words: list[str]) -> None:
+    util.spawnv_passfds = _fork_server
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
 
 
 def _fork_server(_: object, command: list[str | bytes], descriptors: Sequence[int]) -> int:

@@ -1,27 +1,20 @@
-"""`dmnist ...` without a fresh program, which would import torch anew. `ranks` has the fresh ones.
-
-- `here(...)` is `ranks.dmnist(...)` in this process; only its workers are others.
-- `Warm(...)` is a `ranks.Program` forked from the warm server: one rank, as other launchers start it.
-"""
+"""`here("train", ...)` runs `dmnist train ...` in the test's own process; only its workers are others."""
 
 import contextlib
 import functools
 import os
-import runpy
 import shutil
-import signal
-import sys
 import tempfile
 from collections.abc import Sequence
-from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ranks
-from ranks import PATIENCE, Finished, Program
+from ranks import Finished
 
 from distributed_mnist.cli import main
-from distributed_mnist.launcher import spawn
+from distributed_mnist.launcher import spawn, worker
 
 
 def here(*arguments: object, **variables: str) -> Finished:
@@ -34,7 +27,7 @@ def here(*arguments: object, **variables: str) -> Finished:
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, folder)
         patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setattr(spawn, "run_worker", functools.partial(ranks._work_into, files))
+        patch.setattr(spawn, "run_worker", functools.partial(_work_into, files))
         out, err = (stack.enter_context(path.open("a")) for path in files)
         with (
             contextlib.redirect_stdout(out),
@@ -48,68 +41,8 @@ def here(*arguments: object, **variables: str) -> Finished:
         return Finished(end.value.code, *(path.read_text() for path in files))
 
 
-class Warm(Program):
-    """A command in one process of the warm server; leaving the `with` block ends it.
-
-    The words are those after `dmnist`, or the path of a script and its arguments. `stdout` takes the
-    standard output, which `finish` then does not return.
-    """
-
-    def __init__(
-        self, words: Sequence[object], *, cwd: Path, stdout: Path | None = None, **variables: str
-    ) -> None:
-        self.command = [str(word) for word in words]
-        self._folder = Path(tempfile.mkdtemp(prefix="dmnist-test-"))
-        files = (stdout or self._folder / "out", self._folder / "err")
-        context = ranks.server()
-        address = forkserver._forkserver._forkserver_address  # type: ignore[attr-defined]
-        self._process = context.Process(
-            target=_start, args=(cwd, files, ranks.environment(**variables), self.command, address)
-        )
-        self._process.start()
-        self.pid = self._process.pid
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.join()
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def signal(self, number: int, *, group: bool = False) -> None:
-        """Send a signal to the process, which has no children."""
-        os.kill(self.pid, number)
-
-    def running(self) -> bool:
-        """Whether the process is alive."""
-        return self._process.is_alive()
-
-    def finish(self) -> Finished:
-        """Wait for it."""
-        self._process.join(PATIENCE)
-        hangs = self.running()
-        if hangs:
-            self.signal(signal.SIGKILL)
-            self._process.join()
-        ended = Finished(self._process.exitcode, *(_text(self._folder / name) for name in ("out", "err")))
-        if hangs:
-            pytest.fail(f"still running after {PATIENCE} seconds: {self.command}\n{ended}")
-        return ended
-
-
-def _text(path: Path) -> str:
-    with contextlib.suppress(FileNotFoundError):  # it was killed before it began
-        return path.read_text()
-    return ""
-
-
-def _start(
-    folder: Path, files: tuple[Path, Path], variables: dict[str, str], words: list[str], address: str
-) -> None:
-    os.chdir(folder)
-    if words[0].endswith(".py"):
-        main.main = _run_script  # type: ignore[assignment] - which `_command` calls in the end
-    ranks._command(files, variables, words, address)
-
-
-def _run_script(words: list[str]) -> None:
-    sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
+def _work_into(files: Sequence[Path], *arguments: Any) -> None:
+    for descriptor, path in enumerate(files, start=1):
+        with path.open("ab") as file:
+            os.dup2(file.fileno(), descriptor)
+    worker.run_worker(*arguments)

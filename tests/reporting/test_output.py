@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import DMNIST, PATIENCE, Finished, environment, events, run, train
+from ranks import DMNIST, PATIENCE, Finished, WarmProgram, environment, events, run, train
 from rich.console import Console
-from warm import Warm, here
+from warm import here
 
 from distributed_mnist.reporting.progress_bar import Terminal
 from distributed_mnist.runs.checkpoint import decode
@@ -271,6 +271,11 @@ def terminal(
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue()).replace("\r", "\n")
 
 
+def write_to_a_full_disk() -> None:
+    """Let this process's standard output be one that cannot be written."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_a_full_disk_ends_the_log_but_not_the_run(nproc: int, digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -290,7 +295,7 @@ def test_a_full_disk_ends_the_log_but_not_the_run(nproc: int, digits: Path, tmp_
     if nproc == 1:
         ended = run(["sh", "-c", 'exec "$@" > /dev/full', "sh", *DMNIST, *arguments])
     else:  # a worker writes, which is forked from a warm server in a fresh program too
-        with Warm(arguments, cwd=tmp_path, stdout=Path("/dev/full")) as program:
+        with WarmProgram((*DMNIST, *arguments), write_to_a_full_disk, cwd=tmp_path) as program:
             ended = program.finish()
     assert ended.code == 0, ended
     assert (
