@@ -11,7 +11,7 @@ import psutil
 import pytest
 from hosts import Network
 from paced import Job, assert_same
-from ranks import DMNIST, Program, free_port
+from ranks import DMNIST, Program, WarmProgram, free_port
 
 from distributed_mnist.distributed import authentication
 from distributed_mnist.distributed.authentication import CHALLENGE_BYTES, Claim, NotOurs, Purpose
@@ -52,7 +52,7 @@ def test_strangers_at_every_port_of_a_run(digits: Path, expected: Any, tmp_path:
     job = Job(tmp_path)
     (tmp_path / "data").symlink_to(digits)
     command = (*DMNIST, *job.words, "--nproc", 2, "--out", job.out, "--json")
-    with contextlib.ExitStack() as stack, Program(command, cwd=tmp_path, **job.variables) as program:
+    with contextlib.ExitStack() as stack, WarmProgram(command, cwd=tmp_path, **job.variables) as program:
         job.under_way(program, size=2)
         found = ports_of(job.pids())
         assert [address for address, _ in found] == ["127.0.0.1"] * 2
@@ -79,11 +79,11 @@ def test_strangers_before_the_ranks_are_there(digits: Path, expected: Any, tmp_p
         "MASTER_PORT": str(port),
     }
 
-    def start(rank: int) -> Program:
+    def start(rank: int) -> WarmProgram:
         command = (*DMNIST, *job.words, "--out", job.out, "--json")
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         # Without a given secret the ranks share a file of their user.
-        return Program(command, cwd=tmp_path, **{**job.variables, **where, **own, "DMNIST_SECRET": ""})
+        return WarmProgram(command, cwd=tmp_path, **{**job.variables, **where, **own, "DMNIST_SECRET": ""})
 
     def listens() -> bool:
         with socket.socket() as probe:
@@ -113,7 +113,7 @@ def test_torchruns_store_names_an_impostor(digits: Path, expected: Any, tmp_path
         "store = dist.TCPStore('127.0.0.1', port, is_master=True, timeout=timedelta(seconds=60))\n"
         "key = 'dmnist/r/2/rank 0'\n"
         "store.set(key, json.dumps(['127.0.0.1', impostor]))\n"
-        "print('ready', flush=True)\n"
+        "open('ready', 'w').close()\n"
         "time.sleep(120)\n"
     )
     port = free_port()
@@ -128,11 +128,10 @@ def test_torchruns_store_names_an_impostor(digits: Path, expected: Any, tmp_path
     command = (*DMNIST, *job.words, "--out", job.out, "--json")
     with socket.create_server(("127.0.0.1", 0)) as impostor:
         words = (sys.executable, poison, port, impostor.getsockname()[1])
-        with Program(words) as store:
-            assert store._process.stdout is not None
-            assert store._process.stdout.readline() == "ready\n"
+        with Program(words, cwd=tmp_path) as store:
+            store.wait_for((tmp_path / "ready").exists, "the store")
             one = {**job.variables, **common, "RANK": "1", "LOCAL_RANK": "1"}
-            with Program(command, cwd=tmp_path, **one) as second:
+            with WarmProgram(command, cwd=tmp_path, **one) as second:
                 impostor.settimeout(60)
                 victim, _ = impostor.accept()  # rank 1 believes the store, and gets no proof
                 with victim:
@@ -140,7 +139,7 @@ def test_torchruns_store_names_an_impostor(digits: Path, expected: Any, tmp_path
                     assert len(victim.recv(1000)) == authentication.CLAIM_BYTES
                     victim.sendall(bytes(32))
                 zero = {**job.variables, **common, "RANK": "0", "LOCAL_RANK": "0"}
-                with Program(command, cwd=tmp_path, **zero) as first:
+                with WarmProgram(command, cwd=tmp_path, **zero) as first:
                     ended = first.finish()
                 assert second.finish().code == 0
     assert_same(ended.json(), expected, world_size=2)
@@ -151,7 +150,7 @@ def test_several_hosts_without_a_secret_are_told() -> None:
         command = (*DMNIST, "doctor", "--device", "cpu", "--dataset", "generated")
         where = {"WORLD_SIZE": "2", "MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29400"}
         programs = [
-            host.start(command, **where, RANK=str(rank), LOCAL_RANK="0", DMNIST_SECRET="")
+            host.start_warm(command, **where, RANK=str(rank), LOCAL_RANK="0", DMNIST_SECRET="")
             for rank, host in enumerate(hosts)
         ]
         first, second = [program.finish() for program in programs]
