@@ -117,6 +117,7 @@ class CoordinatorConnection:
         claim = Claim(Purpose.COORDINATION, rank)
         self._socket = authentication.connect(host, port, key, claim, seconds)
         self.where = f"{host} port {port}"
+        self.local_address: str = self._socket.getsockname()[0]
 
     def join(self, peer: Peer, *, seconds: float) -> Membership:
         """Call `Coordinator.join`, and wait for `seconds` at most."""

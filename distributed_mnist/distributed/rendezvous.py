@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from ..common.placement import Placement
+from ..common.placement import Placement, is_loopback
 from ..errors import Hang, LaunchError, WorkerLost, print_note, reason
 from . import network
 from .agent_store import AgentStore
@@ -58,13 +58,11 @@ class Rendezvous:
     def _serve(self, sock: socket.socket | None) -> Membership:
         """Be the coordinator, and wait until all ranks are present."""
         coordinator = Coordinator(self._size)
-        if sock is None:
-            sock = self._open((0,) if self._agent_store else self._placement.ports)
-        self._listen(sock, coordinator)
-        me = Peer.here(self._placement, self.listener.port)
-        self.where = f"{self.host} port {self.listener.port}"
+        address = network.LOOPBACK if self._placement.one_host else network.address_towards(self.host)
+        me = self._listen(sock or self._open(address, self._placement.ports), address, coordinator)
+        self.where = f"{self.host} port {me.port}"
         if self._agent_store is not None:
-            self._agent_store.publish(network.LOOPBACK if self._placement.one_host else me.address, me.port)
+            self._agent_store.publish(address, me.port)
         self.exchange: Callable[[Heartbeat], Mapping[int, Heartbeat]] = partial(coordinator.exchange, 0)
         while (membership := coordinator.join(me)).missing:
             self._check_time(membership.missing)
@@ -73,8 +71,7 @@ class Rendezvous:
 
     def _join(self) -> Membership:
         """Find rank 0, and ask it again and again until all ranks are present."""
-        self._listen(self._open((0,)))
-        me = Peer.here(self._placement, self.listener.port)
+        me: Peer | None = None
         self.where = f"{self.host} port {', '.join(map(str, self._placement.ports))}"
         pause = max(0.005, self._size / 2000)  # rank 0 answers 2,000 requests a second
         missing, problem = [0], ""
@@ -84,6 +81,11 @@ class Rendezvous:
                 if self._connection is None:
                     self._connection = self._connect(left)
                     self.where = self._connection.where
+                if me is None:
+                    address = self._connection.local_address
+                    if is_loopback(address) and not self._placement.one_host:
+                        address = ""  # it is on rank 0's host, and the others are not
+                    me = self._listen(self._open(address), address)
                 membership = self._connection.join(me, seconds=left)
                 if not membership.missing:
                     self.exchange = self._connection.exchange
@@ -130,10 +132,11 @@ class Rendezvous:
                 problem = error
         raise problem
 
-    def _open(self, ports: Sequence[int]) -> socket.socket:
+    def _open(self, address: str, ports: Sequence[int] = (0,)) -> socket.socket:
         """Listen on the first free port. Raises `LaunchError`."""
+        if self._agent_store is not None:
+            ports = (0,)  # the given one is the store's
         problem = ""
-        address = network.LOOPBACK if self._placement.one_host else network.address_towards(self.host)
         for port in ports:
             try:
                 return network.open_listener(address, port)
@@ -141,7 +144,10 @@ class Rendezvous:
                 problem = reason(error)
         raise LaunchError(f"cannot listen on port {', '.join(map(str, ports))} of this host: {problem}")
 
-    def _listen(self, sock: socket.socket, coordinator: Coordinator | None = None) -> None:
+    def _listen(self, sock: socket.socket, address: str, coordinator: Coordinator | None = None) -> Peer:
+        """Let the other ranks connect to this one. Return its description for them."""
         report = partial(print_note, placement=self._placement)
         serve = coordinator.serve if coordinator else None
         self.listener = Listener(sock, self.key, coordinate=serve, report=report)
+        known = "" if is_loopback(address) else address  # a rank on rank 0's host is reached as rank 0 is
+        return Peer.here(self._placement, known, self.listener.port)

@@ -311,7 +311,7 @@ class WarmProgram(Program):
         return _Forked(function, words, cwd or Path.cwd(), variables, self._before)
 
     def _main(self) -> tuple[Callable[[list[str]], None], list[str]]:
-        """What to call with which words: `dmnist` with arguments, or the path of a script with arguments."""
+        """What to call with which words: `dmnist` and arguments, or the path of a script and arguments."""
         if self.command[0].endswith(".py"):
             return _run_script, self.command
         assert self.command[0] == DMNIST[0]
