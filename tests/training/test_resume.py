@@ -373,7 +373,10 @@ def test_damaged_files_beside_the_checkpoints(
     config = copy / "config.json"
     config.write_text(config.read_text().replace('"epochs": 1', '"epochs": 6'))
     checkpoint = copy / "checkpoints" / "step_00000030.pt"
-    for command in (("train", "--resume", "auto", "--out", copy), ("evaluate", checkpoint)):
+    for command in (
+        ("train", "--resume", "auto", "--out", copy),
+        ("evaluate", checkpoint, "--model", "paced:network"),
+    ):
         ended = dmnist(*command, "--nproc", 1, "--device", "cpu")
         assert ended.code == 4, ended
         (line,) = ended.stderr.splitlines()
