@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # On Linux without a GPU this spares you the CUDA build of torch, several gigabytes:
 #   make train TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
-JOBS ?= $(shell $(PYTHON) -c "import os; print(min(8, os.cpu_count()))")
+JOBS ?= $(shell $(PYTHON) -c "import os; print(min(12, (3 * os.cpu_count() + 1) // 2))")
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet
 
 .PHONY: setup train test soak test-gpu lint format build clean
@@ -16,7 +16,7 @@ setup: $(VENV)/installed
 train: setup
 	$(BIN)/dmnist train --dataset auto
 
-# As many workers as cores, 8 at most. Each takes whole files, the slow ones first.
+# More workers than cores, because tests also wait. Each takes whole files, the slow ones first.
 test: $(VENV)/installed-dev
 	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 

@@ -1,22 +1,18 @@
 """Test `dmnist bench`: what each section measures, and that it shows what it writes."""
 
-import functools
 import json
 import os
 import statistics
 import sys
-import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.multiprocessing
-from ranks import PATIENCE, dmnist, server
+from ranks import dmnist
 
-from distributed_mnist.bench import baseline, sections, timed_runs
+from distributed_mnist.bench import sections, timed_runs
 from distributed_mnist.bench.timed_runs import ratios, summary
 from distributed_mnist.cli import flags_train, main
 from distributed_mnist.errors import DmnistError
@@ -94,15 +90,7 @@ def warm_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_scaling(bench: Bench, warm_training: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    fresh = sections.output
-
-    def plain_loop(command: Sequence[str], cores: int | None = None) -> str:
-        """Run it fresh in one process, and warm in two."""
-        assert command[:3] == [sys.executable, "-m", baseline.__name__]
-        return fresh(command, cores) if "--nproc 1" in " ".join(command) else warm_plain_loop(command[3:])
-
-    monkeypatch.setattr(sections, "output", plain_loop)
+def test_scaling(bench: Bench, warm_training: None) -> None:
     results = bench.measured("scaling", "Throughput of classic", "A step, in milliseconds")
     rows = {(row["way"], row["nproc"]): row for row in results["rows"]}
     assert rows.keys() == {(method, n) for method in ("tree", "ddp", "plain loop") for n in (1, 2)}
@@ -118,32 +106,6 @@ def test_scaling(bench: Bench, warm_training: None, monkeypatch: pytest.MonkeyPa
         assert parts.keys() >= {"data", "forward", "backward", "exchange", "optimizer", "step"}
         assert sum(seconds for name, seconds in parts.items() if name != "step") <= parts["step"] * 1.1
         assert (parts["exchange"] > 0) == (nproc > 1)
-
-
-def warm_plain_loop(arguments: Sequence[str]) -> str:
-    """Return what the plain loop prints, with processes forked from the warm server."""
-    context = server()
-    reader, writer = context.Pipe(duplex=False)
-    process = context.Process(target=_plain_loop, args=(arguments, writer))
-    process.start()
-    writer.close()
-    try:
-        assert reader.poll(PATIENCE), f"still running after {PATIENCE} seconds"
-        return reader.recv()
-    finally:
-        process.kill()
-        process.join()
-
-
-def _plain_loop(arguments: Sequence[str], writer: Connection) -> None:
-    fork = functools.partial(torch.multiprocessing.start_processes, start_method="fork")
-    torch.multiprocessing.spawn = fork
-    sys.argv = ["baseline", *arguments]
-    with tempfile.TemporaryFile("w+") as printed:
-        os.dup2(printed.fileno(), 1)
-        baseline.main()
-        printed.seek(0)
-        writer.send(printed.read())
 
 
 def test_a_program_that_is_timed_gets_its_cores() -> None:
