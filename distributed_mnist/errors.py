@@ -115,8 +115,9 @@ def described(error: Exception | None) -> tuple[str, str]:
     The class is `DmnistError` for exceptions from other libraries.
     """
     if isinstance(error, DmnistError):
-        return next(kind.__name__ for kind in type(error).__mro__ if kind.__name__ in _KINDS), str(error)
-    return DmnistError.__name__, f"{type(error).__name__}: {error}"
+        name = next(kind.__name__ for kind in type(error).__mro__ if kind.__name__ in _KINDS)
+        return name, printable(str(error))
+    return DmnistError.__name__, printable(f"{type(error).__name__}: {error}")
 
 
 def recreate(name: str, message: str) -> DmnistError:

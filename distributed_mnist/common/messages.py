@@ -4,6 +4,7 @@ Messages are MessagePack. Unlike pickle, decoding one cannot run code, and a mes
 error.
 """
 
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,7 +36,7 @@ def decode(data: bytes, expected: type[T]) -> T:
 
 def _simplify(value: object) -> object:
     if isinstance(value, Path):
-        return str(value)
+        return os.fsencode(value)
     if isinstance(value, torch.Tensor):
         array = value.numpy()
         return array.dtype.name, array.shape, array.tobytes()
@@ -44,7 +45,7 @@ def _simplify(value: object) -> object:
 
 def _restore(expected: type, value: Any) -> object:
     if issubclass(expected, Path):
-        return Path(value)
+        return Path(os.fsdecode(value))
     if issubclass(expected, torch.Tensor):
         dtype, shape, content = value
         return torch.from_numpy(np.frombuffer(content, _DTYPES[dtype]).reshape(shape).copy())

@@ -14,9 +14,9 @@ class Placement:
     local_rank: int = 0
     local_size: int = 1
     host: str = "127.0.0.1"
-    """Address of rank 0's host, on which the store listens."""
+    """Address of rank 0's host; with `store_exists`, of the store's host."""
     ports: tuple[int, ...] = ()
-    """Ports of the store to try, the same on every rank."""
+    """Ports of rank 0 to try, the same on every rank; with `store_exists`, the store's port."""
     store_exists: bool = False
     """Whether the launcher serves the store itself, as torchrun does."""
     job: str = "dmnist"
@@ -33,7 +33,7 @@ class Placement:
     launcher: str = "alone"
     """The launcher's name: alone, spawned (our own), torchrun, environment, srun or mpirun."""
     secret: bytes = field(default=b"", repr=False)
-    """Random bytes that only the ranks know; empty unless our own launcher started them."""
+    """What only the ranks know: random bytes from our own launcher, or what the user provides."""
 
     @property
     def one_host(self) -> bool:

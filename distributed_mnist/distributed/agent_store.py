@@ -10,12 +10,15 @@ import re
 import socket
 import time
 from datetime import timedelta
+from typing import Annotated
 
+import msgspec
 import torch.distributed as dist
 
 from ..common.placement import Placement
 from ..errors import LaunchError, reason
 
+Port = Annotated[int, msgspec.Meta(gt=0, lt=2**16)]
 _SECONDS = 30.0  # short, because the launcher's store exists before its processes start
 _STALE = "; if that host is gone, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started"
 
@@ -26,7 +29,6 @@ class AgentStore:
     def __init__(self, placement: Placement) -> None:
         host, port = placement.host, placement.ports[0]
         _wait_for(host, port)
-        self._host = host
         try:
             store = dist.TCPStore(
                 host, port, is_master=False, timeout=timedelta(seconds=_SECONDS), wait_for_workers=False
@@ -42,14 +44,14 @@ class AgentStore:
         self._store.set("rank 0", json.dumps([address, port]))
 
     def rank_zero(self) -> tuple[str, int]:
-        """Return the address and port of rank 0. Raises `OSError` if it is not known, or not readable."""
+        """Return the address (empty: the store's host) and port of rank 0. Raises `OSError` without one."""
         try:
             if not self._store.check(["rank 0"]):
                 raise ConnectionError("it has not started yet")
-            address, port = json.loads(self._store.get("rank 0"))
-            return str(address) or self._host, int(port)
-        except (RuntimeError, ValueError, TypeError) as error:
+            address, port = msgspec.json.decode(self._store.get("rank 0"), type=tuple[str, Port])
+        except (RuntimeError, msgspec.MsgspecError) as error:
             raise ConnectionError(reason_of(error)) from error
+        return address, port
 
 
 def _wait_for(host: str, port: int) -> None:

@@ -2,9 +2,9 @@
 
 The key never travels. Each side sends a random number (a nonce), and the other side returns an HMAC-SHA256
 of both nonces (RFC 2104), as in other challenge-response protocols. The HMAC also covers what the
-connection is for and the port, so an answer cannot be used in another place. After that the connection is
-plain TCP: the handshake does not protect against somebody who can change packets on the way
-(docs/explanation/security.md).
+connection is for and the port, so an answer cannot be used in another place. Both sides derive a session
+key from the handshake, which signs the coordinator's messages. Tensors are plain bytes: nothing protects
+them against somebody who can change packets on the way (docs/explanation/security.md).
 
 1. The side that accepts: `MAGIC`, nonce.
 2. The side that connects: purpose, rank, attempt, nonce, HMAC.
@@ -21,11 +21,12 @@ from enum import IntEnum
 
 MAGIC = b"dmnist 2"
 _NONCE = _ATTEMPT = 16  # bytes
-_MAC = 32
+_MAC = SIGNATURE_BYTES = 32
 CHALLENGE_BYTES = len(MAGIC) + _NONCE
 _CLAIM = struct.Struct(f"<BI{_ATTEMPT}s{_NONCE}s")
 CLAIM_BYTES = _CLAIM.size + _MAC
 NO_ATTEMPT = bytes(_ATTEMPT)
+REFUSAL = "the secret, the job or the world size is not the same"
 
 
 class Purpose(IntEnum):
@@ -39,6 +40,10 @@ class Purpose(IntEnum):
 
 class NotOurs(ConnectionError):
     """The other side does not belong to this job, or closed the connection before it proved that."""
+
+
+class NoAnswer(TimeoutError):
+    """The other side accepted the connection but proved nothing in time. It may be stopped."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +66,11 @@ def challenge() -> bytes:
     return MAGIC + secrets.token_bytes(_NONCE)
 
 
-def verify(message: bytes, key: bytes, challenge: bytes, port: int) -> tuple[Claim, bytes]:
+def verify(message: bytes, key: bytes, challenge: bytes, port: int) -> tuple[Claim, bytes, bytes]:
     """Check the connecting side's message, in the accepting side.
 
-    Returns the claim and the reply that proves that this side has the key too. Raises `NotOurs`.
+    Returns the claim, the reply that proves that this side has the key too, and the session key. Raises
+    `NotOurs`.
     """
     fields, mac = message[: _CLAIM.size], message[_CLAIM.size :]
     if not hmac.compare_digest(mac, _mac(key, b"connect", challenge, fields, port)):
@@ -72,17 +78,20 @@ def verify(message: bytes, key: bytes, challenge: bytes, port: int) -> tuple[Cla
     purpose, rank, attempt, _ = _CLAIM.unpack(fields)
     if purpose not in list(Purpose):
         raise NotOurs("it wants something that this version does not know")
-    return Claim(Purpose(purpose), rank, attempt), _mac(key, b"accept", challenge, fields, port)
+    reply, session = (_mac(key, label, challenge, fields, port) for label in (b"accept", b"session"))
+    return Claim(Purpose(purpose), rank, attempt), reply, session
 
 
-def connect(host: str, port: int, key: bytes, claim: Claim, seconds: float) -> socket.socket:
-    """Connect to another rank, within `seconds`. The result is a blocking socket without a timeout.
+def connect(host: str, port: int, key: bytes, claim: Claim, seconds: float) -> tuple[socket.socket, bytes]:
+    """Connect to another rank. Return a blocking socket without a timeout, and the session key.
 
-    Raises `OSError` if it cannot be reached, and its subclass `NotOurs` if it does not belong to this job.
+    `seconds` is for the connection, and again for the handshake. Raises `OSError` if the rank cannot be
+    reached, and the subclasses `NotOurs` if it does not belong to this job, `NoAnswer` if it is silent.
     """
-    deadline = time.monotonic() + seconds
     connection = socket.create_connection((host, port), seconds)
     try:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        deadline = time.monotonic() + seconds  # names can have several addresses, tried one after another
         challenge = _receive(connection, CHALLENGE_BYTES, deadline)
         if not challenge.startswith(MAGIC):
             raise NotOurs("another program answers")
@@ -91,17 +100,22 @@ def connect(host: str, port: int, key: bytes, claim: Claim, seconds: float) -> s
         try:
             reply = _receive(connection, _MAC, deadline)
         except ConnectionError:
-            raise NotOurs(
-                "it refuses this process, which has another secret or is of another job"
-            ) from None
+            raise NotOurs(f"it refuses this process: {REFUSAL}") from None
         if not hmac.compare_digest(reply, _mac(key, b"accept", challenge, fields, port)):
             raise NotOurs("a process of another job answers")
+        connection.settimeout(None)
+    except TimeoutError:
+        connection.close()
+        raise NoAnswer("it does not answer") from None
     except BaseException:
         connection.close()
         raise
-    connection.settimeout(None)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return connection
+    return connection, _mac(key, b"session", challenge, fields, port)
+
+
+def signature(session: bytes, sender: bytes, number: int, message: bytes) -> bytes:
+    """Return the signature (32 bytes) of message number `number` of this side of a connection."""
+    return hmac.digest(session, b" ".join((sender, str(number).encode(), message)), "sha256")
 
 
 def _mac(key: bytes, side: bytes, challenge: bytes, fields: bytes, port: int) -> bytes:

@@ -9,6 +9,7 @@ it finds the next attempt's rank 0.
 
 import asyncio
 import contextlib
+import hmac
 import socket
 import struct
 import threading
@@ -17,12 +18,13 @@ from dataclasses import dataclass
 
 from ..common.messages import decode, encode
 from . import authentication
-from .authentication import Claim, NotOurs, Purpose
+from .authentication import SIGNATURE_BYTES, Claim, NotOurs, Purpose, signature
 from .heartbeat import Heartbeat
 from .listener import receive_exactly
 from .peer import Peer
 
 _LENGTH = struct.Struct("<I")
+_SILENT_SECONDS = 15.0  # after which a rank that does not ask any more is missing again
 _LONGEST = 2**24  # bytes of a message; the heartbeats of ten thousand ranks are shorter
 
 
@@ -74,37 +76,60 @@ class Coordinator:
             self._heartbeats[rank] = heartbeat
             return self._heartbeats.copy()
 
-    async def serve(self, rank: int, connection: socket.socket) -> None:
-        """Answer the requests of a rank until its connection ends."""
+    async def serve(self, rank: int, connection: socket.socket, session: bytes) -> None:
+        """Answer the requests of a rank until its connection ends. Messages are signed with `session`."""
+        channel = _Channel(connection, session)
         with contextlib.suppress(OSError, ValueError):  # it is gone, or it is no rank of this version
-            await self._serve_join(rank, connection)
+            await self._serve_join(rank, channel)
             while True:
-                heartbeat = decode(await _receive(connection), Heartbeat)
-                await _send(connection, encode(self.exchange(rank, heartbeat)))
+                heartbeat = decode(await channel.receive(), Heartbeat)
+                await channel.send(encode(self.exchange(rank, heartbeat)))
 
-    async def _serve_join(self, rank: int, connection: socket.socket) -> None:
+    async def _serve_join(self, rank: int, channel: "_Channel") -> None:
         membership, peer = None, None
         try:
             while membership is None or membership.missing:
-                peer = decode(await _receive(connection), Peer)
+                async with asyncio.timeout(_SILENT_SECONDS):
+                    peer = decode(await channel.receive(), Peer)
                 if peer.rank != rank:
                     raise NotOurs("a rank speaks for another one")
                 membership = self.join(peer)
-                await _send(connection, encode(membership))
+                await channel.send(encode(membership))
         finally:
             if peer is not None:
                 self.leave(peer)
 
 
-async def _receive(connection: socket.socket) -> bytes:
-    (length,) = _LENGTH.unpack(await receive_exactly(connection, _LENGTH.size))
-    if length > _LONGEST:
-        raise NotOurs("a message is too long")
-    return await receive_exactly(connection, length)
+class _Channel:
+    """The coordinator's side of a connection: messages of any length, each with a signature."""
+
+    def __init__(self, connection: socket.socket, session: bytes) -> None:
+        self._connection, self._session = connection, session
+        self._received = self._sent = 0
+
+    async def receive(self) -> bytes:
+        (length,) = _LENGTH.unpack(await receive_exactly(self._connection, _LENGTH.size))
+        if length > _LONGEST:
+            raise NotOurs("a message is too long")
+        message = await receive_exactly(self._connection, length)
+        signed = await receive_exactly(self._connection, SIGNATURE_BYTES)
+        _check(signed, signature(self._session, b"rank", self._received, message))
+        self._received += 1
+        return message
+
+    async def send(self, message: bytes) -> None:
+        frame = _frame(message, signature(self._session, b"coordinator", self._sent, message))
+        self._sent += 1
+        await asyncio.get_running_loop().sock_sendall(self._connection, frame)
 
 
-async def _send(connection: socket.socket, message: bytes) -> None:
-    await asyncio.get_running_loop().sock_sendall(connection, _LENGTH.pack(len(message)) + message)
+def _frame(message: bytes, signed: bytes) -> bytes:
+    return _LENGTH.pack(len(message)) + message + signed
+
+
+def _check(signed: bytes, expected: bytes) -> None:
+    if not hmac.compare_digest(signed, expected):
+        raise NotOurs("a message has a wrong signature")
 
 
 class CoordinatorConnection:
@@ -115,7 +140,8 @@ class CoordinatorConnection:
 
     def __init__(self, host: str, port: int, key: bytes, rank: int, *, seconds: float) -> None:
         claim = Claim(Purpose.COORDINATION, rank)
-        self._socket = authentication.connect(host, port, key, claim, seconds)
+        self._socket, self._session = authentication.connect(host, port, key, claim, seconds)
+        self._number = 0
         self.where = f"{host} port {port}"
         self.local_address: str = self._socket.getsockname()[0]
 
@@ -131,9 +157,14 @@ class CoordinatorConnection:
         return decode(self._request(encode(heartbeat)), dict[int, Heartbeat])
 
     def _request(self, message: bytes) -> bytes:
-        self._socket.sendall(_LENGTH.pack(len(message)) + message)
+        number, self._number = self._number, self._number + 1
+        self._socket.sendall(_frame(message, signature(self._session, b"rank", number, message)))
         (length,) = _LENGTH.unpack(self._receive(_LENGTH.size))
-        return self._receive(length)
+        if length > _LONGEST:
+            raise NotOurs("a message is too long")
+        reply = self._receive(length)
+        _check(self._receive(SIGNATURE_BYTES), signature(self._session, b"coordinator", number, reply))
+        return reply
 
     def _receive(self, count: int) -> bytes:
         received = bytearray()

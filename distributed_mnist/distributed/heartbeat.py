@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from ..common.printable import printable
 from .peer import Peer
 
 _PACKAGE = str(Path(__file__).parents[1])
@@ -98,7 +99,7 @@ def _user_line(frame: FrameType | None) -> str:
     while frame is not None:
         file = frame.f_code.co_filename
         if file.startswith(_PACKAGE) or not ("site-packages" in file or file.startswith(_LIBRARIES)):
-            return f"{Path(file).name}:{frame.f_lineno} {frame.f_code.co_name}"
+            return printable(f"{Path(file).name}:{frame.f_lineno} {frame.f_code.co_name}")
         frame = frame.f_back
     return ""
 

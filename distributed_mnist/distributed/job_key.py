@@ -40,23 +40,23 @@ def secret_in(env: Mapping[str, str]) -> bytes:
 
     Raises `LaunchError` for a secret that is too short, or in a file that others can read.
     """
-    if text := env.get(SECRET, "").strip():
+    if secret := os.fsencode(env.get(SECRET, "").strip()):
         name = SECRET
     elif path := env.get(SECRET_FILE, ""):
-        name, text = SECRET_FILE, _read_private(Path(path)).strip()
+        name, secret = SECRET_FILE, _read_private(Path(path)).strip()
     else:
         return b""
-    if len(text) < _SHORTEST:
+    if len(secret) < _SHORTEST:
         raise LaunchError(
-            f"{name} has {len(text)} characters: use {_SHORTEST} random ones or more (openssl rand -hex 32)"
+            f"{name} is shorter than {_SHORTEST} characters: use random ones (openssl rand -hex 32)"
         )
-    return text.encode()
+    return secret
 
 
-def _read_private(path: Path) -> str:
+def _read_private(path: Path) -> bytes:
     """Read a file that only this user can read. Raises `LaunchError` for any other."""
     try:
-        with path.open(errors="surrogateescape") as file:
+        with path.open("rb") as file:
             _require_private(os.fstat(file.fileno()), path)
             return file.read(10_000)
     except OSError as error:
@@ -66,23 +66,36 @@ def _read_private(path: Path) -> str:
 def _require_private(status: os.stat_result, path: Path) -> None:
     if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise LaunchError(
-            f"{path} must belong to this user and be readable by nobody else (chmod go= {path})"
+            f"{path} must belong to this user and be closed to others (chmod go= {path}); or set {SECRET}"
         )
 
 
 def _users_secret() -> bytes:
-    """Return the secret in this user's own temporary folder, which the first process creates."""
-    folder = Path(tempfile.gettempdir(), f"dmnist-{os.geteuid()}")
-    path = folder / "secret"
-    try:
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(mode=0o700)
-        _require_private(folder.lstat(), folder)  # otherwise another user may have made it
-        if not path.exists():
-            _create_once(path, secrets.token_hex(32))
-        return _read_private(path).encode()
-    except OSError:  # no temporary folder can be written
-        return b""
+    """Return the secret in this user's own folder, which the first process creates; empty if none can.
+
+    Raises `LaunchError` if only the temporary folder can be written, and another user has been there first.
+    """
+    for find in (_cache_folder, _temporary_folder):
+        try:
+            folder = find()
+            folder.parent.mkdir(exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            _require_private(folder.lstat(), folder)
+            path = folder / "secret"
+            if not path.exists():
+                _create_once(path, secrets.token_hex(32))
+            return _read_private(path)
+        except (OSError, RuntimeError):  # it cannot be written, or there is no such folder
+            continue
+    return b""
+
+
+def _cache_folder() -> Path:
+    return Path.home() / ".cache" / "dmnist"
+
+
+def _temporary_folder() -> Path:
+    return Path(tempfile.gettempdir(), f"dmnist-{os.geteuid()}")
 
 
 def _create_once(path: Path, text: str) -> None:

@@ -17,17 +17,18 @@ from .authentication import CLAIM_BYTES, NotOurs, Purpose
 HANDSHAKE_SECONDS = 5.0
 _MOST_UNPROVED = 64
 _PAUSE_SECONDS = 0.002
-"""Between two connections while there are too many. A flood must not take all CPU time."""
+"""Between two connections while there are many strangers. A flood must not take all CPU time."""
+_SLOW_SECONDS = 1.0  # how long it stays slow after a stranger, once there have been many
 
-Coordinate = Callable[[int, socket.socket], Coroutine[None, None, None]]
+Coordinate = Callable[[int, socket.socket, bytes], Coroutine[None, None, None]]
 
 
 class Listener:
     """The port on which a rank accepts connections, from creation to `close`.
 
-    `sock` is bound and listens. `key` is the job's (see `job_key`). `coordinate(rank, connection)` serves a
-    connection to the coordinator, on rank 0. `report` is called once, with a message about the first
-    stranger.
+    `sock` is bound and listens. `key` is the job's (see `job_key`). `coordinate(rank, connection, session)`
+    serves a connection to the coordinator, on rank 0, whose messages are signed with the key `session`.
+    `report` is called once, with a message about the first stranger.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Listener:
         sock.setblocking(False)
         self.port: int = sock.getsockname()[1]
         self._socket, self._key, self._coordinate, self._report = sock, key, coordinate, report
-        self._refused = 0
+        self._refused, self._slow_until = 0, 0.0
         self._arrived = threading.Condition()
         self._connections: dict[tuple[bytes, int], socket.socket] = {}  # by attempt and rank
         self._loop = asyncio.new_event_loop()
@@ -85,14 +86,19 @@ class Listener:
             connection.setblocking(False)
             if len(self._unproved) >= _MOST_UNPROVED:
                 await self._displace_oldest()
-            task = self._loop.create_task(self._admit(connection, address[0]))
+            # Without a pause, a full backlog would leave no time for the handshakes.
+            await asyncio.sleep(_PAUSE_SECONDS if self._loop.time() < self._slow_until else 0)
+            task = self._loop.create_task(self._admit(connection, address[0].removeprefix("::ffff:")))
             self._unproved[task] = connection
             task.add_done_callback(self._decided)
 
     def _decided(self, task: asyncio.Task[bool]) -> None:
         connection = self._unproved.pop(task)
-        if task.cancelled() or not task.result():
+        if task.cancelled() or task.exception() is not None or not task.result():
             connection.close()
+            self._refused += 1
+            if self._refused > _MOST_UNPROVED:
+                self._slow_until = self._loop.time() + _SLOW_SECONDS
 
     async def _displace_oldest(self) -> None:
         for task in list(self._unproved)[:1]:
@@ -103,10 +109,11 @@ class Listener:
         """Hand the connection over if it comes from a rank of this job. Return whether it does."""
         try:
             async with asyncio.timeout(HANDSHAKE_SECONDS):
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 challenge = authentication.challenge()
                 await self._loop.sock_sendall(connection, challenge)
                 message = await receive_exactly(connection, CLAIM_BYTES)
-                claim, reply = authentication.verify(message, self._key, challenge, self.port)
+                claim, reply, session = authentication.verify(message, self._key, challenge, self.port)
                 await self._loop.sock_sendall(connection, reply)
         except NotOurs as error:
             self._note_stranger(address, str(error))
@@ -116,7 +123,6 @@ class Listener:
             return False
         except OSError:  # it closed the connection, as a port scan or a health check does
             return False
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if claim.purpose is Purpose.COLLECTIVES:
             with self._arrived:
                 self._connections[claim.attempt, claim.rank] = connection
@@ -124,16 +130,16 @@ class Listener:
             return True
         if self._coordinate is None:  # a rank that believes that this process is rank 0
             return False
-        task = self._loop.create_task(self._coordinate(claim.rank, connection))
+        task = self._loop.create_task(self._coordinate(claim.rank, connection, session))
         self._serving.add(task)
         task.add_done_callback(self._serving.discard)
         task.add_done_callback(lambda _: connection.close())
         return True
 
     def _note_stranger(self, address: str, why: str) -> None:
-        self._refused += 1
-        if self._refused == 1:
-            self._report(
+        report, self._report = self._report, lambda _: None
+        with contextlib.suppress(OSError):  # standard error is gone
+            report(
                 f"a connection from {address} to port {self.port} was refused: {why} "
                 "(docs/explanation/security.md; further ones are not reported)"
             )

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import ipaddress
 import socket
 from collections.abc import Iterable
 
@@ -37,7 +38,8 @@ def address_towards(host: str) -> str:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(address)  # looks up the route; sends nothing
             mine = probe.getsockname()[0].partition("%")[0]
-        return "" if is_loopback(mine) else mine
+        # A link-local address means something only together with an interface.
+        return "" if is_loopback(mine) or ipaddress.ip_address(mine).is_link_local else mine
     return ""
 
 

@@ -109,7 +109,7 @@ def _store(placement: Placement, rendezvous: Rendezvous, sockets: SocketCollecti
         port += server.getsockname()[1]
     sockets.broadcast_(port, 0)
     return dist.TCPStore(
-        rendezvous.host,
+        rendezvous.peers[0].address or rendezvous.host,
         int(port),
         world_size=placement.size,
         is_master=server is not None,

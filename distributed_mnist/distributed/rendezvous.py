@@ -1,5 +1,6 @@
 """Connect the ranks of a group: find rank 0, and wait there until all ranks are present."""
 
+import math
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,7 @@ from ..common.placement import Placement, is_loopback
 from ..errors import Hang, LaunchError, WorkerLost, print_note, reason
 from . import network
 from .agent_store import AgentStore
+from .authentication import NotOurs
 from .coordinator import Coordinator, CoordinatorConnection, Membership
 from .heartbeat import Heartbeat
 from .job_key import NO_SECRET, job_key
@@ -19,6 +21,7 @@ RENDEZVOUS_SECONDS = 300.0  # the hosts of one job can start minutes apart
 _SPAWNED_SECONDS = 30.0  # our own launcher starts all processes at once, and can restart them
 _SILENT_SECONDS = 10.0  # until a rank says for whom it waits; then after twice that time, and so on
 _CONNECT_SECONDS = 5.0
+_ANSWER_SECONDS = 10.0  # for rank 0 to answer, on a connection that works
 _DERIVED_SECONDS = 1.0  # for one of several ports, which may be another program's
 
 
@@ -46,26 +49,40 @@ class Rendezvous:
             print_note(NO_SECRET, placement)
         self._agent_store = AgentStore(placement) if placement.store_exists else None
         self._connection: CoordinatorConnection | None = None
-        membership = self._serve(sock) if placement.rank == 0 else self._join()
+        self.listener: Listener | None = None
+        try:
+            membership = self._serve(sock) if placement.rank == 0 else self._join()
+        except BaseException:  # the process may go on without a group
+            self.close()
+            raise
         self.peers, self.attempt = membership.peers, membership.attempt
 
     def close(self) -> None:
         """Close this rank's connections."""
         if self._connection is not None:
             self._connection.close()
-        self.listener.close()
+        if self.listener is not None:
+            self.listener.close()
+
+    def accept(self, rank: int) -> socket.socket:
+        """Return the connection that a rank of this attempt has opened to this rank; wait for it."""
+        assert self.listener is not None
+        return self.listener.accept(self.attempt, rank)
 
     def _serve(self, sock: socket.socket | None) -> Membership:
         """Be the coordinator, and wait until all ranks are present."""
         coordinator = Coordinator(self._size)
-        address = network.LOOPBACK if self._placement.one_host else network.address_towards(self.host)
-        me = self._listen(sock or self._open(address, self._placement.ports), address, coordinator)
+        one_host = self._placement.one_host
+        sock = sock or self._open(network.LOOPBACK if one_host else "", self._placement.ports)
+        me = self._listen(sock, "" if one_host else network.address_towards(self.host), coordinator)
         self.where = f"{self.host} port {me.port}"
-        if self._agent_store is not None:
-            self._agent_store.publish(address, me.port)
         self.exchange: Callable[[Heartbeat], Mapping[int, Heartbeat]] = partial(coordinator.exchange, 0)
+        published = -math.inf
         while (membership := coordinator.join(me)).missing:
             self._check_time(membership.missing)
+            if self._agent_store is not None and time.monotonic() > published + 1:
+                self._agent_store.publish(me.address, me.port)  # again, because others may overwrite it
+                published = time.monotonic()
             time.sleep(0.005)
         return membership
 
@@ -86,7 +103,7 @@ class Rendezvous:
                     if is_loopback(address) and not self._placement.one_host:
                         address = ""  # it is on rank 0's host, and the others are not
                     me = self._listen(self._open(address), address)
-                membership = self._connection.join(me, seconds=left)
+                membership = self._connection.join(me, seconds=min(left, _ANSWER_SECONDS))
                 if not membership.missing:
                     self.exchange = self._connection.exchange
                     return membership
@@ -95,7 +112,7 @@ class Rendezvous:
                 missing, problem = [0], f" ({reason(error) if isinstance(error, OSError) else error})"
                 if self._connection is not None:
                     self._connection.close()
-                    if self._spawned:
+                    if self._spawned and not isinstance(error, TimeoutError):
                         raise WorkerLost(f"lost rank 0 during the rendezvous{problem}") from error
                     self._connection = None
             time.sleep(pause if self._connection else max(pause, 0.02))
@@ -111,7 +128,7 @@ class Rendezvous:
         if waited > self._seconds:
             message = f"still missing at {self.where} after {waited:.0f} s: {ranks}"
             raise Hang(message) if self._spawned else LaunchError(message)
-        if waited > self._silent_until:
+        if waited > self._silent_until and (self._placement.rank == 0 or missing == [0]):
             self._silent_until = 2 * waited
             print_note(f"waiting at {self.where} for {ranks}", self._placement)
         return self._seconds - waited
@@ -120,16 +137,19 @@ class Rendezvous:
         """Connect to rank 0. Raises `OSError`."""
         places: Sequence[tuple[str, int]] = [(self.host, port) for port in self._placement.ports]
         if self._agent_store is not None:
-            places = [self._agent_store.rank_zero()]
+            address, port = self._agent_store.rank_zero()
+            # The store may be wrong. On one host the address is known.
+            places = [(network.LOOPBACK if self._placement.one_host else address or self.host, port)]
         limit = _CONNECT_SECONDS if len(places) == 1 else _DERIVED_SECONDS
-        problem = OSError("it has no port")
+        problem: OSError = ConnectionError("it has no port")
         for host, port in places:
             try:
                 return CoordinatorConnection(
                     host, port, self.key, self._placement.rank, seconds=min(seconds, limit)
                 )
             except OSError as error:
-                problem = error
+                if not isinstance(problem, NotOurs):  # which says more
+                    problem = error
         raise problem
 
     def _open(self, address: str, ports: Sequence[int] = (0,)) -> socket.socket:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import WorkerLost, reason
 from . import authentication
-from .authentication import Claim, NotOurs, Purpose
+from .authentication import Claim, NoAnswer, NotOurs, Purpose
 from .peer import Peer
 from .rendezvous import Rendezvous
 
@@ -149,7 +149,7 @@ class SocketCollectives:
             if rank < self._rank:
                 connection = self._connect(self._peers[rank])
             else:
-                connection = self._rendezvous.listener.accept(self._rendezvous.attempt, rank)
+                connection = self._rendezvous.accept(rank)
             connection.setblocking(False)
             self._connections[rank] = connection
         return self._connections[rank]
@@ -160,8 +160,9 @@ class SocketCollectives:
         deadline = time.monotonic() + _CONNECT_SECONDS
         while True:
             try:
-                left = max(deadline - time.monotonic(), 0.001)
-                return authentication.connect(host, peer.port, key, claim, left)
+                return authentication.connect(host, peer.port, key, claim, _CONNECT_SECONDS)[0]
+            except NoAnswer:
+                continue  # a rank that is stopped is named by the watchdog
             except OSError as error:
                 # A listener that is flooded by strangers may close a connection before the handshake ends.
                 if isinstance(error, NotOurs | ConnectionResetError) and time.monotonic() < deadline:

@@ -113,8 +113,12 @@ class World:
         status.enter("rendezvous", patience=RENDEZVOUS_SECONDS)
         world._watchdog.start()
         world._sockets = SocketCollectives(placement.rank, rendezvous)
-        world._collectives = world._sockets if on_cpu else world.join_process_group()
-        world.barrier()  # without it, a rank that fails at once would break the others' connections
+        try:
+            world._collectives = world._sockets if on_cpu else world.join_process_group()
+            world.barrier()  # without it, a rank that fails at once would break the others' connections
+        except BaseException:  # the process may go on without a group
+            world.leave()
+            raise
         return world
 
     def join_process_group(self) -> TorchProcessGroup:

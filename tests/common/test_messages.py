@@ -40,6 +40,10 @@ def test_plain_values(value: Any, kind: type) -> None:
     assert decode(encode(value), kind) == value
 
 
+def test_a_path_that_is_not_utf8() -> None:
+    assert decode(encode(Path("runs/caf\udce9")), Path) == Path("runs/caf\udce9")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
 def test_tensors(dtype: torch.dtype) -> None:
     value = {"a": torch.arange(12).to(dtype).reshape(3, 4).t(), "empty": torch.zeros(0, 3, dtype=dtype)}

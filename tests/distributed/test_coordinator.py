@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distributed_mnist.distributed.authentication import NotOurs
-from distributed_mnist.distributed.coordinator import Coordinator, CoordinatorConnection
+from distributed_mnist.common.messages import encode
+from distributed_mnist.distributed.authentication import CHALLENGE_BYTES, CLAIM_BYTES, NotOurs
+from distributed_mnist.distributed.coordinator import Coordinator, CoordinatorConnection, Membership
 from distributed_mnist.distributed.heartbeat import Heartbeat
 from distributed_mnist.distributed.listener import Listener
 from distributed_mnist.distributed.network import LOOPBACK, open_listener
@@ -179,7 +181,7 @@ def test_closing_ends_a_call_that_waits_in_another_thread() -> None:
     """A coordinator that is cut off never answers; the thread with the heartbeats must still end."""
     silent = threading.Event()
 
-    async def never_answer(rank: int, connection: socket.socket) -> None:
+    async def never_answer(rank: int, connection: socket.socket, session: bytes) -> None:
         silent.set()
         await asyncio.sleep(PATIENCE)
 
@@ -201,3 +203,27 @@ def test_closing_ends_a_call_that_waits_in_another_thread() -> None:
     thread.join(PATIENCE)
     assert len(ended) == 1
     listener.close()
+
+
+def test_somebody_between_a_rank_and_the_coordinator_cannot_change_messages(connect: Connect) -> None:
+    """It listens at the same port of another address, and passes the handshake on: both proofs hold."""
+    port = connect(2).where.rpartition(" ")[2]
+    with socket.create_server(("127.0.0.2", int(port))) as between:
+
+        def relay() -> None:
+            client, _ = between.accept()
+            with client, socket.create_connection((LOOPBACK, int(port))) as real:
+                client.sendall(real.recv(CHALLENGE_BYTES, socket.MSG_WAITALL))
+                real.sendall(client.recv(CLAIM_BYTES, socket.MSG_WAITALL))
+                client.sendall(real.recv(32, socket.MSG_WAITALL))
+                client.recv(1000)
+                forged = encode(Membership(bytes(16), [], [Peer(0, "evil", 1, "192.0.2.1")]))
+                client.sendall(struct.pack("<I", len(forged)) + forged + bytes(32))
+
+        thread = threading.Thread(target=relay)
+        thread.start()
+        victim = CoordinatorConnection("127.0.0.2", int(port), KEY, 1, seconds=PATIENCE)
+        with pytest.raises(NotOurs, match="wrong signature"):
+            victim.join(process(1, 101), seconds=PATIENCE)
+        victim.close()
+        thread.join()

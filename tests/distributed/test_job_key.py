@@ -18,6 +18,7 @@ ONE_HOST = Placement(size=2, local_size=2, launcher="environment")
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", "/proc/none")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     return tmp_path / f"dmnist-{os.geteuid()}"
 
@@ -44,14 +45,14 @@ def test_every_launcher_takes_it() -> None:
 
 
 def test_a_short_secret_is_refused() -> None:
-    with pytest.raises(LaunchError, match="DMNIST_SECRET has 6 characters: use 16 random ones or more"):
+    with pytest.raises(LaunchError, match="DMNIST_SECRET is shorter than 16 characters"):
         secret_in({"DMNIST_SECRET": "secret"})
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
 def test_a_file_that_others_can_read_is_refused(mode: int, tmp_path: Path) -> None:
     path = private(tmp_path / "secret", SECRET, mode)
-    with pytest.raises(LaunchError, match="must belong to this user and be readable by nobody else"):
+    with pytest.raises(LaunchError, match="must belong to this user and be closed to others"):
         secret_in({"DMNIST_SECRET_FILE": str(path)})
 
 
@@ -85,9 +86,30 @@ def test_on_one_host_the_users_own_file_is_the_secret(temporary: Path) -> None:
     assert len((temporary / "secret").read_text()) == 64
 
 
+def test_the_home_folder_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user can be first to create the folder for temporary files, but not the one in a home."""
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / f"dmnist-{os.geteuid()}").mkdir(mode=0o777)
+    key, is_secret = job_key(ONE_HOST)
+    assert is_secret
+    path = tmp_path / "home" / ".cache" / "dmnist" / "secret"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    assert job_key(ONE_HOST)[0] == key
+
+
+def test_a_secret_of_any_bytes(tmp_path: Path) -> None:
+    path = private(tmp_path / "secret", "")
+    path.write_bytes(bytes(range(128, 160)))
+    assert secret_in({"DMNIST_SECRET_FILE": str(path)}) == bytes(range(128, 160))
+    assert secret_in({"DMNIST_SECRET": "\udc80" * 20}) == b"\x80" * 20
+
+
 def find_key(folder: str, pipe: object) -> None:
     import tempfile
 
+    os.environ["HOME"] = "/proc/none"
     tempfile.tempdir = folder
     pipe.send(job_key(ONE_HOST)[0])  # type: ignore[attr-defined]
 
@@ -116,6 +138,6 @@ def test_a_link_to_a_folder_is_refused(temporary: Path, tmp_path: Path) -> None:
         job_key(ONE_HOST)
 
 
-def test_no_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+def test_no_folder_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/proc/none")
     assert job_key(ONE_HOST)[1] is False

@@ -42,7 +42,7 @@ def port(reports: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Listen
 
 
 def connect(port: int, key: bytes = KEY, claim: Claim = MINE) -> socket.socket:
-    return authentication.connect(LOOPBACK, port, key, claim, PATIENCE)
+    return authentication.connect(LOOPBACK, port, key, claim, PATIENCE)[0]
 
 
 def read(connection: socket.socket, count: int) -> bytes:

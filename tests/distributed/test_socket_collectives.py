@@ -335,7 +335,7 @@ def claim(rank: int, key: bytes = KEY, attempt: bytes = ATTEMPT) -> Callable[[in
     """Connect to a port with a proof, as this rank of this attempt."""
     return lambda port: authentication.connect(
         LOOPBACK, port, key, Claim(Purpose.COLLECTIVES, rank, attempt), PATIENCE
-    )
+    )[0]
 
 
 def send(message: bytes) -> Callable[[int], socket.socket]:
@@ -453,7 +453,7 @@ def die_before_connecting(world: World) -> str:
     """Rank 0 closes its listener before rank 1 has connected to it."""
     collectives, _ = fresh(world)
     if world.rank == 0:
-        collectives._rendezvous.listener.close()
+        collectives._rendezvous.close()
     world.barrier()
     if world.rank == 1:
         with pytest.raises(WorkerLost) as lost:

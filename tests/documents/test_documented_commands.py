@@ -38,7 +38,9 @@ ELSEWHERE = {
     r"srun .* dmnist train .*": "launchers/test_slurm.py::test_a_step_is_asked_to_stop",
     r"srun -n 8 dmnist doctor": "launchers/test_slurm.py::test_the_job_is_examined",
     r"srun -n 8 dmnist verify": "verify/test_verify.py::test_a_correct_world_passes",
-    r"(sbatch|scancel) .*|tail -F slurm-JOBID\.out": "launchers/test_slurm.py::test_requeued_at_the_time_limit",
+    r"(sbatch|scancel) .*|tail -F slurm-JOBID\.out": (
+        "launchers/test_slurm.py::test_requeued_at_the_time_limit"
+    ),
     r"mpirun .*": "launchers/test_mpi.py::test_mpirun",
     r"docker .*": "deploy/test_image.py::test_the_image_copies_what_is_there_and_no_more",
     r"(sed .* \| )?kubectl .*": "deploy/test_manifests.py::test_kubernetes_objects_fit_their_schema",

@@ -184,6 +184,6 @@ def test_hosts_with_different_secrets() -> None:
     assert (first.code, second.code) == (5, 5)
     assert f"a connection from {hosts[1].address} to port 29401 {REFUSED}" in first.stderr
     assert f"dmnist: waiting {place} for rank 1\n" in first.stderr
-    refused = "rank 0 (it refuses this process, which has another secret or is of another job)"
+    refused = "rank 0 (it refuses this process: the secret, the job or the world size is not the same)"
     assert f"dmnist: rank 1: waiting {place} for {refused}\n" in second.stderr
     assert f"dmnist: rank 1: still missing {place} after 6 s: rank 0 (" in second.stderr
