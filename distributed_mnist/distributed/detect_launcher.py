@@ -70,7 +70,7 @@ def _torchrun(env: Mapping[str, str]) -> Placement:
             host=env["MASTER_ADDR"],
             ports=(_port(env),),
             store_exists=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-            job=f"dmnist/{env.get('TORCHELASTIC_RUN_ID', '')}/{size}",
+            job=f"dmnist/{env.get('TORCHELASTIC_RUN_ID', '')}/{env['MASTER_PORT']}/{size}",
             launcher_id=_process_id(agent) if agent else "",
             parent=os.getppid() if agent else 0,
             restarts=restarts,

@@ -48,6 +48,7 @@ class Rendezvous:
         if not is_secret and placement.rank == 0:
             print_note(NO_SECRET, placement)
         self._agent_store = AgentStore(placement) if placement.store_exists else None
+        self._ports = network.derived_ports(placement.job) if placement.store_exists else placement.ports
         self._connection: CoordinatorConnection | None = None
         self.listener: Listener | None = None
         try:
@@ -73,7 +74,7 @@ class Rendezvous:
         """Be the coordinator, and wait until all ranks are present."""
         coordinator = Coordinator(self._size)
         one_host = self._placement.one_host
-        sock = sock or self._open(network.LOOPBACK if one_host else "", self._placement.ports)
+        sock = sock or self._open(network.LOOPBACK if one_host else "", self._ports)
         me = self._listen(sock, "" if one_host else network.address_towards(self.host), coordinator)
         self.where = f"{self.host} port {me.port}"
         self.exchange: Callable[[Heartbeat], Mapping[int, Heartbeat]] = partial(coordinator.exchange, 0)
@@ -89,7 +90,7 @@ class Rendezvous:
     def _join(self) -> Membership:
         """Find rank 0, and ask it again and again until all ranks are present."""
         me: Peer | None = None
-        self.where = f"{self.host} port {', '.join(map(str, self._placement.ports))}"
+        self.where = f"{self.host} port {', '.join(map(str, self._ports))}"
         pause = max(0.005, self._size / 2000)  # rank 0 answers 2,000 requests a second
         missing, problem = [0], ""
         while True:
@@ -135,11 +136,11 @@ class Rendezvous:
 
     def _connect(self, seconds: float) -> CoordinatorConnection:
         """Connect to rank 0. Raises `OSError`."""
-        places: Sequence[tuple[str, int]] = [(self.host, port) for port in self._placement.ports]
+        places = [(self.host, port) for port in self._ports]
         if self._agent_store is not None:
             address, port = self._agent_store.rank_zero()
-            # The store may be wrong. On one host the address is known.
-            places = [(network.LOOPBACK if self._placement.one_host else address or self.host, port)]
+            # If the store names a stranger, rank 0 may still be where the store is, as it usually is.
+            places.insert(0, (network.LOOPBACK if self._placement.one_host else address or self.host, port))
         limit = _CONNECT_SECONDS if len(places) == 1 else _DERIVED_SECONDS
         problem: OSError = ConnectionError("it has no port")
         for host, port in places:
@@ -154,8 +155,6 @@ class Rendezvous:
 
     def _open(self, address: str, ports: Sequence[int] = (0,)) -> socket.socket:
         """Listen on the first free port. Raises `LaunchError`."""
-        if self._agent_store is not None:
-            ports = (0,)  # the given one is the store's
         problem = ""
         for port in ports:
             try:

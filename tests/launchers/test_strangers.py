@@ -111,7 +111,7 @@ def test_torchruns_store_names_an_impostor(digits: Path, expected: Any, tmp_path
         "import torch.distributed as dist\n"
         "port, impostor = map(int, sys.argv[1:])\n"
         "store = dist.TCPStore('127.0.0.1', port, is_master=True, timeout=timedelta(seconds=60))\n"
-        "key = 'dmnist/r/2/rank 0'\n"
+        "key = f'dmnist/r/{port}/2/rank 0'\n"
         "store.set(key, json.dumps(['127.0.0.1', impostor]))\n"
         "open('ready', 'w').close()\n"
         "time.sleep(120)\n"
