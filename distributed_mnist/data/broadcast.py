@@ -40,17 +40,8 @@ class Data:
         return {"class_names": list(self.class_names), **{name: getattr(self, name) for name in names}}
 
 
-@dataclass(frozen=True)
-class _Description:
-    """What rank 0 tells the other ranks about the data before it sends the images and labels."""
-
-    name: str
-    class_names: tuple[str, ...]
-    mean: float
-    std: float
-    source: str
-    sha256: str
-    shapes: list[tuple[int, ...]]
+_Description = tuple[dict[str, Any], list[tuple[int, ...]], str]
+"""What rank 0 tells the other ranks before it sends the arrays: fields of `Data`, shapes, and SHA-256."""
 
 
 def broadcast_dataset(world: World, load: Callable[[], Dataset]) -> Data:
@@ -64,20 +55,14 @@ def broadcast_dataset(world: World, load: Callable[[], Dataset]) -> Data:
     def load_and_describe() -> _Description:
         dataset = load()
         loaded.extend(dataset.arrays().values())
-        return _Description(
-            name=dataset.name,
-            class_names=tuple(dataset.class_names),
-            mean=dataset.mean,
-            std=dataset.std,
-            source=dataset.source,
-            sha256=digest(loaded),
-            shapes=[array.shape for array in loaded],
-        )
+        fields = {key: getattr(dataset, key) for key in ("name", "class_names", "mean", "std", "source")}
+        return fields, [array.shape for array in loaded], digest(loaded)
 
-    about = world.on_rank_zero(load_and_describe, _Description)
-    arrays = loaded or [np.empty(shape, np.uint8) for shape in about.shapes]
+    fields, shapes, sha256 = world.on_rank_zero(load_and_describe, _Description)
+    fields["class_names"] = tuple(fields["class_names"])  # a message has lists only
+    arrays = loaded or [np.empty(shape, np.uint8) for shape in shapes]
     tensors = [world.broadcast_(torch.from_numpy(array).to(world.device)) for array in arrays]
-    received = about.sha256 if loaded else digest([tensor.cpu().numpy() for tensor in tensors])
+    received = sha256 if loaded else digest([tensor.cpu().numpy() for tensor in tensors])
     if wrong_ranks := world.differing(received):
         raise DataError(
             f"rank {wrong_ranks[0]} received data that differs from what was sent: "
@@ -85,13 +70,4 @@ def broadcast_dataset(world: World, load: Callable[[], Dataset]) -> Data:
         )
     world.status.enter("preparing")
     train_images, train_labels, test_images, test_labels = tensors
-    return Data(
-        Split(train_images, train_labels),
-        Split(test_images, test_labels),
-        name=about.name,
-        class_names=about.class_names,
-        mean=about.mean,
-        std=about.std,
-        source=about.source,
-        sha256=about.sha256,
-    )
+    return Data(Split(train_images, train_labels), Split(test_images, test_labels), sha256=sha256, **fields)

@@ -66,24 +66,31 @@ def test_strangers_at_every_port_of_a_run(digits: Path, expected: Any, tmp_path:
     assert "Traceback" not in ended.stderr
 
 
-def test_strangers_before_the_ranks_are_there(digits: Path, expected: Any, tmp_path: Path) -> None:
-    """Rank 0 waits at MASTER_PORT for rank 1; strangers come first."""
-    job = Job(tmp_path)
-    job.hurry()
-    (tmp_path / "data").symlink_to(digits)
-    port = free_port()
-    where = {
+def place(rank: int, port: int) -> dict[str, str]:
+    """The variables of one of two ranks on this host that meet at this port."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
 
+
+def test_strangers_before_the_ranks_are_there(digits: Path, expected: Any, tmp_path: Path) -> None:
+    """Rank 0 waits at MASTER_PORT for rank 1; strangers come first."""
+    job = Job(tmp_path)
+    job.hurry()
+    (tmp_path / "data").symlink_to(digits)
+    port = free_port()
+
     def start(rank: int) -> WarmProgram:
         command = (*DMNIST, *job.words, "--out", job.out, "--json")
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         # Without a given secret the ranks share a file of their user.
-        return WarmProgram(command, cwd=tmp_path, **{**job.variables, **where, **own, "DMNIST_SECRET": ""})
+        return WarmProgram(
+            command, cwd=tmp_path, **{**job.variables, **place(rank, port), "DMNIST_SECRET": ""}
+        )
 
     def listens() -> bool:
         with socket.socket() as probe:
@@ -117,20 +124,13 @@ def test_torchruns_store_names_an_impostor(digits: Path, expected: Any, tmp_path
         "time.sleep(120)\n"
     )
     port = free_port()
-    common = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": "r",
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }
+    common = {**job.variables, "TORCHELASTIC_RUN_ID": "r", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     command = (*DMNIST, *job.words, "--out", job.out, "--json")
     with socket.create_server(("127.0.0.1", 0)) as impostor:
         words = (sys.executable, poison, port, impostor.getsockname()[1])
         with Program(words, cwd=tmp_path) as store:
             store.wait_for((tmp_path / "ready").exists, "the store")
-            one = {**job.variables, **common, "RANK": "1", "LOCAL_RANK": "1"}
+            one = {**common, **place(1, port)}
             with WarmProgram(command, cwd=tmp_path, **one) as second:
                 impostor.settimeout(60)
                 victim, _ = impostor.accept()  # rank 1 believes the store, and gets no proof
@@ -138,7 +138,7 @@ def test_torchruns_store_names_an_impostor(digits: Path, expected: Any, tmp_path
                     victim.sendall(b"dmnist 2" + bytes(16))
                     assert len(victim.recv(1000)) == authentication.CLAIM_BYTES
                     victim.sendall(bytes(32))
-                zero = {**job.variables, **common, "RANK": "0", "LOCAL_RANK": "0"}
+                zero = {**common, **place(0, port)}
                 with WarmProgram(command, cwd=tmp_path, **zero) as first:
                     ended = first.finish()
                 assert second.finish().code == 0
