@@ -7,15 +7,18 @@ can use up neither memory nor file descriptors.
 
 import asyncio
 import contextlib
+import errno
 import socket
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 
 from . import authentication
 from .authentication import CLAIM_BYTES, NotOurs, Purpose
 
 HANDSHAKE_SECONDS = 5.0
 _MOST_UNPROVED = 64
+_SPARE_DESCRIPTORS = 8  # which strangers leave to the rest of the process, if it may have few
 _PAUSE_SECONDS = 0.002
 """Between two connections while there are many strangers. A flood must not take all CPU time."""
 _SLOW_SECONDS = 1.0  # how long it stays slow after a stranger, once there have been many
@@ -28,7 +31,8 @@ class Listener:
 
     `sock` is bound and listens. `key` is the job's (see `job_key`). `coordinate(rank, connection, session)`
     serves a connection to the coordinator, on rank 0, whose messages are signed with the key `session`.
-    `report` is called once, with a message about the first stranger.
+    `report` is called once, with a message about the first stranger. Raises `OSError` if no file descriptor
+    is left.
     """
 
     def __init__(
@@ -42,15 +46,17 @@ class Listener:
         sock.setblocking(False)
         self.port: int = sock.getsockname()[1]
         self._socket, self._key, self._coordinate, self._report = sock, key, coordinate, report
-        self._refused, self._slow_until = 0, 0.0
+        self._refused, self._slow_until, self._most_unproved = 0, 0.0, _MOST_UNPROVED
         self._arrived = threading.Condition()
         self._connections: dict[tuple[bytes, int], socket.socket] = {}  # by attempt and rank
-        self._loop = asyncio.new_event_loop()
         self._unproved: dict[asyncio.Task[bool], socket.socket] = {}  # oldest first
         self._serving: set[asyncio.Task[None]] = set()
-        self._accepting = self._loop.create_task(self._accept_all())
-        self._thread = threading.Thread(target=self._run, name="dmnist_listener", daemon=True)
+        started: Future[None] = Future()
+        self._thread = threading.Thread(
+            target=self._run, args=(started,), name="dmnist_listener", daemon=True
+        )
         self._thread.start()
+        started.result()
 
     def accept(self, attempt: bytes, rank: int) -> socket.socket:
         """Return the connection from this rank of this attempt, and wait until there is one."""
@@ -64,33 +70,50 @@ class Listener:
             self._loop.call_soon_threadsafe(self._accepting.cancel)
         self._thread.join()
 
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        with contextlib.suppress(asyncio.CancelledError):
+    def _run(self, started: Future[None]) -> None:
+        runner = asyncio.Runner()
+        try:
+            self._loop = runner.get_loop()
+        except OSError as error:  # no file descriptor is left
+            started.set_exception(error)
+            return
+        with runner, contextlib.suppress(asyncio.CancelledError):
+            self._accepting = self._loop.create_task(self._accept_all())
+            started.set_result(None)
             self._loop.run_until_complete(self._accepting)
-        tasks = [*self._unproved, *self._serving]
-        for task in tasks:
-            task.cancel()
-        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-        self._loop.close()
         for connection in (self._socket, *self._connections.values()):
             connection.close()
 
     async def _accept_all(self) -> None:
         while True:
-            try:
-                connection, address = await self._loop.sock_accept(self._socket)
-            except OSError:  # no file descriptor is left, or the connection is broken already
-                await self._displace_oldest()
-                continue
-            connection.setblocking(False)
-            if len(self._unproved) >= _MOST_UNPROVED:
-                await self._displace_oldest()
+            await self._connection_waits()
             # Without a pause, a full backlog would leave no time for the handshakes.
             await asyncio.sleep(_PAUSE_SECONDS if self._loop.time() < self._slow_until else 0)
+            while len(self._unproved) >= self._most_unproved:
+                await self._displace_oldest()
+            try:
+                connection, address = self._socket.accept()
+            except OSError as error:  # no file descriptor is left, or the connection is broken already
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    self._most_unproved = max(1, len(self._unproved) - _SPARE_DESCRIPTORS)
+                await asyncio.sleep(_PAUSE_SECONDS)
+                continue
+            connection.setblocking(False)
             task = self._loop.create_task(self._admit(connection, address[0].removeprefix("::ffff:")))
             self._unproved[task] = connection
             task.add_done_callback(self._decided)
+
+    def _connection_waits(self) -> asyncio.Future[None]:
+        # Under Python 3.11, a cancelled `sock_accept` can lose a connection and print a traceback.
+        found = self._loop.create_future()
+
+        def tell() -> None:
+            self._loop.remove_reader(self._socket)
+            if not found.done():
+                found.set_result(None)
+
+        self._loop.add_reader(self._socket, tell)
+        return found
 
     def _decided(self, task: asyncio.Task[bool]) -> None:
         connection = self._unproved.pop(task)

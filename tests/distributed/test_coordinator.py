@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distributed_mnist.common.messages import encode
-from distributed_mnist.distributed.authentication import CHALLENGE_BYTES, CLAIM_BYTES, NotOurs
-from distributed_mnist.distributed.coordinator import Coordinator, CoordinatorConnection, Membership
+from distributed_mnist.distributed.authentication import CHALLENGE_BYTES, CLAIM_BYTES, NotOurs, signature
+from distributed_mnist.distributed.coordinator import Coordinator, CoordinatorConnection, Membership, _frame
 from distributed_mnist.distributed.heartbeat import Heartbeat
 from distributed_mnist.distributed.listener import Listener
 from distributed_mnist.distributed.network import LOOPBACK, open_listener
@@ -160,12 +160,14 @@ def test_a_late_process_is_turned_away(connect: Connect) -> None:
         late.join(process(1, 201), seconds=PATIENCE)
 
 
-@pytest.mark.parametrize(
-    "message", [b"\xff\xff\xff\xff", b"\x04\0\0\0junk", b"\x01\0\0\0\x80"], ids=["long", "junk", "type"]
-)
-def test_a_wrong_message_ends_only_its_own_connection(message: bytes, connect: Connect) -> None:
+@pytest.mark.parametrize("fault", ["length", "signature", "junk", "type"])
+def test_a_wrong_message_ends_only_its_own_connection(fault: str, connect: Connect) -> None:
     broken = connect(1)
-    broken._socket.sendall(message)
+    message = {"junk": b"junk", "type": encode(beat(1))}.get(fault, encode(process(1, 101)))
+    signed = signature(
+        b"not the session's" if fault == "signature" else broken._session, b"rank", 0, message
+    )
+    broken._socket.sendall(b"\xff\xff\xff\xff" if fault == "length" else _frame(message, signed))
     broken._socket.settimeout(PATIENCE)
     assert broken._socket.recv(1) == b""
     assert connect(1).join(process(1, 101), seconds=PATIENCE).missing == [2]

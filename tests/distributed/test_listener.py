@@ -89,6 +89,29 @@ def test_strangers_are_reported_once(port: Listener, reports: list[str]) -> None
     )
 
 
+def test_closing_while_somebody_connects_prints_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """The loop finds both at once: a connection, and that it is to end."""
+    busy, go_on = threading.Event(), threading.Event()
+
+    def hold(_: str) -> None:
+        busy.set()
+        assert go_on.wait(PATIENCE)
+
+    opened = Listener(open_listener(LOOPBACK), KEY, report=hold)
+    with socket.create_connection((LOOPBACK, opened.port)) as stranger:
+        stranger.sendall(bytes(CLAIM_BYTES))
+        assert busy.wait(PATIENCE)
+        with socket.create_connection((LOOPBACK, opened.port)) as late:
+            closing = threading.Thread(target=opened.close)
+            closing.start()
+            time.sleep(0.1)  # it has asked the loop to end, and waits
+            go_on.set()
+            closing.join(PATIENCE)
+            assert not closing.is_alive()
+            assert closes(late)
+    assert caplog.records == []
+
+
 @pytest.mark.parametrize("message", [b"", b"GET / HTTP/1.1\r\n\r\n", bytes(CLAIM_BYTES), bytes(2**22)])
 def test_whoever_proves_nothing_is_dropped(message: bytes, port: Listener) -> None:
     with socket.create_connection((LOOPBACK, port.port)) as stranger:
