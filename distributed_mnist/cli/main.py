@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     if "--debug" not in arguments:
         environment.keep_torch_quiet()
     try:
-        if arguments == ["--version"]:
+        if "--version" in arguments:
             sys.stdout.write(f"dmnist {version('distributed-mnist')}, torch {version('torch')}\n")
             sys.exit(0)
         if arguments[:1] == ["train"] and not {"-h", "--help"} & set(arguments):

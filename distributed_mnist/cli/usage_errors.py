@@ -41,7 +41,8 @@ def explain_usage_error(commands: dict[str, Any], arguments: list[str], tyro_mes
             return f"{argument.partition('=')[0]} must come after a command: {_join_choices(names)}"
         command = f"{command} {argument}".strip()
         if argument not in level:
-            return f"there is no command {command!r}; there are {', '.join(names)}"
+            suggestion = did_you_mean(argument, level) or ";"
+            return f"there is no command {command!r}{suggestion} there are {', '.join(names)}"
         level = level[argument]
     problem = _find_problem(command, level, rest)
     if problem is None:
@@ -83,6 +84,8 @@ def _find_problem(command: str, command_class: type, arguments: list[str]) -> st
         if name not in flags:
             return f"{command} has no flag {typed_name}{did_you_mean(name, flags, cutoff=0.7)}"
         if flags[name] is bool:
+            if has_value:
+                return f"{name} takes no value: give it alone, or leave it out"
             continue
         if not has_value:
             if not arguments or _FLAG.match(arguments[0]):
