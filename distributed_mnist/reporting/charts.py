@@ -8,7 +8,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 560, 240
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 30
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 10, 38
 _MAX_POINTS = 600
 """The most points drawn per line: a screen shows no more, and the page of a long run stays small."""
 
@@ -67,9 +67,9 @@ def line_chart(
         if not left <= tick <= right:
             continue
         across = pixels((tick, ticks[0])).partition(",")[0]
-        parts.append(f'<text class="tick low" x="{across}" y="{HEIGHT - 14}">{_plain(tick)}</text>')
+        parts.append(f'<text class="tick low" x="{across}" y="{HEIGHT - 20}">{_plain(tick)}</text>')
     parts.append(
-        f'<text class="axis" x="{WIDTH - _RIGHT}" y="{HEIGHT - 2}" text-anchor="end">{escape(x)}</text>'
+        f'<text class="axis" x="{WIDTH - _RIGHT}" y="{HEIGHT - 3}" text-anchor="end">{escape(x)}</text>'
     )
     for line in sorted(drawn, key=lambda line: not line.faint):
         path = " ".join(map(pixels, line.points))

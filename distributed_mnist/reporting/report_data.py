@@ -48,10 +48,10 @@ def charts(records: Sequence[Record]) -> list[Chart]:
         loss.append(Line("train" if single else names[i], mean, color))
         test_loss = _evaluated(record, "test_loss")
         loss.append(Line("test", test_loss, color + single, dots=True, faint=not single))
-        test_accuracy = _evaluated(record, "test_accuracy")
-        accuracy.append(Line("test" if single else names[i], test_accuracy, color + single, dots=True))
         if single:
             accuracy.append(Line("train", _evaluated(record, "train_accuracy"), color, dots=True))
+        test_accuracy = _evaluated(record, "test_accuracy")
+        accuracy.append(Line("test" if single else names[i], test_accuracy, color + single, dots=True))
         rate.append(Line(names[i], _stepped(record, "lr"), color))
         speed.append(Line(names[i], _stepped(record, "images_per_second"), color))
     drawn = [
