@@ -65,10 +65,9 @@ def run(
     if autocast_difference is not None:
         console.print(
             f"computes in fp32; trained with {trained.recipe.precision} autocast, whose logits differ by "
-            f"up to {autocast_difference:.1e}",
-            soft_wrap=True,
+            f"up to {autocast_difference:.1e}"
         )
-    console.print(f"input {INPUT}", soft_wrap=True)
+    console.print(f"input {INPUT}")
     if as_json:
         print_json(
             {
@@ -161,4 +160,4 @@ def _print_file(console: Console, file: dict[str, Any]) -> None:
         f": {file['format']}, {file['bytes']:,} bytes, logits within {file['max_difference']:.1e} of "
         f"torch's on {file['compared_images']} generated digits",
     )
-    console.print(line, soft_wrap=True)
+    console.print(line)

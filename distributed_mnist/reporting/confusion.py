@@ -64,7 +64,7 @@ def table(confusion: Sequence[Sequence[int]], names: Sequence[str], width: int) 
         wrong = str(scores["images"] - scores["correct"])
         shown.add_row(rows[i], *cells, f"{scores['images']:,}", wrong, accuracy)
     pairs = worst_pairs(confusion)[:_MAX_PAIRS]
-    mistakes = ", ".join(f"{names[i]} as {names[j]} {count}×" for i, j, count in pairs)  # noqa: RUF001
+    mistakes = ", ".join(f"{names[i]} as {names[j]} ({count})" for i, j, count in pairs)
     return Group(shown, Text(f"\nmost frequent mistakes: {mistakes}" if mistakes else "\nno mistakes"))
 
 

@@ -30,7 +30,7 @@ def test_the_table() -> None:
     assert lines[0].split() == ["true", "a", "b", "c", "images", "wrong", "right"]
     assert lines[1].split() == ["a", "5", "·", "1", "6", "1", "83.33%"]
     assert lines[3].split() == ["c", "·", "·", "0", "0", "0", "–"]  # noqa: RUF001
-    assert lines[-1] == "most frequent mistakes: b as a 4×, a as c 1×"  # noqa: RUF001
+    assert lines[-1] == "most frequent mistakes: b as a (4), a as c (1)"
     assert shown([[1]], ["x"])[-1] == "no mistakes"
 
 
