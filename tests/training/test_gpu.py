@@ -1,18 +1,27 @@
 """Test the promise on an accelerator, and moves between it and the CPU. Run with `make test-gpu`."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import dmnist
+from ranks import DMNIST, Finished, Program
 
 COUNT = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(COUNT == 0, reason="torch finds no accelerator here"),
 ]
+
+# Other tests hide the devices from the programs that they start.
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(COUNT))))
+
+
+def dmnist(*arguments: object) -> Finished:
+    with Program([*DMNIST, *arguments], CUDA_VISIBLE_DEVICES=VISIBLE) as program:
+        return program.finish()
 
 
 def trained(digits: Path, out: Path, *more: object, nproc: int = 1, device: str = "auto") -> dict[str, Any]:
