@@ -30,6 +30,7 @@ from ..runs.original_format import to_original
 from ..training.batches import Batches
 from ..training.evaluate import evaluate
 from ..training.loop import require_same_weights, train
+from ..training.platforms import require_same_platform
 from ..training.state import ZERO_TOTALS, State, TrainingContext
 from ..training.threads import use_threads
 from .original_script import Options
@@ -69,6 +70,8 @@ def run(options: Options, world: World, signals: StopSignals) -> None:
         sync="ddp",
         shards=max(8, world.size),
     )
+    for note in require_same_platform(world, recipe.sync):
+        say(f"note: {note}")
     use_threads(world, recipe.sync)
     content: Content | None = None
     if options.resume:  # before loading the data, so that a missing file is reported at once

@@ -13,6 +13,14 @@ _MIB = 2**20
 _LIBRARY_VARIABLES = re.compile(
     r"(OMP|KMP|GOMP|MKL|ONEDNN|DNNL|ATEN|TORCH|NCCL|GLOO|CUDA|CUBLAS|HIP|ROCR|ZE)_\w+"
 )
+_KERNEL_VARIABLES = re.compile(
+    r"(ONEDNN|DNNL)_(MAX_CPU_ISA|CPU_ISA_HINTS|DEFAULT_FPMATH_MODE)"
+    r"|MKL_(CBWR|ENABLE_INSTRUCTIONS|DEBUG_CPU_TYPE)|OPENBLAS_CORETYPE|BLIS_ARCH_TYPE"
+    r"|CUBLAS(LT)?_WORKSPACE_\w+|NVIDIA_TF32_OVERRIDE|TORCH_ALLOW_TF32_\w+|TORCH_BLAS_PREFER_\w+"
+    r"|TORCH_CUDNN_\w+|DISABLE_ADDMM_CUDA_LT|MIOPEN_\w+|HSA_OVERRIDE_\w+|GLIBC_TUNABLES"
+)
+"""They choose kernels, so they change the last bits. ATEN_CPU_CAPABILITY is not among them, because torch
+tells what it chooses."""
 _DEFAULTS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
@@ -20,6 +28,15 @@ def settings() -> dict[str, str]:
     """Return the user's variables that affect torch and its libraries: name to value, sorted by name."""
     names = sorted(name for name in os.environ if _LIBRARY_VARIABLES.fullmatch(name))
     return {name: os.environ[name] for name in names if os.environ[name] != _DEFAULTS.get(name)}
+
+
+def kernel_settings() -> dict[str, str]:
+    """Return the user's variables that choose the kernels of torch and its libraries: name to value."""
+    found = {}
+    for name in sorted(filter(_KERNEL_VARIABLES.fullmatch, os.environ)):
+        if os.environ[name] != _DEFAULTS.get(name):  # DNNL is oneDNN's earlier name, and comes second there
+            found[re.sub("^DNNL_", "ONEDNN_", name)] = os.environ[name]
+    return dict(sorted(found.items()))
 
 
 def order_additions() -> None:

@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from ..common import environment
+from ..common.compute_platform import processor_name
 from ..common.installed import version
 from ..common.placement import usable_cores
 from ..data import datasets
@@ -122,7 +123,7 @@ def _processor(local_size: int, host_cores: int) -> Finding:
     if cores >= len(affinity()):
         cores = host_cores
     value = (
-        f"{_model_name()}, {torch.backends.cpu.get_cpu_capability()}; {cores} usable cores of "
+        f"{processor_name()}, {torch.backends.cpu.get_cpu_capability()}; {cores} usable cores of "
         f"{psutil.cpu_count()}, load {load:.1f}"
     )
     if torch.accelerator.is_available():
@@ -142,14 +143,6 @@ def _threads(local_size: int) -> Finding:
 def _settings() -> Finding:
     settings = [f"{name}={value}" for name, value in environment.settings().items()]
     return good(", ".join(settings) or "none for torch, OpenMP, MKL, NCCL or gloo")
-
-
-def _model_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _memory() -> Finding:

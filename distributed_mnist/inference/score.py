@@ -18,6 +18,7 @@ from ..errors import CheckpointError, DataError
 from ..reporting.confusion import per_class, table
 from ..runs.run_files import config_in
 from ..training.evaluate import Evaluation, evaluate
+from ..training.platforms import require_same_platform
 from .trained import CheckpointFiles, Trained, find_checkpoint, restore
 
 
@@ -36,6 +37,7 @@ def evaluate_checkpoint(
     as in `load_dataset`, `model` is as in `restore`.
     """
     torch.set_num_threads(1)  # as in training with `tree`, so that the loss is bit-identical
+    notices = require_same_platform(world, "ddp")  # each image counts once, on whichever rank
     files = world.on_rank_zero(lambda: find_checkpoint(path), CheckpointFiles)
     trained = world.on_every_rank(lambda: restore(files, model=model, device=world.device))
     data = broadcast_dataset(world, lambda: load_dataset(trained, dataset, folder, console))
@@ -45,6 +47,8 @@ def evaluate_checkpoint(
     seconds = time.perf_counter() - start
     content, is_ours = trained.content, trained.content["recipe"] is not None
     if world.rank == 0:
+        for notice in notices:
+            console.print(f"note: {notice}", soft_wrap=True, markup=False)
         line = Text.assemble(
             (trained.path, "bold"),
             ": test accuracy ",

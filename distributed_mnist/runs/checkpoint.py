@@ -11,6 +11,7 @@ import math
 import platform
 import re
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import nn
 
 from ..common import installed
 from ..common.atomic_write import written_aside
+from ..common.compute_platform import this_platform
 from ..common.digest import digest
 from ..errors import CheckpointError, reason
 from ..optim.muon import Muon
@@ -221,11 +223,13 @@ def _with_layout_of(parameter: torch.Tensor, key: str, value: Any) -> Any:
 
 
 @functools.cache
-def versions() -> dict[str, str]:
-    """Return the versions to store in a checkpoint: a different build can give different bits."""
+def versions(device: torch.device) -> dict[str, str]:
+    """Return what to store in a checkpoint about this process: a different build can give different bits.
+
+    `device` is where it computes.
+    """
     return {
         "dmnist": installed.version("distributed-mnist"),
-        "torch": str(torch.__version__),
         "python": platform.python_version(),
-        "machine": platform.machine(),
+        **asdict(this_platform(device)),
     }

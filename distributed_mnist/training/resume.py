@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..common.compute_platform import differences
 from ..common.digest import digest
 from ..config import Recipe, Run, flag
 from ..data.broadcast import Data
@@ -86,16 +87,8 @@ def resume(
     require_same_run(content, name, recipe, data)
     state.restore(content, name)
     store.resumed_from(name, state.step)
-    now, then = versions(), content["versions"]
-    changes = [
-        f"{package} {then[package]} then, {now[package]} now"
-        for package in now
-        if then.get(package, now[package]) != now[package]
-    ]
-    if changes:
-        complain(
-            f"{name} was written by different versions ({'; '.join(changes)}): the last bits may differ"
-        )
+    if changes := differences(content["versions"], versions(world.device), ("then", "now")):
+        complain(f"{name} was computed differently ({'; '.join(changes)}): the last bits may differ")
     return name
 
 
@@ -144,11 +137,11 @@ def require_same_run(content: Content, name: str, recipe: Recipe, data: Data) ->
         )
 
 
-def run_config(recipe: Recipe, options: Run, data: Data) -> dict[str, Any]:
+def run_config(recipe: Recipe, options: Run, data: Data, device: torch.device) -> dict[str, Any]:
     """Return the content of `config.json`: recipe, options, data set and versions, as plain values."""
     run = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in dataclasses.asdict(options).items()
     }
     dataset = {**data.to_dict(), "source": data.source}
-    return {"recipe": recipe.to_dict(), "run": run, "dataset": dataset, "versions": versions()}
+    return {"recipe": recipe.to_dict(), "run": run, "dataset": dataset, "versions": versions(device)}

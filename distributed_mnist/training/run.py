@@ -29,6 +29,7 @@ from ..runs.run_files import write_config
 from ..runs.run_folder import RunFolder, open_folder, open_store
 from .batches import Batches
 from .loop import require_same_weights, train
+from .platforms import require_same_platform
 from .results import write_results
 from .resume import read_requested_checkpoint, require_same_recipe, resume, run_config
 from .state import State, TrainingContext
@@ -55,6 +56,7 @@ def run(
     """
     began = time.perf_counter()
     require_same_recipe(world, recipe)
+    unlike = require_same_platform(world, recipe.sync)
     find_factory(recipe.model)  # cheap checks come first: reading the data takes long
     requested = read_requested_checkpoint(world, options)
     threads = use_threads(world, recipe.sync)  # after a user's module is imported, which may set them too
@@ -64,9 +66,8 @@ def run(
     state = State(model, make_optimizer(recipe, model))
     gradients = make_gradients(recipe, options, world, model, properties)
     folder = open_folder(world, options, recipe, title)
-    notices = start_notices(world, recipe, data, threads, folder)
+    notices = [*unlike, *start_notices(world, recipe, data, threads, folder)]
     lines = start_lines(world, recipe, data, properties, title, threads, folder.path)
-    config = run_config(recipe, options, data)
     save_steps, save_seconds = checkpoint_interval(options.checkpoint_every, batches.steps_per_epoch)
     try:
         store = open_store(world, options, folder, save_seconds)
@@ -76,7 +77,9 @@ def run(
         require_same_weights(state, world)
         tensorboard_sink = partial(make_tensorboard, folder.path, recipe, data, state.step)
         sink = make_sink(world, folder.path, store, console, tensorboard_sink if tensorboard else None)
-        world.on_rank_zero(lambda: write_config(folder.path, config), NoneType)
+        world.on_rank_zero(
+            lambda: write_config(folder.path, run_config(recipe, options, data, world.device)), NoneType
+        )
     except DmnistError:
         if folder.lock is not None:
             folder.lock.abandon()

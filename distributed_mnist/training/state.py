@@ -88,5 +88,5 @@ def pack(state: State, context: TrainingContext) -> Content:
         "recipe": context.recipe.to_dict(),
         "dataset": {**data.to_dict(), **(drawn if data.name == "generated" else {})},
         "steps_per_epoch": context.batches.steps_per_epoch,
-        "versions": versions(),
+        "versions": versions(context.world.device),
     }

@@ -5,8 +5,6 @@ choose. The table contains measured answers. The data and the order of samples a
 so they are the same on every platform.
 """
 
-import platform as python_platform
-import re
 import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..common import compute_platform
 from .results_table import ResultsTable
 
 TABLE_FILE = Path(__file__).with_name("known_answers.toml")
@@ -48,21 +47,8 @@ class Finding:
 
 def this_platform(device: torch.device) -> Platform:
     """Describe the platform of `device` on this host."""
-    if device.type == "cpu":
-        model, capability = _processor(), torch.backends.cpu.get_cpu_capability()
-    elif device.type == "cuda":
-        model = torch.cuda.get_device_name(device)
-        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-    else:
-        get_name = getattr(getattr(torch, device.type, None), "get_device_name", None)
-        model, capability = (get_name(device) if get_name else _processor()), ""
-    return Platform(
-        torch=str(torch.__version__),
-        machine=python_platform.machine(),
-        device=device.type,
-        model=" ".join(model.split()),
-        capability=capability,
-    )
+    here = compute_platform.this_platform(device)
+    return Platform(here.torch, here.machine, here.device, here.processor, here.capability)
 
 
 def read_table(path: Path = TABLE_FILE) -> dict[str, Any]:
@@ -118,19 +104,3 @@ def _source_of(sha256: str, table: dict[str, Any]) -> str | None:
         return None
     setting = f" with {row['setting']}" if "setting" in row else ""
     return f"{row['model']}, {row['capability']}, torch {row['torch']}{setting}"
-
-
-def _processor() -> str:
-    """Return the CPU's name with family and model, because in virtual machines the name can be generic."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return python_platform.processor() or "unknown processor"
-    fields = dict(re.findall(r"^([^\t:]+)\s*: *(.*)$", text.split("\n\n")[0], re.MULTILINE))
-    name = fields.get("model name") or fields.get("CPU implementer", "unknown processor")
-    numbers = [
-        f"{label} {fields[key]}"
-        for label, key in (("family", "cpu family"), ("model", "model"), ("part", "CPU part"))
-        if key in fields
-    ]
-    return " ".join([name.replace('"', ""), *numbers])

@@ -69,7 +69,7 @@ def content(**changes: Any) -> dict[str, Any]:
             "sha256": "cd",
         },
         "steps_per_epoch": 4,
-        "versions": versions(),
+        "versions": versions(torch.device("cpu")),
         **changes,
     }
 

@@ -332,7 +332,7 @@ def test_a_checkpoint_of_other_versions_is_resumed_with_a_notice(
     train(*flags, "--epochs", 2, "--resume", "auto", nproc=1, out=copy)
     changes = f"dmnist 0.0.1 then, {now['dmnist']} now; torch 2.9.0 then, {now['torch']} now"
     notices = [event["text"] for event in events(copy) if event["event"] == "notice"]
-    assert f"{newest} was written by different versions ({changes}): the last bits may differ" in notices
+    assert f"{newest} was computed differently ({changes}): the last bits may differ" in notices
 
 
 def test_auto_in_an_empty_folder_starts(

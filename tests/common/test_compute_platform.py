@@ -1,0 +1,105 @@
+"""The platform of a process: what chooses its kernels, and how two of them differ."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from distributed_mnist.common import compute_platform, environment
+from distributed_mnist.common.compute_platform import ComputePlatform, differences, this_platform
+
+CPU = this_platform(torch.device("cpu"))
+X86 = """processor\t: 0
+vendor_id\t: GenuineIntel
+cpu family\t: 6
+model\t\t: 85
+model name\t: Intel(R) Xeon(R) "Gold"
+flags\t\t: fpu sse4_1 avx avx2 smep avx512f amx_tile
+
+processor\t: 1
+model name\t: another
+"""
+ARM = "processor\t: 0\nFeatures\t: fp asimd asimddp sve\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n"
+
+
+def cpuinfo(monkeypatch: pytest.MonkeyPatch, folder: Path, text: str | None) -> ComputePlatform:
+    path = folder / "cpuinfo"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setattr(compute_platform._cpuinfo, "__defaults__", (path,))
+    return this_platform(torch.device("cpu"))
+
+
+def test_this_host() -> None:
+    assert CPU.torch == torch.__version__
+    assert CPU.build == torch.version.git_version[:10]
+    assert CPU.capability == torch.backends.cpu.get_cpu_capability()
+    assert CPU.processor == " ".join(CPU.processor.split()) != ""
+
+
+def test_the_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    x86 = cpuinfo(monkeypatch, tmp_path, X86)
+    assert x86.processor == "Intel(R) Xeon(R) Gold family 6 model 85"
+    assert x86.instructions == "amx_tile, avx, avx2, avx512f, sse4_1"
+    arm = cpuinfo(monkeypatch, tmp_path, ARM)
+    assert (arm.processor, arm.instructions) == ("0x41 part 0xd40", "asimd, asimddp, sve")
+
+
+def test_without_proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    without = cpuinfo(monkeypatch, tmp_path, None)
+    assert without.processor
+    assert without.instructions == ""
+
+
+def test_only_variables_that_choose_kernels_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if environment._KERNEL_VARIABLES.fullmatch(name):
+            monkeypatch.delenv(name)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ONEDNN_VERBOSE", "NCCL_DEBUG", "MKL_VERBOSE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as the program sets it
+    assert this_platform(torch.device("cpu")).settings == ""
+    monkeypatch.setenv("DNNL_MAX_CPU_ISA", "AVX2")
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    assert this_platform(torch.device("cpu")).settings == "MKL_CBWR=COMPATIBLE, ONEDNN_MAX_CPU_ISA=AVX2"
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")  # oneDNN reads this one first
+    assert environment.kernel_settings()["ONEDNN_MAX_CPU_ISA"] == "SSE41"
+
+
+def test_limits_make_processors_alike() -> None:
+    """With limits for oneDNN and MKL, an older processor can join a newer one."""
+    for settings, alike in (
+        ("", False),
+        ("ONEDNN_MAX_CPU_ISA=AVX2", False),
+        ("MKL_CBWR=AVX2, ONEDNN_MAX_CPU_ISA=AVX2", True),
+    ):
+        here, there = (
+            dataclasses.replace(CPU, settings=settings, instructions=instructions)
+            for instructions in ("avx, avx2", "avx, avx2, avx512f")
+        )
+        assert (here.kernels() == there.kernels()) is alike
+
+
+def test_a_gpu_counts_and_not_the_processor_beside_it() -> None:
+    gpu = dataclasses.replace(CPU, device="cuda", processor="NVIDIA H100", capability="9.0")
+    assert gpu.kernels() == dataclasses.replace(gpu, instructions="sve").kernels()
+    assert gpu.kernels() != dataclasses.replace(gpu, processor="NVIDIA H200").kernels()
+    assert CPU.kernels() == dataclasses.replace(CPU, processor="another", libraries="musl").kernels()
+
+
+@pytest.mark.parametrize("name", ["torch", "build", "machine", "device", "capability", "settings"])
+def test_each_of_these_decides(name: str) -> None:
+    assert dataclasses.replace(CPU, **{name: "x"}).kernels() != CPU.kernels()
+
+
+def test_differences() -> None:
+    then = {"torch": "2.12", "instructions": "avx, avx2", "settings": "", "extra": "x"}
+    now = {"torch": "2.13", "instructions": "avx, sve", "settings": "A=1", "python": "3.11"}
+    assert differences(then, now, ("then", "now")) == [
+        "torch 2.12 then, 2.13 now",
+        "instructions avx2 then, sve now",
+        "settings none then, A=1 now",
+    ]
+    assert differences(then, then, ("then", "now")) == []
