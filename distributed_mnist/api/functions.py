@@ -26,6 +26,7 @@ from ..data.catalog import NAMES, require_name
 from ..data.datasets import Dataset
 from ..distributed import detect_launcher
 from ..distributed.devices import choose_device
+from ..distributed.peer import describe_training
 from ..distributed.world import World
 from ..errors import CheckpointError, UsageError
 from ..inference.score import evaluate_trained, load_dataset
@@ -135,7 +136,7 @@ def train(
     else:
         with (
             _registered_model(name, factory),
-            _joined_group(placement or ALONE, run, exact=recipe.sync == "tree") as world,
+            _joined_group(placement or ALONE, recipe, run) as world,
         ):
             result = training.run(
                 world, recipe, run, title=title, console=console, signals=_NoStopRequests(), read=read
@@ -214,13 +215,14 @@ class _NoStopRequests:
 
 
 @contextlib.contextmanager
-def _joined_group(placement: Placement, run: Run, *, exact: bool) -> Iterator[World]:
-    """Join the process group, and leave it at the end. `exact` is as in `run_in_group`."""
-    if exact:
+def _joined_group(placement: Placement, recipe: Recipe, run: Run) -> Iterator[World]:
+    """Join the process group, and leave it at the end."""
+    if recipe.sync == "tree":
         environment.order_additions()
     device = torch.device("cpu") if run.device == "cpu" else choose_device(placement)
     with _torch_settings_restored():
-        world = World.connect(placement, device=device, hang_after=run.hang_after)
+        job = describe_training("the library's train", recipe, run, one_host=placement.one_host)
+        world = World.connect(placement, device=device, hang_after=run.hang_after, job=job)
         try:
             yield world
         except BaseException:

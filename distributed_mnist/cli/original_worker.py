@@ -16,6 +16,7 @@ from ..config import Run, flag, load_recipe
 from ..data import datasets
 from ..data.broadcast import Data, broadcast_dataset
 from ..data.download_progress import DataProgress
+from ..distributed.peer import describe_job
 from ..distributed.world import World
 from ..errors import CheckpointError, OutputError
 from ..gradients.setup import make_gradients
@@ -50,7 +51,9 @@ def work(placement: Placement, listener: socket.socket | None, options: Options)
     """Join the process group and run the job. Returns the exit code."""
     without_nccl = options.backend == "nccl" and not torch.cuda.is_available()
     backend = None if without_nccl else options.backend
-    return run_in_group(placement, listener, partial(run, options), backend=backend, exact=False)
+    names = ("backend", "epochs", "batch_size", "lr", "seed", "evaluate")
+    job = describe_job("multi_proc_single_gpu.py", **{name: getattr(options, name) for name in names})
+    return run_in_group(placement, listener, partial(run, options), backend=backend, exact=False, job=job)
 
 
 def run(options: Options, world: World, signals: StopSignals) -> None:

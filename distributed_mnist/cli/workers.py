@@ -15,6 +15,7 @@ from ..common.placement import Placement
 from ..data import prefetch
 from ..data.datasets import Dataset
 from ..data.prefetch import PrefetchedData
+from ..distributed.peer import common_path, describe_job, describe_training
 from ..distributed.world import World
 from ..inference.ensemble import evaluate_ensemble
 from ..inference.score import evaluate_checkpoint
@@ -91,7 +92,9 @@ def evaluate(placement: Placement, listener: Listener, command: Evaluate) -> int
         )
         _print_result(world, command, result)
 
-    return run_in_group(placement, listener, body, device=command.device, debug=command.debug)
+    checkpoint = common_path(command.checkpoint, one_host=placement.one_host)
+    job = describe_job("evaluate", checkpoint=checkpoint, model=command.model, dataset=command.dataset)
+    return run_in_group(placement, listener, body, device=command.device, job=job, debug=command.debug)
 
 
 def verify(placement: Placement, listener: Listener, command: Verify) -> int:
@@ -102,7 +105,8 @@ def verify(placement: Placement, listener: Listener, command: Verify) -> int:
     def body(world: World, signals: StopSignals) -> None:
         under_launcher.run(world, ResultsTable.make(as_json=command.json, shown=world.rank == 0), signals)
 
-    return run_in_group(placement, listener, body, device=command.device, debug=command.debug)
+    job = describe_job("verify")
+    return run_in_group(placement, listener, body, device=command.device, job=job, debug=command.debug)
 
 
 def doctor(placement: Placement, listener: Listener, command: Doctor) -> int:
@@ -116,15 +120,22 @@ def doctor(placement: Placement, listener: Listener, command: Doctor) -> int:
         _print_result(world, command, result)
         doctor_command.conclude(result)
 
-    return run_in_group(placement, listener, body, device=command.device, debug=command.debug)
+    job = describe_job("doctor")
+    return run_in_group(placement, listener, body, device=command.device, job=job, debug=command.debug)
 
 
 def _run_in_group(
     placement: Placement, listener: Listener, body: Body, command: Train, *, exact: bool = True
 ) -> int:
-    device, hang_after = command.run.device, command.run.hang_after
     return run_in_group(
-        placement, listener, body, device=device, exact=exact, hang_after=hang_after, debug=command.debug
+        placement,
+        listener,
+        body,
+        device=command.run.device,
+        exact=exact,
+        hang_after=command.run.hang_after,
+        job=describe_training("train", command.settings, command.run, one_host=placement.one_host),
+        debug=command.debug,
     )
 
 

@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass
 from enum import IntEnum
 
-MAGIC = b"dmnist 2"
+MAGIC = b"dmnist 3"
 _NONCE = _ATTEMPT = 16  # bytes
 _MAC = SIGNATURE_BYTES = 32
 CHALLENGE_BYTES = len(MAGIC) + _NONCE

@@ -13,7 +13,7 @@ import hmac
 import socket
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..common.messages import decode, encode
@@ -21,11 +21,12 @@ from . import authentication
 from .authentication import SIGNATURE_BYTES, Claim, NotOurs, Purpose, signature
 from .heartbeat import Heartbeat
 from .listener import receive_exactly
-from .peer import Peer
+from .peer import JobDescription, Peer, job_differences
 
 _LENGTH = struct.Struct("<I")
 _SILENT_SECONDS = 15.0  # after which a rank that does not ask any more is missing again
 _LONGEST = 2**24  # bytes of a message; the heartbeats of ten thousand ranks are shorter
+_MOST_REPORTS = 8
 
 
 @dataclass(frozen=True)
@@ -40,29 +41,80 @@ class Membership:
     """All ranks in order; empty until the group is complete."""
 
 
-class Coordinator:
-    """The coordinator of a group of `size` ranks. Its methods may be called from any thread."""
+@dataclass(frozen=True)
+class JoinRequest:
+    """What a rank says about itself and about its job."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    peer: Peer
+    job: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a process may not join."""
+
+    reason: str
+    final: bool
+    """Whether the process belongs to another job, so that it would wait in vain."""
+
+
+@dataclass(frozen=True)
+class JoinReply:
+    """One of the two."""
+
+    membership: Membership | None = None
+    refusal: Refusal | None = None
+
+
+class TurnedAway(ConnectionError):
+    """Rank 0 does not let this process join. `final` is as in `Refusal`."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.reason)
+        self.final = refusal.final
+
+
+class Coordinator:
+    """The coordinator of a group of `size` ranks. Its methods may be called from any thread.
+
+    `job` describes the job of rank 0. `report` is called with a message about each process of another job.
+    """
+
+    def __init__(self, size: int, job: JobDescription, report: Callable[[str], None]) -> None:
+        self._size, self._job, self._report = size, job, report
         self._attempt = authentication.new_attempt()
         self._lock = threading.Lock()
         self._present: dict[int, Peer] = {}
         self._heartbeats: dict[int, Heartbeat] = {}
+        self._reported: set[tuple[str, int]] = set()
 
-    def join(self, peer: Peer) -> Membership:
+    def join(self, peer: Peer, job: JobDescription) -> Membership:
         """Count a rank as present, in place of an earlier process with the same rank.
 
-        Raises `NotOurs` if the group is complete without this process.
+        Raises `TurnedAway` for a process of another job, and if the group is complete without this process.
         """
+        if different := job_differences(self._job, job):
+            self._report_stranger(peer, job_differences(job, self._job))
+            raise TurnedAway(Refusal(f"{self._who} belongs to another job: {different}", final=True))
         with self._lock:
             if len(self._present) < self._size and 0 <= peer.rank < self._size:
                 self._present[peer.rank] = peer
             if self._present.get(peer.rank) != peer:
-                raise NotOurs("the group is complete without this process")
+                raise TurnedAway(
+                    Refusal(f"the group of {self._who} is complete without this process", final=False)
+                )
             missing = [rank for rank in range(self._size) if rank not in self._present]
             peers = [] if missing else [self._present[rank] for rank in range(self._size)]
             return Membership(self._attempt, missing, peers)
+
+    @property
+    def _who(self) -> str:
+        return str(self._present.get(0, "rank 0"))
+
+    def _report_stranger(self, peer: Peer, different: str) -> None:
+        if (peer.host, peer.pid) not in self._reported and len(self._reported) < _MOST_REPORTS:
+            self._reported.add((peer.host, peer.pid))
+            self._report(f"{peer} belongs to another job and was turned away: {different}")
 
     def leave(self, peer: Peer) -> None:
         """Forget a rank that is gone, unless the group is complete."""
@@ -90,11 +142,15 @@ class Coordinator:
         try:
             while membership is None or membership.missing:
                 async with asyncio.timeout(_SILENT_SECONDS):
-                    peer = decode(await channel.receive(), Peer)
-                if peer.rank != rank:
+                    request = decode(await channel.receive(), JoinRequest)
+                if request.peer.rank != rank:
                     raise NotOurs("a rank speaks for another one")
-                membership = self.join(peer)
-                await channel.send(encode(membership))
+                peer = request.peer
+                membership = self.join(peer, request.job)
+                await channel.send(encode(JoinReply(membership=membership)))
+        except TurnedAway as error:
+            await channel.send(encode(JoinReply(refusal=Refusal(str(error), error.final))))
+            raise
         finally:
             if peer is not None:
                 self.leave(peer)
@@ -145,12 +201,14 @@ class CoordinatorConnection:
         self.where = f"{host} port {port}"
         self.local_address: str = self._socket.getsockname()[0]
 
-    def join(self, peer: Peer, *, seconds: float) -> Membership:
-        """Call `Coordinator.join`, and wait for `seconds` at most."""
+    def join(self, peer: Peer, job: JobDescription, *, seconds: float) -> Membership:
+        """Call `Coordinator.join`, and wait for `seconds` at most. Raises `TurnedAway`."""
         self._socket.settimeout(seconds)
-        membership = decode(self._request(encode(peer)), Membership)
+        reply = decode(self._request(encode(JoinRequest(peer, dict(job)))), JoinReply)
         self._socket.settimeout(None)
-        return membership
+        if reply.membership is None:
+            raise TurnedAway(reply.refusal or Refusal("it gives no reason", final=False))
+        return reply.membership
 
     def exchange(self, heartbeat: Heartbeat) -> Mapping[int, Heartbeat]:
         """Call `Coordinator.exchange`. It waits for as long as the coordinator does not answer."""

@@ -1,25 +1,28 @@
 """Connect the ranks of a group: find rank 0, and wait there until all ranks are present."""
 
+import errno
 import math
+import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from ..common.placement import Placement, is_loopback
-from ..errors import Hang, LaunchError, WorkerLost, print_note, reason
+from ..errors import Hang, LaunchError, UsageError, WorkerLost, print_note, reason
 from . import network
 from .agent_store import AgentStore
 from .authentication import NotOurs
-from .coordinator import Coordinator, CoordinatorConnection, Membership
+from .coordinator import Coordinator, CoordinatorConnection, Membership, TurnedAway
 from .heartbeat import Heartbeat
 from .job_key import NO_SECRET, job_key
 from .listener import Listener
-from .peer import Peer
+from .peer import JobDescription, Peer
 
 RENDEZVOUS_SECONDS = 300.0  # the hosts of one job can start minutes apart
 _SPAWNED_SECONDS = 30.0  # our own launcher starts all processes at once, and can restart them
-_SILENT_SECONDS = 10.0  # until a rank says for whom it waits; then after twice that time, and so on
+_SILENT_SECONDS = 10.0  # until a rank says for whom it waits, and then again
+_MOST_SHOWN = 8  # ranks in a message
 _CONNECT_SECONDS = 5.0
 _ANSWER_SECONDS = 10.0  # for rank 0 to answer, on a connection that works
 _DERIVED_SECONDS = 1.0  # for one of several ports, which may be another program's
@@ -29,8 +32,9 @@ class Rendezvous:
     """The result of a rendezvous: all ranks are present and know each other.
 
     `sock` is a bound and listening socket for rank 0, if our own launcher opened one. `hang_after` is how
-    many seconds processes from our own launcher wait for each other. Raises `LaunchError` if the other
-    ranks cannot be reached.
+    many seconds processes from our own launcher wait for each other. `job` describes what all ranks must
+    have in common. Raises `LaunchError` if the other ranks cannot be reached, and `UsageError` if rank 0
+    belongs to another job.
 
     Attributes: `peers`; `attempt`, a random name that only the ranks of this attempt know; `key`, with
     which they prove that they belong to the job; `host`, the address of rank 0's host; `where`, rank 0's
@@ -38,8 +42,14 @@ class Rendezvous:
     heartbeat of each rank.
     """
 
-    def __init__(self, placement: Placement, sock: socket.socket | None, hang_after: float) -> None:
-        self._placement, self._size = placement, placement.size
+    def __init__(
+        self,
+        placement: Placement,
+        sock: socket.socket | None,
+        hang_after: float,
+        job: JobDescription,
+    ) -> None:
+        self._placement, self._size, self._job = placement, placement.size, job
         self._spawned = placement.launcher == "spawned"
         self._seconds = max(hang_after, _SPAWNED_SECONDS) if self._spawned else RENDEZVOUS_SECONDS
         self._began, self._silent_until = time.monotonic(), _SILENT_SECONDS
@@ -72,14 +82,18 @@ class Rendezvous:
 
     def _serve(self, sock: socket.socket | None) -> Membership:
         """Be the coordinator, and wait until all ranks are present."""
-        coordinator = Coordinator(self._size)
+        report = partial(print_note, placement=self._placement)
+        coordinator = Coordinator(self._size, self._job, report)
         one_host = self._placement.one_host
         sock = sock or self._open(network.LOOPBACK if one_host else "", self._ports)
         me = self._listen(sock, "" if one_host else network.address_towards(self.host), coordinator)
         self.where = f"{self.host} port {me.port}"
         self.exchange: Callable[[Heartbeat], Mapping[int, Heartbeat]] = partial(coordinator.exchange, 0)
         published = -math.inf
-        while (membership := coordinator.join(me)).missing:
+        if not one_host:
+            launcher = self._placement.launcher
+            report(f"{launcher}: rank 0 of {self._size} ({me.host}) waits for the others at {self.where}")
+        while (membership := coordinator.join(me, self._job)).missing:
             self._check_time(membership.missing)
             if self._agent_store is not None and time.monotonic() > published + 1:
                 self._agent_store.publish(me.address, me.port)  # again, because others may overwrite it
@@ -104,13 +118,15 @@ class Rendezvous:
                     if is_loopback(address) and not self._placement.one_host:
                         address = ""  # it is on rank 0's host, and the others are not
                     me = self._listen(self._open(address), address)
-                membership = self._connection.join(me, seconds=min(left, _ANSWER_SECONDS))
+                membership = self._connection.join(me, self._job, seconds=min(left, _ANSWER_SECONDS))
                 if not membership.missing:
                     self.exchange = self._connection.exchange
                     return membership
                 missing, problem = membership.missing, ""
             except (OSError, ValueError) as error:
-                missing, problem = [0], f" ({reason(error) if isinstance(error, OSError) else error})"
+                if isinstance(error, TurnedAway) and error.final:
+                    raise self._of_another_job(error) from None
+                missing, problem = [0], f" ({_why(error)})"
                 if self._connection is not None:
                     self._connection.close()
                     if self._spawned and not isinstance(error, TimeoutError):
@@ -125,14 +141,26 @@ class Rendezvous:
         group.
         """
         waited = time.monotonic() - self._began
-        ranks = f"rank {', '.join(map(str, missing))}{problem}"
+        more = f" and {len(missing) - _MOST_SHOWN} more" if len(missing) > _MOST_SHOWN else ""
+        ranks = f"rank {', '.join(map(str, missing[:_MOST_SHOWN]))}{more}{problem}"
         if waited > self._seconds:
             message = f"still missing at {self.where} after {waited:.0f} s: {ranks}"
             raise Hang(message) if self._spawned else LaunchError(message)
-        if waited > self._silent_until and (self._placement.rank == 0 or missing == [0]):
-            self._silent_until = 2 * waited
-            print_note(f"waiting at {self.where} for {ranks}", self._placement)
+        if waited > self._silent_until:
+            self._silent_until = waited + _SILENT_SECONDS
+            # Rank 0 says which ranks it waits for, and one rank of each host that it waits for rank 0.
+            if self._placement.rank == 0 or (missing == [0] and self._placement.local_rank == 0):
+                so_far = f"{self._placement.launcher}, {self._size} processes, {waited:.0f} s so far"
+                print_note(f"waiting at {self.where} for {ranks}; {so_far}", self._placement)
         return self._seconds - waited
+
+    def _of_another_job(self, error: TurnedAway) -> UsageError:
+        refused = UsageError(
+            f"{error}; start all ranks of a job with the same flags, and give each job its own port "
+            f"(rank 0 is at {self.where})"
+        )
+        refused.on_one_rank = True
+        return refused
 
     def _connect(self, seconds: float) -> CoordinatorConnection:
         """Connect to rank 0. Raises `OSError`."""
@@ -160,7 +188,9 @@ class Rendezvous:
             try:
                 return network.open_listener(address, port)
             except OSError as error:
-                problem = reason(error)
+                problem = os.strerror(error.errno or 0).lower()  # the error's own text repeats the address
+                if error.errno == errno.EADDRINUSE:
+                    problem += ": another job or program listens there; choose another MASTER_PORT"
         raise LaunchError(f"cannot listen on port {', '.join(map(str, ports))} of this host: {problem}")
 
     def _listen(self, sock: socket.socket, address: str, coordinator: Coordinator | None = None) -> Peer:
@@ -170,3 +200,9 @@ class Rendezvous:
         self.listener = Listener(sock, self.key, coordinate=serve, report=report)
         known = "" if is_loopback(address) else address  # a rank on rank 0's host is reached as rank 0 is
         return Peer.here(self._placement, known, self.listener.port)
+
+
+def _why(error: OSError | ValueError) -> str:
+    if isinstance(error, socket.gaierror):
+        return f"this host does not know the name: {reason(error)}"
+    return reason(error) if isinstance(error, OSError) else str(error)

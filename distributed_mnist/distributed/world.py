@@ -19,7 +19,7 @@ from ..common.placement import Placement
 from ..errors import WorkerLost, described, recreate
 from .agent_store import reason_of
 from .heartbeat import RankStatus
-from .peer import Peer
+from .peer import JobDescription, Peer
 from .process_group import TorchProcessGroup, backend_for, means_lost_peer
 from .rendezvous import RENDEZVOUS_SECONDS, Rendezvous
 from .socket_collectives import SocketCollectives
@@ -84,19 +84,21 @@ class World:
         device: torch.device,
         listener: socket.socket | None = None,
         hang_after: float = 60.0,
+        job: JobDescription | None = None,
     ) -> Self:
         """Connect to the other ranks and return the group.
 
         `backend` is the backend of torch's process group; the default depends on the device. `listener` is
         a bound and listening socket for rank 0, if our own launcher opened one. `hang_after`, the same on
-        all ranks, is how many seconds the group may go without progress. Raises `LaunchError` if the other
-        ranks cannot be reached.
+        all ranks, is how many seconds the group may go without progress. `job` describes what all ranks
+        must have in common. Raises `LaunchError` if the other ranks cannot be reached, and `UsageError` if
+        rank 0 belongs to another job.
         """
         if placement.size == 1:
             return cls(placement, device, "none")
         on_cpu = device.type == "cpu"
         backend = backend or backend_for(device)
-        rendezvous = Rendezvous(placement, listener, hang_after)
+        rendezvous = Rendezvous(placement, listener, hang_after, job or {})
         status = RankStatus(hang_after)
         name = "sockets" if on_cpu else backend
         world = cls(placement, device, name, rendezvous=rendezvous, status=status)

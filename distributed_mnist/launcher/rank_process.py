@@ -10,6 +10,7 @@ import torch
 from ..common import environment
 from ..common.placement import Placement
 from ..distributed.devices import choose_device
+from ..distributed.peer import JobDescription
 from ..distributed.world import World
 from ..errors import Interrupted, print_error
 from .signals import StoppedEarly, StopSignals, stop_with_parent
@@ -26,6 +27,7 @@ def run_in_group(
     backend: str | None = None,
     exact: bool = True,
     hang_after: float = 60.0,
+    job: JobDescription | None = None,
     debug: bool = False,
     report_error: Callable[..., int] = print_error,
 ) -> int:
@@ -33,7 +35,8 @@ def run_in_group(
 
     In a group of more than one process, this function ends the process. `exact` asks the device's
     libraries for results that do not vary from call to call. `hang_after` is how many seconds the group may
-    go without progress. `report_error` is called with an exception and returns the exit code.
+    go without progress. `job` describes what all ranks must have in common. `report_error` is called with
+    an exception and returns the exit code.
     """
     code = 0
     try:
@@ -45,7 +48,7 @@ def run_in_group(
             environment.order_additions()
         chosen = torch.device("cpu") if device == "cpu" else choose_device(placement)
         world = World.connect(
-            placement, device=chosen, backend=backend, listener=listener, hang_after=hang_after
+            placement, device=chosen, backend=backend, listener=listener, hang_after=hang_after, job=job
         )
         body(world, signals)
         world.close()

@@ -11,29 +11,15 @@ from typing import Any
 import torch
 
 from ..common.compute_platform import differences
-from ..common.digest import digest
 from ..config import Recipe, Run, flag
 from ..data.broadcast import Data
 from ..distributed.world import World
-from ..errors import CheckpointError, UsageError
+from ..errors import CheckpointError
 from ..runs.checkpoint import Content, decode, read_bytes, versions
 from ..runs.checkpoint_store import Store
 from ..runs.layout import resume_flags
 from ..runs.run_folder import RunFolder
 from .state import State
-
-
-def require_same_recipe(world: World, recipe: Recipe) -> None:
-    """Raise `UsageError` if ranks have different recipes, or if the recipe has too few shards for them.
-
-    Ranks with different recipes would wait for each other forever.
-    """
-    if others := world.differing(digest(recipe.to_dict())):
-        raise UsageError(
-            f"rank {others[0]} has a different recipe from rank 0: start all ranks with the same flags; "
-            "if only rank 0 sees the run to resume, these include --recipe and the data"
-        )
-    recipe.check_size(world.size)
 
 
 def read_requested_checkpoint(world: World, options: Run) -> bytes | None:

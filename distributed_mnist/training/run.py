@@ -31,7 +31,7 @@ from .batches import Batches
 from .loop import require_same_weights, train
 from .platforms import require_same_platform
 from .results import write_results
-from .resume import read_requested_checkpoint, require_same_recipe, resume, run_config
+from .resume import read_requested_checkpoint, resume, run_config
 from .state import State, TrainingContext
 from .threads import oversubscription_warnings, use_threads
 
@@ -55,7 +55,7 @@ def run(
     Raises subclasses of `DmnistError`.
     """
     began = time.perf_counter()
-    require_same_recipe(world, recipe)
+    recipe.check_size(world.size)
     unlike = require_same_platform(world, recipe.sync)
     find_factory(recipe.model)  # cheap checks come first: reading the data takes long
     requested = read_requested_checkpoint(world, options)

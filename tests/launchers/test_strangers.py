@@ -135,7 +135,7 @@ def test_torchruns_store_names_an_impostor(digits: Path, expected: Any, tmp_path
                 impostor.settimeout(60)
                 victim, _ = impostor.accept()  # rank 1 believes the store, and gets no proof
                 with victim:
-                    victim.sendall(b"dmnist 2" + bytes(16))
+                    victim.sendall(authentication.MAGIC + bytes(16))
                     assert len(victim.recv(1000)) == authentication.CLAIM_BYTES
                     victim.sendall(bytes(32))
                 zero = {**common, **place(0, port)}
@@ -183,7 +183,7 @@ def test_hosts_with_different_secrets() -> None:
     place = f"at {hosts[0].address} port 29401"
     assert (first.code, second.code) == (5, 5)
     assert f"a connection from {hosts[1].address} to port 29401 {REFUSED}" in first.stderr
-    assert f"dmnist: waiting {place} for rank 1\n" in first.stderr
+    assert f"dmnist: waiting {place} for rank 1; environment, 2 processes, " in first.stderr
     refused = "rank 0 (it refuses this process: the secret, the job or the world size is not the same)"
-    assert f"dmnist: rank 1: waiting {place} for {refused}\n" in second.stderr
+    assert f"dmnist: rank 1: waiting {place} for {refused}; environment, " in second.stderr
     assert f"dmnist: rank 1: still missing {place} after 6 s: rank 0 (" in second.stderr

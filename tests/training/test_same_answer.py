@@ -5,7 +5,6 @@ import gzip
 import hashlib
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEST_SIZE, TRAIN_SIZE
-from ranks import DMNIST, LAUNCH, TORCHRUN, Finished, dmnist, dmnist_ranks, free_port, run, train
+from ranks import (
+    DMNIST,
+    LAUNCH,
+    TORCHRUN,
+    Finished,
+    WarmProgram,
+    dmnist,
+    dmnist_ranks,
+    free_port,
+    run,
+    train,
+)
 
 from distributed_mnist.common import random_keys
 
@@ -249,20 +259,30 @@ def test_as_a_module(tmp_path: Path) -> None:
     assert "train" in run([sys.executable, "-m", "distributed_mnist", "--help"], cwd=tmp_path).stdout
 
 
-@pytest.mark.parametrize(
-    "other", [["--lr", "0.5"], ["--sync", "ddp"], ["--shards", "1"], ["--model", "cnn"]]
-)
-def test_ranks_with_other_recipes_are_told(other: list[str], digits: Path, tmp_path: Path) -> None:
-    port = str(free_port())
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+def test_a_rank_of_another_job_is_turned_away(digits: Path, tmp_path: Path) -> None:
+    """It uses the same MASTER_PORT. It ends at once and says why; the first job goes on undisturbed."""
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     words = ["train", "--device", "cpu", *data_flags(digits), "--recipe", "classic", "--steps", "2"]
+    command = (*DMNIST, *words, "--out", tmp_path / "a")
 
-    def one(rank: int) -> Finished:
-        ranks = [{**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}]
-        return dmnist_ranks(ranks, *words, *(other if rank else []), "--out", tmp_path / "out")[0]
+    def start(rank: int, *flags: object) -> WarmProgram:
+        return WarmProgram((*command, *flags), cwd=tmp_path, **place, RANK=str(rank), LOCAL_RANK="0")
 
-    with ThreadPoolExecutor(2) as pool:
-        ends = list(pool.map(one, range(2)))
-    assert [end.code for end in ends] == [2, 2]
-    told = "dmnist: rank 1 has a different recipe from rank 0: start all ranks with the same flags"
-    assert ends[0].stderr.startswith(told), ends
+    with start(0) as first:
+        for flags in (["--out", tmp_path / "b"], ["--lr", "0.5"], ["--eval-every", "7"]):
+            with start(1, *flags) as other:
+                ended = other.finish()
+            assert ended.code == 2, ended
+            assert "dmnist: rank 1: rank 0 (pid " in ended.stderr
+            assert f" belongs to another job: {flags[0]} " in ended.stderr
+        with start(1) as second:
+            ended = first.finish()
+            assert second.finish().code == 0
+    assert ended.code == 0, ended
+    named = [
+        line for line in ended.stderr.splitlines() if "belongs to another job and was turned away" in line
+    ]
+    assert len(named) == 3
+    assert named[0].startswith("dmnist: rank 1 (pid ")
+    assert (tmp_path / "a" / "result.json").exists()
+    assert not (tmp_path / "b").exists()
