@@ -28,7 +28,7 @@ from ..distributed import detect_launcher
 from ..distributed.devices import choose_device
 from ..distributed.peer import describe_training
 from ..distributed.world import World
-from ..errors import CheckpointError, UsageError
+from ..errors import CheckpointError, UsageError, write_line
 from ..inference.score import evaluate_trained, load_dataset
 from ..inference.trained import Trained, find_checkpoint, restore
 from ..models.build import temporary_model
@@ -126,6 +126,8 @@ def train(
         return given or prefetch.read(run, console, stopped)
 
     placement = detect_launcher.detect()
+    if placement is None and verbose and (note := detect_launcher.unused_nodes()):
+        write_line(note)
     if placement is not None and nproc not in (None, placement.local_size):
         raise UsageError(
             f"nproc={nproc}, but {placement.launcher} started {placement.local_size} processes here: "

@@ -155,9 +155,11 @@ def _detect_placement(nproc: int | None) -> "Placement | None":
 
     Raises `UsageError` if `--nproc` differs from the number of processes that the launcher started here.
     """
-    from ..distributed.detect_launcher import detect
+    from ..distributed.detect_launcher import detect, unused_nodes
 
     placement = detect()
+    if placement is None and (note := unused_nodes()):
+        write_line(note)
     if placement is not None and nproc not in (None, placement.local_size):
         raise UsageError(
             f"--nproc {nproc}, but {placement.launcher} started {placement.local_size} processes here: "

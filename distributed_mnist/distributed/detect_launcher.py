@@ -2,7 +2,8 @@
 
 Only this file reads the environment variables of launchers. It supports torchrun (and
 torch.distributed.launch, Kubeflow, and anything else that sets the same variables), Slurm's srun, and MPI's
-mpirun. Our own launcher (`launcher/spawn.py`) needs no variables.
+mpirun. Our own launcher (`launcher/spawn.py`) needs no variables. Variables of other launchers with several
+processes are an error: each process would train alone, and waste all the others.
 """
 
 import dataclasses
@@ -14,15 +15,31 @@ from pathlib import Path
 
 import psutil
 
-from ..common.placement import Placement
+from ..common.placement import Placement, is_loopback
 from ..errors import LaunchError
 from .job_key import secret_in
-from .network import derived_ports
+from .network import LOOPBACK, clean_address, derived_ports
 
 _OPENMPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+_MVAPICH = tuple(f"MV2_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
 _MPICH = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 _TORCHRUN_COMMAND = re.compile(r"torchrun|torch\.distributed|torch/distributed")
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_TORCHRUN_WITH = (
+    "torchrun --nnodes {} --node-rank {} --master-addr {} --nproc-per-node N -m distributed_mnist ..."
+)
+_UNKNOWN = {
+    "PET_NNODES": "torchrun -m distributed_mnist ..., which reads the PET_ variables",
+    "SKYPILOT_NUM_NODES": _TORCHRUN_WITH.format(
+        "$SKYPILOT_NUM_NODES", "$SKYPILOT_NODE_RANK", '"$(head -n1 <<< "$SKYPILOT_NODE_IPS")"'
+    ),
+    "LWS_GROUP_SIZE": _TORCHRUN_WITH.format("$LWS_GROUP_SIZE", "$LWS_WORKER_INDEX", "$LWS_LEADER_ADDRESS"),
+    "SM_HOSTS": "SageMaker's distribution={'torch_distributed': {'enabled': True}}",
+    "HOROVOD_SIZE": "mpirun or torchrun",
+    "FLUX_JOB_SIZE": "mpirun or torchrun",
+}
+"""For the variable with the number of processes or hosts (of SageMaker: the list of hosts): what to use."""
+_ALLOCATED_NODES = ("SLURM_JOB_NUM_NODES", "SLURM_NNODES", "PBS_NUM_NODES")
 
 
 def detect(env: Mapping[str, str] = os.environ) -> Placement | None:
@@ -34,15 +51,50 @@ def detect(env: Mapping[str, str] = os.environ) -> Placement | None:
     return placement and dataclasses.replace(placement, secret=secret_in(env))
 
 
+def unused_nodes(env: Mapping[str, str] = os.environ) -> str | None:
+    """Return a note if the scheduler gave this job several nodes, but this process will use only its own.
+
+    This may be intended, as in an interactive shell. Call it if `detect` returns None.
+    """
+    if "SLURM_STEP_NUM_TASKS" in env:
+        return None
+    count = max((int(env[name]) for name in _ALLOCATED_NODES if env.get(name, "").isdecimal()), default=1)
+    if count == 1:
+        return None
+    command = "mpirun" if "PBS_NUM_NODES" in env else "srun"
+    return f"this job has {count} nodes, and this command uses one of them: {command} dmnist ... uses all"
+
+
 def _placement(env: Mapping[str, str]) -> Placement | None:
     if "RANK" in env or "WORLD_SIZE" in env or "LOCAL_RANK" in env:
         return _torchrun(env)
+    # Under Slurm, mpirun may start its helpers with srun. The ranks then have the helpers' variables too.
+    for names in (_OPENMPI, _MVAPICH, _MPICH):
+        if names[2] in env:
+            return _mpi(env, *names)
     if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:  # srun; the batch script itself has no step
         return _slurm(env) if _integer(env, "SLURM_STEP_NUM_TASKS") > 1 else None
-    for names in (_OPENMPI, _MPICH):
+    for names in (_OPENMPI, _MVAPICH, _MPICH):
         if any(name in env for name in names):
             return _mpi(env, *names)
+    _refuse_unknown(env)
     return None
+
+
+def _refuse_unknown(env: Mapping[str, str]) -> None:
+    """Raise `LaunchError` if this seems to be one of several processes or hosts, but not which one."""
+    for name, command in _UNKNOWN.items():
+        # `1:4` is torchrun's range of hosts, and `["algo-1","algo-2"]` are SageMaker's hosts.
+        if max(map(int, re.findall(r"\d{1,9}", env.get(name, ""))), default=1) > 1:
+            raise LaunchError(
+                f"{name} is {env[name]}, but the variables do not say which process this is: start it with "
+                f"{command}; to use this host alone, unset {name}"
+            )
+    if env.get("MASTER_ADDR", "").strip() and not is_loopback(_address(env)):
+        raise LaunchError(
+            f"MASTER_ADDR is set, but RANK is not: a launcher sets all of {', '.join(_TORCHRUN)}; to use "
+            "this host alone, unset MASTER_ADDR"
+        )
 
 
 def _torchrun(env: Mapping[str, str]) -> Placement:
@@ -52,8 +104,6 @@ def _torchrun(env: Mapping[str, str]) -> Placement:
             raise LaunchError(
                 f"{name} is not set, but {present} is: a launcher sets all of {', '.join(_TORCHRUN)}"
             )
-    if not env["MASTER_ADDR"].strip():
-        raise LaunchError("MASTER_ADDR is empty")
     size = _integer(env, "WORLD_SIZE")
     local_size = _integer(env, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in env else 1
     elastic = "TORCHELASTIC_RUN_ID" in env
@@ -67,7 +117,7 @@ def _torchrun(env: Mapping[str, str]) -> Placement:
             size=size,
             local_rank=_integer(env, "LOCAL_RANK") if "LOCAL_RANK" in env else 0,
             local_size=local_size,
-            host=env["MASTER_ADDR"],
+            host=_address(env),
             ports=(_port(env),),
             store_exists=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             job=f"dmnist/{env.get('TORCHELASTIC_RUN_ID', '')}/{env['MASTER_PORT']}/{size}",
@@ -84,7 +134,7 @@ def _torchrun(env: Mapping[str, str]) -> Placement:
 def _slurm(env: Mapping[str, str]) -> Placement:
     job, step = _text(env, "SLURM_JOB_ID"), _text(env, "SLURM_STEP_ID")
     node = _integer(env, "SLURM_NODEID")
-    host = "127.0.0.1" if _integer(env, "SLURM_STEP_NUM_NODES") == 1 else _first_slurm_host(env)
+    host = LOOPBACK if _integer(env, "SLURM_STEP_NUM_NODES") == 1 else _first_slurm_host(env)
     name = f"slurm-{job}-{step}-{env.get('SLURM_RESTART_COUNT', '0')}"
     return _checked(
         Placement(
@@ -92,7 +142,7 @@ def _slurm(env: Mapping[str, str]) -> Placement:
             size=_integer(env, "SLURM_STEP_NUM_TASKS"),
             local_rank=_integer(env, "SLURM_LOCALID"),
             local_size=_tasks_on_node(_text(env, "SLURM_STEP_TASKS_PER_NODE"), node),
-            host=env.get("MASTER_ADDR", host),
+            host=_address(env) if "MASTER_ADDR" in env else host,
             ports=_ports(env, name),
             job=name,
             # Does not contain the restart count, so it stays the same when the job is requeued.
@@ -121,7 +171,7 @@ def _mpi(env: Mapping[str, str], rank: str, size: str, local_rank: str, local_si
             size=_integer(env, size),
             local_rank=_integer(env, local_rank),
             local_size=_integer(env, local_size),
-            host=env.get("MASTER_ADDR", "127.0.0.1"),
+            host=_address(env) if "MASTER_ADDR" in env else LOOPBACK,
             ports=_ports(env, name),
             job=name,
             launcher="mpirun",
@@ -202,6 +252,15 @@ def _tasks_on_node(text: str, node: int) -> int:
     if node >= len(counts):
         raise LaunchError(f"SLURM_NODEID is {node}, but SLURM_STEP_TASKS_PER_NODE has {len(counts)} nodes")
     return counts[node]
+
+
+def _address(env: Mapping[str, str]) -> str:
+    if not env["MASTER_ADDR"].strip():
+        raise LaunchError("MASTER_ADDR is empty")
+    try:
+        return clean_address(env["MASTER_ADDR"], _port(env) if "MASTER_PORT" in env else None)
+    except ValueError as error:
+        raise LaunchError(f"MASTER_ADDR {error}") from None
 
 
 def _port(env: Mapping[str, str]) -> int:

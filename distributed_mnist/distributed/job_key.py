@@ -73,8 +73,10 @@ def _require_private(status: os.stat_result, path: Path) -> None:
 def _users_secret() -> bytes:
     """Return the secret in this user's own folder, which the first process creates; empty if none can.
 
-    Raises `LaunchError` if only the temporary folder can be written, and another user has been there first.
+    A home on some file systems cannot be closed to others: on CIFS, `chmod` has no effect. Then it is in
+    the temporary folder. Raises `LaunchError` if another user has been there first.
     """
+    refused: LaunchError | None = None
     for find in (_cache_folder, _temporary_folder):
         try:
             folder = find()
@@ -85,8 +87,12 @@ def _users_secret() -> bytes:
             if not path.exists():
                 _create_once(path, secrets.token_hex(32))
             return _read_private(path)
+        except LaunchError as error:
+            refused = error
         except (OSError, RuntimeError):  # it cannot be written, or there is no such folder
             continue
+    if refused is not None:
+        raise refused
     return b""
 
 

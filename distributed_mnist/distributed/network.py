@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import ipaddress
+import re
 import socket
 from collections.abc import Iterable
 
@@ -24,6 +25,37 @@ def derived_ports(job: str) -> tuple[int, ...]:
     return tuple(_FIRST + int.from_bytes(digest[2 * i : 2 * i + 2], "big") % _COUNT for i in range(_TRIES))
 
 
+def clean_address(text: str, port: int | None) -> str:
+    """Return the host's name or address in `text`, which may have spaces, brackets, a scheme or the port.
+
+    Raises `ValueError`, whose message follows "MASTER_ADDR", for what cannot be one host.
+    """
+    address = re.sub(r"^\w+://", "", text.strip()).rstrip("/")
+    if re.search(r"[\s,;]", address):
+        raise ValueError(f"is {text!r}: choose one of these addresses, one that the other hosts reach")
+    if with_port := re.fullmatch(r"(\[[^\[\]]+\]|[^:\[\]]+):(\d+)", address):
+        address = with_port[1]
+        if port is not None and int(with_port[2]) != port:
+            raise ValueError(f"is {text!r}, but MASTER_PORT is {port}")
+    address = re.sub(r"^\[(.+)\]$", r"\1", address)
+    try:
+        many = ipaddress.ip_address(address).is_multicast or address == "255.255.255.255"
+    except ValueError:
+        many = not _is_name(address)
+    if many:
+        raise ValueError(f"is {text!r}, not the name or address of a host")
+    return address
+
+
+def _is_name(text: str) -> bool:
+    """Return whether `text` can be a host's name, which does not end with a number."""
+    try:
+        name = text.encode("idna").decode()
+    except UnicodeError:
+        return False
+    return bool(re.fullmatch(r"([\w-]+\.)*[\w-]*[A-Za-z_-][\w-]*\.?", name, re.ASCII))
+
+
 def open_listener(address: str, port: int = 0) -> socket.socket:
     """Listen on this address (empty: all addresses) and port (0: any free one). Raises OSError."""
     dual = not address and socket.has_dualstack_ipv6()
@@ -41,6 +73,16 @@ def address_towards(host: str) -> str:
         # A link-local address means something only together with an interface.
         return "" if is_loopback(mine) or ipaddress.ip_address(mine).is_link_local else mine
     return ""
+
+
+def is_here(host: str) -> bool:
+    """Return whether `host` is a name or address of this host."""
+    with contextlib.suppress(OSError):
+        for family, kind, _, _, address in socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM):
+            with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
+                probe.bind(address)
+                return True
+    return False
 
 
 def interface_of(addresses: Iterable[str]) -> str | None:

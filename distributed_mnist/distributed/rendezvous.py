@@ -91,8 +91,9 @@ class Rendezvous:
         self.exchange: Callable[[Heartbeat], Mapping[int, Heartbeat]] = partial(coordinator.exchange, 0)
         published = -math.inf
         if not one_host:
-            launcher = self._placement.launcher
-            report(f"{launcher}: rank 0 of {self._size} ({me.host}) waits for the others at {self.where}")
+            elsewhere = "" if network.is_here(self.host) else ", which is no address of this host"
+            who = f"{self._placement.launcher}: rank 0 of {self._size} (pid {me.pid} on {me.host})"
+            report(f"{who} waits for the others at {self.where}{elsewhere}")
         while (membership := coordinator.join(me, self._job)).missing:
             self._check_time(membership.missing)
             if self._agent_store is not None and time.monotonic() > published + 1:

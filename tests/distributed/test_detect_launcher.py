@@ -87,6 +87,125 @@ def test_one_slurm_task_is_a_single_process() -> None:
     assert detect_launcher.detect({**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) is None
 
 
+MVAPICH = {name.replace("OMPI", "MV2"): value for name, value in OPENMPI.items() if "OMPI" in name}
+
+
+@pytest.mark.parametrize(
+    ("env", "command"),
+    [
+        ({"PET_NNODES": "2", "PET_NODE_RANK": "1"}, "torchrun -m distributed_mnist"),
+        ({"PET_NNODES": "1:4"}, "torchrun -m distributed_mnist"),
+        ({"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "0"}, "--node-rank $SKYPILOT_NODE_RANK"),
+        ({"LWS_GROUP_SIZE": "3", "LWS_WORKER_INDEX": "1"}, "--node-rank $LWS_WORKER_INDEX"),
+        ({"SM_HOSTS": '["algo-1","algo-2"]', "SM_CURRENT_HOST": "algo-1"}, "torch_distributed"),
+        ({"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2"}, "mpirun or torchrun"),
+        ({"FLUX_TASK_RANK": "0", "FLUX_JOB_SIZE": "4"}, "mpirun or torchrun"),
+    ],
+)
+def test_several_processes_of_a_launcher_that_is_not_supported(env: dict[str, str], command: str) -> None:
+    """Each would train alone, with the whole data, and write its own run."""
+    message = refusal(env)
+    (name, value), *_ = ((name, env[name]) for name in detect_launcher._UNKNOWN if name in env)
+    assert message.startswith(f"{name} is {value}, but the variables do not say which process this is")
+    assert command in message
+    assert f"unset {name}" in message
+    one = {name: '["algo-1"]' if name == "SM_HOSTS" else "1"}
+    assert detect_launcher.detect({**env, **one}) is None
+
+
+def test_an_address_without_a_rank() -> None:
+    message = refusal({"MASTER_ADDR": "node1", "MASTER_PORT": "29500"})
+    assert message.startswith("MASTER_ADDR is set, but RANK is not")
+    assert "unset MASTER_ADDR" in message
+    for alone in ("localhost", "127.0.0.1", "[::1]", " "):  # notebooks set it for torch's own examples
+        assert detect_launcher.detect({"MASTER_ADDR": alone}) is None
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        (BATCH_SCRIPT, "this job has 3 nodes, and this command uses one of them: srun dmnist ... uses all"),
+        ({"SLURM_JOB_NUM_NODES": "2"}, "this job has 2 nodes, and "),
+        ({"PBS_NUM_NODES": "4"}, "this job has 4 nodes, and this command uses one of them: mpirun "),
+        ({"SLURM_JOB_NUM_NODES": "1", "SLURM_NNODES": "1"}, None),
+        ({"SLURM_JOB_NUM_NODES": "many"}, None),
+        ({**SRUN, "SLURM_NNODES": "3", "SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({}, None),
+    ],
+)
+def test_nodes_that_a_command_does_not_use(env: dict[str, str], said: str | None) -> None:
+    """A batch script or a shell of salloc may mean to use one node. So this is a note."""
+    note = detect_launcher.unused_nodes(env)
+    assert note is None if said is None else (note or "").startswith(said)
+
+
+def test_mvapich() -> None:
+    assert placed(MVAPICH) == placed({**OPENMPI, "PMIX_NAMESPACE": f"{os.getppid()}"})
+    assert refusal(MVAPICH, MV2_COMM_WORLD_SIZE=None).startswith("MV2_COMM_WORLD_SIZE is not set")
+
+
+@pytest.mark.parametrize("env", [OPENMPI, MPICH, MVAPICH])
+def test_mpirun_whose_helpers_srun_started(env: dict[str, str]) -> None:
+    """Each rank has the variables of the helper on its node: srun's rank is the node's number."""
+    helper = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_NUM_NODES": "2"}
+    assert placed({**SRUN, **helper, **env}) == placed(env)
+    pmi2 = {"PMI_RANK": "3", "PMI_SIZE": "5"}  # srun --mpi=pmi2
+    assert placed({**SRUN, **pmi2}) == placed(SRUN)
+
+
+@pytest.mark.parametrize(
+    ("text", "host"),
+    [
+        ("node1 ", "node1"),
+        ("10.0.0.1 \n", "10.0.0.1"),
+        ("[fd00::1]", "fd00::1"),
+        ("fd00::1", "fd00::1"),
+        ("fe80::1%eth0", "fe80::1%eth0"),
+        ("[fd00::1]:23456", "fd00::1"),
+        ("tcp://node1", "node1"),
+        ("tcp://node1:23456/", "node1"),
+        ("http://10.0.0.1/", "10.0.0.1"),
+        ("node1:23456", "node1"),
+        ("dmnist-0.dmnist.default.svc.cluster.local.", "dmnist-0.dmnist.default.svc.cluster.local."),
+        ("job_1-master-0", "job_1-master-0"),
+        ("0.0.0.0", "0.0.0.0"),
+        ("bücher.example", "bücher.example"),
+    ],
+)
+def test_addresses_are_cleaned(text: str, host: str) -> None:
+    """`hostname -I` leaves a space at the end; others copy a URL."""
+    assert placed(KUBEFLOW, MASTER_ADDR=text).host == host
+    assert placed(SRUN, MASTER_ADDR=text, MASTER_PORT="23456").host == host
+    over_hosts = {"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+    assert placed(OPENMPI, **over_hosts, MASTER_ADDR=text, MASTER_PORT="23456").host == host
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("10.0.0.1 172.17.0.1", "choose one of these addresses"),
+        ("10.0.0.1,10.0.0.2", "choose one of these addresses"),
+        ("node1:29500", "but MASTER_PORT is 23456"),
+        ("[fd00::1]:1", "but MASTER_PORT is 23456"),
+        ("http://node1/path", "not the name or address of a host"),
+        ("node1:port", "not the name or address of a host"),
+        ("$(hostname)", "not the name or address of a host"),
+        ("a..b", "not the name or address of a host"),
+        ("x" * 70, "not the name or address of a host"),
+        ("10.0.0", "not the name or address of a host"),
+        ("10.0.0.256", "not the name or address of a host"),
+        ("[fd00::1", "not the name or address of a host"),
+        ("224.0.0.1", "not the name or address of a host"),
+        ("255.255.255.255", "not the name or address of a host"),
+    ],
+)
+def test_impossible_addresses(text: str, why: str) -> None:
+    """Waiting for five minutes would not help."""
+    message = refusal(KUBEFLOW, MASTER_ADDR=text)
+    assert message.startswith("MASTER_ADDR is ")
+    assert why in message
+
+
 def test_only_the_given_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)

@@ -99,6 +99,35 @@ def test_the_home_folder_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert job_key(ONE_HOST)[0] == key
 
 
+def test_a_home_that_cannot_be_closed_to_others(
+    temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CIFS, `chmod` has no effect."""
+    home = tmp_path / "home" / ".cache" / "dmnist"
+    home.mkdir(parents=True)
+    home.chmod(0o777)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    key, is_secret = job_key(ONE_HOST)
+    assert is_secret
+    assert key == job_key(ONE_HOST)[0]
+    assert (temporary / "secret").stat().st_mode & 0o777 == 0o600
+    home.chmod(0o700)  # the folder can be closed, but not the file
+    (home / "secret").write_text("open to all")
+    (home / "secret").chmod(0o666)
+    assert job_key(ONE_HOST)[0] == key
+
+
+def test_no_folder_can_be_closed_to_others(
+    temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in (tmp_path / "home" / ".cache" / "dmnist", temporary):
+        folder.mkdir(parents=True)
+        folder.chmod(0o777)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(LaunchError, match=rf"{temporary} must belong to this user and be closed to others"):
+        job_key(ONE_HOST)
+
+
 def test_a_secret_of_any_bytes(tmp_path: Path) -> None:
     path = private(tmp_path / "secret", "")
     path.write_bytes(bytes(range(128, 160)))
