@@ -11,7 +11,7 @@ import socket
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import psutil
 import torch
@@ -23,6 +23,7 @@ from ..common.placement import usable_cores
 from ..data import datasets
 from ..distributed.peer import Peer
 from ..errors import DataError, reason
+from ..runs.lock import NO_LOCKS
 from .findings import Finding, bad, doubtful, good, run_probe
 
 _OLDEST_TORCH = (2, 9)
@@ -76,7 +77,7 @@ def disk(out: Path) -> Finding:
                 file.write(os.urandom(_CHECKPOINT_BYTES))
                 file.flush()
                 os.fsync(file.fileno())
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                has_locks = _can_lock(file)
             (Path(temporary) / "part").replace(Path(temporary) / "whole")
             seconds = time.perf_counter() - began
     except OSError as error:
@@ -85,9 +86,24 @@ def disk(out: Path) -> Finding:
     value = f"{folder}: {free / 2**30:,.1f} GiB free, 8 MiB on disk in {1e3 * seconds:.0f} ms"
     if free < _MIN_FREE_DISK:
         return doubtful(value, "make room: on a full disk checkpoints are lost, but the run continues")
+    if not has_locks:
+        return doubtful(
+            f"{value}; no locks", "never start two runs in one folder: nothing stops the second"
+        )
     if seconds > 5:
         return doubtful(value, "the disk is slow: use --checkpoint-every '1 minute'")
     return good(value)
+
+
+def _can_lock(file: BinaryIO) -> bool:
+    """Lock a file; return False if its file system has no locks. Raises `OSError`."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
 
 
 def data(dataset: str, folder: Path) -> Finding:

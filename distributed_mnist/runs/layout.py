@@ -13,6 +13,10 @@ from ..errors import OutputError, reason
 
 RUNS = Path("runs")
 """The parent folder of runs without `--out`."""
+CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
+FIRST_FILES = (".group", "config.json", "metrics.jsonl")
+"""The files that a run writes before its first step."""
 _MEMBER = re.compile(r"seed-(\d+)")
 _CHECKPOINT = re.compile(r"step_(\d+)\.pt")
 

@@ -1,5 +1,7 @@
 """Lock a run's folder, so that only one process at a time writes to it."""
 
+import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -7,8 +9,15 @@ import shutil
 import socket
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 from ..errors import OutputError, reason
+from .layout import CHECKPOINTS, FIRST_FILES, TENSORBOARD
+
+_NAME = ".lock"
+_ATTEMPTS = 100  # another process must abandon the folder for each attempt to fail
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
+"""Errors of a file system without locks, such as some mounts of Lustre and NFS."""
 
 _PROBE_SECONDS = 0.1  # `is_live` in another process holds the lock for a moment
 _POLL_SECONDS = 0.05
@@ -21,27 +30,20 @@ class RunLock:
 
     The kernel releases the lock even if the process is killed, so there are no stale locks. After a
     restart, the last processes of the old group may still be exiting. So the new owner waits for the lock
-    for up to `timeout` seconds. Raises `OutputError` if the folder cannot be locked.
+    for up to `timeout` seconds. Some network file systems have no locks; then `note` says so, and nothing
+    is locked. Raises `OutputError` if the folder is in use or cannot be written.
     """
 
     def __init__(self, folder: Path, *, timeout: float = 0.0) -> None:
-        path = folder / ".lock"
-        self._folder, self._is_new = folder, not folder.exists()
+        self._folder = folder
+        self.note: str | None = None
+        """What the user should know about the lock; None if it works."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("ab+")
+            made = self._open_and_lock(time.monotonic() + max(timeout, _PROBE_SECONDS))
+            # Others may have used a folder that this process made, before it had the lock.
+            self._is_new = made and self.note is None and _is_empty(folder)
         except OSError as error:
             raise OutputError(f"--out {folder}: {reason(error)}") from None
-        try:
-            self._acquire(time.monotonic() + max(timeout, _PROBE_SECONDS))
-        except OSError as error:
-            self._file.seek(0)
-            content = self._file.read(1000)
-            owner = content.decode() if _OWNER.fullmatch(content) else "an unknown process"
-            self._file.close()
-            if isinstance(error, BlockingIOError):
-                raise OutputError(f"--out {folder} is in use by a live run ({owner})") from None
-            raise OutputError(f"--out {folder} cannot be locked: {reason(error)}") from None
         try:
             os.ftruncate(self._file.fileno(), 0)
             # Bypass the file's buffer: after an error, `close` would try to write it again and fail again.
@@ -50,31 +52,104 @@ class RunLock:
             self.abandon()
             raise OutputError(f"--out {folder}: {reason(error)}") from None
 
+    def _open_and_lock(self, deadline: float) -> bool:
+        """Make the folder and lock its file. Return whether this process made the folder.
+
+        Raises `OutputError`, or `OSError` if the file cannot be opened.
+        """
+        made = False
+        for _ in range(_ATTEMPTS):
+            made |= _make_folder(self._folder)
+            try:
+                self._file = (self._folder / _NAME).open("ab+")
+            except FileNotFoundError:  # another process has just abandoned the folder
+                continue
+            self._acquire(deadline)
+            # The file that was opened may have been deleted before it was locked.
+            if self.note is not None or _is_at(self._file, self._folder / _NAME):
+                return made
+            self._file.close()
+        raise OutputError(f"--out {self._folder} is in use: other processes keep starting a run in it")
+
     def _acquire(self, deadline: float) -> None:
+        """Lock the open file, or set `note` if its file system has no locks. Raises `OutputError`."""
         while True:
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
+                return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise
+                    owner = self._owner()
+                    self._file.close()
+                    text = f"--out {self._folder} is in use by a live run ({owner})"
+                    raise OutputError(text) from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    self._file.close()
+                    raise OutputError(f"--out {self._folder} cannot be locked: {reason(error)}") from None
+                self.note = (
+                    f"the file system of {self._folder} has no locks ({reason(error)}): nothing stops a "
+                    "second run from writing to this folder"
+                )
+                return None
             time.sleep(_POLL_SECONDS)
+
+    def _owner(self) -> str:
+        """Return what the lock's file says about the process that holds the lock."""
+        self._file.seek(0)
+        content = self._file.read(1000)
+        return content.decode() if _OWNER.fullmatch(content) else "an unknown process"
 
     def release(self) -> None:
         """Release the lock."""
         self._file.close()
 
     def abandon(self) -> None:
-        """Release the lock, and delete the folder if this lock created it."""
+        """Release the lock, and first delete what a run that did not start has written to a new folder.
+
+        The folder stays if anything else is in it.
+        """
         if self._is_new:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            shutil.rmtree(self._folder / TENSORBOARD, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                (self._folder / CHECKPOINTS).rmdir()
+            for name in FIRST_FILES:
+                (self._folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                if _is_empty(self._folder):
+                    (self._folder / _NAME).unlink()
+                    self._folder.rmdir()
         self.release()
+
+
+def _make_folder(folder: Path) -> bool:
+    """Make a folder and its parents. Return whether it did not exist. Raises `OSError`."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        if not folder.is_dir():
+            raise
+        return False
+    return True
+
+
+def _is_empty(folder: Path) -> bool:
+    """Return whether there is only the lock's file in the folder. Raises `OSError`."""
+    return all(path.name == _NAME for path in folder.iterdir())
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """Return whether `path` is still the name of this open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def is_live(folder: Path) -> bool:
     """Return whether a process holds the lock on the run in `folder`: it is training, or about to."""
     try:
-        with (folder / ".lock").open() as file:
+        with (folder / _NAME).open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

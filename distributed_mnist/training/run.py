@@ -134,6 +134,8 @@ def run(
 def start_notices(world: World, recipe: Recipe, data: Data, threads: int, folder: RunFolder) -> list[str]:
     """Return the notices to print before training starts."""
     notices = [] if folder.restarted else oversubscription_warnings(world, threads)
+    if folder.lock is not None and folder.lock.note is not None:
+        notices.append(folder.lock.note)
     if world.restarts and not folder.restarted:
         notices.append(f"{world.launcher} has restarted this run, but its folder was not found")
     if recipe.batch_size > len(data.train):
@@ -217,7 +219,7 @@ def make_tensorboard(
     from ..reporting.tensorboard import TensorBoard  # noqa: PLC0415 - an optional dependency
 
     try:
-        return TensorBoard(folder / "tensorboard", recipe, data.class_names, step, complain)
+        return TensorBoard(folder / layout.TENSORBOARD, recipe, data.class_names, step, complain)
     except OSError as error:
         raise OutputError(f"{folder}: {reason(error)}") from None
 

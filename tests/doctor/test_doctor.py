@@ -93,6 +93,15 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.undo()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30, 1000))
     assert probe_host.disk(tmp_path).verdict == "doubtful"
+    monkeypatch.undo()
+
+    def no_locks(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(probe_host.fcntl, "flock", no_locks)
+    finding = probe_host.disk(tmp_path)
+    assert finding.verdict == "doubtful"
+    assert finding.value.endswith("; no locks")
 
 
 def test_a_file_in_the_way_of_the_folder(tmp_path: Path) -> None:
