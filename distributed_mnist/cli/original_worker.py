@@ -32,6 +32,7 @@ from ..training.batches import Batches
 from ..training.evaluate import evaluate
 from ..training.loop import require_same_weights, train
 from ..training.platforms import require_same_platform
+from ..training.resume import data_differences
 from ..training.state import ZERO_TOTALS, State, TrainingContext
 from ..training.threads import use_threads
 from .original_script import Options
@@ -194,11 +195,8 @@ def _adapt_checkpoint(content: Content, steps_per_epoch: int, data: Data, name: 
     Raises `CheckpointError` for a checkpoint from different data, or from the middle of an epoch that has a
     different number of steps.
     """
-    dataset = content["dataset"]
-    if dataset is not None and dataset["sha256"] != data.sha256:
-        raise CheckpointError(
-            f"{name} was trained on different data: {dataset['name']} {dataset['sha256'][:12]}…"
-        )
+    if content["dataset"] is not None and (problem := data_differences(content["dataset"], data)):
+        raise CheckpointError(f"{name} was trained on {problem}")
     if content.get("steps_per_epoch") == steps_per_epoch:
         return content
     if content["recipe"] is not None and content["step"] % content["steps_per_epoch"]:

@@ -120,9 +120,10 @@ def decode(data: bytes, name: str) -> Content:
     _require_types(loaded["dataset"], _DATASET_TYPES, name)
     _require_types(loaded["totals"], _TOTALS_TYPES, name)
     valid_names = all(isinstance(class_name, str) for class_name in loaded["dataset"]["class_names"])
-    if not valid_names or not 0 < loaded["dataset"]["std"] < math.inf:
+    mean, std = loaded["dataset"]["mean"], loaded["dataset"]["std"]
+    if not valid_names or not math.isfinite(mean) or not 0 < std < math.inf:
         raise CheckpointError(
-            f"{name} has invalid class names, or an invalid standard deviation of the pixels"
+            f"{name} has invalid class names, or an invalid mean or deviation of the pixels"
         )
     if not all(isinstance(text, str) for pair in loaded["versions"].items() for text in pair):
         raise CheckpointError(f"{name} has versions that are not text")

@@ -114,13 +114,29 @@ def require_same_run(content: Content, name: str, recipe: Recipe, data: Data) ->
             f"{name} is past the end of this run: it is from step {content['step']}, but this run has "
             f"--epochs {recipe.epochs}{limit}"
         )
-    trained_on = content["dataset"]
-    if trained_on["sha256"] != data.sha256:
-        raise CheckpointError(
-            f"{name} was trained on different data: "
-            f"{trained_on['name']} {trained_on['sha256'][:12]}… there, "
-            f"{data.name} {data.sha256[:12]}… here"
-        )
+    if problem := data_differences(content["dataset"], data):
+        raise CheckpointError(f"{name} was trained on {problem}")
+
+
+def data_differences(there: dict[str, Any], data: Data) -> str | None:
+    """Return what in a checkpoint's data set would give other weights with `data`; None if nothing would.
+
+    The names of the data set and of its classes do not change the weights.
+    """
+    if there["sha256"] != data.sha256:
+        pair = f"{there['name']} {there['sha256'][:12]}… there, {data.name} {data.sha256[:12]}… here"
+        return f"different data: {pair}"
+    names = there["name"], data.name
+    numbers = {
+        "mean": (there["mean"], data.mean),
+        "deviation": (there["std"], data.std),
+        "number of classes": (len(there["class_names"]), len(data.class_names)),
+    }
+    different = [f"{key} {old} there, {new} here" for key, (old, new) in numbers.items() if old != new]
+    if not different:
+        return None
+    hint = f"; it was --dataset {names[0]}, not {names[1]}" if names[0] != names[1] else ""
+    return f"the same images with different settings: {', '.join(different)}{hint}"
 
 
 def run_config(recipe: Recipe, options: Run, data: Data, device: torch.device) -> dict[str, Any]:

@@ -14,16 +14,22 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import paced
 import psutil
 import pytest
 from ranks import DMNIST, PATIENCE, Finished, Program, dmnist, events, last_step, processes, train
 
+import distributed_mnist as library
+from distributed_mnist.data import datasets
+from distributed_mnist.errors import CheckpointError
 from distributed_mnist.runs.checkpoint import decode, encode
+from distributed_mnist.training.resume import data_differences
 
 STEPS_PER_EPOCH = 50
 COMMON = ("--recipe", "classic", "--model", "paced:network", "--batch-size", 22, "--lr", 0.003)
@@ -447,3 +453,26 @@ def test_other_data_are_refused_as_such(digits: Path, tmp_path: Path) -> None:
     ended = dmnist("train", "--resume", "auto", "--out", tmp_path, *here)
     assert ended.code == 4
     assert "was trained on different data: generated" in ended.stderr
+
+
+def test_other_normalisation_of_the_same_images_is_refused(tmp_path: Path) -> None:
+    """As when a run on `mnist`, which has constants of its own, is resumed with the same files as `idx`."""
+    given = datasets.load("generated", Path(), train_size=64, test_size=16)
+    settings: dict[str, Any] = {"recipe": "classic", "model": "linear", "steps": 1, "out": tmp_path}
+    library.train(**settings, dataset=replace(given, name="mnist", mean=0.1307, std=0.3081))
+    settings |= {"steps": 2, "resume": "auto"}
+    with pytest.raises(CheckpointError) as caught:
+        library.train(**settings, dataset=replace(given, name="idx", mean=0.25, std=0.5))
+    assert str(caught.value).endswith(
+        ".pt was trained on the same images with different settings: mean 0.1307 there, 0.25 here, "
+        "deviation 0.3081 there, 0.5 here; it was --dataset mnist, not idx"
+    )
+    there, here = {**vars(given), "sha256": ""}, SimpleNamespace(**vars(given), sha256="")
+    assert data_differences(there, cast(Any, here)) is None
+    here.name, here.class_names = "other", tuple("abcdefghij")
+    assert data_differences(there, cast(Any, here)) is None
+    here.class_names += ("more",)
+    assert data_differences(there, cast(Any, here)) == (
+        "the same images with different settings: number of classes 10 there, 11 here; "
+        "it was --dataset generated, not other"
+    )
