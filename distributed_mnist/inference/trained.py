@@ -6,9 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..common.digest import digest
@@ -21,6 +19,7 @@ from ..models.zoo import MODELS
 from ..runs.checkpoint import Content, decode, load_weights, read_bytes
 from ..runs.layout import checkpoint_path, checkpoints_in, member_folder, members_in
 from ..runs.run_files import read_ensemble_result, read_result
+from .pixels import as_pixels
 from .vote import Vote
 
 _ORIGINAL_DATASET: dict[str, Any] = {
@@ -64,18 +63,26 @@ class Trained:
         return Path(self.path) if isinstance(self.network, Vote) else Path(self.path).parent.parent
 
     @torch.no_grad()
-    def logits(self, images: Tensor | NDArray[np.uint8]) -> Tensor:
-        """Logits, float32 `(n, classes)`, for images `(n, 28, 28)` uint8, white on black as in MNIST."""
+    def logits(self, images: Any) -> Tensor:
+        """Logits, float32 `(n, classes)`, for images that are white on black as in MNIST.
+
+        `images` is a tensor, an array, a PIL image or a sequence of these, of shape `(n, 28, 28)`,
+        `(n, 1, 28, 28)`, or `(28, 28)` for `n` = 1. They are not normalised: integers from 0 to 255, or
+        floats from 0 to 1. Raises `DataError` for anything else.
+        """
         device = next(self.network.parameters()).device
-        normalised = normalise(torch.as_tensor(images).to(device, copy=True), self.mean, self.std)
+        normalised = normalise(as_pixels(images).to(device, copy=True), self.mean, self.std)
         return forward(self.network, normalised, self.recipe.precision)
 
-    def probabilities(self, images: Tensor | NDArray[np.uint8]) -> Tensor:
+    def probabilities(self, images: Any) -> Tensor:
         """The probability of each class, float32 `(n, classes)`. `images` is as in `logits`."""
         return self.logits(images).softmax(1)
 
-    def predict(self, images: Tensor | NDArray[np.uint8]) -> Tensor:
-        """The most likely class of each image, int64 `(n,)`. These are indices into `class_names`."""
+    def predict(self, images: Any) -> Tensor:
+        """The most likely class of each image, int64 `(n,)`. These are indices into `class_names`.
+
+        `images` is as in `logits`.
+        """
         return self.logits(images).argmax(1)
 
 
