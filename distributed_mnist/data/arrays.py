@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from ..errors import DataError
 from .datasets import Dataset, pixel_statistics
-from .decode import MAX_CLASSES, SIDE
+from .decode import MAX_CLASSES, SIDE, require_from_zero
 
 
 def from_arrays(
@@ -23,15 +23,17 @@ def from_arrays(
     """Make a data set of NumPy arrays or torch tensors, which are copied.
 
     Images are uint8 `(n, 28, 28)`, white on black like MNIST's. Labels are integers `(n,)`, counted from 0.
-    Without `class_names`, the highest label determines the number of classes, and their names are their
-    numbers. `name` is the data set's name in the run's records. Raises `DataError`, which names the
-    argument, for anything else.
+    Without `class_names`, the highest label determines the number of classes, their names are their
+    numbers, and labels that begin at 1 are refused as a mistake. `name` is the data set's name in the run's
+    records. Raises `DataError`, which names the argument, for anything else.
     """
     train = _check_images("train_images", train_images), _check_labels("train_labels", train_labels)
     test = _check_images("test_images", test_images), _check_labels("test_labels", test_labels)
     for split, (images, labels) in (("train", train), ("test", test)):
         if len(images) != len(labels):
             raise DataError(f"{split}_images has {len(images)} images, {split}_labels {len(labels)} labels")
+    if class_names is None:
+        require_from_zero(train[1], "train_labels")
     highest = max(int(train[1].max()), int(test[1].max()))
     names = tuple(map(str, range(highest + 1) if class_names is None else class_names))
     if highest >= len(names):

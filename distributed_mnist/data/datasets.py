@@ -171,6 +171,8 @@ def _decode(entry: Entry, found: FoundFiles) -> Dataset:
     arrays = {role: decode.content(entry, role, paths[role], found.arrays[role]) for role in ROLES}
     for labels, images in IMAGES_OF.items():
         decode.require_pairs(paths[images], len(arrays[images]), paths[labels], len(arrays[labels]))
+    if not entry.class_names:
+        decode.require_from_zero(arrays["train_labels"], one_line(paths["train_labels"]))
     classes = int(max(arrays["train_labels"].max(), arrays["test_labels"].max())) + 1
     mean, std = entry.constants or pixel_statistics(arrays["train_images"])
     return Dataset(

@@ -56,6 +56,18 @@ def labels(entry: Entry, path: Path, stored: NDArray[Any]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(classes - low, dtype=np.uint8)
 
 
+def require_from_zero(train_labels: NDArray[np.uint8], where: str) -> None:
+    """Raise DataError if the labels start at 1 and skip none: nobody means an empty class 0 then.
+
+    `where` names the labels in the message.
+    """
+    present = np.unique(train_labels)
+    if len(present) > 1 and np.array_equal(present, np.arange(1, len(present) + 1)):
+        raise DataError(
+            f"{where}: labels from 1 to {len(present)}, but they count from 0: subtract 1 from each"
+        )
+
+
 def require_pairs(images_path: Path, image_count: int, labels_path: Path, label_count: int) -> None:
     """Raise DataError unless there are as many labels as images."""
     if image_count != label_count:

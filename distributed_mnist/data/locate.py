@@ -1,7 +1,7 @@
 """Find a data set's files under a folder, and verify that their content matches their names.
 
-MNIST, Fashion-MNIST and KMNIST have files with the same names. In torchvision's folder for a set (such as
-`KMNIST/raw`) the folder identifies the set; elsewhere only the content can.
+MNIST, Fashion-MNIST and KMNIST have files with the same names. In a folder that is named for a set (such as
+torchvision's `KMNIST/raw`) the folder identifies the set; elsewhere only the content can.
 """
 
 import hashlib
@@ -131,12 +131,12 @@ def verify(entry: Entry, role: Role, path: Path, array: NDArray[Any]) -> Verdict
     if owner not in (None, entry.name):
         return Verdict(False, f"holds {owner}, not {entry.name}")
     # Unpacked files have no published checksum. A `.gz` that was compressed again has a different one.
-    in_torchvision_folder = _is_torchvision_folder(entry, path.parent)
-    if published.gz_md5 and path.suffix == ".gz" and entry.shares_names and not in_torchvision_folder:
-        text = f"checksum mismatch: its MD5 is {md5[:12]}…, {entry.name}'s is {published.gz_md5[:12]}…"
-        return Verdict(
-            False, f"{text}; in a folder {entry.folder}/raw it would be accepted without this check"
-        )
+    if published.gz_md5 and entry.shares_names and not _is_named_for(entry, path.parent):
+        text = "any set's file may have this name, and no checksum of it is known"
+        if path.suffix == ".gz":
+            text = f"checksum mismatch: its MD5 is {md5[:12]}…, {entry.name}'s is {published.gz_md5[:12]}…"
+        folders = f"{entry.folder}/raw or {entry.name}"
+        return Verdict(False, f"{text}; in a folder {folders} it would be accepted without this check")
     return unknown
 
 
@@ -159,6 +159,12 @@ def _is_torchvision_folder(entry: Entry, folder: Path) -> bool:
     """Whether this is torchvision's folder for the set, so that the files belong to this set."""
     parts = folder.resolve().parts
     return (entry.folder, "raw") in (parts[-2:], parts[-3:-1])
+
+
+def _is_named_for(entry: Entry, folder: Path) -> bool:
+    """Whether the folder or the one around it has the name of the set."""
+    names = {part.lower().replace("_", "-") for part in folder.resolve().parts[-2:]}
+    return not names.isdisjoint({entry.name, entry.folder.lower()})
 
 
 def _identify(sha256: str, md5: str) -> str | None:

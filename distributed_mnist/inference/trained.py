@@ -71,7 +71,10 @@ class Trained:
         floats from 0 to 1. Raises `DataError` for anything else.
         """
         device = next(self.network.parameters()).device
-        normalised = normalise(as_pixels(images).to(device, copy=True), self.mean, self.std)
+        pixels = as_pixels(images)
+        if not len(pixels):  # some layers cannot compute with none
+            return torch.empty(0, len(self.class_names), device=device)
+        normalised = normalise(pixels.to(device, copy=True), self.mean, self.std)
         return forward(self.network, normalised, self.recipe.precision)
 
     def probabilities(self, images: Any) -> Tensor:

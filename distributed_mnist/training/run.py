@@ -8,6 +8,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from ..common.digest import digest
@@ -138,10 +139,25 @@ def start_notices(world: World, recipe: Recipe, data: Data, threads: int, folder
         notices.append(folder.lock.note)
     if world.restarts and not folder.restarted:
         notices.append(f"{world.launcher} has restarted this run, but its folder was not found")
+    if text := empty_classes(data):
+        notices.append(text)
     if recipe.batch_size > len(data.train):
         images = f"the {len(data.train):,} training images"
         notices.append(f"--batch-size {recipe.batch_size} is more than {images}")
     return notices
+
+
+def empty_classes(data: Data) -> str | None:
+    """Return a notice about classes without training images, which are never predicted; None if none is.
+
+    They are usual where digits are generated, but few.
+    """
+    counts = torch.bincount(data.train.labels.cpu().long(), minlength=len(data.class_names))
+    empty = [data.class_names[label] for label in (counts == 0).nonzero().flatten().tolist()]
+    if not empty or data.name == "generated":
+        return None
+    shown = ", ".join(empty[:4]) + (f" and {len(empty) - 4} more" if len(empty) > 4 else "")
+    return f"no training image has the class {shown} (classes are counted from 0)"
 
 
 @contextlib.contextmanager

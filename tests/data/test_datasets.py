@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ranks import REPOSITORY
 
 from distributed_mnist.data import catalog, datasets, generated, idx
+from distributed_mnist.data.arrays import from_arrays
 from distributed_mnist.data.catalog import ENTRIES, MNIST_NAMES, ROLES, Entry, Role
 from distributed_mnist.errors import DataError, UsageError
 
@@ -253,11 +254,40 @@ def test_files_of_another_set_are_identified_by_their_md5(
     assert "(it holds kmnist)" in refusal("mnist", tmp_path)
 
 
-def test_unknown_unpacked_files_in_a_plain_folder_are_accepted(tmp_path: Path) -> None:
-    put(tmp_path, ENTRIES["fashion-mnist"], small())
-    assert datasets.load("fashion-mnist", tmp_path, download=False).class_names[9] == "Ankle boot"
-    verdicts = {finding.verdict for finding in datasets.check("fashion-mnist", tmp_path)}
+@pytest.mark.parametrize(
+    "folder", ["fashion-mnist", "Fashion_MNIST/raw", "FashionMNIST", "FashionMNIST/raw"]
+)
+def test_unknown_unpacked_files_are_accepted_in_a_folder_of_their_name(tmp_path: Path, folder: str) -> None:
+    put(tmp_path / folder, ENTRIES["fashion-mnist"], small())
+    root = tmp_path / folder.removesuffix("FashionMNIST/raw")
+    assert datasets.load("fashion-mnist", root, download=False).class_names[9] == "Ankle boot"
+    verdicts = {finding.verdict for finding in datasets.check("fashion-mnist", root)}
     assert verdicts == {"ok (no published checksum)"}
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "kmnist"])
+def test_unknown_unpacked_files_in_a_plain_folder_may_be_any_sets(tmp_path: Path, name: str) -> None:
+    paths = put(tmp_path, ENTRIES["idx"], small())
+    folder = ENTRIES[name].folder
+    assert (
+        f"{paths['train_images']}: any set's file may have this name, and no checksum of it is known; "
+        f"in a folder {folder}/raw or {name} it would be accepted without this check"
+    ) in refusal(name, tmp_path)
+    assert datasets.load("idx", tmp_path, download=False).name == "idx"
+
+
+def test_labels_that_begin_at_1_are_a_mistake(tmp_path: Path) -> None:
+    arrays = small(first_label=1)
+    paths = put(tmp_path, ENTRIES["idx"], arrays)
+    text = "labels from 1 to 10, but they count from 0: subtract 1 from each"
+    assert refusal("idx", tmp_path) == f"{paths['train_labels']}: {text}"
+    own: dict[str, Any] = {**arrays}
+    with pytest.raises(DataError, match=f"^train_labels: {text}$"):
+        from_arrays(**own)
+    names = [*"0123456789", "ten"]  # an empty class 0 is meant
+    assert len(from_arrays(**own, class_names=names).class_names) == 11
+    gaps = {**own, "train_labels": arrays["train_labels"] + (arrays["train_labels"] > 4)}
+    assert len(from_arrays(**gaps).class_names) == 12
 
 
 def test_the_users_own_files(tmp_path: Path) -> None:
@@ -325,7 +355,7 @@ def test_invalid_content_names_its_file(
 ) -> None:
     arrays = small()
     arrays[role] = array
-    paths = put(tmp_path, ENTRIES["fashion-mnist"], arrays)
+    paths = put(tmp_path / "FashionMNIST/raw", ENTRIES["fashion-mnist"], arrays)
     assert refusal("fashion-mnist", tmp_path) == f"{paths[role]}: {expected}"
     verdicts = {finding.path: finding.verdict for finding in datasets.check("fashion-mnist", tmp_path)}
     assert verdicts[paths[role]] == expected

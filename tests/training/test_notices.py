@@ -1,0 +1,30 @@
+"""What a run says about its data before it starts."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from distributed_mnist.data.split import Split
+from distributed_mnist.training.run import empty_classes
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "said"),
+    [
+        ([0, 1, 2], "abc", None),
+        ([0, 2], "abc", "no training image has the class b (classes are counted from 0)"),
+        (
+            [6],
+            "abcdefg",
+            "no training image has the class a, b, c, d and 2 more (classes are counted from 0)",
+        ),
+    ],
+)
+def test_classes_without_training_images_are_told(labels: list[int], names: str, said: str | None) -> None:
+    train = Split(torch.zeros(len(labels), 28, 28), torch.tensor(labels, dtype=torch.uint8))
+    data: Any = SimpleNamespace(train=train, class_names=tuple(names), name="idx")
+    assert empty_classes(data) == said
+    data.name = "generated"
+    assert empty_classes(data) is None
