@@ -23,9 +23,10 @@ Optimizer = Literal["adam", "adamw", "sgd", "muon"]
 Schedule = Literal["constant", "step", "cosine", "one-cycle"]
 Device = Literal["auto", "cpu"]
 
-DATA_OPTIONS = ("dataset", "data", "train_size", "test_size", "data_seed")
-"""The fields of `Run` that choose the training and test data."""
+DATA_OPTIONS = ("dataset", "data", "train_size", "test_size", "data_seed")  # fields of `Run`
 _RECIPES = resources.files("distributed_mnist") / "recipes"
+# Each of these takes memory or a process.
+_MOST = {"nproc": 1024, "shards": 1024, "ensemble": 1024, "train_size": 5_000_000, "test_size": 5_000_000}
 _STEPS_OR_EPOCHS = re.compile(r"(\d+)\s*(steps?|epochs?)?")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|seconds?|min|minutes?)")
 
@@ -77,7 +78,7 @@ class Run:
         """Raises `UsageError` for impossible values."""
         for field in dataclasses.fields(self):
             _check_type(flag(field.name), field, getattr(self, field.name))
-        require_at_least_one(self, "train_size", "test_size", "keep", "nproc", "micro_batch")
+        require_count(self, "train_size", "test_size", "keep", "nproc", "micro_batch")
         require(0 <= self.data_seed < 2**63, "data_seed", "between 0 and 2^63 - 1", self)
         require(self.max_restarts >= 0, "max_restarts", "zero or more", self)
         require(1 <= self.hang_after < math.inf, "hang_after", "at least 1", self)
@@ -174,7 +175,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Raises `UsageError` for impossible values."""
-        require_at_least_one(self, "epochs", "batch_size", "decay_every", "shards")
+        require_count(self, "epochs", "batch_size", "decay_every", "shards")
         for name in ("steps", "weight_decay", "shift", "rotate"):
             require(0 <= getattr(self, name) < math.inf, name, "zero or more", self)
         for name in ("beta1", "beta2", "momentum", "label_smoothing", "scale"):
@@ -222,9 +223,7 @@ class Recipe:
                 raise UsageError(f"{where}: there is no recipe field {name!r}{did_you_mean(name, known)}")
             _check_type(f"{where}: {name}", known[name], value)
         try:
-            floats = {name for name, field in known.items() if field.type is float}
-            fields: dict[str, Any] = {k: float(v) if k in floats else v for k, v in values.items()}
-            return cls(**fields)
+            return cls(**{k: float(v) if known[k].type is float else v for k, v in values.items()})
         except (UsageError, OverflowError) as error:
             raise UsageError(f"{where}: {error}") from None
 
@@ -246,11 +245,12 @@ def require(condition: bool, name: str, rule: str, owner: object) -> None:
         raise UsageError(f"{flag(name)} must be {rule}, not {getattr(owner, name)}")
 
 
-def require_at_least_one(owner: object, *names: str) -> None:
-    """Raise `UsageError` if one of these fields is less than 1. None is allowed."""
+def require_count(owner: object, *names: str) -> None:
+    """Raise `UsageError` if one of these fields is less than 1, or absurdly many. None is allowed."""
     for name in names:
-        value = getattr(owner, name)
+        value, most = getattr(owner, name), _MOST.get(name, 10**9)
         require(value is None or value >= 1, name, "at least 1", owner)
+        require(value is None or value <= most, name, f"at most {most}", owner)
 
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", Path: "a path", type(None): "None"}

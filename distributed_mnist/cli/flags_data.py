@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tyro
 
-from ..config import require, require_at_least_one
+from ..config import require, require_count
 from ..data.catalog import require_name
 from .flags_train import CommonFlags
 
@@ -55,5 +55,5 @@ class Generate(CommonFlags):
 
     def __post_init__(self) -> None:
         """Raise `UsageError` for invalid values."""
-        require_at_least_one(self, "train_size", "test_size")
+        require_count(self, "train_size", "test_size")
         require(0 <= self.data_seed < 2**63, "data_seed", "between 0 and 2^63 - 1", self)

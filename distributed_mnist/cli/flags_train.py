@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from ..common.installed import install
-from ..config import Device, Recipe, Run, flag, require, require_at_least_one
+from ..config import Device, Recipe, Run, flag, require, require_count
 from ..data.catalog import require_name
 from ..errors import UsageError
 from ..runs.layout import members_in
@@ -48,7 +48,7 @@ class Train(CommonFlags):
         if self.tensorboard and find_spec("tensorboard") is None:
             raise UsageError(f"--tensorboard needs the package tensorboard: {install('tensorboard')}")
         require_name(self.run.dataset)
-        require_at_least_one(self, "ensemble")
+        require_count(self, "ensemble")
         out = self.run.out
         if self.ensemble == 1 and self.run.resume == "auto" and out and (members := members_in(out)):
             raise UsageError(f"{out} is an ensemble: add --ensemble {len(members)}")
@@ -77,7 +77,7 @@ class Verify(CommonFlags):
 
     def __post_init__(self) -> None:
         """Raise `UsageError` for invalid values."""
-        require_at_least_one(self, "nproc", "faults")
+        require_count(self, "nproc", "faults")
         require(self.seed is None or self.seed >= 0, "seed", "zero or more", self)
         for name in ("faults", "seed"):
             if getattr(self, name) is not None and not self.chaos:
@@ -116,6 +116,6 @@ class Bench(CommonFlags):
         """Raise `UsageError` for invalid values."""
         if unknown := [name for name in self.sections if name not in SECTIONS]:
             raise UsageError(f"bench has no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
-        require_at_least_one(self, "runs", "seeds", "nproc")
+        require_count(self, "runs", "seeds", "nproc")
         require(0 < self.seconds <= 3600, "seconds", "above zero and at most 3600", self)
         require_name(self.dataset)

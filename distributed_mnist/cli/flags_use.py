@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ..config import Device, require, require_at_least_one
+from ..config import Device, require, require_count
 from ..data.catalog import require_name
 from ..errors import UsageError
 from .flags_train import CommonFlags
@@ -33,7 +33,7 @@ class Evaluate(CommonFlags):
 
     def __post_init__(self) -> None:
         """Raise `UsageError` for invalid values."""
-        require_at_least_one(self, "nproc")
+        require_count(self, "nproc")
         if self.dataset is not None:
             require_name(self.dataset)
 
@@ -61,7 +61,7 @@ class Predict(CommonFlags):
         """Raise `UsageError` for invalid values."""
         if not self.images:
             raise UsageError("predict needs pictures (dmnist predict --help lists the flags)")
-        require_at_least_one(self, "top")
+        require_count(self, "top")
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Doctor(CommonFlags):
 
     def __post_init__(self) -> None:
         """Raise `UsageError` for invalid values."""
-        require_at_least_one(self, "nproc")
+        require_count(self, "nproc")
         require_name(self.dataset)
 
 

@@ -6,7 +6,10 @@ is not used for the remaining files.
 """
 
 import contextlib
+import queue
 import shutil
+import threading
+import time
 import zipfile
 import zlib
 from collections import defaultdict
@@ -26,10 +29,13 @@ Progress = Callable[[str, int, int | None], None]
 """Called with a description, the amount done, and the total amount (None: unknown)."""
 
 _CONNECT_SECONDS = 5
-_READ_SECONDS = 30  # between two chunks, not for the whole file
+_READ_SECONDS = 30  # for one read, which may return a single byte
+_SLOW_SECONDS = 60.0  # for each chunk, and for the answer before the first one
 _ATTEMPTS = 2
 _MAX_BYTES = 1 << 30  # the largest file needed has 562 MB; a faulty server must not fill the disk
 _CHUNK = 1 << 16
+_MAX_WAITING_CHUNKS = 16  # that are received, but not written yet
+_POLL_SECONDS = 0.5
 
 
 def silent(description: str, done: int, total: int | None) -> None:
@@ -182,39 +188,92 @@ def _extract(archive: Path, member: str, destination: Path) -> None:
 
 
 def _transfer(url: str, part: Path, name: str, progress: Progress) -> None:
-    """Make one request and write the response to `part`. Raises _MirrorError, or OSError for `part`."""
+    """Make one request and write the response to `part`. Raises _MirrorError, or OSError for `part`.
+
+    A thread receives it, because a server that sends a byte now and then never exceeds the time limit of a
+    single read. If the server is too slow, the thread is left behind, and ends with its current read.
+    """
+    received = queue.Queue[int | bytes | _MirrorError | None](_MAX_WAITING_CHUNKS)
+    given_up = threading.Event()
+    threading.Thread(target=_receive, args=(url, received, given_up), daemon=True).start()
+    total: int | None = None
+    done = 0
+    try:
+        with part.open("wb") as file:
+            while (item := _next_item(received, partial(progress, name, done, total))) is not None:
+                if isinstance(item, _MirrorError):
+                    raise item
+                if isinstance(item, int):
+                    total = item
+                    continue
+                done += len(item)
+                if done > _MAX_BYTES:
+                    raise _MirrorError(f"sent more than {_MAX_BYTES >> 20} MiB")
+                file.write(item)
+        progress(name, done, total)
+    finally:
+        given_up.set()
+
+
+def _next_item(
+    received: "queue.Queue[int | bytes | _MirrorError | None]", progress: Callable[[], None]
+) -> int | bytes | _MirrorError | None:
+    """Return the next item from the thread. Raises _MirrorError if there is none in `_SLOW_SECONDS`."""
+    deadline = time.monotonic() + _SLOW_SECONDS
+    while True:
+        progress()  # also while waiting: it raises an exception if the run is stopped
+        with contextlib.suppress(queue.Empty):
+            return received.get(timeout=min(_POLL_SECONDS, _SLOW_SECONDS))
+        if time.monotonic() > deadline:
+            text = f"sent less than {_CHUNK >> 10} KiB in {_SLOW_SECONDS:.0f} s"
+            raise _MirrorError(text, unreachable=True)
+
+
+def _receive(
+    url: str, received: "queue.Queue[int | bytes | _MirrorError | None]", given_up: threading.Event
+) -> None:
+    """In a thread: put the length, if known, and the chunks of a response into the queue; at last None.
+
+    After a failure, a _MirrorError is the last item instead. It ends early once `given_up` is set.
+    """
     import requests  # noqa: PLC0415 - slow to import, and rarely needed
     import urllib3  # noqa: PLC0415
 
+    def put(item: int | bytes | _MirrorError | None) -> None:
+        while not given_up.is_set():
+            with contextlib.suppress(queue.Full):
+                return received.put(item, timeout=_POLL_SECONDS)
+        return None
+
     # Without this, a server could compress or unpack the file in transit, which changes the checksum.
     headers = {"Accept-Encoding": "identity"}
+    failure: _MirrorError | None = None
     try:
-        with (
-            requests.get(
-                url, stream=True, timeout=(_CONNECT_SECONDS, _READ_SECONDS), headers=headers
-            ) as response,
-            part.open("wb") as file,
-        ):
+        with requests.get(
+            url, stream=True, timeout=(_CONNECT_SECONDS, _READ_SECONDS), headers=headers
+        ) as response:
             if not response.ok:
                 raise _MirrorError(f"HTTP {response.status_code}")
             length = response.headers.get("Content-Length", "")
-            total = int(length) if length.isdecimal() else None
-            done = 0
-            progress(name, done, total)
+            if length.isdecimal():
+                put(int(length))
             for chunk in response.iter_content(_CHUNK):
-                done += len(chunk)
-                if done > _MAX_BYTES:
-                    raise _MirrorError(f"sent more than {_MAX_BYTES >> 20} MiB")
-                file.write(chunk)
-                progress(name, done, total)
-    except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError) as error:
-        raise _MirrorError("broke off the transfer", retry=True) from error
-    except requests.Timeout as error:
-        raise _MirrorError("did not answer in time", unreachable=True) from error
-    except requests.ConnectionError as error:
-        raise _MirrorError("connection failed", unreachable=True) from error
+                put(chunk)
+                if given_up.is_set():
+                    return
+    except _MirrorError as error:
+        failure = error
+    except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError):
+        failure = _MirrorError("broke off the transfer", retry=True)
+    except requests.Timeout:
+        failure = _MirrorError("did not answer in time", unreachable=True)
+    except requests.ConnectionError:
+        failure = _MirrorError("connection failed", unreachable=True)
     except (requests.RequestException, urllib3.exceptions.HTTPError, UnicodeError) as error:
-        raise _MirrorError(f"not a usable address: {type(error).__name__}", unreachable=True) from error
+        failure = _MirrorError(f"not a usable address: {type(error).__name__}", unreachable=True)
+    except Exception as error:
+        failure = _MirrorError(f"failed: {type(error).__name__}: {error}", unreachable=True)
+    put(failure)
 
 
 def _host(base: str) -> str:

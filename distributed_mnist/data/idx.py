@@ -12,7 +12,6 @@ import gzip
 import hashlib
 import io
 import math
-import stat
 import zlib
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.atomic_write import written_aside
+from ..common.regular_file import open_regular
 from ..errors import DataError
 
 GZIP_MAGIC = b"\x1f\x8b"
@@ -37,6 +37,8 @@ _DTYPES: dict[int, np.dtype[Any]] = {
 _MAX_DIMENSIONS = 32  # NumPy before 2.0 has no more
 _MAX_BYTES = 4 << 30  # 5 million images; limits what a small gzip bomb can unpack to
 _CHUNK = 1 << 20
+_SMALL = 64 << 20  # bytes that a file may unpack to, whatever its own size
+_MAX_RATIO = 100  # of unpacked and own size above that; digits have about 5
 
 
 class _Readable(Protocol):
@@ -57,10 +59,7 @@ def read(path: Path) -> NDArray[Any]:
     """
     name = one_line(path)
     try:
-        # Check before opening: opening a named pipe would wait for a writer.
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise DataError(f"{name}: not a file")
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return _unpack(file, name)
     except (OSError, ValueError) as error:  # ValueError: a name that contains NUL
         raise DataError(f"{name}: {getattr(error, 'strerror', None) or 'cannot be read'}") from error
@@ -77,12 +76,13 @@ def parse(data: bytes, name: str) -> NDArray[Any]:
 
 def _unpack(file: BinaryIO, name: str) -> NDArray[Any]:
     zipped = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+    most = max(_SMALL, _MAX_RATIO * file.seek(0, io.SEEK_END)) if zipped else _MAX_BYTES
     file.seek(0)
     # `read1` returns the bytes before the damage and fails only afterwards, so the message can count them.
     stream: Any = gzip.GzipFile(fileobj=file) if zipped else file
     content = bytearray()
     try:
-        return _parse(stream, content, name)
+        return _parse(stream, content, name, min(most, _MAX_BYTES))
     except (gzip.BadGzipFile, zlib.error) as error:
         raise DataError(
             f"{name}: damaged gzip data after {len(content)} unpacked bytes ({error})"
@@ -95,8 +95,11 @@ def _unpack(file: BinaryIO, name: str) -> NDArray[Any]:
         raise DataError(f"{name}: does not fit into memory") from error
 
 
-def _parse(stream: _Readable, content: bytearray, name: str) -> NDArray[Any]:
-    """Parse `stream` to its end. Appends the bytes to `content`, so that error messages can count them."""
+def _parse(stream: _Readable, content: bytearray, name: str, most: int) -> NDArray[Any]:
+    """Parse `stream` to its end; refuse it unread if its header declares more than `most` bytes.
+
+    Appends the bytes to `content`, so that error messages can count them.
+    """
     _fill(stream, content, 4)
     if not content:
         raise DataError(f"{name}: empty")
@@ -117,8 +120,11 @@ def _parse(stream: _Readable, content: bytearray, name: str) -> NDArray[Any]:
     dtype = _DTYPES[code]
     shape = tuple(int(size) for size in np.frombuffer(content, ">u4", dimensions, offset=4))
     # Leave zeros out of the product: NumPy refuses 0 x 4294967295 x 4294967295, although it is empty.
-    if math.prod(size for size in shape if size) * dtype.itemsize > _MAX_BYTES:
-        raise DataError(f"{name}: invalid header: it declares {' x '.join(map(str, shape))} numbers")
+    declared = math.prod(size for size in shape if size) * dtype.itemsize
+    if declared > most:
+        too_many = ", too many for so small a file" if declared <= _MAX_BYTES else ""
+        numbers = " x ".join(map(str, shape))
+        raise DataError(f"{name}: invalid header: it declares {numbers} numbers{too_many}")
     end = start + math.prod(shape) * dtype.itemsize
     # One more byte, to detect trailing bytes and to make gzip check its CRC.
     _fill(stream, content, end + 1)

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import psutil
 
 from ..common.placement import is_loopback
+from ..errors import LaunchError, reason
 
 LOOPBACK = "127.0.0.1"
 _FIRST, _COUNT, _TRIES = 20_000, 10_000, 8  # below the ports that operating systems assign by themselves
@@ -61,6 +62,18 @@ def open_listener(address: str, port: int = 0) -> socket.socket:
     dual = not address and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual or ":" in address else socket.AF_INET
     return socket.create_server((address, port), family=family, dualstack_ipv6=dual, backlog=1024)
+
+
+def require_loopback() -> None:
+    """Raise LaunchError if the loopback interface is down: one can listen there, but not connect."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((LOOPBACK, 9))  # looks up the route; sends nothing
+    except OSError as error:
+        raise LaunchError(
+            f"the processes cannot reach each other at {LOOPBACK}: {reason(error)}; is the loopback "
+            "interface up (ip link set lo up)?"
+        ) from None
 
 
 def address_towards(host: str) -> str:

@@ -85,6 +85,8 @@ class Rendezvous:
         report = partial(print_note, placement=self._placement)
         coordinator = Coordinator(self._size, self._job, report)
         one_host = self._placement.one_host
+        if one_host and self._size > 1:
+            network.require_loopback()
         sock = sock or self._open(network.LOOPBACK if one_host else "", self._ports)
         me = self._listen(sock, "" if one_host else network.address_towards(self.host), coordinator)
         self.where = f"{self.host} port {me.port}"

@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
 from scipy import ndimage
 
+from ..common.regular_file import open_regular
 from ..errors import DataError, reason
 
 Ink = Literal["auto", "dark", "light"]
 SIDE, BOX = 28, 20
 _WORKING_SIDE = 200
 """Larger pictures are scaled down to this first. A digit's strokes are still many pixels wide then."""
+_PIXELS_AT_ONCE = 1 << 22
 _SPECK_FRACTION = 0.05
 """Connected pieces with less than this fraction of the largest piece's pixels are dirt."""
 _DIGIT_AREA, _DIGIT_HEIGHT = 0.3, 0.6
@@ -40,9 +42,9 @@ def read_grey(path: Path) -> NDArray[np.uint8]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                upright = ImageOps.exif_transpose(image)
-                return np.asarray(_to_8_bit_grey(upright))
+            with open_regular(path) as file, Image.open(file) as image:
+                ImageOps.exif_transpose(image, in_place=True)
+                return _to_8_bit_grey(image)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise DataError(f"{path} has too many pixels to be a picture of a digit") from None
     except Image.UnidentifiedImageError:
@@ -93,17 +95,28 @@ def _scale_and_widen(interval: slice, scale: float, length: int) -> slice:
     return slice(max(0, start), min(length, stop))
 
 
-def _to_8_bit_grey(image: Image.Image) -> Image.Image:
-    """Convert to 8-bit grey values, with transparent parts on white."""
+def _to_8_bit_grey(image: Image.Image) -> NDArray[np.uint8]:
+    """Convert to 8-bit grey values `(height, width)`, with transparent parts on white.
+
+    Some lines at a time, because a large picture takes up to 24 bytes per pixel on the way.
+    """
+    grey = np.empty((image.height, image.width), np.uint8)
+    lines = max(1, _PIXELS_AT_ONCE // max(image.width, 1))
+    parts = [slice(top, min(top + lines, image.height)) for top in range(0, image.height, lines)]
     if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):  # Pillow would clip values of 16 bits or more
-        values = np.asarray(image, dtype=np.float64)
+        values = np.asarray(image)
         highest = values.max(initial=0)
         top = 65535.0 if highest > 255 else 1.0 if image.mode == "F" and highest <= 1 else 255.0
-        return Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        background = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(background, image.convert("RGBA")).convert("L")
-    return image.convert("L")
+        for part in parts:
+            grey[part] = (values[part].astype(np.float64) / top * 255).clip(0, 255)
+        return grey
+    for part in parts:
+        strip = image.crop((0, part.start, image.width, part.stop))
+        if strip.has_transparency_data:
+            background = Image.new("RGBA", strip.size, "white")
+            strip = Image.alpha_composite(background, strip.convert("RGBA"))
+        grey[part] = np.asarray(strip.convert("L"))
+    return grey
 
 
 def _has_black_border(grey: NDArray[np.uint8]) -> bool:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..common.placement import ALONE
+from ..common.regular_file import open_regular
 from ..data import idx
 from ..distributed.devices import choose_device
 from ..errors import DataError, write_line
@@ -162,7 +163,7 @@ def _read_pictures(files: Iterable[Path], ink: image_files.Ink) -> Iterator[Pict
 def _is_idx(path: Path) -> bool:
     """Whether a file is IDX or gzip, by its first bytes. No picture starts with either."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(4)
     except OSError:
         return False  # reading it as a picture will report the error

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..common.regular_file import open_regular
 from ..errors import Interrupted, UsageError, WorkerLost
 from ..runs import layout
 from ..runs.lock import is_live
@@ -33,7 +34,7 @@ class Tail:
     def new_events(self) -> list[Event]:
         """Return the events since the last call. Raises `UsageError` if there is no such file."""
         try:
-            with self._path.open("rb") as file:
+            with open_regular(self._path) as file:
                 status = os.fstat(file.fileno())
                 if status.st_ino != self._inode or status.st_size < self._offset:  # a new run in the folder
                     self._inode, self._offset = status.st_ino, 0

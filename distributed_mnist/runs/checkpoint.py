@@ -22,6 +22,7 @@ from ..common import installed
 from ..common.atomic_write import written_aside
 from ..common.compute_platform import this_platform
 from ..common.digest import digest
+from ..common.regular_file import read_regular
 from ..errors import CheckpointError, reason
 from ..optim.muon import Muon
 from ..optim.optimizers import Adam, Optimizer
@@ -29,6 +30,7 @@ from . import original_format
 from .untrusted import require_bounded, sanitize
 
 FORMAT = 1
+_MAX_BYTES = 16 << 30  # Adam's state of a model with a billion parameters
 
 _ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}  # Adam's state for one parameter
 
@@ -148,11 +150,13 @@ def _require_types(values: dict[Any, Any], types: dict[str, type | tuple[type, .
 def read_bytes(path: Path) -> bytes:
     """Read a file. Raises `CheckpointError`, naming the path, if that fails."""
     try:
-        return path.read_bytes()
+        return read_regular(path, _MAX_BYTES)
     except IsADirectoryError:
         raise CheckpointError(f"{path} is a folder, not a checkpoint") from None
     except OSError as error:
         raise CheckpointError(f"{path}: {reason(error)}") from None
+    except MemoryError:
+        raise CheckpointError(f"{path}: does not fit into memory") from None
 
 
 def write(path: Path, data: bytes) -> None:

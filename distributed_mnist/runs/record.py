@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..common.regular_file import read_regular
 from ..errors import CheckpointError, UsageError, reason
 from .lock import is_live
 from .run_files import event_of, read_config, read_mistakes, read_result
 
+_MAX_BYTES = 4 << 30  # weeks of a run
 Event = dict[str, Any]
 """A line of `metrics.jsonl`: `event` (its kind), `time` (seconds since 1970), and that kind's fields."""
 
@@ -66,7 +68,7 @@ def read(folder: Path) -> Record:
     """
     path = folder / "metrics.jsonl"
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]  # the last may be incomplete
+        lines = read_regular(path, _MAX_BYTES).split(b"\n")[:-1]  # the last may be incomplete
     except OSError as error:
         problem = f"not a run: it has no metrics.jsonl ({reason(error)})"
         if members := sorted(folder.glob("seed-*")):

@@ -11,13 +11,13 @@ import functools
 import hashlib
 import json
 import reprlib
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from ..common.regular_file import read_regular
 from ..config import Recipe, Run
 from ..errors import CheckpointError, UsageError, reason
 from . import schema
@@ -129,17 +129,12 @@ def _read(path: Path, kind: Any, advice: str) -> dict[str, Any] | None:
     Raises `CheckpointError`, which ends with `advice`, if it cannot be read or does not have this type.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise CheckpointError(f"{path} is not a file: {advice}")
-        with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
+        data = read_regular(path, _MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({reason(error)}): {advice}") from None
     try:
-        if len(data) > _MAX_BYTES:
-            raise ValueError("it is too large")
         return _parse(data, kind)
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged ({error}): {advice}") from None

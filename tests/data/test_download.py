@@ -1,5 +1,6 @@
 """Downloads from local HTTP servers: mirrors that are dead, wrong or correct."""
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -439,3 +440,33 @@ def test_unusable_addresses(tmp_path: Path, base: str) -> None:
     assert str(caught.value).startswith("no mirror could be reached: ")
     assert "not a usable address" in str(caught.value)
     assert "pw" not in str(caught.value)
+
+
+@pytest.mark.parametrize("what", [b"", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\n\r\n"])
+def test_a_server_that_sends_a_byte_now_and_then_is_too_slow(
+    what: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve
+) -> None:
+    """Before its answer, in its header or in the file; the next mirror is used, and this one no more."""
+    monkeypatch.setattr(download, "_SLOW_SECONDS", 0.2)
+    entry = register(monkeypatch, "mnist", content())
+    good, ended, asked = serve(published(entry, content())), threading.Event(), []
+
+    def trickle(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        asked.append(connection)
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(what)
+            while not ended.wait(0.02):
+                connection.sendall(b"x" if what else b"")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=trickle, args=(listener,))
+        thread.start()
+        slow = f"http://127.0.0.1:{listener.getsockname()[1]}/data/"
+        download.fetch(entry, tmp_path, mirrors=[slow, good.base])
+        with pytest.raises(DataError, match=r"sent less than 64 KiB in 0 s"):
+            download.fetch(entry, tmp_path / "other", mirrors=[slow])
+        ended.set()
+        thread.join()
+    assert len(asked) == 1
+    assert len(good.asked) == 4

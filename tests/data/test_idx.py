@@ -3,6 +3,7 @@
 import gzip
 import os
 import stat
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -256,3 +257,21 @@ def test_mutated_files_give_an_array_or_a_data_error(
         assert isinstance(idx.parse(mutated, "file"), np.ndarray)
     except DataError as error:
         assert str(error).isprintable()
+
+
+def test_a_small_file_cannot_unpack_to_gigabytes(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.gz"
+    shape = (4_000_000, 28, 28)
+    with gzip.open(path, "wb", 1) as file:
+        file.write(bytes([0, 0, 8, 3]) + np.array(shape, ">u4").tobytes())
+        file.write(bytes(1 << 20))
+    size = path.stat().st_size
+    tracemalloc.start()
+    with pytest.raises(DataError, match="declares 4000000 x 28 x 28 numbers, too many for so small a file"):
+        idx.read(path)
+    assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    tracemalloc.stop()
+    blank = np.zeros((60_000, 28, 28), np.uint8)[:10_000]  # compresses by a factor of a thousand
+    idx.write(path, blank)
+    assert path.stat().st_size < 20 * size
+    np.testing.assert_array_equal(idx.read(path), blank)

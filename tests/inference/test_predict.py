@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -211,3 +212,24 @@ def test_errors_name_what_is_wrong(run: Path, tmp_path: Path) -> None:
     assert ended.code == 3
     assert "not images of 28 by 28" in ended.stderr
     assert "needs pictures" in here("predict", run).stderr
+
+
+def test_a_large_picture_is_converted_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small file can hold many pixels, and each may take 24 bytes on the way."""
+    rng = np.random.default_rng(0)
+    colours = Image.fromarray(rng.integers(0, 256, (50, 30, 4), np.uint8))
+    colours.save(tmp_path / "rgba.png")
+    colours.convert("RGB").quantize(16).save(tmp_path / "palette.gif")
+    Image.fromarray(rng.integers(0, 65536, (50, 30)).astype(np.uint16)).save(tmp_path / "16.png")
+    Image.fromarray(rng.random((50, 30), np.float32)).save(tmp_path / "float.tif")
+    files = sorted(tmp_path.iterdir())
+    whole = [image_files.read_grey(file) for file in files]
+    monkeypatch.setattr(image_files, "_PIXELS_AT_ONCE", 100)
+    for file, expected in zip(files, whole, strict=True):
+        np.testing.assert_array_equal(image_files.read_grey(file), expected)
+    monkeypatch.undo()
+    Image.fromarray(np.zeros((3000, 4000), np.uint16)).save(tmp_path / "large.png")
+    tracemalloc.start()
+    image_files.read_grey(tmp_path / "large.png")
+    assert tracemalloc.get_traced_memory()[1] < 130e6  # 288 MB for all pixels at once
+    tracemalloc.stop()

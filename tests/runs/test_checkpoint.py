@@ -230,12 +230,13 @@ def test_a_missing_part(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("std", 0.0), ("std", float("nan")), ("class_names", [0, 1, 2, 3, 4, 5])]
+    ("field", "value"),
+    [("std", 0.0), ("std", float("nan")), ("mean", float("inf")), ("class_names", [0, 1, 2, 3, 4, 5])],
 )
 def test_an_invalid_data_set(field: str, value: Any) -> None:
     strange = content()
     strange["dataset"] = {**strange["dataset"], field: value}
-    assert "invalid class names, or an invalid standard deviation" in refused(encode(strange))
+    assert "invalid class names, or an invalid mean or deviation" in refused(encode(strange))
 
 
 def test_reading(tmp_path: Path) -> None:

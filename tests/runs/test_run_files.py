@@ -250,7 +250,7 @@ def test_what_is_said_of_a_damaged_file(content: bytes, said: str, tmp_path: Pat
 
 def test_a_folder_in_the_place_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "result.json").mkdir()
-    with pytest.raises(CheckpointError, match=r"result\.json is not a file: resume"):
+    with pytest.raises(CheckpointError, match=r"result\.json cannot be read \(not a file\): resume"):
         run_files.read_result(tmp_path)
 
 
