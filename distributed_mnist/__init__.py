@@ -4,8 +4,8 @@ From Python: `from distributed_mnist import train, evaluate, load`; see docs/how
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # from typing, which must not be imported before `common.import_path` is applied
 if TYPE_CHECKING:
     from .api.functions import Result, evaluate, load, train
     from .config import Recipe
@@ -37,7 +37,7 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import a public name when it is first used, so that importing the package stays instant."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

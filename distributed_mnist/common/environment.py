@@ -7,6 +7,9 @@ import contextlib
 import ctypes
 import os
 import re
+from collections.abc import Iterator
+
+from . import import_path
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of <malloc.h>
 _MIB = 2**20
@@ -37,6 +40,22 @@ def kernel_settings() -> dict[str, str]:
         if os.environ[name] != _DEFAULTS.get(name):  # DNNL is oneDNN's earlier name, and comes second there
             found[re.sub("^DNNL_", "ONEDNN_", name)] = os.environ[name]
     return dict(sorted(found.items()))
+
+
+@contextlib.contextmanager
+def safe_path_for_children() -> Iterator[None]:
+    """Let processes that are started in this context import nothing from the current folder."""
+    changed = import_path.variables()
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def order_additions() -> None:

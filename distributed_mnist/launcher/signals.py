@@ -1,6 +1,7 @@
 """Handle signals that ask a run to stop. The run stops at the next sync point.
 
-SIGTERM (schedulers, torchrun), SIGINT (Ctrl-C) and SIGUSR1 (Slurm's `--signal`) have the same effect: a
+SIGTERM (schedulers, torchrun), SIGINT and SIGQUIT (from the keyboard), SIGHUP (the terminal is gone),
+SIGUSR1 and SIGUSR2 (Slurm's `--signal`) and SIGXCPU (a limit of processor time) have the same effect: a
 checkpoint at one common step, and the exit code that means "start me again".
 """
 
@@ -15,10 +16,24 @@ from typing import Protocol
 from ..common.placement import Placement
 from ..errors import Interrupted, print_error
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGXCPU,
+)
 OBEY_SECONDS = 20.0
 """How long a process may take to stop after a signal, in seconds. torchrun kills it after 30."""
 _POLL_SECONDS = 1.0
+
+
+def obeyed_signals() -> list[signal.Signals]:
+    """Return those of `SIGNALS` that stop a run. `nohup` and others start it with some of them ignored."""
+    ignorable = (signal.SIGHUP, signal.SIGQUIT)
+    return [n for n in SIGNALS if n not in ignorable or signal.getsignal(n) != signal.SIG_IGN]
 
 
 class StoppedEarly(BaseException):
@@ -56,7 +71,7 @@ class StopSignals:
         signal.set_wakeup_fd(write_end.fileno(), warn_on_full_buffer=False)
         self._write_end = write_end  # a reference, so that it stays open
         threading.Thread(target=self._enforce_deadline, args=(read_end,), daemon=True).start()
-        for number in SIGNALS:
+        for number in obeyed_signals():
             signal.signal(number, self._on_signal)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # our own launcher blocks them until now
 

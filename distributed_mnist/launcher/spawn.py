@@ -24,11 +24,12 @@ from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
 
+from ..common import environment
 from ..common.placement import Placement
 from ..distributed import network
 from ..errors import Interrupted, tidy_terminal, write_line
 from .exit_status import ExitStatus, group_exit_status
-from .signals import OBEY_SECONDS, SIGNALS
+from .signals import OBEY_SECONDS, SIGNALS, obeyed_signals
 from .worker import Target, print_with_rank, resolve, run_worker
 
 _POLL_SECONDS = 0.5  # between two checks of the deadlines; the end of a process is noticed at once
@@ -86,26 +87,27 @@ def start_server() -> None:
 
     Its children inherit this, so a program that forks other processes from it must unblock the signals.
     """
-    resource_tracker.ensure_running()  # if it is started later, it unblocks the signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    forkserver.ensure_running()
+    with environment.safe_path_for_children():
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        resource_tracker.ensure_running()  # unblocks two of the signals
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        forkserver.ensure_running()
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def spawn(nproc: int, tasks: Sequence[Task]) -> int:
     """Run these tasks one after another, each in a group of `nproc` processes.
 
-    Return 0, or the exit code of the first task that failed. SIGTERM, SIGINT and SIGUSR1 are forwarded to
-    the workers. If a process dies, the others have `GRACE_SECONDS` to notice it, and are then killed.
+    Return 0, or the exit code of the first task that failed. Signals that ask to stop are forwarded to the
+    workers. If a process dies, the others have `GRACE_SECONDS` to notice it, and are then killed.
     """
     stop = _StopRequest()
-    # Blocked signals stay pending and are not lost. This process blocks them while it has no workers. A
-    # worker blocks them until it has installed its handlers. The server that forks the workers always
-    # blocks them: a scheduler signals the whole process group, and the server must outlive the workers to
-    # report their exit codes.
+    # Blocked signals stay pending and are not lost. This process blocks them while it has no workers, a
+    # worker until it has installed its handlers, and the server that forks the workers always: a scheduler
+    # signals the whole process group, and the server must outlive the workers to report their exit codes.
     warm_up(*(task.target for task in tasks))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    handlers = {number: signal.signal(number, stop.on_signal) for number in SIGNALS}
+    handlers = {number: signal.signal(number, stop.on_signal) for number in obeyed_signals()}
     try:
         for i, task in enumerate(tasks):
             if i and stop.requested():  # the signal came when the previous task was already done
@@ -180,17 +182,16 @@ class _StopRequest:
         their own threads.
         """
         self._workers = workers
-        if self._forwarded is not None:
-            self._forward()
+        self._forward()
 
     def _forward(self) -> None:
         for worker in self._workers:
-            if worker.is_alive() and worker.pid:
-                os.kill(worker.pid, self._forwarded or signal.SIGTERM)
+            if self._forwarded is not None and worker.is_alive() and worker.pid:
+                os.kill(worker.pid, self._forwarded)
 
     def requested(self) -> bool:
         """Return whether a signal has come, including one that is blocked and pending."""
-        return self.deadline is not None or not signal.sigpending().isdisjoint(SIGNALS)
+        return self.deadline is not None or not signal.sigpending().isdisjoint(obeyed_signals())
 
 
 class _Group:
@@ -242,7 +243,7 @@ class _Group:
         more = task.rank_zero_argument() if task.rank_zero_argument is not None and rank == 0 else None
         arguments = (task.target, placement, mine, output, alive, task.argument, more)
         worker = context.Process(target=run_worker, args=arguments, name=f"rank {rank}")
-        with _without_main_module():
+        with _without_main_module(), environment.safe_path_for_children():
             worker.start()
         if output is not None:
             output.close()

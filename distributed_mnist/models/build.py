@@ -47,7 +47,8 @@ def build(name: str, classes: int, seed: int) -> nn.Module:
     factory = find_factory(name)
     torch.manual_seed(torch_seed("init", seed))
     try:
-        model = factory(classes)
+        with _current_folder_last():
+            model = factory(classes)
     except Exception as error:
         raise UsageError(f"--model {name}: its factory failed: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
@@ -85,16 +86,45 @@ def find_factory(name: str) -> Callable[[int], Any]:
     module_name, _, attribute = name.partition(":")
     if not attribute:
         raise UsageError(unknown("model", name, MODELS, ", or package.module:factory"))
-    current_folder = str(Path.cwd())
-    if current_folder not in sys.path:  # an installed script like `dmnist` lacks it, unlike `python -m`
-        sys.path.append(current_folder)
     try:
-        factory: Any = getattr(importlib.import_module(module_name), attribute)
+        with _current_folder_last():
+            factory: Any = getattr(importlib.import_module(module_name), attribute)
     except Exception as error:
-        raise UsageError(f"--model {name}: {type(error).__name__}: {error}") from error
+        raise UsageError(
+            f"--model {name}: {type(error).__name__}: {error}{_other_module(module_name)}"
+        ) from error
     if not callable(factory):
         raise UsageError(f"--model {name}: {attribute} is not callable")
     return factory  # `build` checks what it returns
+
+
+@contextlib.contextmanager
+def _current_folder_last() -> Iterator[None]:
+    """Let a user's model and what it imports lie in the current folder, without hiding other modules.
+
+    The rest of the program imports nothing from there (see `common.import_path`).
+    """
+    try:
+        folder = str(Path.cwd())
+    except OSError:  # it was deleted
+        folder = ""
+    if not folder or folder in sys.path:
+        yield
+        return
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
+def _other_module(name: str) -> str:
+    """Explain that an installed module has the name of the user's; empty if this is not the problem."""
+    found = getattr(sys.modules.get(name.partition(".")[0]), "__file__", None)
+    own = next((path for path in (Path(f"{name}.py"), Path(name)) if path.exists()), None)
+    if found is None or own is None or Path(found).is_relative_to(own.absolute()):
+        return ""
+    return f"; {name} is {found}, not {own}: give your file another name"
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch
 
 from ..errors import Interrupted, UsageError
 from ..launcher.default_nproc import default_nproc
-from ..launcher.signals import SIGNALS, StoppedEarly
+from ..launcher.signals import SIGNALS, StoppedEarly, obeyed_signals
 from .chaos import run_chaos
 from .compare import Answer, compare
 from .known_answers import report_known_answer, this_platform
@@ -98,7 +98,7 @@ def _signals_as_exceptions() -> Iterator[None]:
             signal.signal(other, signal.SIG_IGN)
         raise StoppedEarly(f"stopped by {signal.Signals(number).name} before it was verified")
 
-    handlers = {number: signal.signal(number, stop) for number in SIGNALS}
+    handlers = {number: signal.signal(number, stop) for number in obeyed_signals()}
     try:
         yield
     except StoppedEarly as early:

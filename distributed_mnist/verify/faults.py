@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from ..errors import CheckpointError
-from ..launcher.signals import SIGNALS
+from ..launcher.signals import obeyed_signals
 from ..runs.checkpoint import decode
 from .run_with_faults import FaultyRun, RunEndedError
 from .training_job import RunFailedError
@@ -62,7 +62,7 @@ def stop(run: FaultyRun) -> str:
 
 def terminate(run: FaultyRun) -> str:
     """Ask the launcher or one worker to stop, as schedulers do; then restart at another size."""
-    number = run.rng.choice(SIGNALS)
+    number = run.rng.choice(obeyed_signals())
     target = run.rng.choice(["launcher", "worker"])
     run.mark_fault()
     done = _send(number, run.command.process if target == "launcher" else run.rng.choice(_workers(run)))

@@ -36,6 +36,10 @@ except signals.StoppedEarly as early:
     say(early)
     os._exit(75)
 """
+DEFAULT = """
+for number in (signal.SIGHUP, signal.SIGQUIT):  # the tests themselves may run with these ignored
+    signal.signal(number, signal.SIG_DFL)
+"""
 ARMED = """
 stop = signals.StopSignals(Placement(rank=int(sys.argv[1]), size=2))
 stop.arm()
@@ -82,7 +86,7 @@ def script(text: str, *arguments: object) -> Iterator[Process]:
             process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_before_there_is_anything_to_save(number: signal.Signals) -> None:
     with script(EARLY) as process:
         assert process.read_line() == "ready"
@@ -92,6 +96,40 @@ def test_a_signal_before_there_is_anything_to_save(number: signal.Signals) -> No
             f"stopped by {number.name} before there was anything to save",
             "",
         )
+
+
+def test_every_signal_that_asks_to_stop() -> None:
+    each = """
+    for number in signals.SIGNALS:
+        if os.fork() == 0:
+            stop = signals.StopSignals(Placement())
+            stop.arm()
+            before = stop.requested()
+            os.kill(os.getpid(), number)
+            os._exit(75 if stop.requested() and not before else 1)
+        say(f"{number.name} {os.waitstatus_to_exitcode(os.wait()[1])}")
+    """
+    names = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGQUIT", "SIGXCPU")
+    with script(DEFAULT + textwrap.dedent(each)) as process:
+        assert process.finish() == (0, "\n".join(f"{name} 75" for name in names), "")
+
+
+def test_what_is_ignored_at_the_start_stays_ignored() -> None:
+    """As with `nohup`: neither a run that is under way nor one that begins is stopped."""
+    ignored = """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)
+    os.kill(os.getpid(), signal.SIGHUP)
+    stop = signals.StopSignals(Placement())
+    stop.arm()
+    os.kill(os.getpid(), signal.SIGHUP)
+    say(stop.requested())
+    os.kill(os.getpid(), signal.SIGQUIT)
+    say(stop.requested())
+    os._exit(75)
+    """
+    with script(DEFAULT + textwrap.dedent(ignored)) as process:
+        assert process.finish() == (75, "False\nTrue", "")
 
 
 def test_a_signal_before_the_handlers_are_installed() -> None:
@@ -127,7 +165,7 @@ def test_except_exception_does_not_catch_it() -> None:
         assert process.finish() == (0, "StoppedEarly", "")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_sets_a_flag_once_armed(number: signal.Signals) -> None:
     loop = """
     say(stop.requested())
@@ -219,7 +257,7 @@ def test_a_process_that_reaches_no_sync_point_is_ended(how: str) -> None:
 
 def test_other_signals_have_no_effect() -> None:
     other = """
-    signal.signal(signal.SIGUSR2, lambda *_: say("SIGUSR2"))
+    signal.signal(signal.SIGALRM, lambda *_: say("SIGALRM"))
     say("ready")
     time.sleep(0.5)  # longer than OBEY_SECONDS
     say(stop.requested())
@@ -227,8 +265,8 @@ def test_other_signals_have_no_effect() -> None:
     """
     with script(ARMED + textwrap.dedent(other), 0) as process:
         assert process.read_line() == "ready"
-        process.signal(signal.SIGUSR2)
-        assert process.finish() == (0, "SIGUSR2\nFalse", "")
+        process.signal(signal.SIGALRM)
+        assert process.finish() == (0, "SIGALRM\nFalse", "")
 
 
 ORPHAN = """

@@ -160,7 +160,7 @@ def assert_nothing_left(program: Program) -> None:
 # The signal, who gets it, the number of processes, and that of the resumed run.
 STOPS = {
     "SIGINT": (signal.SIGINT, "launcher", 2, 1),
-    "SIGUSR1, a single process": (signal.SIGUSR1, "launcher", 1, 4),
+    "SIGUSR2, a single process": (signal.SIGUSR2, "launcher", 1, 4),
     "SIGTERM to one worker": (signal.SIGTERM, "worker", 2, 3),
 }
 
@@ -185,11 +185,11 @@ def test_asked_to_stop(how: str, undisturbed: Any, flags: tuple[object, ...], tm
 def test_all_processes_are_asked_to_stop(
     undisturbed: Any, flags: tuple[object, ...], tmp_path: Path
 ) -> None:
-    """Schedulers do this: the server that forked the workers gets the signal too."""
+    """Schedulers and terminals do this: the server that forked the workers gets the signal too."""
     out = tmp_path / "out"
     with fresh_program(flags, out) as program:
         in_the_middle(program, out)
-        program.signal(signal.SIGTERM, group=True)
+        program.signal(signal.SIGHUP, group=True)
         ended = program.finish()
         assert_nothing_left(program)
     assert_nothing_lost(ended, out)
