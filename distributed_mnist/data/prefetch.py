@@ -78,7 +78,7 @@ class Prefetcher:
         """Return the object with which rank 0 of a new group receives the data."""
         receiver, sender = Pipe(duplex=False)
         threading.Thread(target=self._send_when_read, args=(sender,), daemon=True).start()
-        return PrefetchedData(reduction.DupFd(self._memory.fileno()), receiver)
+        return PrefetchedData(self._memory, receiver)
 
     def _run(self) -> None:
         try:
@@ -106,6 +106,13 @@ class PrefetchedData:
 
     def __init__(self, memory: Any, receiver: Connection) -> None:
         self._memory, self._receiver = memory, receiver
+
+    def __reduce__(self) -> Any:
+        """In the launcher, when it starts the worker, which inherits the memory's descriptor.
+
+        Otherwise the worker would have to ask for it, and the launcher would report one that dies meanwhile.
+        """
+        return PrefetchedData, (reduction.DupFd(self._memory.fileno()), self._receiver)
 
     def receive(self) -> Dataset:
         """Wait for the data set and return it. Raises the error that occurred in the launcher, if any."""

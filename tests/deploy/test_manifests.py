@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from paced import Job, assert_same
 from ranks import DMNIST, REPOSITORY, TORCHRUN, Program, WarmProgram, free_port
-from torchrun_agents import Whole
+from torchrun_agents import WarmAgent
 
 from distributed_mnist.cli.parser import parse
 
@@ -224,7 +224,7 @@ def test_nodes_of_the_trainjob(job: Job, expected: dict[str, Any]) -> None:
     words = [re.sub(r"^/runs", volume, word) for word in (*trainer["command"][1:], *trainer["args"])]
     port = str(free_port())
 
-    def start(rank: int) -> Whole:
+    def start(rank: int) -> WarmAgent:
         place = {
             "PET_NNODES": str(trainer["numNodes"]),
             "PET_NPROC_PER_NODE": "1",
@@ -232,7 +232,7 @@ def test_nodes_of_the_trainjob(job: Job, expected: dict[str, Any]) -> None:
             "PET_MASTER_ADDR": "127.0.0.1",
             "PET_MASTER_PORT": port,
         }
-        return Whole((*TORCHRUN, *words, *job.words[1:]), cwd=job.out.parent, **job.variables, **place)
+        return WarmAgent((*TORCHRUN, *words, *job.words[1:]), cwd=job.out.parent, **job.variables, **place)
 
     nodes = [start(rank) for rank in range(trainer["numNodes"])]
     try:

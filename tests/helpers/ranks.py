@@ -17,6 +17,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import random
 import re
 import runpy
 import signal
@@ -75,10 +76,21 @@ class Finished:
         return json.loads(self.stdout)
 
 
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on. They are below those that the system gives to sockets by itself, so
+    that no socket takes one before the program that is told to use it."""
+    found: list[int] = []
+    tried = iter(random.SystemRandom().sample(range(20_000, 29_000), 1_000))
+    while len(found) < count:
+        port = next(tried)
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            found.append(port)
+    return found
+
+
 def free_port() -> int:
     """A port that nobody listens on, for launchers that insist on being told one."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    return free_ports(1)[0]
 
 
 # ---- Ranks -----------------------------------------------------------------------------------------------

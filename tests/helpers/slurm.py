@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -21,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ranks import DMNIST, PATIENCE, Finished, environment
+from ranks import DMNIST, PATIENCE, Finished, environment, free_ports
 
 NODES = ("n1", "n2")
 PROGRAMS = ("munged", "mungekey", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "scontrol", "squeue")
@@ -150,10 +149,7 @@ def cluster() -> Iterator[Slurm]:
     with contextlib.ExitStack() as running:
         running.callback(shutil.rmtree, folder, ignore_errors=True)
         _munge(folder, running)
-        with contextlib.ExitStack() as taken:  # until all are known, so that none comes twice
-            sockets = [taken.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
-            ports = [each.getsockname()[1] for each in sockets]
-        text = _CONFIGURATION.format(folder=folder, ports=ports, nodes=NODES)
+        text = _CONFIGURATION.format(folder=folder, ports=free_ports(3), nodes=NODES)
         (folder / "slurm.conf").write_text(text)
         if _version(slurm) >= (24, 5):  # which insists on a cgroup of its own unless told otherwise
             (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import importlib
 import itertools
 import os
 import signal
@@ -9,11 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
-from ranks import PATIENCE, TORCHRUN, Program, WarmProgram
+from ranks import DMNIST, LAUNCH, PATIENCE, TORCHRUN, Program, WarmProgram
 
 from distributed_mnist.cli import main
 
@@ -81,26 +83,30 @@ class Whole(Program):
 
 
 class WarmAgent(Whole, WarmProgram):
-    """`Whole((*torchrun(...), ...))` without imports: the agent is a fork of the warm server, and forks
-    itself where it would start an interpreter as a worker. It is torch's agent otherwise."""
+    """`Whole((*TORCHRUN, ...))` or `Whole((*LAUNCH, ...))` without imports: the agent is a fork of the warm
+    server, and forks itself where it would start an interpreter as a worker. It is torch's otherwise."""
 
     def _main(self) -> tuple[Any, list[str]]:
-        assert self.command[: len(TORCHRUN)] == [*TORCHRUN]
-        return _run_agent, self.command[len(TORCHRUN) :]
+        words = len(TORCHRUN)
+        assert self.command[:words] in ([*TORCHRUN], [*LAUNCH])
+        return partial(_run_agent, self.command[words - 1]), self.command[words:]
 
     def _owns(self, process: psutil.Process) -> bool:
         return process.name() == self._mark  # the kernel shows no variables that were set after the start
 
 
-def _run_agent(words: list[str]) -> None:
+_STARTS = (("-u", "-m", "distributed_mnist"), ("-u", *DMNIST))
+"""How a worker of an agent is started, after the interpreter."""
+
+
+def _run_agent(module: str, words: list[str]) -> None:
     import torch
-    from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
     _show_mark()
     torch.multiprocessing._set_thread_name = lambda _: None  # it would hide the mark
     subprocess_handler.Popen = _ForkedWorker  # type: ignore[attr-defined, misc]
-    run.main(words)
+    importlib.import_module(module).main(words)
 
 
 def _show_mark() -> None:
@@ -108,16 +114,18 @@ def _show_mark() -> None:
 
 
 class _ForkedWorker(subprocess.Popen[bytes]):
-    """A `Popen` of `python -u -m distributed_mnist WORDS...` that forks this process instead."""
+    """A `Popen` of `python -u -m distributed_mnist WORDS...`, or of the command instead of the module, that
+    forks this process instead."""
 
     def _execute_child(self, args: Sequence[str], *more: Any) -> None:
         variables = more[5]
-        assert args[1:4] == ("-u", "-m", "distributed_mnist"), args
+        start = next((each for each in _STARTS if args[1 : 1 + len(each)] == each), None)
+        assert start, args
         self._child_created = True
         self.pid = os.fork()
         if self.pid == 0:
             try:
-                _become_worker([*args[4:]], variables)
+                _become_worker([*args[1 + len(start) :]], variables)
             finally:
                 os._exit(1)
 

@@ -10,7 +10,7 @@ import pytest
 from hosts import Host, Network, new_port
 from paced import Job, assert_same
 from ranks import DMNIST, Finished, Program
-from torchrun_agents import ELASTIC, Whole, torchrun
+from torchrun_agents import ELASTIC, WarmAgent, torchrun
 
 from distributed_mnist.distributed import rendezvous
 
@@ -55,13 +55,10 @@ def one_each(hosts: Sequence[Host], job: Job, *more: object) -> list[Program]:
     return by_hand(hosts, [1] * len(hosts), command, hosts[0].address, **job.variables)
 
 
-def agents(
-    hosts: Sequence[Host], nnodes: object, job: Job, *more: object, last: Host, fresh: bool = False
-) -> Sequence[Whole]:
+def agents(hosts: Sequence[Host], nnodes: object, job: Job, *more: object, last: Host) -> list[WarmAgent]:
     """torchrun on each of the hosts; they meet at the `last` to be given up."""
     command = (*torchrun(f"{last.name}:{new_port()}", nnodes), *job.words, *more)
-    starts = [host.start if fresh else host.start_agent for host in hosts]
-    return [start(command, **job.variables, **ELASTIC) for start in starts]
+    return [host.start_agent(command, **job.variables, **ELASTIC) for host in hosts]
 
 
 def told(ended: Finished, code: int) -> str:
@@ -100,7 +97,7 @@ def test_torchrun(expected: Any, digits: Path, job: Job) -> None:
     job.hurry()
     with Network(2) as hosts:
         give_data(digits, hosts[0])  # whose name is the first in order, so that rank 0 is there
-        programs = agents(hosts, 2, job, "--out", "out", "--json", last=hosts[0], fresh=True)
+        programs = agents(hosts, 2, job, "--out", "out", "--json", last=hosts[0])
         first, second = [program.finish() for program in programs]
     assert_same(first.json(), expected, world_size=2)
     assert (second.code, second.stdout) == (0, "")

@@ -25,6 +25,7 @@ from ranks import (
     run,
     train,
 )
+from torchrun_agents import WarmAgent
 
 from distributed_mnist.common import random_keys
 
@@ -188,19 +189,24 @@ def only_rank_zero_spoke(ends: list[Finished]) -> dict[str, Any]:
     return ends[0].json()
 
 
-@pytest.mark.slow
-def test_torchrun(result: Any, digits: Path, tmp_path: Path) -> None:
-    torchrun = [*TORCHRUN, "--standalone", "--nproc-per-node", 3, *DMNIST]
-    ended = run([*torchrun, *flags_for(digits, tmp_path / "out")]).json()
-    assert ended["world_size"] == 3
-    assert promised(ended) == promised(result(CASES["linear"], 1))
-
-
-@pytest.mark.slow
-def test_torch_distributed_launch(result: Any, digits: Path, tmp_path: Path) -> None:
-    launch = [*LAUNCH, "--nproc-per-node=2", f"--master-port={free_port()}", "-m", "distributed_mnist"]
-    ended = run([*launch, *flags_for(digits, tmp_path / "out")]).json()
-    assert ended["world_size"] == 2
+@pytest.mark.parametrize(
+    ("launcher", "program", "nproc"),
+    [((*TORCHRUN, "--standalone"), DMNIST, 3), (LAUNCH, ("-m", "distributed_mnist"), 2)],
+    ids=["torchrun", "torch.distributed.launch"],
+)
+def test_torchs_launchers(
+    launcher: tuple[str, ...],
+    program: tuple[str, ...],
+    nproc: int,
+    result: Any,
+    digits: Path,
+    tmp_path: Path,
+) -> None:
+    """With fresh processes: documents/test_documented_commands.py and cli/test_original_script.py."""
+    group = (f"--nproc-per-node={nproc}", f"--master-port={free_port()}")
+    with WarmAgent([*launcher, *group, *program, *flags_for(digits, tmp_path / "out")]) as agent:
+        ended = agent.finish().json()
+    assert ended["world_size"] == nproc
     assert promised(ended) == promised(result(CASES["linear"], 1))
 
 
