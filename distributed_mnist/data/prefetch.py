@@ -110,7 +110,8 @@ class PrefetchedData:
     def __reduce__(self) -> Any:
         """In the launcher, when it starts the worker, which inherits the memory's descriptor.
 
-        Otherwise the worker would have to ask for it, and the launcher would report one that dies meanwhile.
+        Otherwise the worker would have to ask for it, and the launcher would print a traceback if the
+        worker died meanwhile.
         """
         return PrefetchedData, (reduction.DupFd(self._memory.fileno()), self._receiver)
 

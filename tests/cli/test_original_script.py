@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import LAUNCH, REPOSITORY, Finished, WarmProgram, free_port, run
+from torchrun_agents import WarmAgent
 
 MNIST = Path(os.environ.get("DMNIST_DATA") or REPOSITORY.parent / "shared" / "mnist")
 SCRIPT = REPOSITORY / "multi_proc_single_gpu.py"
@@ -40,7 +41,7 @@ def saved(folder: Path, name: str) -> dict[str, Any]:
 
 
 def script(*flags: object, cwd: Path) -> Finished:
-    """Run the script with one process, warm. `launched` and `spawned` are fresh programs."""
+    """Run the script with one process, warm. `spawned` is a fresh program."""
     with WarmProgram([SCRIPT, *flags], cwd=cwd) as program:
         return program.finish()
 
@@ -51,7 +52,8 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
     folder = tmp_path_factory.mktemp("launched")
     launch = [*LAUNCH, "--nproc_per_node=2", f"--master_port={free_port()}", SCRIPT]
     flags = ["--world-size", 2, "--workers", 4, "--root", MNIST, "--epochs", 1]
-    return folder, run([*launch, *flags], cwd=folder)
+    with WarmAgent([*launch, *flags], cwd=folder) as agent:
+        return folder, agent.finish()
 
 
 @pytest.fixture(scope="module")

@@ -325,7 +325,7 @@ class WarmProgram(Program):
     def _main(self) -> tuple[Callable[[list[str]], None], list[str]]:
         """What to call with which words: `dmnist` and arguments, or the path of a script and arguments."""
         if self.command[0].endswith(".py"):
-            return _run_script, self.command
+            return run_script, self.command
         assert self.command[0] == DMNIST[0]
         return _launch, self.command[1:]
 
@@ -411,7 +411,8 @@ def _launch(words: list[str]) -> None:
     main.main(words)
 
 
-def _run_script(words: list[str]) -> None:
+def run_script(words: list[str]) -> None:
+    """Run `python SCRIPT WORDS...` in this process."""
     util.spawnv_passfds = _fork_server
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from ranks import DMNIST, LAUNCH, PATIENCE, TORCHRUN, Program, WarmProgram
+from ranks import LAUNCH, PATIENCE, TORCHRUN, Program, WarmProgram, run_script
 
 from distributed_mnist.cli import main
 
@@ -95,10 +95,6 @@ class WarmAgent(Whole, WarmProgram):
         return process.name() == self._mark  # the kernel shows no variables that were set after the start
 
 
-_STARTS = (("-u", "-m", "distributed_mnist"), ("-u", *DMNIST))
-"""How a worker of an agent is started, after the interpreter."""
-
-
 def _run_agent(module: str, words: list[str]) -> None:
     import torch
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
@@ -114,23 +110,25 @@ def _show_mark() -> None:
 
 
 class _ForkedWorker(subprocess.Popen[bytes]):
-    """A `Popen` of `python -u -m distributed_mnist WORDS...`, or of the command instead of the module, that
-    forks this process instead."""
+    """A `Popen` of `python -u -m distributed_mnist WORDS...` that forks this process instead. The command or
+    another script may stand in place of the module."""
 
     def _execute_child(self, args: Sequence[str], *more: Any) -> None:
         variables = more[5]
-        start = next((each for each in _STARTS if args[1 : 1 + len(each)] == each), None)
-        assert start, args
+        assert args[1] == "-u", args
+        program, words = args[2], [*args[3:]]
+        if program == "-m":
+            assert words.pop(0) == "distributed_mnist", args
         self._child_created = True
         self.pid = os.fork()
         if self.pid == 0:
             try:
-                _become_worker([*args[1 + len(start) :]], variables)
+                _become_worker(program, words, variables)
             finally:
                 os._exit(1)
 
 
-def _become_worker(words: list[str], variables: dict[str, str]) -> None:
+def _become_worker(program: str, words: list[str], variables: dict[str, str]) -> None:
     """What the start of an interpreter does: nothing of the agent stays, but its output."""
     os.setsid()
     gc.freeze()  # no object may close a descriptor that is closed below and then used by another
@@ -142,7 +140,10 @@ def _become_worker(words: list[str], variables: dict[str, str]) -> None:
     os.environ.update(variables)
     _show_mark()
     try:
-        main.main(words)
+        if program.endswith(".py"):
+            run_script([program, *words])
+        else:
+            main.main(words)
     except SystemExit as end:
         sys.stdout.flush()
         os._exit(end.code)  # type: ignore[arg-type]

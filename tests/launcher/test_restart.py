@@ -395,7 +395,7 @@ def test_asked_to_stop_while_a_new_group_starts(digits: Path, undisturbed: Any, 
 
 def test_asked_to_stop_in_the_moment_of_a_death(digits: Path, undisturbed: Any, tmp_path: Path) -> None:
     """Nothing is restarted then, no matter which of the two came first."""
-    with FreshRun(digits, tmp_path) as run:
+    with Run(digits, tmp_path) as run:
         pid = run.under_way()[1]
         os.kill(pid, signal.SIGSTOP)
         run.signal(signal.SIGTERM)
@@ -410,7 +410,7 @@ def test_asked_to_stop_in_the_moment_of_a_death(digits: Path, undisturbed: Any, 
 
 def test_the_server_of_the_workers_is_killed(digits: Path, undisturbed: Any, tmp_path: Path) -> None:
     """Their parent process. It is reported, and no training is lost."""
-    with FreshRun(digits, tmp_path) as run:
+    with Run(digits, tmp_path) as run:
         pid = run.under_way()[0]
         parent = processes(run.pid)[pid]
         assert parent != run.pid

@@ -23,7 +23,18 @@ from typing import Any, cast
 import paced
 import psutil
 import pytest
-from ranks import DMNIST, PATIENCE, Finished, Program, dmnist, events, last_step, processes, train
+from ranks import (
+    DMNIST,
+    PATIENCE,
+    Finished,
+    Program,
+    WarmProgram,
+    dmnist,
+    events,
+    last_step,
+    processes,
+    train,
+)
 
 import distributed_mnist as library
 from distributed_mnist.data import datasets
@@ -60,10 +71,10 @@ def endless(flags: tuple[object, ...], out: Path, nproc: int, *more: object) -> 
     return [*words, "--out", out, *more]
 
 
-def fresh_program(flags: tuple[object, ...], out: Path, *more: object) -> Program:
+def program_of_two(flags: tuple[object, ...], out: Path, *more: object) -> Program:
     """Start it with two processes, and with pauses: the processor has other things to do."""
     command = [*DMNIST, *endless(flags, out, 2, *more)]
-    return Program(command, PACED_UNTIL=str(out / "never"), PYTHONPATH=paced.python_path())
+    return WarmProgram(command, PACED_UNTIL=str(out / "never"), PYTHONPATH=paced.python_path())
 
 
 def in_the_middle(program: Program, out: Path) -> None:
@@ -187,7 +198,7 @@ def test_all_processes_are_asked_to_stop(
 ) -> None:
     """Schedulers and terminals do this: the server that forked the workers gets the signal too."""
     out = tmp_path / "out"
-    with fresh_program(flags, out) as program:
+    with program_of_two(flags, out) as program:
         in_the_middle(program, out)
         program.signal(signal.SIGHUP, group=True)
         ended = program.finish()
@@ -229,7 +240,7 @@ def test_a_worker_is_killed_and_not_started_again(
 def test_the_launcher_is_killed(undisturbed: Any, flags: tuple[object, ...], tmp_path: Path) -> None:
     """To its workers this is a request to stop: they save a checkpoint and end."""
     out = tmp_path / "out"
-    with fresh_program(flags, out, "--checkpoint-every", 4) as program:
+    with program_of_two(flags, out, "--checkpoint-every", 4) as program:
         in_the_middle(program, out)
         assert len(workers(program, out)) == 2
         program.signal(signal.SIGKILL)
