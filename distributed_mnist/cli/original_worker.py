@@ -32,7 +32,7 @@ from ..training.batches import Batches
 from ..training.evaluate import evaluate
 from ..training.loop import require_same_weights, train
 from ..training.platforms import require_same_platform
-from ..training.resume import data_differences
+from ..training.resume import data_differences, platform_notice
 from ..training.state import ZERO_TOTALS, State, TrainingContext
 from ..training.threads import use_threads
 from .original_script import Options
@@ -92,6 +92,8 @@ def run(options: Options, world: World, signals: StopSignals) -> None:
     if content is not None:
         name = options.resume
         state.restore(_adapt_checkpoint(content, batches.steps_per_epoch, data, name), name)
+        if notice := platform_notice(content, name, world.device):
+            say(f"note: {notice}")
         say(f"=> loaded checkpoint '{name}' (epoch {state.step // batches.steps_per_epoch})")
     require_same_weights(state, world)
     if options.evaluate:

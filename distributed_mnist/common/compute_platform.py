@@ -127,10 +127,10 @@ def _cpuinfo(path: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
 
 def _nvidia_driver(path: Path = Path("/proc/driver/nvidia/version")) -> str:
     try:
-        found = re.search(r"Kernel Module\D+(\d[\d.]*)", path.read_text())
+        found = re.search(r"\b\d+\.\d[\d.]*", path.read_text())
     except OSError:
         return ""
-    return f"driver {found[1]}" if found else ""
+    return f"driver {found[0]}" if found else ""
 
 
 def _items(text: str) -> list[str]:

@@ -19,6 +19,10 @@ JobDescription = Mapping[str, str]
 """What must be equal on all ranks: for each flag or other name, its value as text."""
 
 
+_OPTIONS = ("eval_every", "checkpoint_every", "hang_after")
+"""Options that decide when the ranks call collectives, and how long they wait there."""
+
+
 @dataclass(frozen=True)
 class Peer:
     """One process of the group."""
@@ -50,7 +54,7 @@ def describe_job(command: str, **values: object) -> JobDescription:
 
 def describe_training(command: str, recipe: Recipe, options: Run, *, one_host: bool) -> JobDescription:
     """Describe a job that trains. `one_host` is whether all ranks are on one host."""
-    values = {name: getattr(options, name) for name in (*DATA_OPTIONS, "eval_every", "checkpoint_every")}
+    values = {name: getattr(options, name) for name in (*DATA_OPTIONS, *_OPTIONS)}
     values |= {
         "data": common_path(options.data, one_host=one_host) if one_host else None
     }  # rank 0 reads it

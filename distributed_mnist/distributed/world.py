@@ -98,7 +98,7 @@ class World:
             return cls(placement, device, "none")
         on_cpu = device.type == "cpu"
         backend = backend or backend_for(device)
-        rendezvous = Rendezvous(placement, listener, hang_after, job or {})
+        rendezvous = Rendezvous(placement, listener, hang_after, {**(job or {}), "device": device.type})
         status = RankStatus(hang_after)
         name = "sockets" if on_cpu else backend
         world = cls(placement, device, name, rendezvous=rendezvous, status=status)

@@ -115,7 +115,7 @@ def facts(record: Record) -> list[tuple[str, str]]:
         "data": lines.get("data", ""),
         "processes": lines.get("world", ""),
         "hosts": hosts_of(last) if last else "",
-        "versions": ", ".join(f"{key} {value}" for key, value in versions.items()),
+        "versions": ", ".join(f"{key} {value}" for key, value in versions.items() if value),
         "began": f"{began:%Y-%m-%d %H:%M:%S} UTC" if began else "",
         "folder": str(record.path),
     }

@@ -73,9 +73,22 @@ def resume(
     require_same_run(content, name, recipe, data)
     state.restore(content, name)
     store.resumed_from(name, state.step)
-    if changes := differences(content["versions"], versions(world.device), ("then", "now")):
-        complain(f"{name} was computed differently ({'; '.join(changes)}): the last bits may differ")
+    if notice := platform_notice(content, name, world.device):
+        complain(notice)
     return name
+
+
+def platform_notice(content: Content, name: str, device: torch.device) -> str | None:
+    """Say how this platform differs from that on which a checkpoint was computed; None if it does not.
+
+    A checkpoint of an earlier version does not say everything. What it does not say counts as equal.
+    """
+    changes = differences(content.get("versions") or {}, versions(device), ("then", "now"))
+    return (
+        f"{name} was computed differently ({'; '.join(changes)}): the last bits may differ"
+        if changes
+        else None
+    )
 
 
 def _newest_of_all_ranks(

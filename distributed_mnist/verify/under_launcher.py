@@ -19,7 +19,7 @@ from ..config import Recipe
 from ..data import prefetch
 from ..distributed.peer import Peer
 from ..distributed.world import World
-from ..errors import TrainingError
+from ..errors import TrainingError, UsageError
 from ..launcher.signals import StopSignals
 from ..training import run as training_run
 from .compare import Answer, Difference, compare, read_answer
@@ -129,7 +129,7 @@ def train_together(
         _train(world, job_recipe, out, signals)
         answer = world.on_rank_zero(lambda: read_answer(out), Answer)
         problem = compare(reference, answer)
-    except TrainingError as error:  # the ranks compare their weights at every checkpoint
+    except (TrainingError, UsageError) as error:  # the ranks compare their platforms and their weights
         problem = error
     table.add(name, answer, time.monotonic() - began, problem)
     if problem:

@@ -89,6 +89,17 @@ def test_a_gpu_counts_and_not_the_processor_beside_it() -> None:
     assert CPU.kernels() == dataclasses.replace(CPU, processor="another", libraries="musl").kernels()
 
 
+def test_the_driver_of_a_gpu(tmp_path: Path) -> None:
+    path = tmp_path / "version"
+    assert compute_platform._nvidia_driver(path) == ""
+    for text, version in (
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC", "550.54.15"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.10  Release Build", "570.86.10"),
+    ):
+        path.write_text(f"{text}\nGCC version:  gcc version 12.2.0\n")
+        assert compute_platform._nvidia_driver(path) == f"driver {version}"
+
+
 @pytest.mark.parametrize("name", ["torch", "build", "machine", "device", "capability", "settings"])
 def test_each_of_these_decides(name: str) -> None:
     assert dataclasses.replace(CPU, **{name: "x"}).kernels() != CPU.kernels()
