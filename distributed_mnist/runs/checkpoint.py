@@ -129,7 +129,7 @@ def decode(data: bytes, name: str) -> Content:
         )
     if not all(isinstance(text, str) for pair in loaded["versions"].items() for text in pair):
         raise CheckpointError(f"{name} has versions that are not text")
-    if loaded["step"] < 0 or not re.fullmatch("[0-9a-f]{64}", loaded["samples_sha256"]):
+    if not 0 <= loaded["step"] < 2**63 or not re.fullmatch("[0-9a-f]{64}", loaded["samples_sha256"]):
         raise CheckpointError(f"{name} has an invalid step or sample digest")
     return loaded
 
@@ -183,10 +183,11 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], name: str) 
     model.load_state_dict(weights)
 
 
-def load_optimizer(optimizer: Optimizer, saved: dict[str, Any], name: str) -> None:
+def load_optimizer(optimizer: Optimizer, saved: dict[str, Any], name: str, *, steps: int = 0) -> None:
     """Load saved state into an optimizer of the same type; keep the recipe's learning rate and options.
 
-    Raises `CheckpointError` if the state does not fit the optimizer's parameters.
+    Raises `CheckpointError` if the state does not fit the optimizer's parameters, or if it lacks that of a
+    trained one although `steps` steps have been taken.
     """
     current = optimizer.state_dict()
     try:
@@ -197,7 +198,9 @@ def load_optimizer(optimizer: Optimizer, saved: dict[str, Any], name: str) -> No
         required = [
             _required_state(optimizer, group) for group in optimizer.param_groups for _ in group["params"]
         ]
-        for i, parameter_state in saved["state"].items():
+        trained = {i for i, p in enumerate(parameters) if p.requires_grad and steps > 0}
+        for i in saved["state"].keys() | trained:
+            parameter_state = saved["state"].get(i, {})
             if lacking := {key for key in required[i] if parameter_state.get(key) is None}:
                 raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
         state = {
@@ -213,7 +216,9 @@ def _required_state(optimizer: Optimizer, group: dict[str, Any]) -> set[str]:
     """Return the state keys that `optimizer.step()` expects for the parameters in this group."""
     if isinstance(optimizer, Muon):
         return {"momentum_buffer"} if group["matrices"] else _ADAM_STATE
-    return _ADAM_STATE if isinstance(optimizer, Adam) else set()
+    if isinstance(optimizer, Adam):
+        return _ADAM_STATE
+    return {"momentum_buffer"} if group["momentum"] else set()
 
 
 def _with_layout_of(parameter: torch.Tensor, key: str, value: Any) -> Any:

@@ -51,7 +51,7 @@ class State:
     def restore(self, content: Content, name: str) -> None:
         """Load the state from a checkpoint. Raises `CheckpointError` if it is from a different model."""
         load_weights(self.model, content["model"], name)
-        load_optimizer(self.optimizer, content["optimizer"], name)
+        load_optimizer(self.optimizer, content["optimizer"], name, steps=content["step"])
         for scalar in _SCALARS:
             setattr(self, scalar, content[scalar])
         self.totals = dict(content["totals"])

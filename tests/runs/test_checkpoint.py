@@ -1,5 +1,6 @@
 """Checkpoint files: complete or refused, harmless even if untrusted, and intact after a failed write."""
 
+import copy
 import errno
 import io
 import os
@@ -298,6 +299,34 @@ def test_learning_rates_stay_the_recipes() -> None:
     optimizer = make_optimizer(Recipe(lr=0.25, beta1=0.2), network())
     load_optimizer(optimizer, saved_state, "file.pt")
     assert [(group["lr"], group["betas"]) for group in optimizer.param_groups] == [(0.25, (0.2, 0.999))]
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "muon"])
+def test_optimizer_state_that_was_emptied_is_refused(optimizer: str) -> None:
+    """A file with such a state can have a valid digest. The moments would silently begin at zero again."""
+    recipe, model = Recipe(optimizer=optimizer), network()  # type: ignore[arg-type]
+    its = make_optimizer(recipe, model)
+    none_yet = its.state_dict()
+    trained(model, its, 2)
+    whole = copy.deepcopy(its.state_dict())
+    first = next(iter(whole["state"]))
+    without_one = {**whole, "state": {i: of_one for i, of_one in whole["state"].items() if i != first}}
+    without_value = copy.deepcopy(whole)
+    without_value["state"][first].popitem()
+    load_optimizer(make_optimizer(recipe, network()), whole, "file.pt", steps=2)
+    load_optimizer(make_optimizer(recipe, network()), none_yet, "file.pt", steps=0)
+    for wrong in (none_yet, without_one, without_value):
+        with pytest.raises(
+            CheckpointError, match=r"^file\.pt: its optimizer state does not fit: it lacks "
+        ):
+            load_optimizer(make_optimizer(recipe, network()), wrong, "file.pt", steps=2)
+
+
+def test_sgd_without_momentum_has_no_state() -> None:
+    recipe, model = Recipe(optimizer="sgd", momentum=0.0), network()
+    its = make_optimizer(recipe, model)
+    trained(model, its, 2)
+    load_optimizer(make_optimizer(recipe, network()), its.state_dict(), "file.pt", steps=2)
 
 
 def test_an_optimizer_of_another_size() -> None:
