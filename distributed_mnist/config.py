@@ -25,7 +25,6 @@ Device = Literal["auto", "cpu"]
 
 DATA_OPTIONS = ("dataset", "data", "train_size", "test_size", "data_seed")  # fields of `Run`
 _RECIPES = resources.files("distributed_mnist") / "recipes"
-# Each of these takes memory or a process.
 _MOST = {"nproc": 1024, "shards": 1024, "ensemble": 1024, "train_size": 5_000_000, "test_size": 5_000_000}
 _STEPS_OR_EPOCHS = re.compile(r"(\d+)\s*(steps?|epochs?)?")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|seconds?|min|minutes?)")
@@ -223,7 +222,10 @@ class Recipe:
                 raise UsageError(f"{where}: there is no recipe field {name!r}{did_you_mean(name, known)}")
             _check_type(f"{where}: {name}", known[name], value)
         try:
-            return cls(**{k: float(v) if known[k].type is float else v for k, v in values.items()})
+            fields: dict[str, Any] = {
+                k: float(v) if known[k].type is float else v for k, v in values.items()
+            }
+            return cls(**fields)
         except (UsageError, OverflowError) as error:
             raise UsageError(f"{where}: {error}") from None
 
@@ -246,7 +248,7 @@ def require(condition: bool, name: str, rule: str, owner: object) -> None:
 
 
 def require_count(owner: object, *names: str) -> None:
-    """Raise `UsageError` if one of these fields is less than 1, or absurdly many. None is allowed."""
+    """Raise `UsageError` if one of these fields is less than 1, or takes too much memory. None is allowed."""
     for name in names:
         value, most = getattr(owner, name), _MOST.get(name, 10**9)
         require(value is None or value >= 1, name, "at least 1", owner)
@@ -270,7 +272,7 @@ def _check_type(name: str, field: dataclasses.Field[Any], value: object) -> None
     if not _fits(value, field.type):
         choices = getattr(field.type, "__args__", (field.type,))
         allowed = " or ".join(_TYPE_NAMES.get(choice, str(choice)) for choice in choices)
-        raise UsageError(f"{name} must be {allowed}, not {value!r}")
+        raise UsageError(f"{name} must be {allowed}, not {' '.join(f'{value!r:.80}'.split())}")
 
 
 def flag(name: str) -> str:

@@ -5,7 +5,6 @@ restored when it ends.
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +21,6 @@ from ..common.suggest import did_you_mean
 from ..config import Recipe, Run, load_recipe
 from ..data import prefetch
 from ..data.broadcast import broadcast_dataset
-from ..data.catalog import NAMES, require_name
 from ..data.datasets import Dataset
 from ..distributed import detect_launcher
 from ..distributed.devices import choose_device
@@ -36,13 +34,12 @@ from ..runs import layout
 from ..training import run as training
 from ..training.evaluate import Evaluation
 from ..training.evaluate import evaluate as evaluate_network
+from .arguments import RECIPE_FIELDS, RUN_FIELDS, as_path, resolve_dataset, speaks_python
 from .multi_process import console_for, train_in_processes
 
 Factory = Callable[[int], nn.Module]
 """Makes a model, given the number of classes."""
-_RUN_FIELDS = {field.name for field in dataclasses.fields(Run)}
 _INTERVALS = ("checkpoint_every", "eval_every")  # here they may also be integers, which count steps
-_RECIPE_FIELDS = {field.name for field in dataclasses.fields(Recipe)}
 
 
 @dataclass(frozen=True)
@@ -75,6 +72,7 @@ class Result:
         return self.load().network
 
 
+@speaks_python
 def train(
     recipe: str | Recipe = "default",
     *,
@@ -106,17 +104,17 @@ def train(
     nproc = _python_number(nproc)
     settings = {key: _python_number(value) for key, value in settings.items()}
     recipe, title = _override_recipe(recipe, settings, name)
-    given, dataset_name, folder = _resolve_dataset(dataset, data)
+    given, dataset_name, folder = resolve_dataset(dataset, data)
     run_settings: dict[str, Any] = {
         key: str(value) if key in _INTERVALS and isinstance(value, int) else value
         for key, value in settings.items()
-        if key in _RUN_FIELDS
+        if key in RUN_FIELDS
     }
     run = Run(
         dataset=dataset_name,
         data=folder,
-        out=Path(out) if out is not None else None,
-        resume=None if resume is None else str(resume),
+        out=None if out is None else as_path("out", out),
+        resume=None if resume is None else str(as_path("resume", resume)),
         nproc=nproc,
         **run_settings,
     )
@@ -152,6 +150,7 @@ def train(
     )
 
 
+@speaks_python
 def load(
     path: str | Path, *, model: str | Factory | None = None, device: torch.device | str = "cpu"
 ) -> Trained:
@@ -159,12 +158,13 @@ def load(
 
     A checkpoint of your own model needs the `model` that you passed to `train`. Raises `CheckpointError`.
     """
-    files = find_checkpoint(Path(path))
+    files = find_checkpoint(as_path("path", path))
     name, factory = _name_and_factory(model)
     with _registered_model(name, factory), torch.random.fork_rng():
         return restore(files, model=name, device=torch.device(device))
 
 
+@speaks_python
 def evaluate(
     what: str | Path | Result | Trained | nn.Module,
     dataset: str | Path | Dataset | None = None,
@@ -184,13 +184,18 @@ def evaluate(
     elif isinstance(what, Result):
         what = what.load()
     network = what.network if isinstance(what, Trained) else what
+    if not isinstance(network, nn.Module):
+        raise UsageError(
+            "evaluate takes a run's folder, a checkpoint, the result of train or load, or a torch module, "
+            f"not {what!r:.80}"
+        )
     if dataset is None and not isinstance(what, Trained):
         raise UsageError("a bare network does not know its data set: pass dataset")
-    given, name, folder = None, None, None if data is None else Path(data)
+    given, name, folder = None, None, None if data is None else as_path("data", data)
     if dataset is not None:
-        given, name, folder = _resolve_dataset(dataset, data or "data")
+        given, name, folder = resolve_dataset(dataset, data or "data")
     console = console_for(False)
-    world = World(ALONE, next(network.parameters()).device, "none")
+    world = World(ALONE, next(network.parameters(), torch.empty(0)).device, "none")
     with _torch_settings_restored():
         torch.set_num_threads(1)  # as in training with `tree`, so that the loss is bit-identical
         if isinstance(what, Trained):
@@ -272,22 +277,14 @@ def _override_recipe(
     recipe: str | Recipe, settings: dict[str, Any], model: str | None
 ) -> tuple[Recipe, str]:
     """The recipe with the user's settings applied, and its name for display."""
-    known = _RECIPE_FIELDS | _RUN_FIELDS
+    known = RECIPE_FIELDS | RUN_FIELDS
     for name in settings:
         if name not in known:
             raise UsageError(f"there is no setting {name!r}{did_you_mean(name, sorted(known))}")
+    if not isinstance(recipe, str | Path | Recipe):
+        raise UsageError(f"recipe must be a name, a TOML file or a Recipe, not {recipe!r:.80}")
     title = "recipe" if isinstance(recipe, Recipe) else str(recipe)
     base = recipe if isinstance(recipe, Recipe) else load_recipe(title)
-    changes = {key: value for key, value in settings.items() if key in _RECIPE_FIELDS}
+    changes = {key: value for key, value in settings.items() if key in RECIPE_FIELDS}
     changes |= {} if model is None else {"model": model}
     return Recipe.from_dict(base.to_dict() | changes, "settings"), title
-
-
-def _resolve_dataset(dataset: str | Path | Dataset, data: str | Path) -> tuple[Dataset | None, str, Path]:
-    """The data set if it is already in memory, otherwise None; its name; and the folder to load it from."""
-    if isinstance(dataset, Dataset):
-        return dataset, "idx", Path(data)
-    if isinstance(dataset, str) and (dataset in NAMES or not Path(dataset).is_dir()):
-        require_name(dataset)
-        return None, dataset, Path(data)
-    return None, "idx", Path(dataset)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import multiprocessing
 import socket
 import tempfile
 import threading
@@ -102,6 +103,11 @@ def train_in_processes(
     """
     if factory is not None:
         _require_importable(recipe.model, factory)
+    if multiprocessing.current_process().daemon:
+        raise UsageError(
+            "nproc above 1 does not work in a daemonic process, such as a worker of multiprocessing.Pool: "
+            "use concurrent.futures.ProcessPoolExecutor, or leave nproc at 1"
+        )
     if threading.current_thread() is not threading.main_thread():
         raise UsageError("nproc above 1 works only in the main thread, which receives signals")
     recipe.check_size(nproc)

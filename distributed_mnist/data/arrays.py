@@ -1,13 +1,16 @@
 """Make a data set of arrays in memory, with the same checks as for one from files."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
-from .datasets import Dataset, pixel_statistics
+from .catalog import Role
+from .datasets import IMAGES_OF, Dataset, pixel_statistics
 from .decode import MAX_CLASSES, SIDE, require_from_zero
 
 
@@ -27,41 +30,87 @@ def from_arrays(
     numbers, and labels that begin at 1 are refused as a mistake. `name` is the data set's name in the run's
     records. Raises `DataError`, which names the argument, for anything else.
     """
-    train = _check_images("train_images", train_images), _check_labels("train_labels", train_labels)
-    test = _check_images("test_images", test_images), _check_labels("test_labels", test_labels)
-    for split, (images, labels) in (("train", train), ("test", test)):
-        if len(images) != len(labels):
-            raise DataError(f"{split}_images has {len(images)} images, {split}_labels {len(labels)} labels")
+    arrays = _check_arrays(train_images, train_labels, test_images, test_labels, copy=True)
     if class_names is None:
-        require_from_zero(train[1], "train_labels")
-    highest = max(int(train[1].max()), int(test[1].max()))
-    names = tuple(map(str, range(highest + 1) if class_names is None else class_names))
-    if highest >= len(names):
+        require_from_zero(arrays["train_labels"], "train_labels")
+        class_names = list(map(str, range(_highest_label(arrays) + 1)))
+    try:
+        names = tuple(map(str, class_names))
+    except TypeError:
+        raise DataError(f"class_names must be a list of names, not {class_names!r:.80}") from None
+    _require_names(arrays, names)
+    mean, std = pixel_statistics(arrays["train_images"])
+    return Dataset(name, **arrays, class_names=names, mean=mean, std=std, source="given as arrays")
+
+
+def checked(dataset: Dataset) -> Dataset:
+    """Return a data set that a caller may have made or changed by hand, with contiguous uint8 arrays.
+
+    Raises `DataError`, which names the field, if it cannot be used.
+    """
+    arrays = _check_arrays(**dataset.arrays(), copy=False)
+    _require_names(arrays, dataset.class_names)
+    mean, std = dataset.mean, dataset.std
+    if not (math.isfinite(mean) and 0 < std < math.inf):
+        raise DataError(f"mean and std must be finite, and std above 0, not {mean} and {std}")
+    return replace(dataset, **arrays)
+
+
+def _check_arrays(
+    train_images: Any, train_labels: Any, test_images: Any, test_labels: Any, *, copy: bool
+) -> dict[Role, NDArray[np.uint8]]:
+    arrays: dict[Role, NDArray[np.uint8]] = {
+        "train_images": _check_images("train_images", train_images, copy),
+        "train_labels": _check_labels("train_labels", train_labels, copy),
+        "test_images": _check_images("test_images", test_images, copy),
+        "test_labels": _check_labels("test_labels", test_labels, copy),
+    }
+    for labels, images in IMAGES_OF.items():
+        if len(arrays[images]) != len(arrays[labels]):
+            counts = f"{len(arrays[images])} images, {labels} {len(arrays[labels])} labels"
+            raise DataError(f"{images} has {counts}")
+    return arrays
+
+
+def _highest_label(arrays: dict[Role, NDArray[np.uint8]]) -> int:
+    return max(int(arrays["train_labels"].max()), int(arrays["test_labels"].max()))
+
+
+def _require_names(arrays: dict[Role, NDArray[np.uint8]], names: Sequence[str]) -> None:
+    if (highest := _highest_label(arrays)) >= len(names):
         raise DataError(f"class_names has {len(names)} names, but there is a label {highest}")
-    mean, std = pixel_statistics(train[0])
-    return Dataset(name, *train, *test, names, mean, std, "given as arrays")
 
 
-def _check_images(name: str, images: Any) -> NDArray[np.uint8]:
-    array = _as_numpy(images)
+def _check_images(name: str, images: Any, copy: bool) -> NDArray[np.uint8]:
+    array = _as_numpy(name, images)
     if array.dtype != np.uint8:
-        raise DataError(f"{name} must be uint8, pixels from 0 to 255, not {array.dtype}")
-    if array.ndim != 3 or array.shape[1:] != (SIDE, SIDE) or not len(array):
+        floats = "; convert floats from 0 to 1 by (255 * images).round().astype('uint8')"
+        hint = floats if array.dtype.kind == "f" else ""
+        raise DataError(f"{name} must be uint8, pixels from 0 to 255, not {array.dtype}{hint}")
+    if array.ndim != 3 or array.shape[1:] != (SIDE, SIDE):
         raise DataError(f"{name} must be of shape (n, {SIDE}, {SIDE}), not {array.shape}")
-    return np.array(array, order="C")
+    if not len(array):
+        raise DataError(f"{name} is empty: there must be at least one image")
+    return np.array(array, order="C") if copy else np.ascontiguousarray(array)
 
 
-def _check_labels(name: str, labels: Any) -> NDArray[np.uint8]:
-    array = _as_numpy(labels)
+def _check_labels(name: str, labels: Any, copy: bool) -> NDArray[np.uint8]:
+    array = _as_numpy(name, labels)
+    if array.ndim != 1:
+        hint = "; of one-hot rows take labels.argmax(1)" if array.ndim == 2 else ""
+        raise DataError(f"{name} must be of shape (n,), not {array.shape}{hint}")
+    if not len(array):
+        raise DataError(f"{name} is empty: there must be at least one label")
     if array.dtype.kind not in "iu":
         raise DataError(f"{name} must be integers, not {array.dtype}")
-    if array.ndim != 1 or not len(array):
-        raise DataError(f"{name} must be of shape (n,), not {array.shape}")
     if array.min() < 0 or array.max() >= MAX_CLASSES:
         raise DataError(f"{name} must be from 0 to 255, not {array.min()} to {array.max()}")
-    return np.array(array, np.uint8, order="C")
+    return np.array(array, np.uint8, order="C") if copy else np.ascontiguousarray(array, np.uint8)
 
 
-def _as_numpy(values: Any) -> NDArray[Any]:
-    """Convert an array or a tensor on any device to a NumPy array."""
-    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+def _as_numpy(name: str, values: Any) -> NDArray[Any]:
+    """Convert an array or a tensor on any device to a NumPy array. Raises `DataError`."""
+    try:
+        return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+    except (TypeError, ValueError, RuntimeError):
+        raise DataError(f"{name} must be an array or a tensor, not this {type(values).__name__}") from None

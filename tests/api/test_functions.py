@@ -147,11 +147,11 @@ def test_a_network_with_other_outputs(digits: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"keep": "3"}, "--keep must be a whole number, not '3'"),
-        ({"device": torch.device("cpu")}, "--device must be auto or cpu, not device"),
-        ({"checkpoint_every": 2.5}, "--checkpoint-every must be text, not 2.5"),
-        ({"device": "cuda:9"}, "--device must be auto or cpu, not 'cuda:9'"),
-        ({"hang_after": True}, "--hang-after must be a number, not True"),
+        ({"keep": "3"}, "keep must be a whole number, not '3'"),
+        ({"device": torch.device("cpu")}, "device must be auto or cpu, not device"),
+        ({"checkpoint_every": 2.5}, "checkpoint_every must be text, not 2.5"),
+        ({"device": "cuda:9"}, "device must be auto or cpu, not 'cuda:9'"),
+        ({"hang_after": True}, "hang_after must be a number, not True"),
     ],
 )
 def test_settings_of_other_types(
@@ -257,7 +257,7 @@ def test_settings_that_cannot_be_used() -> None:
         ({"recipe": "quick"}, "no recipe"),
         ({"dataset": "mnits"}, "did you mean mnist"),
         ({"model": 3}, "model must be a name or a function"),
-        ({"keep": 0}, "--keep must be at least 1"),
+        ({"keep": 0}, "keep must be at least 1"),
     ]
     for settings, words in wrong:
         with pytest.raises(UsageError, match=words):

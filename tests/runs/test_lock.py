@@ -152,7 +152,7 @@ def test_a_run_goes_on_without_locks_and_says_so(tmp_path: Path, monkeypatch: py
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     instead_of_flock(monkeypatch, flock)
-    sizes = {"train_size": 64, "test_size": 16}
+    sizes: dict[str, Any] = {"train_size": 64, "test_size": 16}
     train(model="linear", steps=2, dataset="generated", out=tmp_path / "run", **sizes)
     notices = [event["text"] for event in read(tmp_path / "run").events if event["event"] == "notice"]
     assert any("has no locks (function not implemented)" in text for text in notices)

@@ -476,7 +476,7 @@ def test_other_normalisation_of_the_same_images_is_refused(tmp_path: Path) -> No
         library.train(**settings, dataset=replace(given, name="idx", mean=0.25, std=0.5))
     assert str(caught.value).endswith(
         ".pt was trained on the same images with different settings: mean 0.1307 there, 0.25 here, "
-        "deviation 0.3081 there, 0.5 here; it was --dataset mnist, not idx"
+        "deviation 0.3081 there, 0.5 here; it was dataset='mnist', not idx"
     )
     there, here = {**vars(given), "sha256": ""}, SimpleNamespace(**vars(given), sha256="")
     assert data_differences(there, cast(Any, here)) is None
