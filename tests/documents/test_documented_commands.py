@@ -35,7 +35,7 @@ ELSEWHERE = {
     r"dmnist bench scaling": "bench/test_bench.py::test_scaling",
     r"dmnist verify": "verify/test_verify.py::test_a_correct_machine_passes",
     r"dmnist verify( --nproc 4)? --chaos": "verify/test_chaos.py::test_a_few_faults_change_no_answer",
-    r"srun .* dmnist train .*": "launchers/test_slurm.py::test_a_step_is_asked_to_stop",
+    r"srun .* dmnist train .*": "launchers/test_slurm.py::test_requeued_at_the_time_limit",
     r"srun -n 8 dmnist doctor": "launchers/test_slurm.py::test_the_job_is_examined",
     r"srun -n 8 dmnist verify": "verify/test_verify.py::test_a_correct_world_passes",
     r"(sbatch|scancel) .*|tail -F slurm-JOBID\.out": (

@@ -32,7 +32,7 @@ from distributed_mnist.models.build import build, forward, inspect, place
 from distributed_mnist.training.batches import Batches
 from distributed_mnist.training.evaluate import Evaluation, evaluate
 
-SIZES = (2, 3, 4)
+SIZES = (2, 3)
 MANY = (pytest.param(8, marks=pytest.mark.slow),)
 SHARDS = (8, 11)
 # Samples and global batch; the first batch is looked at and the last one: uneven shards, 5 samples for 8 or

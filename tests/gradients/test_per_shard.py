@@ -476,11 +476,16 @@ def curved(activation: type[nn.Module]) -> nn.Module:
 
 
 CURVES = {each.__name__: each for each in (nn.GELU, nn.Sigmoid, nn.SiLU, nn.Tanh)}
+SLOW = ("cnn", "cnn-large")
+IN_COMPANY = [
+    pytest.param(name, sizes, marks=pytest.mark.soak if name in SLOW and sum(sizes) > 128 else ())
+    for name in (*MODELS, *CURVES)
+    for sizes in COMPANY
+]
 
 
-@pytest.mark.parametrize("sizes", COMPANY, ids=str)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", [*MODELS, *CURVES])
+@pytest.mark.parametrize(("name", "sizes"), IN_COMPANY, ids=str)
 def test_what_is_said_to_be_batch_invariant_is(
     name: str, precision: Precision, sizes: tuple[int, ...]
 ) -> None:
@@ -493,7 +498,7 @@ def test_what_is_said_to_be_batch_invariant_is(
             p.add_(torch.randn_like(p), alpha=0.02)
     forward_pass = partial(forward, precision=precision)
     if is_batch_invariant(model, forward_pass, IMAGE_SHAPE, sizes):
-        rounds = 1 if name in ("cnn", "cnn-large") else ROUNDS  # these take seconds
+        rounds = 1 if name in SLOW else ROUNDS
         assert not differing(model, forward_pass, IMAGE_SHAPE, 10, sizes, rounds)
 
 

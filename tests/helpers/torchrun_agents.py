@@ -110,8 +110,8 @@ def _show_mark() -> None:
 
 
 class _ForkedWorker(subprocess.Popen[bytes]):
-    """A `Popen` of `python -u -m distributed_mnist WORDS...` that forks this process instead. The command or
-    another script may stand in place of the module."""
+    """A `Popen` of `python -u -m distributed_mnist WORDS...`, or of a script's path instead of `-m` and the
+    module, that forks this process."""
 
     def _execute_child(self, args: Sequence[str], *more: Any) -> None:
         variables = more[5]

@@ -45,12 +45,11 @@ def saved(out: Path) -> list[int]:
 
 
 class Batch:
-    """A job of the batch file with one task on each node. It takes its time, with `hurry` until its first
-    attempt has ended."""
+    """A job of the batch file with one task on each node. It takes its time, until `hurry` exists."""
 
-    def __init__(self, slurm: Slurm, digits: Path, folder: Path, *options: str, hurry: bool) -> None:
+    def __init__(self, slurm: Slurm, digits: Path, folder: Path, minutes: int) -> None:
         words = (
-            *options,
+            f"--time={minutes}",
             "--nodes=2",
             "--ntasks-per-node=1",
             SBATCH,
@@ -58,11 +57,10 @@ class Batch:
             "cpu",
             *paced.flags(digits),
         )
-        variables = {"PACED_UNTIL": str(folder / "hurry"), "PYTHONPATH": paced.python_path()}
+        self.hurry = folder / "hurry"
+        variables = {"PACED_UNTIL": str(self.hurry), "PYTHONPATH": paced.python_path()}
         self.job: Job = slurm.submit(*words, cwd=folder, **variables)
         self.out = folder / "runs" / f"slurm-{self.job.number}"
-        if hurry:
-            (folder / "hurry").symlink_to(self.out / "attempts")  # which the batch file writes then
 
     def under_way(self, attempt: int = 1) -> None:
         def saves() -> bool:
@@ -71,47 +69,22 @@ class Batch:
 
         self.job.wait_for(saves, f"a checkpoint of attempt {attempt}")
 
-
-def grace(batch: Batch) -> None:
-    """What Slurm sends to the tasks alone when the job is to make room for another."""
-    batch.job.cancel("--signal=TERM")
-
-
-def kill(batch: Batch) -> None:
-    os.kill(batch.job.pid(rank=1), signal.SIGKILL)
-
-
-def time_limit(batch: Batch) -> None:
-    """Nothing is left to do: when its minute is nearly over Slurm sends USR1 to the batch file."""
-    assert batch.job.shown()["TimeLimit"] == "00:01:00"
-
-
-Disturb = Callable[[Batch], None]
-DISTURBANCES: dict[Disturb, int] = {grace: 10, kill: 10, time_limit: 1}
-"""With minutes until the time is up."""
+    def left(self, attempt: int) -> str:
+        """What the batch file says about what the attempt before this one left. This one began there."""
+        step = starts(self.out)[attempt - 1]
+        return f"ended after runs/slurm-{self.job.number}/checkpoints/step_{step:08d}.pt"
 
 
 @pytest.fixture(scope="module")
-def batches(digits: Path, slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> dict[Disturb, Batch]:
-    """A job for each disturbance, disturbed. All at the same time, for much of it is waiting for Slurm."""
-    started = {
-        disturb: Batch(
-            slurm,
-            digits,
-            tmp_path_factory.mktemp(disturb.__name__),
-            f"--time={minutes}",
-            hurry=disturb is not grace,
-        )
-        for disturb, minutes in reversed(DISTURBANCES.items())
-    }
-    for disturb in DISTURBANCES:
-        started[disturb].under_way()
-        disturb(started[disturb])
-    return started
+def timed_out(digits: Path, slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Batch:
+    """A job with a minute. When it is nearly over Slurm sends USR1 to the batch file, that is at once."""
+    batch = Batch(slurm, digits, tmp_path_factory.mktemp("timed_out"), minutes=1)
+    batch.hurry.symlink_to(batch.out / "attempts")  # which the batch file writes then
+    return batch
 
 
 @pytest.mark.slow
-def test_the_job_is_examined(slurm: Slurm, batches: object, tmp_path: Path) -> None:
+def test_the_job_is_examined(slurm: Slurm, timed_out: Batch, tmp_path: Path) -> None:
     words = (*DMNIST, "doctor", "--device", "cpu", "--dataset", "generated", "--json")
     ended = slurm.call("srun", "-N2", "-n3", *words, cwd=tmp_path)
     assert ended.code == 0, ended
@@ -120,11 +93,11 @@ def test_the_job_is_examined(slurm: Slurm, batches: object, tmp_path: Path) -> N
     assert {one["name"]: one["verdict"] for one in told["findings"]}["collectives"] == "good"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_step_is_asked_to_stop(
-    slurm: Slurm, batches: object, digits: Path, expected: dict[str, Any], tmp_path: Path
+    slurm: Slurm, digits: Path, expected: dict[str, Any], tmp_path: Path
 ) -> None:
-    """All its tasks get the signal and stop at one step. The run continues at another size."""
+    """Without the batch file: all tasks get the signal and stop at one step."""
     out = tmp_path / "out"
     words = ("train", "--device", "cpu", *paced.flags(digits), "--out", out)
     variables = {"PYTHONPATH": paced.python_path(), "PACED_UNTIL": str(tmp_path / "never")}
@@ -143,52 +116,50 @@ def test_a_step_is_asked_to_stop(
     paced.assert_same(resumed, expected, world_size=3)
 
 
-def requeued(batch: Batch) -> None:
-    """Check that it stopped with a checkpoint and was requeued, and that the last attempt began there."""
-    step = starts(batch.out)[-1]
-    assert f"after step {step} of" in batch.job.output()
-    left = f"ended after runs/slurm-{batch.job.number}/checkpoints/step_{step:08d}.pt"
-    assert f"code 75, {left}: requeued" in batch.job.output()
-
-
 @pytest.mark.slow
-def test_requeued_at_the_time_limit(batches: dict[Disturb, Batch], expected: dict[str, Any]) -> None:
-    """The job restarts by itself, and no work is lost."""
-    batch = batches[time_limit]
-    assert batch.job.ended() == "COMPLETED", batch.job.output()
-    first, *more = starts(batch.out)
-    assert first == 0
-    # With a minute's limit, a slow machine may be stopped more than once.
-    assert int(batch.job.shown()["Restarts"]) >= len(more) >= 1
-    requeued(batch)
-    paced.assert_same(result(batch.out), expected, world_size=2)
+def test_killed_then_makes_room_then_cancelled(
+    slurm: Slurm, timed_out: Batch, digits: Path, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    """Three attempts of one job. The run is finished by hand later, at another size."""
+    batch = Batch(slurm, digits, tmp_path, minutes=10)
 
-
-@pytest.mark.slow
-def test_goes_on_where_a_task_was_killed(batches: dict[Disturb, Batch], expected: dict[str, Any]) -> None:
-    """The batch file starts again on the same nodes. Only the work since the last checkpoint is lost."""
-    batch = batches[kill]
-    assert batch.job.ended() == "COMPLETED", batch.job.output()
-    assert batch.job.shown()["Restarts"] == "0"
-    first, again = starts(batch.out)
-    assert first == 0
-    left = f"ended after runs/slurm-{batch.job.number}/checkpoints/step_{again:08d}.pt"
-    assert f"code 137, {left}: starting again" in batch.job.output()
-    paced.assert_same(result(batch.out), expected, world_size=2)
-
-
-@pytest.mark.slow
-def test_makes_room_and_is_cancelled_later(batches: dict[Disturb, Batch]) -> None:
-    """It is requeued the first time. Cancelled by hand, it saves too, and stays cancelled."""
-    batch = batches[grace]
+    # The batch file starts again on the same nodes. Only the work since the last checkpoint is lost.
+    batch.under_way()
+    os.kill(batch.job.pid(rank=1), signal.SIGKILL)
     batch.under_way(attempt=2)
-    requeued(batch)
+    assert batch.job.shown()["Restarts"] == "0"
+    assert f"code 137, {batch.left(2)}: starting again" in batch.job.output()
+
+    # Slurm asks the tasks alone when the job is to make room for another. It is requeued; no work is lost.
+    batch.job.cancel("--signal=TERM")
+    batch.under_way(attempt=3)
+    assert f"after step {starts(batch.out)[-1]} of" in batch.job.output()
+    assert f"code 75, {batch.left(3)}: requeued" in batch.job.output()
+
+    # Cancelled by hand, it saves too, and stays cancelled.
     batch.job.cancel()
     assert batch.job.ended() == "CANCELLED"
     assert batch.job.shown()["Restarts"] == "1"
-    assert len(starts(batch.out)) == 2
+    assert len(starts(batch.out)) == 3
     assert f"after step {saved(batch.out)[-1]} of" in batch.job.output()
     assert batch.job.output().count("requeued") == 1
+
+    finished = train(*paced.flags(digits), "--resume", "auto", nproc=3, out=batch.out)
+    paced.assert_same(finished, expected, world_size=3)
+
+
+@pytest.mark.slow
+def test_requeued_at_the_time_limit(timed_out: Batch, expected: dict[str, Any]) -> None:
+    """The job restarts by itself, and no work is lost."""
+    assert timed_out.job.ended() == "COMPLETED", timed_out.job.output()
+    assert timed_out.job.shown()["TimeLimit"] == "00:01:00"
+    first, *more = starts(timed_out.out)
+    assert first == 0
+    # With a minute's limit, a slow machine may be stopped more than once.
+    assert int(timed_out.job.shown()["Restarts"]) >= len(more) >= 1
+    assert f"after step {more[-1]} of" in timed_out.job.output()
+    assert f"code 75, {timed_out.left(len(more) + 1)}: requeued" in timed_out.job.output()
+    paced.assert_same(result(timed_out.out), expected, world_size=2)
 
 
 # ---- What the batch file decides, with stand-ins for Slurm's commands ------------------------------------
