@@ -5,7 +5,7 @@ that computed them. Its result has the same bits for every number of processes. 
 order of additions to DistributedDataParallel and its all-reduce. Its result is equal up to rounding.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -14,15 +14,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..distributed.world import World
-from .per_shard import GradientViews, HookedLayers, backpropagate
+from .cross_check import CrossCheck, all_true, same_random_state
+from .per_shard import GradientViews, HookedLayers
+from .shard_gradients import ForwardShards, ShardGradients
 from .subtree_exchange import SubtreeExchange
 from .tree_sum import BinaryCounter, owned_shards
-
-ForwardShards = Callable[[nn.Module, range], tuple[Tensor, Tensor]]
-"""`forward_shards(module, shards)` runs contiguous shards with at least one sample through `module`.
-
-Returns the logits, and the gradient of the loss with respect to them. The loss is summed over the samples
-and divided by the size of the global batch."""
 
 
 class Gradients(Protocol):
@@ -30,6 +26,14 @@ class Gradients(Protocol):
 
     def compute(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
         """Compute the gradient of one step; `sizes` are the shards' sizes. Every rank must call it."""
+        ...
+
+    def prepare(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
+        """Choose how to compute, by a trial on the run's first batch. Every rank must call it."""
+        ...
+
+    def check(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
+        """Raise an error if a rank computes wrong gradients. Every rank must call it."""
         ...
 
 
@@ -42,7 +46,7 @@ class TreeGradients:
     If the model is supported, `layers` compute its gradients. Without `layers`, autograd does, with one
     shard per pass. With `layers`, consecutive shards whose sizes are in `invariant_sizes` go through the
     model in one pass. Each shard's gradient then has the same bits as in a pass of its own (see
-    `batch_invariance`).
+    `batch_invariance`). For the other arguments see `CrossCheck`.
     """
 
     def __init__(
@@ -52,16 +56,21 @@ class TreeGradients:
         shards: int,
         layers: HookedLayers | None = None,
         invariant_sizes: Collection[Sequence[int]] = (),
+        *,
+        untouched: nn.Module | None = None,
+        name: str = "",
+        tolerance: float = 1e-3,
     ) -> None:
-        self._model, self._world, self._layers = model, world, layers
+        self._world, self._local = world, ShardGradients(model, layers)
+        self._cross_check = CrossCheck(world, shards, self._local, untouched, name, tolerance)
         self._invariant_sizes = {tuple(sizes) for sizes in invariant_sizes}
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._owned = owned_shards(world.rank, world.size, shards)
-        self._gradient = torch.zeros(sum(p.numel() for p in self._parameters), device=world.device)
-        self._rows = torch.zeros((len(self._owned), len(self._gradient)), device=world.device)
+        self._gradient = torch.zeros(self._local.length, device=world.device)
+        self._rows = torch.zeros((len(self._owned), self._local.length), device=world.device)
         self._layer_views: dict[range, list[GradientViews]] = {}
-        self._exchange = SubtreeExchange(world, shards, len(self._gradient))
-        for p, view in zip(self._parameters, self._parameter_views(self._gradient), strict=True):
+        self._exchange = SubtreeExchange(world, shards, self._local.length)
+        views = self._local.parameter_views(self._gradient)
+        for p, view in zip(self._local.parameters, views, strict=True):
             p.grad = view
 
     def compute(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
@@ -77,39 +86,86 @@ class TreeGradients:
         start = self._owned.start
         while start < self._owned.stop:
             shards = self._shards_of_next_pass(sizes, start)
-            start = shards.stop
-            rows = self._rows[shards.start - self._owned.start : shards.stop - self._owned.start]
-            own_sizes = sizes[shards.start : shards.stop]
-            if sum(own_sizes) == 0:  # a batch with fewer samples than shards
-                rows.zero_()
-            elif self._layers is None:
-                logits, grad_logits = forward_shards(self._model, shards)
-                rows.zero_()  # for parameters that are not used
-                gradients = backpropagate(logits, self._parameters, grad_logits)
-                views = self._parameter_views(rows[0])
-                used = [(v, g) for v, g in zip(views, gradients, strict=True) if g is not None]
-                torch._foreach_copy_([v for v, _ in used], [g for _, g in used])
-            else:
-                if shards not in self._layer_views:
-                    self._layer_views[shards] = self._layers.views(rows)
-                with self._layers.recording():
-                    logits, grad_logits = forward_shards(self._model, shards)
-                self._layers.write_gradients(logits, grad_logits, own_sizes, self._layer_views[shards])
-            yield from rows.unbind()
+            rows = self._gradients_of_pass(forward_shards, sizes, shards)
+            if rows is not None:
+                yield from rows.unbind()
+                start = shards.stop
+
+    def _gradients_of_pass(
+        self, forward_shards: ForwardShards, sizes: Sequence[int], shards: range
+    ) -> Tensor | None:
+        """Return the gradients of shards that share a pass, one row each. They are overwritten later.
+
+        Returns None if they cannot share one. From then on each shard has a pass of its own.
+        """
+        rows = self._rows[shards.start - self._owned.start : shards.stop - self._owned.start]
+        if self._local.layers and shards not in self._layer_views:
+            self._layer_views[shards] = self._local.layers.views(rows)
+        views = self._layer_views.get(shards)
+        if self._local.write(forward_shards, shards, sizes[shards.start : shards.stop], rows, views):
+            return rows
+        self._invariant_sizes.clear()
+        return None
+
+    def prepare(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
+        """Try the layers' gradients on the run's first batch with its initial weights; see `Gradients`.
+
+        A trial on noise is not enough, because what a model does may depend on its images. If the gradient
+        of some shard is not autograd's, autograd computes them all, on every rank.
+        """
+        initial, close = self._cross_check.initial(), True
+        if self._local.layers is not None and initial is not None:
+            with same_random_state(self._world.device):
+                close = self._layers_are_right(initial, forward_shards, sizes)
+        if not all_true(self._world, close):
+            self._local.layers = None
+            self._invariant_sizes.clear()
+
+    def _layers_are_right(
+        self, initial: ShardGradients, forward_shards: ForwardShards, sizes: Sequence[int]
+    ) -> bool:
+        """Compare the gradients of this rank's shards with autograd's.
+
+        Shards that share a pass are compared with the same ones alone. If they differ, each shard has a
+        pass of its own from now on.
+        """
+        by_layers = {shard: initial.of_shard(forward_shards, shard, sizes) for shard in self._owned}
+        for shards in self._passes(sizes):
+            rows = torch.empty((len(shards), initial.length), device=self._world.device)
+            alone = torch.stack([by_layers[shard] for shard in shards])
+            written = initial.write(forward_shards, shards, sizes[shards.start : shards.stop], rows)
+            if not (written and torch.equal(rows, alone)):
+                self._invariant_sizes.clear()
+        autograd = ShardGradients(initial.model)
+        return all(
+            self._cross_check.is_close(row, autograd.of_shard(forward_shards, shard, sizes))
+            for shard, row in by_layers.items()
+        )
+
+    def check(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
+        """Compare gradients with other ranks and with autograd; see `CrossCheck.check`."""
+
+        def usual(shard: int) -> Tensor:
+            for shards in self._passes(sizes):
+                if shard in shards:
+                    rows = self._gradients_of_pass(forward_shards, sizes, shards)
+                    if rows is not None:
+                        return rows[shard - shards.start]
+            return self._local.of_shard(forward_shards, shard, sizes)
+
+        self._cross_check.check(usual, forward_shards, sizes)
+
+    def _passes(self, sizes: Sequence[int]) -> list[range]:
+        passes: list[range] = []
+        while (start := passes[-1].stop if passes else self._owned.start) < self._owned.stop:
+            passes.append(self._shards_of_next_pass(sizes, start))
+        return passes
 
     def _shards_of_next_pass(self, sizes: Sequence[int], start: int) -> range:
         """Return the longest run of shards from `start` that can go through the model in one pass."""
         stops = range(self._owned.stop, start + 1, -1)
         invariant = (stop for stop in stops if tuple(sizes[start:stop]) in self._invariant_sizes)
         return range(start, next(invariant, start + 1))
-
-    def _parameter_views(self, flat: Tensor) -> list[Tensor]:
-        """Cut a flat vector into one view per parameter, with the parameter's shape and memory layout."""
-        views, offset = [], 0
-        for p in self._parameters:
-            views.append(flat.as_strided(p.shape, p.stride(), flat.storage_offset() + offset))
-            offset += p.numel()
-        return views
 
 
 class DdpGradients:
@@ -148,6 +204,12 @@ class DdpGradients:
         last = self._surrogate_loss(forward_shards, self._passes[-1], sizes)
         with self._world.communicating("a gradient sum", also_computes=True):
             last.backward()
+
+    def prepare(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
+        """Do nothing: autograd computes these gradients."""
+
+    def check(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
+        """Do nothing: these gradients are equal only up to rounding, so a digest would tell nothing."""
 
     def _surrogate_loss(self, forward_shards: ForwardShards, shards: range, sizes: Sequence[int]) -> Tensor:
         """Return a scalar whose gradient is that of the loss; see `backpropagate`."""

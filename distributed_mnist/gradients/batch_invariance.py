@@ -40,6 +40,8 @@ def _gradients_agree(model: nn.Module, shape: Sequence[int]) -> bool:
     images = torch.randn(2, *shape, generator=generator).to(layers.parameters[0].device)
     with layers.recording():
         logits = model(images)
+    if not layers.can_write(logits, [len(images)]):
+        return False
     grad_logits = torch.randn(logits.shape, generator=generator).to(logits.device)
     row = torch.empty(1, sum(p.numel() for p in layers.parameters), device=logits.device)
     layers.write_gradients(logits, grad_logits, [len(images)], layers.views(row))
@@ -47,8 +49,9 @@ def _gradients_agree(model: nn.Module, shape: Sequence[int]) -> bool:
     tolerance = 1e-4 if images.device.type == "cpu" else 1e-2  # other devices may round to fewer bits
     parts = row[0].split([p.numel() for p in layers.parameters])
     return all(
-        torch.allclose(
-            part, (flat := _in_memory_order(g, p)), rtol=0, atol=tolerance * float(flat.abs().max())
+        g is not None
+        and torch.allclose(
+            part, (flat := in_memory_order(g, p)), rtol=0, atol=tolerance * float(flat.abs().max())
         )
         for part, g, p in zip(parts, expected, layers.parameters, strict=True)
     )
@@ -61,14 +64,29 @@ def is_batch_invariant(
 
     `shape` is that of one image.
     """
+    try:
+        return _same_in_one_pass(model, forward, shape, sizes)
+    except Exception:  # what a user's model does may depend on the images
+        return False
+
+
+def _same_in_one_pass(
+    model: nn.Module, forward: Forward, shape: Sequence[int], sizes: Sequence[int]
+) -> bool:
     model, generator = _perturbed_copy(model)
     layers = HookedLayers(model)
     count = sum(p.numel() for p in layers.parameters)
     images = torch.randn(sum(sizes), *shape, generator=generator).to(layers.parameters[0].device)
 
-    def gradients(images: Tensor, sizes: Sequence[int]) -> Tensor:
+    def recorded_pass(images: Tensor, sizes: Sequence[int]) -> Tensor:
         with layers.recording():
             logits = forward(model, images.clone())
+        if not layers.can_write(logits, sizes):
+            raise ValueError("a layer is not used as a layer")
+        return logits
+
+    def gradients(images: Tensor, sizes: Sequence[int]) -> Tensor:
+        logits = recorded_pass(images, sizes)
         rows = torch.empty(len(sizes), count, device=logits.device)
         grad_logits = cross_entropy(logits, logits.argmin(1))[1]
         layers.write_gradients(logits, grad_logits, sizes, layers.views(rows))
@@ -77,8 +95,7 @@ def is_batch_invariant(
     separate = [gradients(shard, [len(shard)]) for shard in images.split(list(sizes))]
     if not torch.equal(gradients(images, sizes), torch.cat(separate)):
         return False
-    with layers.recording():
-        logits = forward(model, images.clone())
+    logits = recorded_pass(images, sizes)
     recorded = layers.inputs_and_output_gradients(logits, torch.ones_like(logits))
     return all(_keeps_order(layer, x, grad_output, sizes, generator) for layer, x, grad_output in recorded)
 
@@ -172,7 +189,7 @@ def _perturbed_copy(model: nn.Module) -> tuple[nn.Module, torch.Generator]:
     return model, generator
 
 
-def _in_memory_order(gradient: Tensor, parameter: Tensor) -> Tensor:
+def in_memory_order(gradient: Tensor, parameter: Tensor) -> Tensor:
     """Return a gradient's values in the order in which its parameter's values lie in memory."""
     flat = gradient.new_empty(gradient.numel())
     flat.as_strided(parameter.shape, parameter.stride()).copy_(gradient)

@@ -13,6 +13,7 @@ with respect to a layer's output, and so on.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,17 +23,31 @@ GradientViews = tuple[Tensor, Tensor]
 """Where one layer's gradients are written: its weight's `(shards, numbers)` and its bias's."""
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer, in a pass that is recorded."""
+
+    x: Tensor
+    output: Tensor
+    version: int
+    """How often `x` had been changed in place."""
+    node: Any
+    """The output's node in autograd's graph. A later change in place gives the output another one."""
+
+
 class HookedLayers:
     """The convolutions and linear layers of a model, with hooks that record their inputs and outputs.
 
-    They compute the gradients of some models only: see `batch_invariance.matches_autograd`.
+    They compute the gradients of some models only (see `batch_invariance.matches_autograd`), and of these
+    models some passes only: what a model does may depend on the images (see `can_write`).
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
         self._sizes = [sum(p.numel() for p in layer.parameters()) for layer in self._layers]
-        self._recording: dict[nn.Module, tuple[Tensor, Tensor]] | None = None
+        self._parameter_ids = {id(p) for p in self.parameters}
+        self._recording: dict[nn.Module, list[Call | None]] | None = None
         for layer in self._layers:
             layer.register_forward_hook(self._record)
 
@@ -43,10 +58,7 @@ class HookedLayers:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Record the layers' inputs and outputs inside this context.
-
-        Raises `ValueError` if a layer is used twice or is called by keyword.
-        """
+        """Record the layers' inputs and outputs inside this context."""
         self._recording = {}
         try:
             yield
@@ -56,11 +68,42 @@ class HookedLayers:
     def _record(self, layer: nn.Module, inputs: Any, output: Tensor) -> None:
         if self._recording is None:
             return
-        if layer in self._recording:
-            raise ValueError("a layer is used twice")
-        if len(inputs) != 1:
-            raise ValueError("a layer is called by keyword")
-        self._recording[layer] = (inputs[0], output)
+        call = None  # an input that is passed by name does not reach a hook
+        if len(inputs) == 1:
+            call = Call(inputs[0], output, inputs[0]._version, output.grad_fn)
+        self._recording.setdefault(layer, []).append(call)
+
+    def can_write(self, logits: Tensor, sizes: Sequence[int]) -> bool:
+        """Return whether `write_gradients` would write autograd's gradients of the recorded pass.
+
+        `logits` are its result, `sizes` those of its shards. If not, the recorded tensors are released.
+        """
+        calls = {layer: made[0] for layer, made in self._recorded.items() if len(made) == 1 and made[0]}
+        possible = len(calls) == len(self._layers) and all(
+            call.node is not None
+            and call.output.grad_fn is call.node
+            and call.x._version == call.version
+            and _fits(layer, call.x, sizes)
+            for layer, call in calls.items()
+        )
+        possible = possible and not self._parameters_reached(logits, list(calls.values()))
+        if not possible:
+            self._recorded.clear()
+        return possible
+
+    def _parameters_reached(self, logits: Tensor, calls: Sequence[Call]) -> bool:
+        """Return whether a path through autograd's graph leads to a parameter, but through no layer."""
+        seen = {call.node for call in calls}
+        nodes = [logits.grad_fn, *(call.x.grad_fn for call in calls)]
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if id(getattr(node, "variable", None)) in self._parameter_ids:
+                return True
+            nodes += [following for following, _ in node.next_functions]
+        return False
 
     def views(self, rows: Tensor) -> list[GradientViews]:
         """Return, for each layer, the parts of `rows`, `(shards, parameters)`, for its gradients.
@@ -81,20 +124,24 @@ class HookedLayers:
 
         The pass that computed `logits` must have been recorded. The recorded tensors are released.
         """
-        recorded = [self._recorded.pop(layer) for layer in self._layers]
-        if len(recorded) == 1 and recorded[0][1] is logits:
-            grad_outputs: Sequence[Tensor] = [grad_logits]  # nothing is left for autograd
+        recorded = [call for layer in self._layers for call in self._recorded.pop(layer) if call]
+        if len(recorded) == 1 and recorded[0].output is logits:
+            found: Sequence[Tensor | None] = [grad_logits]  # nothing is left for autograd
         else:
-            grad_outputs = backpropagate(logits, [output for _, output in recorded], grad_logits)
+            found = backpropagate(logits, [call.output for call in recorded], grad_logits)
+        grad_outputs = [
+            torch.zeros_like(call.output) if grad is None else grad
+            for call, grad in zip(recorded, found, strict=True)
+        ]
         return [
-            (layer, x.to(grad_output.dtype), grad_output)
-            for layer, (x, _), grad_output in zip(self._layers, recorded, grad_outputs, strict=True)
+            (layer, call.x.to(grad_output.dtype), grad_output)
+            for layer, call, grad_output in zip(self._layers, recorded, grad_outputs, strict=True)
         ]
 
     def write_gradients(
         self, logits: Tensor, grad_logits: Tensor, sizes: Sequence[int], views: Sequence[GradientViews]
     ) -> None:
-        """Write the gradients of shards of these sizes into `views`.
+        """Write the gradients of shards of these sizes into `views`, if `can_write`.
 
         For `logits` and `grad_logits` see `inputs_and_output_gradients`.
         """
@@ -104,7 +151,16 @@ class HookedLayers:
                 write_layer_gradients(layer, x, grad_output, sizes, layer_views)
 
 
-def backpropagate(logits: Tensor, inputs: Sequence[Tensor], grad_logits: Tensor) -> tuple[Tensor, ...]:
+def _fits(layer: nn.Module, x: Tensor, sizes: Sequence[int]) -> bool:
+    """Return whether a layer's input can be cut into shards of these sizes."""
+    if isinstance(layer, nn.Conv2d):
+        return len(x) == sum(sizes)
+    return len(sizes) == 1 or len(x) % sum(sizes) == 0
+
+
+def backpropagate(
+    logits: Tensor, inputs: Sequence[Tensor], grad_logits: Tensor
+) -> tuple[Tensor | None, ...]:
     """Return the gradients of the loss with respect to `inputs`; None where it does not depend on one.
 
     Autograd differentiates a scalar: if it gets `grad_logits` itself, torch imports a library for symbolic

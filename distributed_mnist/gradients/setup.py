@@ -1,5 +1,6 @@
 """Make the gradient computation of a recipe: which way to add, and how many shards share a forward pass."""
 
+import copy
 from functools import partial
 
 from torch import nn
@@ -54,8 +55,17 @@ def make_tree_gradients(
     as in a pass of its own. Otherwise there is one shard per pass. The same is true for a model that draws
     random numbers, with a key per shard.
     """
+    make = partial(
+        TreeGradients,
+        model,
+        world,
+        recipe.shards,
+        untouched=_copy(model),
+        name=recipe.model,
+        tolerance=1e-3 if recipe.precision == "fp32" and world.device.type == "cpu" else 5e-2,
+    )
     if properties.draws_random_numbers or not matches_autograd(model, IMAGE_SHAPE):
-        return TreeGradients(model, world, recipe.shards)
+        return make()
     owned = owned_shards(world.rank, world.size, recipe.shards)
     sizes = shard_sizes(recipe.batch_size, recipe.shards)[owned.start : owned.stop]
     per_pass = max(1, MAX_IMAGES_PER_PASS // max(sizes[0], 1))
@@ -63,4 +73,12 @@ def make_tree_gradients(
     groups = [group for group in groups if len(group) > 1 and min(group) > 0]
     forward_pass = partial(forward, precision=recipe.precision)
     invariant = [group for group in groups if is_batch_invariant(model, forward_pass, IMAGE_SHAPE, group)]
-    return TreeGradients(model, world, recipe.shards, HookedLayers(model), invariant)
+    return make(HookedLayers(model), invariant)
+
+
+def _copy(model: nn.Module) -> nn.Module | None:
+    """Return a copy of the model, or None: a user's model may refuse to be copied."""
+    try:
+        return copy.deepcopy(model)
+    except Exception:
+        return None

@@ -7,6 +7,7 @@ so their total does not depend on the number of ranks.
 
 import base64
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.digest import digest
 from ..config import Precision
 from ..data.broadcast import Data
 from ..data.split import Split, normalise
 from ..distributed.world import World
 from ..errors import UsageError
+from ..gradients.agreement import Results, compare
 from ..models.build import forward
 
 CHUNK = 250  # divides 10,000 into 40: fits a core's cache, and leaves each of 8 ranks 5
@@ -52,11 +55,14 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Data, world: World, precision: Precision) -> Evaluation:
+def evaluate(
+    model: nn.Module, data: Data, world: World, precision: Precision, name: str = ""
+) -> Evaluation:
     """Evaluate the model on the test images, which every rank holds; every rank returns the same metrics.
 
-    The model runs in evaluation mode; afterwards its previous mode is restored. Raises `UsageError` if it
-    does not return logits `(n, classes)`.
+    The model runs in evaluation mode; afterwards its previous mode is restored. `name` is the model's, for
+    messages. Raises `UsageError` if it does not return logits `(n, classes)`, or not the same ones when
+    a chunk is repeated, and `TrainingError` if a rank computes other logits than the others.
     """
     split, classes = data.test, len(data.class_names)
     chunks = -(-len(split) // CHUNK)
@@ -65,18 +71,26 @@ def evaluate(model: nn.Module, data: Data, world: World, precision: Precision) -
     confidence = torch.zeros(len(split), device=world.device)
     was_training = model.training
     model.eval()
-    for chunk in range(world.rank * chunks // world.size, (world.rank + 1) * chunks // world.size):
-        world.status.made_progress()
-        rows = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
-        images, labels = split.images[rows].clone(), split.labels[rows].long()
+
+    def logits_of(chunk: int) -> Tensor:
+        images = split.images[chunk * CHUNK : (chunk + 1) * CHUNK].clone()
         logits = forward(model, normalise(images, data.mean, data.std), precision)
         if logits.shape != (len(images), classes):
             shape, expected = tuple(logits.shape), (len(images), classes)
             raise UsageError(
                 f"the model returns shape {shape} for {len(images)} images; expected logits {expected}"
             )
-        losses[chunk] = F.cross_entropy(logits, labels, reduction="sum")
+        return logits
+
+    checked = ""
+    for chunk in _owned_chunks(world.rank, world.size, chunks):
+        world.status.made_progress()
+        rows = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
+        logits = logits_of(chunk)
+        checked = checked or digest(logits)
+        losses[chunk] = F.cross_entropy(logits, split.labels[rows].long(), reduction="sum")
         confidence[rows], predicted[rows] = logits.softmax(1).max(1)
+    _require_same_logits(world, chunks, checked, logits_of, name)
     model.train(was_training)
     # Each position is nonzero on at most one rank, so the sums are exact.
     total = math.fsum(world.all_reduce_sum_(losses).tolist())
@@ -91,6 +105,31 @@ def evaluate(model: nn.Module, data: Data, world: World, precision: Precision) -
         predicted=predicted,
         confidence=confidence,
     )
+
+
+def _owned_chunks(rank: int, size: int, chunks: int) -> range:
+    return range(rank * chunks // size, (rank + 1) * chunks // size)
+
+
+def _require_same_logits(
+    world: World, chunks: int, checked: str, logits_of: Callable[[int], Tensor], name: str
+) -> None:
+    """Raise an error if the first chunk of a rank has other logits when it is repeated by the rank before.
+
+    `checked` is the digest of the logits of this rank's first chunk; empty if it has none.
+    """
+
+    def again(rank: int) -> str:
+        return digest(logits_of(next(iter(_owned_chunks(rank, world.size, chunks)), 0)))
+
+    def repeat(rank: int) -> Results:
+        digests = [again(rank) for _ in range(2)]
+        return Results(usual=digests[:1], alone=digests, fresh=digests[:1])
+
+    neighbour = again((world.rank + 1) % world.size)
+    found = compare(world, checked or again(world.rank), neighbour, repeat)
+    if found is not None:
+        raise found.error(world, name, "logits in evaluation")
 
 
 def mistakes(result: Evaluation, split: Split) -> list[dict[str, Any]]:

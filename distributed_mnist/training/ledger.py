@@ -61,6 +61,10 @@ class Ledger:
         self._losses[row, positions] = losses
         torch.eq(logits.argmax(1), batch.labels, out=self._correct[row, positions])
 
+    def take_back(self, start: int) -> None:
+        """Forget the samples of the open step from position `start` on, because their pass is repeated."""
+        self._ids[len(self._sizes) - 1, start:] = 0
+
     def close(self, world: World, samples_sha256: str) -> tuple[IntervalRecord, str]:
         """Add the ledgers of all ranks and clear this one.
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ..common.digest import digest
 from ..common.random_keys import torch_seed
 from ..distributed.world import World
-from ..errors import Interrupted, TrainingError
+from ..errors import Interrupted, TrainingError, UsageError
 from ..gradients.loss import cross_entropy
+from ..gradients.shard_gradients import ForwardShards
 from ..models.build import forward
 from ..optim import weight_average
 from ..optim.schedule import make_schedule, set_learning_rate
@@ -51,8 +52,7 @@ def train(state: State, context: TrainingContext) -> Evaluation:
     evaluation = None
     speed_judged = world.size == 1
 
-    state.model.train()
-    world.status.enter("training")
+    prepare(state, context)
     sync_points.start()
     for step in range(state.step, total_steps):
         world.status.begin_step(step + 1)
@@ -83,7 +83,7 @@ def train(state: State, context: TrainingContext) -> Evaluation:
         is_best = False
         if must_evaluate:
             world.status.enter("evaluating")
-            evaluation = evaluate(state.model, context.data, world, recipe.precision)
+            evaluation = evaluate(state.model, context.data, world, recipe.precision, recipe.model)
             is_best = report_evaluation(state, context, evaluation) or (is_last and averages_weights)
         if must_save or save_due or stopping or is_best:
             save(state, context, best=is_best)
@@ -92,7 +92,18 @@ def train(state: State, context: TrainingContext) -> Evaluation:
             stop(state, world, total_steps)
         world.status.enter("training")
         sync_points.start()
-    return evaluation or evaluate(state.model, context.data, world, recipe.precision)
+    return evaluation or evaluate(state.model, context.data, world, recipe.precision, recipe.model)
+
+
+def prepare(state: State, context: TrainingContext) -> None:
+    """Choose how to compute gradients, and check them before the first step."""
+    state.model.train()
+    context.world.status.enter("comparing gradients")
+    forward_shards = make_forward(context, PhaseTimer(context.world), 0)
+    context.gradients.prepare(forward_shards, context.batches.shard_sizes(0))
+    if state.step < context.batches.total_steps:
+        check_gradients(state, context, state.step)
+    context.world.status.enter("training")
 
 
 def train_step(
@@ -102,10 +113,25 @@ def train_step(
 
     Only the copy of random transforms to the device waits for it.
     """
-    recipe, size = context.recipe, context.batches.size(step)
-    ledger.open(step, size)
+    ledger.open(step, context.batches.size(step))
+    forward_shards = make_forward(context, timer, step, ledger)
+    with timer.phase("backward"):
+        context.gradients.compute(forward_shards, context.batches.shard_sizes(step))
+    with timer.phase("optimizer"):
+        state.optimizer.step()
+
+
+def make_forward(
+    context: TrainingContext, timer: PhaseTimer, step: int, ledger: Ledger | None = None
+) -> ForwardShards:
+    """Return the function that runs shards of global batch `step` through a model.
+
+    With `ledger`, it records the samples. A pass that is repeated replaces its record.
+    """
+    recipe, size, recorded = context.recipe, context.batches.size(step), 0
 
     def forward_shards(module: nn.Module, shards: range) -> tuple[Tensor, Tensor]:
+        nonlocal recorded
         with timer.phase("data"):
             batch = context.batches.take(step, shards)
         if context.reseed:
@@ -113,13 +139,14 @@ def train_step(
         with timer.phase("forward"):
             logits = forward(module, batch.images, recipe.precision)
             losses, grad_logits = cross_entropy(logits, batch.labels, recipe.label_smoothing)
-        ledger.record(batch, losses, logits)
+        if ledger is not None:
+            if batch.start < recorded:
+                ledger.take_back(batch.start)
+            ledger.record(batch, losses, logits)
+            recorded = batch.start + len(batch.ids)
         return logits, grad_logits.div_(size)
 
-    with timer.phase("backward"):
-        context.gradients.compute(forward_shards, context.batches.shard_sizes(step))
-    with timer.phase("optimizer"):
-        state.optimizer.step()
+    return forward_shards
 
 
 def close_interval(
@@ -183,8 +210,25 @@ def require_same_weights(state: State, world: World) -> None:
         )
 
 
+def check_gradients(state: State, context: TrainingContext, step: int) -> None:
+    """Raise an error if the ranks compute different gradients of global batch `step`, see `gradients`.
+
+    They would still have the same weights: wrong ones, because all add the same gradients.
+    """
+    forward_shards = make_forward(context, PhaseTimer(context.world), step)
+    try:
+        with context.world.status.during("comparing gradients", 0):
+            context.gradients.check(forward_shards, context.batches.shard_sizes(step))
+    except (TrainingError, UsageError) as error:
+        report_saved(state, context, wait=True)
+        last_good = context.store.last_good()
+        text = f"{error}; noticed after step {state.step}, last good checkpoint: {last_good}"
+        raise type(error)(text) from error
+
+
 def save(state: State, context: TrainingContext, *, best: bool) -> None:
-    """Start to write a checkpoint of the current state. Training continues while it is written."""
+    """Check the run and start to write a checkpoint. Training continues while it is written."""
+    check_gradients(state, context, state.step - 1)
     require_same_weights(state, context.world)
     with context.world.status.during("saving a checkpoint", _DISK_PATIENCE_SECONDS):
         context.store.save(partial(pack, state, context), best=best)

@@ -24,10 +24,11 @@ from distributed_mnist.data.broadcast import Data
 from distributed_mnist.data.split import Split
 from distributed_mnist.distributed.world import World
 from distributed_mnist.errors import WorkerLost
-from distributed_mnist.gradients.all_reduce import ForwardShards, Gradients, TreeGradients
+from distributed_mnist.gradients.all_reduce import Gradients, TreeGradients
 from distributed_mnist.gradients.loss import cross_entropy
 from distributed_mnist.gradients.per_shard import HookedLayers
 from distributed_mnist.gradients.setup import make_gradients, make_tree_gradients
+from distributed_mnist.gradients.shard_gradients import ForwardShards
 from distributed_mnist.models.build import build, forward, inspect, place
 from distributed_mnist.training.batches import Batches
 from distributed_mnist.training.evaluate import Evaluation, evaluate

@@ -5,7 +5,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,7 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from distributed_mnist.common.placement import ALONE
 from distributed_mnist.config import Precision
+from distributed_mnist.distributed.world import World
+from distributed_mnist.gradients.all_reduce import TreeGradients
 from distributed_mnist.gradients.batch_invariance import is_batch_invariant, matches_autograd
 from distributed_mnist.gradients.loss import cross_entropy
 from distributed_mnist.gradients.per_shard import HookedLayers
@@ -21,6 +24,7 @@ from distributed_mnist.models.build import build, forward, place
 from distributed_mnist.models.patch_conv import PatchConv
 from distributed_mnist.models.zoo import IMAGE_SHAPE, MODELS, NarrowLinear
 
+WORLD = World(ALONE, torch.device("cpu"), "none")
 SMALL = (2, 8, 9)
 """Channels, height and width of small images; they have four classes."""
 
@@ -648,11 +652,79 @@ def test_a_recorded_pass_keeps_what_it_needs() -> None:
     assert outputs.alive() == 3
 
 
-def test_a_layer_used_twice_is_refused() -> None:
+class ByImage(Head):
+    """Does something else for bright images. Subclasses say what."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.bright(images) if float(images.max()) > 9 else super().forward(images)
+
+    def bright(self, images: Tensor) -> Tensor:
+        return super().forward(images)
+
+
+class UsesAWeight(ByImage):
+    def bright(self, images: Tensor) -> Tensor:
+        pixels = images.flatten(1)
+        return super().bright(images) + F.linear(self.first(pixels), self.last.weight)
+
+
+class LeavesALayerOut(ByImage):
+    def bright(self, images: Tensor) -> Tensor:
+        return F.pad(images.flatten(1)[:, :1], (0, 3)) + self.last.bias
+
+
+class CallsALayerAgain(ByImage):
+    def bright(self, images: Tensor) -> Tensor:
+        return super().bright(images) + self.last(self.first(images.flatten(1)))
+
+
+class ChangesAnOutput(ByImage):
+    def bright(self, images: Tensor) -> Tensor:
+        return self.last(self.first(images.flatten(1)).sigmoid_())
+
+
+class IgnoresAnOutput(ByImage):
+    def bright(self, images: Tensor) -> Tensor:
+        self.first(images.flatten(1))
+        return self.last(images.flatten(1)[:, :6])
+
+
+class RoutesImages(ByImage):
+    """Sends the bright images, here three of six, through a layer."""
+
+    def bright(self, images: Tensor) -> Tensor:
+        chosen, hidden = images.amax((1, 2, 3)) > 9, images.flatten(1)[:, :6]
+        found = self.first(images[chosen].flatten(1)).to(hidden)
+        return self.last(hidden.index_add(0, chosen.nonzero()[:, 0], found))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    "kind",
+    [UsesAWeight, LeavesALayerOut, CallsALayerAgain, ChangesAnOutput, IgnoresAnOutput, RoutesImages],
+)
+def test_what_depends_on_the_images_has_autograds_gradient(kind: type[ByImage], autocast: bool) -> None:
+    """The trial on noise sees nothing of it, and a layer of a wrong gradient has no other sign."""
     torch.manual_seed(3)
-    model = Twice()
+    model = kind()
+    assert matches_autograd(model, SMALL)
     layers = HookedLayers(model)
-    model(drawn(2)[0])
-    with layers.recording(), pytest.raises(ValueError, match="a layer is used twice"):
-        model(drawn(2)[0])
-    model(drawn(2)[0])  # outside it may
+    images, outer = drawn(6)[0], torch.randn(6, 4)
+    images[[1, 2, 5]] *= 100
+
+    def forward_shards(module: nn.Module, shards: range) -> tuple[Tensor, Tensor]:
+        rows = slice(shards.start * 3, shards.stop * 3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return module(images[rows]).float(), outer[rows]
+
+    TreeGradients(model, WORLD, 2, layers, [(3, 3)]).compute(forward_shards, [3, 3])
+    tree = [cast("Tensor", p.grad).clone() for p in model.parameters()]
+    by_shard = [forward_shards(model, range(i, i + 1)) for i in range(2)]
+    total = sum((logits * grad).sum() for logits, grad in by_shard)
+    expected = torch.autograd.grad(cast("Tensor", total), list(model.parameters()), allow_unused=True)
+    for got, right in zip(tree, expected, strict=True):
+        scale = 0.02 if autocast else 1e-5
+        if right is None:
+            assert not got.any()
+        else:
+            assert float((got - right).abs().max()) <= scale * float(right.abs().max())

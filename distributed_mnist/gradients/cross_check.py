@@ -1,0 +1,144 @@
+"""Check the gradients of a run, from time to time: between ranks, against autograd, and for hidden state.
+
+At a check every rank computes two shards again: one of its own, as in training, and one of the next rank's,
+in a pass of its own and on a fresh copy of the model. The digests of a shard's two gradients must be equal
+(see `agreement`). The second gradient is also compared with autograd's, up to rounding.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..common.digest import digest
+from ..distributed.world import World
+from ..errors import TrainingError
+from .agreement import Disagreement, Results, compare
+from .per_shard import HookedLayers
+from .shard_gradients import ForwardShards, ShardGradients
+from .tree_sum import owned_shards
+
+
+class CrossCheck:
+    """Checks the gradients of `local`, a rank's model, whose name is `name`.
+
+    `untouched` is a copy of the model with its initial weights, which never makes a pass; None if the model
+    cannot be copied. `tolerance` is the largest difference from autograd's gradient, as a fraction of the
+    largest gradient of the same parameter.
+    """
+
+    def __init__(
+        self, world: World, shards: int, local: ShardGradients, untouched: nn.Module | None,
+        name: str = "", tolerance: float = 1e-3,
+    ) -> None:  # fmt: skip
+        self._world, self._shards, self._local = world, shards, local
+        self._untouched, self._name, self._tolerance = untouched, name, tolerance
+        self._checks = 0
+
+    def initial(self) -> ShardGradients | None:
+        """Return the gradients of a copy of the model with its initial weights, or None."""
+        return None if self._untouched is None else self._copy(self._untouched)
+
+    def check(
+        self,
+        usual: Callable[[int], Tensor],
+        forward_shards: ForwardShards,
+        sizes: Sequence[int],
+    ) -> None:
+        """Compare gradients at the current weights. Every rank must call it.
+
+        `usual(shard)` is the gradient of one of this rank's shards, computed as in training. `sizes` are
+        those of all shards. No weight and no generator of torch changes. Raises `UsageError` if the model
+        keeps state between passes, and `TrainingError` if a rank computes other gradients than the others
+        or if the gradient is not autograd's.
+        """
+        world, local = self._world, self._local
+        with same_random_state(world.device):
+            own = self._shard_of(world.rank, sizes)
+            other = self._shard_of((world.rank + 1) % world.size, sizes)
+            mine = digest(usual(own))
+            fresh = self._fresh()
+            # Autograd comes first, so that the copy's pass is not the same in number as the model's own.
+            expected = ShardGradients((fresh or local).model).of_shard(forward_shards, other, sizes)
+            gradient = (fresh or local).of_shard(forward_shards, other, sizes)
+
+            def repeat(owner: int) -> Results:
+                shard = self._shard_of(owner, sizes)
+                again = [digest(local.of_shard(forward_shards, shard, sizes)) for _ in range(2)]
+                anew = self._fresh()
+                return Results(
+                    usual=[digest(usual(shard))] if owner == world.rank else [],
+                    alone=again,
+                    fresh=[digest((anew or local).of_shard(forward_shards, shard, sizes))],
+                )
+
+            found = compare(world, mine, digest(gradient), repeat)
+        close = self.is_close(gradient, expected)
+        self._checks += 1
+        if found is not None and not self._is_a_bad_copy(found):
+            raise found.error(world, self._name, "gradients")
+        if not all_true(world, close):
+            raise TrainingError(
+                f"--model {self._name}: its gradients are not those of autograd, because a class derived "
+                f"from nn.Linear or nn.Conv2d computes something else for some images: derive it from "
+                f"nn.Module"
+            )
+
+    def is_close(self, gradient: Tensor, expected: Tensor) -> bool:
+        """Return whether two flat gradients `(parameters,)` are equal up to rounding."""
+        lengths = [p.numel() for p in self._local.parameters]
+        least = 1e-3 * float(expected.abs().max())  # smaller gradients may be sums that cancel
+        return all(
+            float((part - right).abs().max()) <= self._tolerance * max(float(right.abs().max()), least)
+            for part, right in zip(gradient.split(lengths), expected.split(lengths), strict=True)
+            if right.isfinite().all()  # the loop reports the others
+        )
+
+    def _shard_of(self, rank: int, sizes: Sequence[int]) -> int:
+        """Return the shard of a rank that is checked this time: each time another one with samples."""
+        owned = owned_shards(rank, self._world.size, self._shards)
+        shards = [s for s in owned if sizes[s]] or [s for s in range(self._shards) if sizes[s]]
+        return shards[self._checks % len(shards)]
+
+    def _fresh(self) -> ShardGradients | None:
+        """Return the gradients of a copy of the model that has made no pass, with the current weights."""
+        if self._untouched is None:
+            return None
+        fresh = self._copy(self._untouched)
+        with torch.no_grad():
+            for to, now in zip(_state(fresh.model), _state(self._local.model), strict=True):
+                to.copy_(now)
+        return fresh
+
+    def _copy(self, model: nn.Module) -> ShardGradients:
+        model = copy.deepcopy(model)
+        return ShardGradients(model, HookedLayers(model) if self._local.layers else None)
+
+    def _is_a_bad_copy(self, found: Disagreement) -> bool:
+        """Return whether a copy of this model is something else from the start, as with a closure.
+
+        Before the first step no state can have built up. Then the copy is not used any more.
+        """
+        bad = found.kind == "copy" and self._checks == 1
+        if bad:
+            self._untouched = None
+        return bad
+
+
+def all_true(world: World, value: bool) -> bool:
+    """Return whether a value is true on all ranks."""
+    return bool(world.all_gather(torch.tensor([value], device=world.device)).all())
+
+
+@contextmanager
+def same_random_state(device: torch.device) -> Iterator[None]:
+    """Restore torch's generators at the end of this context."""
+    on_cpu = device.type == "cpu"
+    with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
+        yield
+
+
+def _state(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]

@@ -1,0 +1,78 @@
+"""Compute the gradients of shards on one model: by its layers where they can, otherwise by autograd."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from .per_shard import GradientViews, HookedLayers, backpropagate
+
+ForwardShards = Callable[[nn.Module, range], tuple[Tensor, Tensor]]
+"""`forward_shards(module, shards)` runs contiguous shards with at least one sample through `module`.
+
+Returns the logits, and the gradient of the loss with respect to them. The loss is summed over the samples
+and divided by the size of the global batch. A pass may be repeated; only its last result counts."""
+
+
+class ShardGradients:
+    """Computes one flat gradient per shard, of a model's trained parameters.
+
+    With `layers`, the layers compute the gradients. Whether they can is decided anew in each pass, because
+    what a model does may depend on its images. Without `layers`, or if they cannot, autograd does.
+    """
+
+    def __init__(self, model: nn.Module, layers: HookedLayers | None = None) -> None:
+        self.model, self.layers = model, layers
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.length = sum(p.numel() for p in self.parameters)
+
+    def write(
+        self,
+        forward_shards: ForwardShards,
+        shards: range,
+        sizes: Sequence[int],
+        rows: Tensor,
+        views: Sequence[GradientViews] | None = None,
+    ) -> bool:
+        """Write the gradients of consecutive shards, which share one pass, into `rows`.
+
+        `sizes` are the sizes of these shards. `rows` is float32 `(shards, parameters)`, and `views` are
+        its `HookedLayers.views`, if the caller keeps them. Returns False if the shards have to go through
+        the model one by one.
+        """
+        if sum(sizes) == 0:  # a batch with fewer samples than shards
+            rows.zero_()
+            return True
+        with self.layers.recording() if self.layers else nullcontext():
+            logits, grad_logits = forward_shards(self.model, shards)
+        if self.layers and self.layers.can_write(logits, sizes):
+            views = self.layers.views(rows) if views is None else views
+            self.layers.write_gradients(logits, grad_logits, sizes, views)
+            return True
+        if len(shards) > 1:
+            return False
+        rows.zero_()  # for parameters that are not used
+        gradients = backpropagate(logits, self.parameters, grad_logits)
+        parts = self.parameter_views(rows[0])
+        used = [(part, g) for part, g in zip(parts, gradients, strict=True) if g is not None]
+        if used:
+            torch._foreach_copy_([part for part, _ in used], [g for _, g in used])
+        return True
+
+    def of_shard(self, forward_shards: ForwardShards, shard: int, sizes: Sequence[int]) -> Tensor:
+        """Return the gradient of one shard in a pass of its own, `(parameters,)`.
+
+        `sizes` are the sizes of all shards.
+        """
+        row = torch.empty((1, self.length), device=self.parameters[0].device)
+        self.write(forward_shards, range(shard, shard + 1), sizes[shard : shard + 1], row)
+        return row[0]
+
+    def parameter_views(self, flat: Tensor) -> list[Tensor]:
+        """Cut a flat vector into one view per parameter, with the parameter's shape and memory layout."""
+        views, offset = [], 0
+        for p in self.parameters:
+            views.append(flat.as_strided(p.shape, p.stride(), flat.storage_offset() + offset))
+            offset += p.numel()
+        return views
