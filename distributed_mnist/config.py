@@ -222,10 +222,8 @@ class Recipe:
                 raise UsageError(f"{where}: there is no recipe field {name!r}{did_you_mean(name, known)}")
             _check_type(f"{where}: {name}", known[name], value)
         try:
-            fields: dict[str, Any] = {
-                k: float(v) if known[k].type is float else v for k, v in values.items()
-            }
-            return cls(**fields)
+            args: dict[str, Any] = {k: float(v) if known[k].type is float else v for k, v in values.items()}
+            return cls(**args)
         except (UsageError, OverflowError) as error:
             raise UsageError(f"{where}: {error}") from None
 
@@ -248,7 +246,7 @@ def require(condition: bool, name: str, rule: str, owner: object) -> None:
 
 
 def require_count(owner: object, *names: str) -> None:
-    """Raise `UsageError` if one of these fields is less than 1, or takes too much memory. None is allowed."""
+    """Raise `UsageError` if one of these fields is less than 1 or too large. None is allowed."""
     for name in names:
         value, most = getattr(owner, name), _MOST.get(name, 10**9)
         require(value is None or value >= 1, name, "at least 1", owner)

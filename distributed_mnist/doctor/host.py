@@ -20,7 +20,6 @@ from ..common import environment
 from ..common.compute_platform import processor_name
 from ..common.installed import version
 from ..common.placement import usable_cores
-from ..common.processor import processor_name
 from ..data import datasets
 from ..distributed.peer import Peer
 from ..errors import DataError, reason

@@ -10,12 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..common.environment import settings
-from ..common.processor import processor_name
+from ..common.compute_platform import this_platform
 from ..distributed.world import World
 from ..errors import DmnistError, TrainingError, UsageError
-
-_CHOOSE_KERNELS = ("ATEN_", "DNNL_", "ONEDNN_", "MKL_")
 
 
 @dataclass(frozen=True)
@@ -120,9 +117,5 @@ def _the(model: str) -> str:
 
 def _processor(world: World) -> str:
     """Describe what decides the last bits here: the processor, and variables that choose kernels."""
-    if world.device.type == "cpu":
-        chosen = [
-            f"{name}={value}" for name, value in settings().items() if name.startswith(_CHOOSE_KERNELS)
-        ]
-        return ", ".join([processor_name(), torch.backends.cpu.get_cpu_capability(), *chosen])
-    return str(torch.get_device_module(world.device).get_device_name(world.device))
+    here = this_platform(world.device)
+    return ", ".join(filter(None, (here.processor, here.capability, here.settings)))

@@ -125,8 +125,8 @@ def _keeps_order(
         part.requires_grad_(x.requires_grad)
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=bf16):
             output = layer(part)
-        grad_input = backpropagate(output, [part], part_grad)[0] if x.requires_grad else output
-        return output.detach(), grad_input.detach()
+        grad_input = backpropagate(output, [part], part_grad)[0] if x.requires_grad else None
+        return output.detach(), (output if grad_input is None else grad_input).detach()
 
     def joined(parts: dict[int, Tensor], like: Tensor) -> Tensor:
         return _in_layout_of(like, torch.cat([parts[size] for size in sizes]))

@@ -16,4 +16,4 @@ def test_a_loopback_interface_that_is_down_is_told_at_once(monkeypatch: pytest.M
     with pytest.raises(
         LaunchError, match=r"cannot reach each other at 255\.255\.255\.255: .*; is the loopback"
     ):
-        Rendezvous(placement, None, 60.0)
+        Rendezvous(placement, None, 60.0, {})

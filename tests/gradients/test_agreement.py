@@ -60,8 +60,8 @@ class Scaled(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.factor, None  # type: ignore[attr-defined]
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return grad_outputs[0] * ctx.factor, None  # type: ignore[attr-defined]
 
 
 class Network(nn.Module):

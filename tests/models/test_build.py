@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from distributed_mnist.errors import UsageError
-from distributed_mnist.models.build import ModelProperties, build, inspect
+from distributed_mnist.models.build import ModelProperties, build, inspect, place
 from distributed_mnist.models.zoo import MODELS
 
 CPU = torch.device("cpu")
@@ -158,7 +159,89 @@ def test_mixing_samples_is_refused(model: nn.Module, training: bool) -> None:
 
 def test_the_reason_is_named() -> None:
     assert problem(BatchMean()).startswith("one image's logits depend on the others in its batch;")
-    assert problem(Counter()).startswith("its buffer calls changes in the forward pass;")
+    counts = problem(Counter())
+    assert counts.startswith(
+        "its buffer calls changes in the forward pass; what a pass leaves for the next"
+    )
+    assert counts.endswith("(as a counter, a moving average or spectral norm does)")
+    assert problem(nn.Sequential(nn.Flatten(), spectral_norm(nn.Linear(784, 10)))).endswith(
+        "(as a counter, a moving average or spectral norm does)"
+    )
+    frozen = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(784, 10))
+    frozen[0].eval()
+    assert problem(frozen).endswith(
+        "train() has ended the evaluation mode of 0: override train() to keep it"
+    )
+
+
+class Overwriting(Flat):
+    """Changes its images."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(images.sub_(1).flatten(1))
+
+
+class Remembering(Flat):
+    """Remembers its last pass, in `mode` only, in an attribute that is no buffer."""
+
+    def __init__(self, *, training: bool) -> None:
+        super().__init__()
+        self.mode, self.last = training, torch.zeros(())
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.fc(images.flatten(1))
+        if self.training == self.mode:
+            logits, self.last = logits + self.last, logits.detach().mean()
+        return logits
+
+
+class Sorting(Flat):
+    """Sends images through its layer in another order: no image's logits depend on the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(784, 300)
+
+    def forward(self, images: Tensor) -> Tensor:
+        order = images.sum((1, 2, 3)).argsort()
+        hidden = images.flatten(1).index_copy(0, order, images.flatten(1)[order])
+        return self.fc(hidden) + self.wide(hidden)[:, :10]
+
+
+def test_what_else_is_wrong_is_said_as_it_is() -> None:
+    assert problem(Overwriting()) == "it changes its images in place: let it begin with images.clone()"
+    assert problem(Remembering(training=True)).startswith(
+        "it gives other logits when a pass is repeated; it keeps state between passes"
+    )
+    assert problem(Remembering(training=False)).startswith(
+        "it gives other logits when a pass is repeated in evaluation; it keeps state between passes"
+    )
+    inspect(Sorting(), "mine", 10, CPU)
+
+
+class Viewing(nn.Module):
+    """Views a convolution's output as rows, which needs the contiguous layout: in the modes `when`."""
+
+    def __init__(self, when: Sequence[bool]) -> None:
+        super().__init__()
+        self.conv, self.fc, self.when = nn.Conv2d(1, 3, 5, stride=3), nn.Linear(3 * 8 * 8, 10), when
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.conv(images)
+        views = self.training in self.when
+        return self.fc(hidden.view(len(images), -1) if views else hidden.flatten(1))
+
+
+@pytest.mark.parametrize("when", [(True,), (False,), (True, False), ()])
+def test_a_model_that_needs_the_contiguous_layout_has_it(when: Sequence[bool]) -> None:
+    model = Viewing(when)
+    state = torch.get_rng_state()
+    model = place(model, CPU)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in model.modules())
+    assert model.get_submodule("conv")(torch.ones(2, 1, 28, 28)).is_contiguous() == bool(when)
+    inspect(model, "mine", 10, CPU)
+    assert not place(model.eval(), CPU).training
 
 
 @pytest.mark.parametrize(
@@ -231,6 +314,19 @@ class Net(nn.Linear):
     def __init__(self, classes):
         super().__init__(784, classes)
 
+def lazy(classes):
+    return nn.Sequential(nn.LazyConv2d(3, 5, 3), nn.Dropout(0.5), nn.Flatten(), nn.LazyLinear(classes))
+
+class Unused(nn.Linear):
+    def __init__(self, classes):
+        super().__init__(784, classes)
+        self.more = nn.LazyLinear(3)
+
+    def forward(self, images):
+        return super().forward(images.flatten(1))
+
+instance = nn.Linear(784, 10)
+
 def failing(classes):
     raise KeyError("width")
 
@@ -273,6 +369,19 @@ def test_a_model_of_ones_own(own: Callable[[str], str]) -> None:
     assert build(f"{module}:Net", 7, seed=0).out_features == 7
 
 
+def test_lazy_layers_get_their_shapes(own: Callable[[str], str]) -> None:
+    """Their weights depend on the seed alone, and one that no pass uses is named."""
+    module = own(OWN)
+    model = build(f"{module}:lazy", 10, seed=3)
+    assert all(child.training for child in model.modules())
+    assert inspect(model, "mine", 10, CPU).parameters == 78 + 1930
+    torch.manual_seed(12345)
+    assert torch.equal(weights(build(f"{module}:lazy", 10, seed=3)), weights(model))
+    assert build_problem(f"{module}:Unused").endswith(
+        "its more.weight gets no shape, because no pass uses its layer"
+    )
+
+
 def test_a_model_of_ones_own_in_a_package(own: Callable[[str], str], tmp_path: Path) -> None:
     package = own("") + "_package"
     (tmp_path / package).mkdir()
@@ -288,6 +397,7 @@ def test_what_can_be_wrong_with_ones_own(own: Callable[[str], str]) -> None:
         f"{module}:nut": f"--model {module}:nut: AttributeError: .*'nut'",
         f"{module}:WIDTH": f"--model {module}:WIDTH: WIDTH is not callable",
         f"{module}:text": f"--model {module}:text: the factory returned a str, not a torch module",
+        f"{module}:instance": f"--model {module}:instance: this is a Linear itself: give a function of the",
         f"{module}:failing": f"--model {module}:failing: its factory failed: KeyError: 'width'",
         f"{broken}:net": f"--model {broken}:net: RuntimeError: no licence",
         f"{crooked}:net": f"--model {crooked}:net: SyntaxError: ",
