@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from .common.printable import shortened
 from .common.suggest import did_you_mean, unknown
 from .errors import UsageError, reason
 
@@ -26,8 +27,8 @@ Device = Literal["auto", "cpu"]
 DATA_OPTIONS = ("dataset", "data", "train_size", "test_size", "data_seed")  # fields of `Run`
 _RECIPES = resources.files("distributed_mnist") / "recipes"
 _MOST = {"nproc": 1024, "shards": 1024, "ensemble": 1024, "train_size": 5_000_000, "test_size": 5_000_000}
-_STEPS_OR_EPOCHS = re.compile(r"(\d+)\s*(steps?|epochs?)?")
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|seconds?|min|minutes?)")
+_STEPS_OR_EPOCHS = re.compile(r"(\d{1,18})\s*(steps?|epochs?)?")
+_DURATION = re.compile(r"(\d{1,18}(?:\.\d+)?)\s*(s|seconds?|min|minutes?)")
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def steps_between(text: str, steps_per_epoch: int, name: str) -> int:
     """
     match = _STEPS_OR_EPOCHS.fullmatch(text.strip())
     if match is None or int(match[1]) < 1:
-        raise UsageError(f"{flag(name)} must be like 500 (steps) or '2 epochs', not {text!r}")
+        raise UsageError(f"{flag(name)} must be like 500 (steps) or '2 epochs', not {text[:99]!r}")
     return int(match[1]) * (steps_per_epoch if (match[2] or "").startswith("epoch") else 1)
 
 
@@ -268,9 +269,9 @@ def _fits(value: object, kind: Any) -> bool:
 def _check_type(name: str, field: dataclasses.Field[Any], value: object) -> None:
     """Raise `UsageError` if a value does not have the field's type. `name` names it in the message."""
     if not _fits(value, field.type):
-        choices = getattr(field.type, "__args__", (field.type,))
-        allowed = " or ".join(_TYPE_NAMES.get(choice, str(choice)) for choice in choices)
-        raise UsageError(f"{name} must be {allowed}, not {' '.join(f'{value!r:.80}'.split())}")
+        types = getattr(field.type, "__args__", (field.type,))
+        allowed = " or ".join(_TYPE_NAMES.get(kind, str(kind)) for kind in types)
+        raise UsageError(f"{name} must be {allowed}, not {shortened(repr(value))}")
 
 
 def flag(name: str) -> str:
@@ -287,8 +288,7 @@ def load_recipe(name: str) -> Recipe:
     """Return the built-in recipe `name`, or the recipe in the TOML file `name`. Raises `UsageError`."""
     names = recipe_names()
     if name in names:
-        text = (_RECIPES / f"{name}.toml").read_text()
-        return Recipe.from_dict(tomllib.loads(text), f"recipe {name}")
+        return Recipe.from_dict(tomllib.loads((_RECIPES / f"{name}.toml").read_text()), f"recipe {name}")
     path = Path(name)
     if path.suffix != ".toml":
         raise UsageError(unknown("recipe", name, names, ", or give a .toml file"))
@@ -296,5 +296,5 @@ def load_recipe(name: str) -> Recipe:
         return Recipe.from_dict(tomllib.loads(path.read_text()), str(path))
     except OSError as error:
         raise UsageError(f"{path}: {reason(error)}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not TOML: {error}") from None

@@ -5,6 +5,7 @@ Each is printed as a single line. Any other exception is reported as an internal
 """
 
 import errno
+import json
 import shutil
 import sys
 import textwrap
@@ -12,7 +13,8 @@ import traceback
 from typing import TextIO
 
 from .common.placement import ALONE, Placement
-from .common.printable import printable
+from .common.printable import printable, shortened
+from .common.streams import try_to_write
 
 
 class DmnistError(Exception):
@@ -100,8 +102,25 @@ _KINDS: dict[str, type[DmnistError]] = {
     )
 }
 
-_OUTPUT_GONE = (errno.ENOSPC, errno.EIO, errno.EPIPE)
-"""Errors from writing to standard output: its disk is full, or its terminal or reader is gone."""
+_OUTPUT_GONE = (errno.ENOSPC, errno.EIO, errno.EPIPE, errno.EBADF)
+"""Errors from writing to standard output: its disk is full, its terminal or reader is gone, or closed."""
+_LIMITS = {
+    errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
+    errno.ENFILE: "this host has too many open files",
+    errno.EAGAIN: "raise the limit of processes and threads (`ulimit -u`, or a container's)",
+    errno.ENOMEM: "free memory, or raise its limit (`ulimit -v`, or a container's)",
+}
+"""Errors of the operating system when a limit is reached, and what to do."""
+_PATHS = (
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.ESTALE,
+)
+"""Errors of the operating system for a path that cannot be used."""
 
 
 def reason(error: OSError) -> str:
@@ -109,11 +128,32 @@ def reason(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
-def described(error: Exception | None) -> tuple[str, str]:
+def explain(error: BaseException) -> BaseException:
+    """Return an error that a user can fix for one that has its cause outside of this program.
+
+    Other errors are returned as they are.
+    """
+    if isinstance(error, MemoryError):
+        error = OSError(errno.ENOMEM, "not enough memory")
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        error = OSError(errno.EAGAIN, str(error))
+    if not isinstance(error, OSError):
+        return error
+    if error.errno in _LIMITS:
+        return LaunchError(f"{reason(error)}: {_LIMITS[error.errno]}")
+    if error.filename is not None and error.errno in _PATHS:
+        return UsageError(f"{shortened(str(error.filename))}: {reason(error)}")
+    if error.filename is None and error.errno in _OUTPUT_GONE:
+        return OutputError(f"the output cannot be written: {reason(error)}")
+    return error
+
+
+def described(error: BaseException | None) -> tuple[str, str]:
     """Return the name of a class and a message, from which another process can `recreate` the error.
 
     The class is `DmnistError` for exceptions from other libraries.
     """
+    error = explain(error) if error else error
     if isinstance(error, DmnistError):
         name = next(kind.__name__ for kind in type(error).__mro__ if kind.__name__ in _KINDS)
         return name, printable(str(error))
@@ -129,49 +169,54 @@ def print_error(error: BaseException, placement: Placement = ALONE, *, debug: bo
     """Print an error as one line on standard error, if this rank should; return the exit code.
 
     If all ranks raise the error, only rank 0 prints it. If only some raise it, each of them prints it with
-    its rank in front. `debug` adds the traceback.
+    its rank in front. `debug` adds the traceback. If standard error cannot be written, a command with
+    `--json` prints the error as its JSON object instead.
     """
+
+    def tell(text: str, code: int) -> int:
+        if not print_note(text, placement) and "--json" in sys.argv:
+            try_to_write(sys.stdout, json.dumps({"error": text, "exit_code": code}) + "\n")
+        return code
+
     if debug:
-        traceback.print_exception(error)
+        try_to_write(sys.stderr, "".join(traceback.format_exception(error)))
     if isinstance(error, KeyboardInterrupt):
-        if placement.rank == 0:
-            print_note("stopped at once; nothing saved since the last checkpoint", placement)
-        return 130
-    if isinstance(error, OSError) and error.filename is None and error.errno in _OUTPUT_GONE:
-        error = OutputError(f"the output cannot be written: {reason(error)}")
+        text = "stopped at once; nothing saved since the last checkpoint"
+        return tell(text, 130) if placement.rank == 0 else 130
+    error = explain(error)
     if not isinstance(error, DmnistError):
         message = f"internal error, please report it: {type(error).__name__}: {error} (--debug shows where)"
-        print_note(message, placement)
-        return 1
+        return tell(message, 1)
     # Our own launcher knows how a process ended, so its report is better than that of the other ranks.
     reported_by_launcher = type(error) is WorkerLost and placement.launcher == "spawned"
     if (placement.rank == 0 or error.on_one_rank) and not reported_by_launcher:
-        print_note(str(error), placement)
+        tell(str(error), error.exit_code)
     return error.exit_code
 
 
 def tidy_terminal(stream: TextIO, *, cursor: bool = False) -> None:
     """Erase what is left of a live progress bar; with `cursor`, show the hidden cursor again."""
     if stream.isatty():
-        stream.write("\r\x1b[K" + "\x1b[?25h" * cursor)
-        stream.flush()
+        try_to_write(stream, "\r\x1b[K" + "\x1b[?25h" * cursor)
 
 
-def print_note(text: str, placement: Placement) -> None:
-    """Print one line on standard error, from any rank."""
+def print_note(text: str, placement: Placement) -> bool:
+    """Print one line on standard error, from any rank. Return whether it could be written."""
     tidy_terminal(sys.stderr)
     # Our own launcher adds the rank to each line that a rank prints. Under other launchers, add it here.
     rank = f"rank {placement.rank}: " if placement.rank and placement.launcher != "spawned" else ""
-    write_line(f"{rank}{' '.join(text.split())}")
+    return write_line(f"{rank}{' '.join(text.split())}")
 
 
-def write_line(text: str) -> None:
-    """Print a line for people on standard error, wrapped between words if it is a terminal."""
+def write_line(text: str) -> bool:
+    """Print a line for people on standard error, wrapped between words if it is a terminal.
+
+    Return whether it could be written.
+    """
     line = f"dmnist: {printable(text)}"
     if sys.stderr.isatty():  # a terminal would break the line within a word
         width = max(shutil.get_terminal_size().columns, 40)
         line = textwrap.fill(
             line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
         )
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
+    return try_to_write(sys.stderr, f"{line}\n")

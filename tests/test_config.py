@@ -388,3 +388,12 @@ def test_more_processes_than_shards() -> None:
         UsageError, match=r"^9 processes cannot share 8 shards: .*at most 8.*--shards 9 or more"
     ):
         recipe.check_size(9)
+
+
+@pytest.mark.parametrize(
+    "text", ["epochs = " + "1" * 5_000, "a = " + "[" * 5_000, "epochs = 1\n[model]\nx = 1"]
+)
+def test_toml_that_python_cannot_hold(text: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(UsageError, match=r"mine\.toml"):
+        load_recipe(str(tmp_path / "mine.toml"))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..common import environment
 from ..common.installed import version
 from ..errors import LaunchError, UsageError, print_error, tidy_terminal, write_line
+from . import surroundings
 
 if TYPE_CHECKING:
     from ..common.placement import Placement
@@ -27,6 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     if "--debug" not in arguments:
         environment.keep_torch_quiet()
     try:
+        surroundings.prepare()
         if "--version" in arguments:
             sys.stdout.write(f"dmnist {version('distributed-mnist')}, torch {version('torch')}\n")
             sys.exit(0)
@@ -36,23 +38,25 @@ def main(arguments: list[str] | None = None) -> None:
 
         command = parse(arguments)
         code = _COMMANDS[type(command).__name__](command)
+    except SystemExit as end:  # after --help
+        code = end.code if isinstance(end.code, int) else 0
     except KeyboardInterrupt:
         tidy_terminal(sys.stderr, cursor=True)
         write_line("stopped at once")
         code = 130
     except Exception as error:
         code = print_error(error, debug="--debug" in arguments)
-    sys.exit(code)
+    sys.exit(surroundings.finish(code))
 
 
 def _start_importing_torch() -> None:
     """Start the fork server, which imports torch while this process imports tyro and parses the flags."""
     from ..distributed.detect_launcher import detect
-    from ..launcher import spawn
+    from ..launcher import fork_server
 
     with contextlib.suppress(LaunchError):  # raised again when the command detects the launcher
         if detect() is None:
-            spawn.warm_up(f"{_WORKERS}:train")
+            fork_server.warm_up(f"{_WORKERS}:train")
 
 
 def _train(command: "Train") -> int:

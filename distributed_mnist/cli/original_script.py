@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..config import require
 from ..distributed import detect_launcher
 from ..launcher import spawn
+from . import surroundings
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def main(options: Options) -> int:
 
     Returns the exit code.
     """
+    surroundings.prepare()
     return spawn.start(
         detect_launcher.detect(), options.world_size, "distributed_mnist.cli.original_worker:work", options
     )

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
+from ..common.printable import shortened
 from ..common.suggest import did_you_mean
 from ..config import flag
 
@@ -94,7 +95,7 @@ def _find_problem(command: str, command_class: type, arguments: list[str]) -> st
         while get_origin(flags[name]) is tuple and arguments and not _FLAG.match(arguments[0]):
             arguments.pop(0)
         if rule := _violated_rule(plain_types(flags[name]), value):
-            return f"{name} must be {rule}, not {value!r}"
+            return f"{name} must be {rule}, not {shortened(repr(value))}"
     hints = get_type_hints(command_class, include_extras=True)
     if unexpected := positionals[sum(map(is_positional, hints.values())) :]:
         return f"{command} got an unexpected argument {unexpected[0]!r}"

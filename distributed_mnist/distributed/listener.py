@@ -41,7 +41,7 @@ class Listener:
         key: bytes,
         *,
         coordinate: Coordinate | None = None,
-        report: Callable[[str], None],
+        report: Callable[[str], object],
     ) -> None:
         sock.setblocking(False)
         self.port: int = sock.getsockname()[1]

@@ -12,7 +12,17 @@ import psutil
 from ..common.placement import is_loopback
 from ..errors import LaunchError, reason
 
-LOOPBACK = "127.0.0.1"
+
+def _find_loopback() -> str:
+    """Return the address of the loopback interface: 127.0.0.1, or ::1 on a host that has only this one."""
+    for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+        with contextlib.suppress(OSError), socket.socket(family) as probe:
+            probe.bind((address, 0))
+            return address
+    return "127.0.0.1"
+
+
+LOOPBACK = _find_loopback()
 _FIRST, _COUNT, _TRIES = 20_000, 10_000, 8  # below the ports that operating systems assign by themselves
 
 

@@ -9,6 +9,7 @@ import torch
 
 from ..common import environment
 from ..common.placement import Placement
+from ..common.streams import try_to_write
 from ..distributed.devices import choose_device
 from ..distributed.peer import JobDescription
 from ..distributed.world import World
@@ -59,7 +60,7 @@ def run_in_group(
     if placement.size > 1:
         # Do not return. While the interpreter shuts down, the backend's threads may still run and abort the
         # process (one run in three under torchrun), or wait for a peer that is gone.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        try_to_write(sys.stdout, "")
+        try_to_write(sys.stderr, "")
         os._exit(code)
     return code

@@ -7,7 +7,6 @@ port. The output of the other ranks gets their rank in front. A secret that all 
 
 import contextlib
 import math
-import multiprocessing
 import os
 import secrets
 import signal
@@ -18,7 +17,6 @@ import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -27,8 +25,9 @@ from typing import Any
 from ..common import environment
 from ..common.placement import Placement
 from ..distributed import network
-from ..errors import Interrupted, tidy_terminal, write_line
+from ..errors import Interrupted, LaunchError, tidy_terminal, write_line
 from .exit_status import ExitStatus, group_exit_status
+from .fork_server import cannot_start, make_context, warm_up
 from .signals import OBEY_SECONDS, SIGNALS, obeyed_signals
 from .worker import Target, print_with_rank, resolve, run_worker
 
@@ -58,7 +57,7 @@ class Task:
     """When to restart the group if a process dies; None: never."""
     rank_zero_argument: Callable[[], Any] | None = None
     """Called once per attempt; its result is one more argument of rank 0's target."""
-    report: Callable[[str], None] = write_line
+    report: Callable[[str], object] = write_line
     """Called with a message when something happens to the processes."""
 
 
@@ -69,30 +68,6 @@ def start(placement: Placement | None, nproc: int | None, target: Target, argume
     if placement is not None or nproc in (None, 1):
         return resolve(target)(placement or Placement(), None, argument)
     return spawn(nproc, [Task(target, argument)])
-
-
-def warm_up(*targets: Target) -> None:
-    """Start the server that forks the workers, unless it runs already.
-
-    It imports the modules of these targets, and with them torch, while this process continues.
-    """
-    context = _context()
-    if context.get_start_method() == "forkserver":
-        context.set_forkserver_preload([target.partition(":")[0] for target in targets])
-        start_server()
-
-
-def start_server() -> None:
-    """Start multiprocessing's fork server, if there is none yet, with our signals blocked.
-
-    Its children inherit this, so a program that forks other processes from it must unblock the signals.
-    """
-    with environment.safe_path_for_children():
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        resource_tracker.ensure_running()  # unblocks two of the signals
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        forkserver.ensure_running()
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def spawn(nproc: int, tasks: Sequence[Task]) -> int:
@@ -205,11 +180,16 @@ class _Group:
 
     def run(self) -> ExitStatus:
         """Start the processes and wait until all have ended. Signals are blocked before and after."""
-        context = _context()
+        context = make_context()
         alive_read, alive_write = context.Pipe(duplex=False)
         with network.open_listener(network.LOOPBACK) as listener, alive_read:
-            for rank in range(self._nproc):
-                self._start(context, rank, listener, alive_read)
+            try:
+                for rank in range(self._nproc):
+                    self._start(context, rank, listener, alive_read)
+            except LaunchError:  # too few processes, files or memory
+                for worker in self._workers:
+                    worker.kill()
+                raise
         for printer in self._printers:
             printer.start()
         self._stop.forward_to(self._workers)
@@ -244,7 +224,10 @@ class _Group:
         arguments = (task.target, placement, mine, output, alive, task.argument, more)
         worker = context.Process(target=run_worker, args=arguments, name=f"rank {rank}")
         with _without_main_module(), environment.safe_path_for_children():
-            worker.start()
+            try:
+                worker.start()
+            except (OSError, EOFError) as error:
+                raise cannot_start(error) from None
         if output is not None:
             output.close()
         self._workers.append(worker)
@@ -292,9 +275,3 @@ def _without_main_module() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
-
-
-def _context() -> Any:
-    """Return multiprocessing's context: a fork server, or fresh interpreters where there is none."""
-    methods = multiprocessing.get_all_start_methods()
-    return multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")

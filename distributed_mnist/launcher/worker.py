@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from ..common.placement import Placement
+from ..common.streams import prepare_streams, try_to_write
 from ..errors import WorkerLost, tidy_terminal
 from .signals import SIGNALS
 
@@ -40,14 +41,15 @@ def run_worker(
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # another program's fork server may not block them
     threading.Thread(target=_end_with_launcher, args=(alive,), daemon=True).start()
+    prepare_streams()
     if output is not None:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     more = () if rank_zero_argument is None else (rank_zero_argument,)
     code = resolve(target)(placement, listener, argument, *more)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try_to_write(sys.stdout, "")
+    try_to_write(sys.stderr, "")
     os._exit(code)  # a process that failed must not wait in a finalizer for a peer that is gone
 
 
@@ -62,8 +64,7 @@ def print_with_rank(reader: Connection, rank: int) -> None:
     with os.fdopen(os.dup(reader.fileno()), "r", errors="replace") as lines:
         for line in lines:
             tidy_terminal(sys.stderr)
-            sys.stderr.write(f"[rank {rank}] {line.rstrip()}\n")
-            sys.stderr.flush()
+            try_to_write(sys.stderr, f"[rank {rank}] {line.rstrip()}\n")
 
 
 def _end_with_launcher(alive: Connection) -> None:

@@ -1,17 +1,16 @@
 """Print a command's own output: text for people, or one JSON object for scripts."""
 
-import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterable
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
 from ..common.printable import printable
+from ..common.streams import redirect_to_null
 from ..errors import OutputError, reason
 
 
@@ -59,7 +58,7 @@ def make_console(*, stderr: bool = False) -> Console:
 def silence(console: Console) -> None:
     """Print nothing more on this console, and drop what is still in its buffer."""
     console.quiet = True
-    _redirect_to_null(console.file)  # type: ignore[arg-type]
+    redirect_to_null(console.file)  # type: ignore[arg-type]
 
 
 def print_labelled(
@@ -87,14 +86,5 @@ def print_json(value: dict[str, Any]) -> None:
         sys.stdout.write(json.dumps(value) + "\n")
         sys.stdout.flush()
     except OSError as error:
-        _redirect_to_null(sys.stdout)
+        redirect_to_null(sys.stdout)
         raise OutputError(f"standard output: {reason(error)}") from None
-
-
-def _redirect_to_null(stream: TextIO) -> None:
-    """Send a stream to /dev/null, so that the flush at the end of the process cannot fail again."""
-    with contextlib.suppress(OSError, ValueError):  # some streams have no file descriptor
-        descriptor = stream.fileno()
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, descriptor)
-        os.close(null)

@@ -1,5 +1,8 @@
 """Addresses and interfaces of this host."""
 
+import socket
+from typing import Any
+
 import pytest
 
 from distributed_mnist.common.placement import Placement
@@ -17,3 +20,19 @@ def test_a_loopback_interface_that_is_down_is_told_at_once(monkeypatch: pytest.M
         LaunchError, match=r"cannot reach each other at 255\.255\.255\.255: .*; is the loopback"
     ):
         Rendezvous(placement, None, 60.0, {})
+
+
+def test_a_host_whose_loopback_has_only_an_ipv6_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert network._find_loopback() == network.LOOPBACK
+
+    def only_ipv6(family: int, *arguments: Any) -> socket.socket:
+        if family == socket.AF_INET:
+            raise OSError("no such address")
+        return Bindable()
+
+    class Bindable(socket.socket):
+        def bind(self, address: Any) -> None:
+            pass
+
+    monkeypatch.setattr(network.socket, "socket", only_ipv6)
+    assert network._find_loopback() == "::1"

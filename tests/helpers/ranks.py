@@ -38,7 +38,7 @@ import pytest
 
 from distributed_mnist.cli import main
 from distributed_mnist.common.placement import Placement
-from distributed_mnist.launcher import spawn
+from distributed_mnist.launcher import fork_server, spawn
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DMNIST = (str(Path(sysconfig.get_path("scripts"), "dmnist")),)
@@ -194,7 +194,7 @@ def server() -> Any:
     modules = ("cli.main", "cli.parser", "cli.workers", "cli.original_worker", "reporting.html_report")
     preload = [*(f"distributed_mnist.{name}" for name in modules), "torch._dynamo", "pytest"]
     context.set_forkserver_preload(preload)  # torch's DDP imports _dynamo when it is first used
-    spawn.start_server()
+    fork_server.start_server()
     return context
 
 

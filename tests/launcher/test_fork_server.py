@@ -1,0 +1,45 @@
+"""The server that forks the workers: where its socket is, and what is said if it cannot be started."""
+
+import os
+import signal
+import tempfile
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+
+from distributed_mnist.errors import LaunchError
+from distributed_mnist.launcher import fork_server
+
+
+def test_a_long_path_of_the_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tmp_path / ("a" * 80)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with fork_server._folder_for_sockets():
+        assert len(tempfile.gettempdir()) <= 70
+    assert tempfile.gettempdir() == str(long)
+
+
+def test_no_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_folder() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", no_folder)
+    with fork_server._folder_for_sockets():
+        assert os.access(str(tempfile.tempdir), os.W_OK)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(LaunchError, match=r"no folder for temporary files .*: set TMPDIR to one"):
+        fork_server.start_server()
+
+
+def test_a_server_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise EOFError
+
+    monkeypatch.setattr(forkserver, "ensure_running", fail)
+    with pytest.raises(
+        LaunchError, match="processes cannot be started: the server that forks them has ended"
+    ):
+        fork_server.start_server()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []).isdisjoint(fork_server.SIGNALS)
