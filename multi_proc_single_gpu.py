@@ -12,6 +12,7 @@ import argparse
 import sys
 from importlib.util import find_spec
 
+from distributed_mnist.common.home import expand_home
 from distributed_mnist.errors import LaunchError, print_error
 
 _REQUIRED_PACKAGES = ("torch", "numpy", "rich", "requests", "tyro")
@@ -20,7 +21,7 @@ _REQUIRED_PACKAGES = ("torch", "numpy", "rich", "requests", "tyro")
 def main() -> int:
     """Run the original's job. Returns the exit code."""
     try:
-        return _run(_parser().parse_args())
+        return _run(_parser().parse_args(expand_home(sys.argv[1:])))
     except (Exception, KeyboardInterrupt) as error:
         return print_error(error)
 

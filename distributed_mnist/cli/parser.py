@@ -11,6 +11,7 @@ from typing import Annotated, Any, Union
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
+from ..common.home import expand_home
 from ..config import DATA_OPTIONS, Recipe, Run, load_recipe
 from ..errors import UsageError
 from ..runs.run_files import config_in
@@ -57,6 +58,7 @@ def parse(arguments: list[str]) -> Any:
     """
     # torch.distributed.launch inserts this flag before all others. The environment contains the same value.
     arguments = [argument for argument in arguments if not re.fullmatch(r"--local[-_]rank=\d+", argument)]
+    arguments = expand_home(arguments)
     train = _train_defaults(arguments)
     tyro_message = io.StringIO()
     try:
