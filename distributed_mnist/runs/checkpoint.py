@@ -224,7 +224,10 @@ def _required_state(optimizer: Optimizer, group: dict[str, Any]) -> set[str]:
 def _with_layout_of(parameter: torch.Tensor, key: str, value: Any) -> Any:
     """Return a state value in its parameter's memory layout. Fused optimizers assume it without a check."""
     if key == "step":
-        return torch.as_tensor(value, dtype=torch.float32).reshape(()).clone()
+        step = torch.as_tensor(value, dtype=torch.float32).reshape(()).clone()
+        if not 0 <= step < math.inf:  # also for NaN
+            raise ValueError("step is not a number of steps")
+        return step
     if value is None:
         return value
     if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:

@@ -322,6 +322,17 @@ def test_optimizer_state_that_was_emptied_is_refused(optimizer: str) -> None:
             load_optimizer(make_optimizer(recipe, network()), wrong, "file.pt", steps=2)
 
 
+@pytest.mark.parametrize("step", [-1.0, float("nan"), float("inf"), "1"])
+def test_a_step_of_the_optimizer_that_is_none_is_refused(step: Any) -> None:
+    model = network()
+    its = make_optimizer(Recipe(), model)
+    trained(model, its, 1)
+    wrong = copy.deepcopy(its.state_dict())
+    wrong["state"][0]["step"] = step
+    with pytest.raises(CheckpointError, match=r"^file\.pt: its optimizer state does not fit: "):
+        load_optimizer(make_optimizer(Recipe(), network()), wrong, "file.pt", steps=1)
+
+
 def test_sgd_without_momentum_has_no_state() -> None:
     recipe, model = Recipe(optimizer="sgd", momentum=0.0), network()
     its = make_optimizer(recipe, model)
