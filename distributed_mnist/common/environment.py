@@ -24,6 +24,7 @@ _KERNEL_VARIABLES = re.compile(
 )
 """They choose kernels, so they change the last bits. ATEN_CPU_CAPABILITY is not among them, because torch
 tells what it chooses."""
+_BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 _DEFAULTS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
@@ -42,18 +43,35 @@ def kernel_settings() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def thread_binding() -> list[str]:
+    """Return the names of the user's variables that bind threads to cores.
+
+    OpenMP binds a process when torch is imported. Processes that may use the same cores, as they do if one
+    launcher on this host starts them, are then all bound to the first of these cores.
+    """
+    if os.environ.get("OMP_PROC_BIND", "").lower() == "false":
+        return []
+    return [name for name in _BINDING if name in os.environ]
+
+
 @contextlib.contextmanager
-def safe_path_for_children() -> Iterator[None]:
-    """Let processes that are started in this context import nothing from the current folder."""
+def for_workers() -> Iterator[None]:
+    """Prepare the environment of workers, which are started in this context.
+
+    They import nothing from the current folder, and they are not all bound to one core.
+    """
     changed = import_path.variables()
-    before = {name: os.environ.get(name) for name in changed}
+    unbound = thread_binding()
+    before = {name: os.environ.get(name) for name in (*changed, *unbound)}
     os.environ.update(changed)
+    for name in unbound:
+        del os.environ[name]
     try:
         yield
     finally:
         for name, value in before.items():
             if value is None:
-                del os.environ[name]
+                os.environ.pop(name, None)
             else:
                 os.environ[name] = value
 

@@ -44,7 +44,7 @@ def start_server() -> None:
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        with environment.safe_path_for_children(), _folder_for_sockets():
+        with environment.for_workers(), _folder_for_sockets():
             resource_tracker.ensure_running()  # unblocks two of the signals
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             forkserver.ensure_running()

@@ -81,6 +81,8 @@ def spawn(nproc: int, tasks: Sequence[Task]) -> int:
     # worker until it has installed its handlers, and the server that forks the workers always: a scheduler
     # signals the whole process group, and the server must outlive the workers to report their exit codes.
     warm_up(*(task.target for task in tasks))
+    if nproc > 1 and (names := environment.thread_binding()):
+        tasks[0].report(f"{' and '.join(names)} not used: all processes would be bound to one core")
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     handlers = {number: signal.signal(number, stop.on_signal) for number in obeyed_signals()}
     try:
@@ -223,7 +225,7 @@ class _Group:
         more = task.rank_zero_argument() if task.rank_zero_argument is not None and rank == 0 else None
         arguments = (task.target, placement, mine, output, alive, task.argument, more)
         worker = context.Process(target=run_worker, args=arguments, name=f"rank {rank}")
-        with _without_main_module(), environment.safe_path_for_children():
+        with _without_main_module(), environment.for_workers():
             try:
                 worker.start()
             except (OSError, EOFError) as error:

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..common import environment
 from ..common.placement import usable_cores
 from ..config import Sync
 from ..distributed.world import World
@@ -26,4 +27,6 @@ def oversubscription_warnings(world: World, threads: int) -> list[str]:
     wanted, cores = world.local_size * threads, usable_cores()
     if world.device.type != "cpu" or wanted <= cores:
         return []
+    if (names := environment.thread_binding()) and cores == 1:
+        return [f"{' and '.join(names)} may bind all processes to one core: unset it to use more cores"]
     return [f"{world.local_size} processes share {cores} cores: same answer, slower than --nproc {cores}"]

@@ -318,6 +318,14 @@ def test_asked_to_stop_between_two_groups(heard: list[int], tmp_path: Path) -> N
     assert heard == []
 
 
+def test_variables_that_bind_all_processes_to_one_core(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMP_PLACES", "cores")
+    assert Launched(tmp_path, [0, 0]).run() == 0
+    assert_messages(capsys, "OMP_PLACES not used: all processes would be bound to one core")
+
+
 def test_the_previous_handlers_are_restored(heard: list[int], tmp_path: Path) -> None:
     Launched(tmp_path, ["SIGKILL", 8], [0, 0]).run(no_progress(1))
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) & {*spawn.SIGNALS} == set()

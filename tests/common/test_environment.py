@@ -1,0 +1,48 @@
+"""Environment variables of workers, and variables that bind threads to cores."""
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from distributed_mnist.common import environment
+from distributed_mnist.training import threads
+
+
+@pytest.fixture(autouse=True)
+def bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_PROC_BIND", "close")
+    monkeypatch.setenv("GOMP_CPU_AFFINITY", "0-1")
+
+
+def test_workers_are_not_bound_to_one_core() -> None:
+    with environment.for_workers():
+        assert environment.thread_binding() == []
+        assert os.environ["PYTHONSAFEPATH"] == "1"
+    assert environment.thread_binding() == ["OMP_PROC_BIND", "GOMP_CPU_AFFINITY"]
+
+
+def test_the_environment_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.setenv("PYTHONPATH", "a:")
+    before = dict(os.environ)
+    with environment.for_workers():
+        assert os.environ["PYTHONPATH"].endswith("a")
+    assert dict(os.environ) == before
+
+
+def test_binding_that_is_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_PROC_BIND", "FALSE")  # OpenMP then ignores the others
+    assert environment.thread_binding() == []
+
+
+def test_slowness_under_another_launcher_names_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    world: Any = SimpleNamespace(local_size=2, device=torch.device("cpu"))
+    monkeypatch.setattr(threads, "usable_cores", lambda: 1)
+    (warning,) = threads.oversubscription_warnings(world, 1)
+    assert warning.startswith("OMP_PROC_BIND and GOMP_CPU_AFFINITY may bind all processes to one core")
+    monkeypatch.setenv("OMP_PROC_BIND", "false")
+    (warning,) = threads.oversubscription_warnings(world, 1)
+    assert warning == "2 processes share 1 cores: same answer, slower than --nproc 1"
