@@ -100,7 +100,11 @@ def find(entry: Entry, root: Path) -> FoundFiles:
             continue
         arrays: dict[Role, NDArray[Any]] = {}
         for role in ROLES:
-            arrays[role] = idx.read(paths[role])
+            try:
+                arrays[role] = idx.read(paths[role])
+            except DataError as error:
+                mend = "; delete it, and it is downloaded again" if entry.mirrors else ""
+                raise DataError(f"{error}{mend}") from error
             verdict = verify(entry, role, paths[role], arrays[role])
             if not verdict.ok:
                 reason = f"{one_line(paths[role])}: {verdict.text}"
@@ -111,6 +115,10 @@ def find(entry: Entry, root: Path) -> FoundFiles:
         else:
             return FoundFiles(folder, paths, arrays)
     nothing = f"no {entry.files[0].name} or .gz in it or in {entry.folder}/raw"
+    names = [spelling for role in ROLES for spelling in entry.file(role).spellings()]
+    wanted = [folder / name for folder in candidate_folders(entry, root) for name in names]
+    if folders := [one_line(path) for path in wanted if path.is_dir()]:
+        nothing = f"{folders[0]} is a folder, not a file"
     raise NotFoundError(_not_found(entry, root, "; ".join(reasons) or nothing), incomplete=incomplete)
 
 

@@ -503,3 +503,20 @@ def test_importing_does_nothing_heavy() -> None:
     program = "import sys, distributed_mnist.data.datasets; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert not {"torch", "requests", "pooch", "urllib3"} & set(done.stdout.split())
+
+
+def test_folders_with_the_names_of_files(tmp_path: Path) -> None:
+    for name in ("train-images", "train-labels", "t10k-images", "t10k-labels"):
+        (tmp_path / f"{name}-idx{3 if 'images' in name else 1}-ubyte").mkdir()
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte is a folder, not a file"):
+        datasets.load("idx", tmp_path)
+
+
+def test_a_torn_download_is_told_with_what_to_do(tmp_path: Path) -> None:
+    folder = tmp_path / "MNIST" / "raw"
+    drawn = datasets.load("generated", Path(), train_size=8, test_size=8)
+    datasets.write(drawn, folder)
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"truncated.*; delete it, and it is downloaded again"):
+        datasets.load("mnist", tmp_path)

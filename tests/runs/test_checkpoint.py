@@ -481,3 +481,15 @@ def test_a_failed_flush_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         patch.setattr(os, "fsync", full)
         write(path, WHOLE)
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.pt", b"the old one")]
+
+
+@pytest.mark.parametrize(
+    "content", [{"weight": torch.zeros(2)}, {"state_dict": {}, "pytorch-lightning_version": "2"}]
+)
+def test_a_checkpoint_of_another_program(content: dict[str, Any]) -> None:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with pytest.raises(
+        CheckpointError, match=r"x\.pt is not a checkpoint of dmnist: another program wrote it"
+    ):
+        decode(buffer.getvalue(), "x.pt")
