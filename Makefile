@@ -17,8 +17,9 @@ train: setup
 	$(BIN)/dmnist train --dataset auto
 
 # More workers than cores, because tests also wait. Each takes whole files, the slow ones first.
+# Compiled files are kept even where the environment forbids it, for the tests start many programs.
 test: $(VENV)/installed-dev
-	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Many repetitions and rare variants, of which `make test` runs a short form.
 soak: $(VENV)/installed-dev

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import dmnist
+from ranks import WarmProgram, dmnist
 
 from distributed_mnist.bench import sections, timed_runs
 from distributed_mnist.bench.timed_runs import ratios, summary
@@ -76,21 +76,42 @@ def test_startup(bench: Bench) -> None:
         assert row["ratio"]["median"] == pytest.approx(row["seconds"]["median"] / import_torch)
 
 
+PLAIN_LOOP = """
+from distributed_mnist.bench import baseline
+
+mp = baseline.mp
+mp.spawn = lambda *arguments, **more: mp.start_processes(*arguments, **more, start_method="fork")
+baseline.main()
+"""
+
+
 @pytest.fixture
-def warm_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the programs that are timed be `dmnist` of the warm server; `test_startup` runs fresh ones."""
+def warm_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the programs that are timed be forks of the warm server, except the plain loop with one process.
+    `test_startup` runs a fresh `dmnist`."""
+    script = tmp_path / "plain_loop.py"
+    script.write_text(PLAIN_LOOP)
+    fresh = timed_runs.output
 
     def output(command: Sequence[str], cores: int | None = None) -> str:
-        assert command[:3] == [sys.executable, "-m", "distributed_mnist"]
-        ended = dmnist(*command[3:])
+        python, option, module, *words = command
+        assert (python, option) == (sys.executable, "-m")
+        if module == "distributed_mnist":
+            ended = dmnist(*words)
+        elif words[words.index("--nproc") + 1] == "1":
+            return fresh(command, cores)
+        else:
+            with WarmProgram([script, *words]) as program:
+                ended = program.finish()
         assert ended.code == 0, ended
         return ended.stdout
 
     monkeypatch.setattr(timed_runs, "output", output)
+    monkeypatch.setattr(sections, "output", output)
 
 
 @pytest.mark.slow
-def test_scaling(bench: Bench, warm_training: None) -> None:
+def test_scaling(bench: Bench, warm_programs: None) -> None:
     results = bench.measured("scaling", "Throughput of classic", "A step, in milliseconds")
     rows = {(row["way"], row["nproc"]): row for row in results["rows"]}
     assert rows.keys() == {(method, n) for method in ("tree", "ddp", "plain loop") for n in (1, 2)}
@@ -141,7 +162,7 @@ def test_exchange(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert {row["size"] for row in results["predictions"]} >= {8, 1024}
 
 
-def test_time_to_99(bench: Bench, warm_training: None) -> None:
+def test_time_to_99(bench: Bench, warm_programs: None) -> None:
     rows = bench.measured("time-to-99", "Recipe fast")
     accuracy = rows["test accuracy, %"]
     assert accuracy["n"] == 2

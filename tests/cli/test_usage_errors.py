@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ranks import DMNIST, REPOSITORY, Finished, run, train
+from ranks import DMNIST, REPOSITORY, Finished, WarmProgram, run, train
 from warm import here
 
 from distributed_mnist.data import datasets, idx
@@ -387,8 +387,8 @@ def test_more_processes_than_shards(digits: Path, tmp_path: Path) -> None:
 def test_one_line_for_a_group_of_three(tmp_path: Path) -> None:
     """Rank 0 reports an error that all ranks have."""
     words = ("train", "--device", "cpu", "--nproc", 3, "--dataset", "idx", "--data", tmp_path / "nowhere")
-    ended = run([*DMNIST, *words, "--out", tmp_path / "out", "--json"])
-    refused(ended, DATA, str(tmp_path / "nowhere"))
+    with WarmProgram([*DMNIST, *words, "--out", tmp_path / "out", "--json"]) as program:
+        refused(program.finish(), DATA, str(tmp_path / "nowhere"))
     nothing_in(tmp_path)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import DMNIST, Program, dmnist_ranks, free_port
+from ranks import DMNIST, WarmProgram, dmnist_ranks, free_port
 
 from distributed_mnist.common.placement import Placement
 from distributed_mnist.distributed import detect_launcher
@@ -492,7 +492,7 @@ def test_a_signal_while_waiting_for_the_others(number: int, digits: Path, tmp_pa
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", port)) == 0
 
-    with Program([*DMNIST, *words], cwd=None, **variables) as program:
+    with WarmProgram([*DMNIST, *words], **variables) as program:
         program.wait_for(listening, "the store")
         program.signal(number)
         ended = program.finish()

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from ranks import REPOSITORY, TORCHRUN, dmnist, run, train
+from ranks import REPOSITORY, TORCHRUN, Program, dmnist, train
 from test_documents import DOCUMENTS, blocks, examples_in
+from torchrun_agents import WarmAgent
 
 from distributed_mnist.data import datasets, idx
 
@@ -153,8 +154,11 @@ def test_commands(
             program = words.index("distributed_mnist" if "distributed_mnist" in words else "dmnist")
             arguments = for_small_data(words[program + 1 :], tmp_path)
             options = words[1 : program - (words[program] == "distributed_mnist")]  # without `-m`
-            options[options.index("--nproc-per-node") + 1] = "2"  # each is a fresh program
-            ended = run([*TORCHRUN, *options, "-m", "distributed_mnist", *arguments], cwd=tmp_path)
+            options[options.index("--nproc-per-node") + 1] = "2"
+            start = Program if path.name == "faults.md" else WarmAgent  # fresh processes once
+            command = (*TORCHRUN, *options, "-m", "distributed_mnist", *arguments)
+            with start(command, cwd=tmp_path) as agent:
+                ended = agent.finish()
         assert ended.code == 0, (line, ended)
     require_same_weights(tmp_path)
 

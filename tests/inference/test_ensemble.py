@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import run_folders
 import torch
-from ranks import DMNIST, Program, events, last_step, train
+from ranks import DMNIST, WarmProgram, events, last_step, train
 from torch import nn
 from warm import here
 
@@ -120,7 +120,7 @@ def test_a_stop_prints_how_to_resume(tmp_path: Path, data: tuple[object, ...]) -
         "--out",
         out,
     )
-    with Program([*command, "--nproc", 2]) as program:
+    with WarmProgram([*command, "--nproc", 2]) as program:
         program.wait_for(lambda: last_step(out / "seed-3") > 5, "a step")
         program.signal(signal.SIGTERM)
         ended = program.finish()

@@ -30,12 +30,12 @@ KEYS = (
 
 @pytest.fixture(scope="module")
 def finished(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
-    """A fresh `dmnist train --json` with two processes, its output in pipes."""
+    """A `dmnist train --json` with two processes, its output in pipes."""
     out = tmp_path_factory.mktemp("json") / "out"
     arguments = ("train", "--device", "cpu", "--nproc", 2, "--dataset", "idx", "--data", digits, *RECIPE)
-    return out, run(
-        [*DMNIST, *arguments, "--eval-every", "9 steps", "--out", out, "--json"], TERM="xterm-256color"
-    )
+    words = (*DMNIST, *arguments, "--eval-every", "9 steps", "--out", out, "--json")
+    with WarmProgram(words, TERM="xterm-256color") as program:
+        return out, program.finish()
 
 
 def test_json_is_one_object_and_nothing_else(finished: tuple[Path, Finished]) -> None:
