@@ -1,7 +1,6 @@
 """What tests of processes share: an environment without launchers, and small data sets."""
 
 import os
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,23 @@ TRAIN_SIZE, TEST_SIZE = 1_100, 300
 torch.set_num_threads(1)  # as in training; more threads can change the last bits between two calls
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run files with many slow tests first: pytest-xdist hands files out in this order, and a long one at
-    the end would leave the other cores idle."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+LONGEST = (
+    *("launcher/test_restart", "launchers/test_hosts", "launchers/test_slurm", "documents/test_notebook"),
+    *("documents/test_documented_commands", "training/test_resume", "export/test_export"),
+    *("verify/test_verify", "launchers/test_elastic", "verify/test_chaos", "bench/test_bench"),
+    *("training/test_same_answer", "gradients/test_all_reduce_ranks", "deploy/test_manifests"),
+    *("reporting/test_output", "distributed/test_socket_collectives", "runs/test_storage"),
+    *("launchers/test_strangers", "api/test_functions", "distributed/test_watchdog"),
+    *("cli/test_original_script", "inference/test_ensemble", "gradients/test_per_shard"),
+)
+"""The files that take longest, 20 to 100 seconds, the longest first (see `pytest --durations 100`)."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Run the longest files first: pytest-xdist hands files out in this order, and a long one at the end
+    would leave the other cores idle."""
+    place = {config.rootpath / "tests" / f"{name}.py": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 @pytest.fixture(scope="session", autouse=True)

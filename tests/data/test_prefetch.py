@@ -5,6 +5,7 @@ import io
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing import resource_sharer
 from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,13 @@ def test_data_is_read_once_for_all_restarts() -> None:
                 expected.flat[0] ^= 1
                 np.testing.assert_array_equal(arrays[role], expected)
     assert len(calls) == 1
+
+
+def test_a_worker_inherits_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not ask the launcher for it, which would print a traceback if the worker died meanwhile."""
+    monkeypatch.setattr(resource_sharer, "DupFd", None)  # multiprocessing's way to be asked
+    with Prefetcher(drawn) as prefetcher:
+        assert in_a_worker(prefetcher)[1] == "generated"
 
 
 def test_an_early_worker_waits() -> None:

@@ -492,7 +492,7 @@ def test_a_signal_while_waiting_for_the_others(number: int, digits: Path, tmp_pa
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", port)) == 0
 
-    with WarmProgram([*DMNIST, *words], **variables) as program:
+    with WarmProgram([*DMNIST, *words], cwd=None, **variables) as program:
         program.wait_for(listening, "the store")
         program.signal(number)
         ended = program.finish()

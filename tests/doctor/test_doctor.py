@@ -3,7 +3,6 @@
 import json
 import shutil
 import socket
-import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import PATIENCE, dmnist, run, run_ranks
+from ranks import DMNIST, PATIENCE, TORCHRUN, dmnist, run_ranks
+from torchrun_agents import WarmAgent
 
 from distributed_mnist.common import environment
 from distributed_mnist.common.placement import ALONE
@@ -54,10 +54,9 @@ def test_alone(nproc: int, digits: Path, tmp_path: Path) -> None:
 
 
 def test_under_torchrun(tmp_path: Path) -> None:
-    torchrun = Path(sys.executable).with_name("torchrun")
-    command = Path(sys.executable).with_name("dmnist")
-    arguments = ["doctor", "--device", "cpu", "--dataset", "generated", "--out", tmp_path]
-    ended = run([torchrun, "--standalone", "--nproc-per-node", "3", command, *arguments])
+    words = ("doctor", "--device", "cpu", "--dataset", "generated", "--out", tmp_path)
+    with WarmAgent((*TORCHRUN, "--standalone", "--nproc-per-node", 3, *DMNIST, *words)) as agent:
+        ended = agent.finish()
     assert ended.code == 0, ended
     assert ended.stdout.count("collectives") == 1  # one screen for all
     assert "torchrun: 3 processes on 1 host, sockets" in ended.stdout
