@@ -66,7 +66,8 @@ class Disagreement:
         why = "another processor, other settings of its libraries, or faulty hardware"
         if self.kind == "rank":
             wrong = " and ".join(named(rank) for rank in self.groups[0])
-            return TrainingError(f"{wrong} computes other {what} than the other ranks: {why}")
+            verb = "computes" if len(self.groups[0]) == 1 else "compute"
+            return TrainingError(f"{wrong} {verb} other {what} than the other ranks: {why}")
         each = " and ".join(", ".join(map(named, group)) for group in self.groups)
         return TrainingError(f"{each} compute different {what}: {why}")
 

@@ -1,8 +1,9 @@
 """Check the gradients of a run, from time to time: between ranks, against autograd, and for hidden state.
 
-At a check every rank computes two shards again: one of its own, as in training, and one of the next rank's,
-in a pass of its own and on a fresh copy of the model. The digests of a shard's two gradients must be equal
-(see `agreement`). The second gradient is also compared with autograd's, up to rounding.
+At a check every rank computes two shards again: one of its own (now and then in the pass that it shares in
+training) and one of the next rank's, in a pass of its own and on a fresh copy of the model. The digests of a
+shard's two gradients must be equal (see `agreement`). The second gradient is also compared with autograd's,
+up to rounding.
 """
 
 import copy
@@ -19,6 +20,8 @@ from .agreement import Disagreement, Results, compare
 from .per_shard import HookedLayers
 from .shard_gradients import ForwardShards, ShardGradients
 from .tree_sum import owned_shards
+
+_SHARED_PASS_EVERY = 8  # checks: a pass of several shards takes as long as a step
 
 
 class CrossCheck:
@@ -55,10 +58,15 @@ class CrossCheck:
         or if the gradient is not autograd's.
         """
         world, local = self._world, self._local
+
+        def in_its_own_pass(shard: int) -> Tensor:
+            return local.of_shard(forward_shards, shard, sizes)
+
         with same_random_state(world.device):
             own = self._shard_of(world.rank, sizes)
             other = self._shard_of((world.rank + 1) % world.size, sizes)
-            mine = digest(usual(own))
+            own_gradient = usual if self._checks % _SHARED_PASS_EVERY == 0 else in_its_own_pass
+            mine = digest(own_gradient(own))
             fresh = self._fresh()
             # Autograd comes first, so that the copy's pass is not the same in number as the model's own.
             expected = ShardGradients((fresh or local).model).of_shard(forward_shards, other, sizes)
@@ -66,10 +74,10 @@ class CrossCheck:
 
             def repeat(owner: int) -> Results:
                 shard = self._shard_of(owner, sizes)
-                again = [digest(local.of_shard(forward_shards, shard, sizes)) for _ in range(2)]
+                again = [digest(in_its_own_pass(shard)) for _ in range(2)]
                 anew = self._fresh()
                 return Results(
-                    usual=[digest(usual(shard))] if owner == world.rank else [],
+                    usual=[digest(own_gradient(shard))] if owner == world.rank else [],
                     alone=again,
                     fresh=[digest((anew or local).of_shard(forward_shards, shard, sizes))],
                 )
