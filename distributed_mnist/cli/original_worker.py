@@ -97,7 +97,7 @@ def run(options: Options, world: World, signals: StopSignals) -> None:
         say(f"=> loaded checkpoint '{name}' (epoch {state.step // batches.steps_per_epoch})")
     require_same_weights(state, world)
     if options.evaluate:
-        result = evaluate(model, data, world, recipe.precision)
+        result = evaluate(model, data, world, recipe.precision, exact=False)
         say(f"test loss: {result.loss:.6f}, test acc: {result.accuracy:.2%}.")
         return
 

@@ -1,9 +1,9 @@
 """Check the gradients of a run, from time to time: between ranks, against autograd, and for hidden state.
 
 At a check every rank computes two shards again: one of its own (now and then in the pass that it shares in
-training) and one of the next rank's, in a pass of its own and on a fresh copy of the model. The digests of a
-shard's two gradients must be equal (see `agreement`). The second gradient is also compared with autograd's,
-up to rounding.
+training) and one of the next rank's, in a pass of its own and on a fresh copy of the model. The digests of
+a shard's two gradients must be equal (see `agreement`). The second gradient is also compared with that of
+autograd, up to rounding.
 """
 
 import copy

@@ -126,4 +126,6 @@ def evaluate_trained(
             f"{trained.path} has {classes} classes, but {data.name} has {len(data.class_names)}"
         )
     as_trained = replace(data, class_names=trained.class_names, mean=trained.mean, std=trained.std)
-    return evaluate(trained.network, as_trained, world, trained.recipe.precision)
+    recipe = trained.recipe
+    exact = recipe.sync == "tree"
+    return evaluate(trained.network, as_trained, world, recipe.precision, recipe.model, exact=exact)

@@ -83,7 +83,7 @@ def train(state: State, context: TrainingContext) -> Evaluation:
         is_best = False
         if must_evaluate:
             world.status.enter("evaluating")
-            evaluation = evaluate(state.model, context.data, world, recipe.precision, recipe.model)
+            evaluation = evaluate_now(state, context)
             is_best = report_evaluation(state, context, evaluation) or (is_last and averages_weights)
         if must_save or save_due or stopping or is_best:
             save(state, context, best=is_best)
@@ -92,7 +92,7 @@ def train(state: State, context: TrainingContext) -> Evaluation:
             stop(state, world, total_steps)
         world.status.enter("training")
         sync_points.start()
-    return evaluation or evaluate(state.model, context.data, world, recipe.precision, recipe.model)
+    return evaluation or evaluate_now(state, context)
 
 
 def prepare(state: State, context: TrainingContext) -> None:
@@ -221,9 +221,8 @@ def check_gradients(state: State, context: TrainingContext, step: int) -> None:
             context.gradients.check(forward_shards, context.batches.shard_sizes(step))
     except (TrainingError, UsageError) as error:
         report_saved(state, context, wait=True)
-        last_good = context.store.last_good()
-        text = f"{error}; noticed after step {state.step}, last good checkpoint: {last_good}"
-        raise type(error)(text) from error
+        when = f"noticed after step {state.step}, last good checkpoint: {context.store.last_good()}"
+        raise type(error)(f"{error}; {when}") from error
 
 
 def save(state: State, context: TrainingContext, *, best: bool) -> None:
@@ -260,6 +259,12 @@ def stop(state: State, world: World, total_steps: int) -> NoReturn:
     world.barrier()
     outcome = f"but {state.unsaved}" if state.unsaved else "checkpoint saved"
     raise Interrupted(f"stopped by a signal after step {state.step} of {total_steps}, {outcome}")
+
+
+def evaluate_now(state: State, context: TrainingContext) -> Evaluation:
+    """Evaluate the model; with `tree`, ranks must compute the same bits."""
+    recipe, exact = context.recipe, context.recipe.sync == "tree"
+    return evaluate(state.model, context.data, context.world, recipe.precision, recipe.model, exact=exact)
 
 
 def report_evaluation(state: State, context: TrainingContext, result: Evaluation) -> bool:
