@@ -12,7 +12,7 @@ import argparse
 import sys
 from importlib.util import find_spec
 
-from distributed_mnist.common.home import expand_home
+from distributed_mnist.cli.home import expand_home
 from distributed_mnist.errors import LaunchError, print_error
 
 _REQUIRED_PACKAGES = ("torch", "numpy", "rich", "requests", "tyro")

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..common import environment
 from ..common.placement import ALONE, Placement
+from ..common.process_state import defined_state
 from ..common.suggest import did_you_mean
 from ..config import Recipe, Run, load_recipe
 from ..data import prefetch
@@ -29,7 +30,7 @@ from ..distributed.world import World
 from ..errors import CheckpointError, UsageError, write_line
 from ..inference.score import evaluate_trained, load_dataset
 from ..inference.trained import Trained, find_checkpoint, restore
-from ..models.build import temporary_model
+from ..models.factory import temporary_model
 from ..runs import layout
 from ..training import run as training
 from ..training.evaluate import Evaluation
@@ -135,6 +136,7 @@ def train(
         result = train_in_processes(nproc, recipe, run, title, verbose, factory, read)
     else:
         with (
+            defined_state(),
             _registered_model(name, factory),
             _joined_group(placement or ALONE, recipe, run) as world,
         ):
@@ -160,7 +162,7 @@ def load(
     """
     files = find_checkpoint(as_path("path", path))
     name, factory = _name_and_factory(model)
-    with _registered_model(name, factory), torch.random.fork_rng():
+    with defined_state(), _registered_model(name, factory):
         return restore(files, model=name, device=torch.device(device))
 
 
@@ -196,7 +198,7 @@ def evaluate(
         given, name, folder = resolve_dataset(dataset, data or "data")
     console = console_for(False)
     world = World(ALONE, next(network.parameters(), torch.empty(0)).device, "none")
-    with _torch_settings_restored():
+    with defined_state():
         torch.set_num_threads(1)  # as in training with `tree`, so that the loss is bit-identical
         if isinstance(what, Trained):
             trained = what
@@ -227,30 +229,14 @@ def _joined_group(placement: Placement, recipe: Recipe, run: Run) -> Iterator[Wo
     if recipe.sync == "tree":
         environment.order_additions()
     device = torch.device("cpu") if run.device == "cpu" else choose_device(placement)
-    with _torch_settings_restored():
-        job = describe_training("the library's train", recipe, run, one_host=placement.one_host)
-        world = World.connect(placement, device=device, hang_after=run.hang_after, job=job)
-        try:
-            yield world
-        except BaseException:
-            world.leave()
-            raise
-        world.close()
-
-
-@contextlib.contextmanager
-def _torch_settings_restored() -> Iterator[None]:
-    """Restore the torch settings that a run changes: threads, determinism and the random state."""
-    threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    job = describe_training("the library's train", recipe, run, one_host=placement.one_host)
+    world = World.connect(placement, device=device, hang_after=run.hang_after, job=job)
     try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        torch.backends.cudnn.benchmark = benchmark
+        yield world
+    except BaseException:
+        world.leave()
+        raise
+    world.close()
 
 
 def _name_and_factory(model: str | Factory | None) -> tuple[str | None, Factory | None]:

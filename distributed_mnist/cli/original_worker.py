@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from ..common.digest import START_OF_CHAIN
+from ..common.generators import ModelDraws
 from ..common.placement import Placement
 from ..common.printable import printable
 from ..config import Run, flag, load_recipe
@@ -108,7 +109,7 @@ def run(options: Options, world: World, signals: StopSignals) -> None:
         data=data,
         batches=batches,
         gradients=make_gradients(recipe, Run(), world, model, traits),
-        reseed=traits.draws_random_numbers,
+        draws=ModelDraws(traits.draws_from) if traits.draws_from else None,
         store=OriginalStore(batches.steps_per_epoch) if world.rank == 0 else NullStore(),
         sink=EpochLines(options.epochs) if world.rank == 0 else NullSink(),
         stop_requested=signals.requested,

@@ -11,13 +11,13 @@ from typing import Annotated, Any, Union
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
-from ..common.home import expand_home
 from ..config import DATA_OPTIONS, Recipe, Run, load_recipe
 from ..errors import UsageError
 from ..runs.run_files import config_in
 from .flags_data import Check, Fetch, Generate
 from .flags_train import Bench, Train, Verify
 from .flags_use import Doctor, Evaluate, Export, Predict, Report, Watch
+from .home import expand_home
 from .usage_errors import explain_usage_error, plain_types
 
 _SUMMARY = "Distributed training of digit classifiers. dmnist --version prints its and torch's version."

@@ -80,7 +80,7 @@ class Coordinator:
     `job` describes the job of rank 0. `report` is called with a message about each process of another job.
     """
 
-    def __init__(self, size: int, job: JobDescription, report: Callable[[str], None]) -> None:
+    def __init__(self, size: int, job: JobDescription, report: Callable[[str], object]) -> None:
         self._size, self._job, self._report = size, job, report
         self._attempt = authentication.new_attempt()
         self._lock = threading.Lock()

@@ -8,7 +8,8 @@ from torch import nn
 from ..config import Recipe, Run
 from ..distributed.world import World
 from ..errors import UsageError
-from ..models.build import ModelProperties, forward
+from ..models.build import forward
+from ..models.inspection import ModelProperties
 from ..models.zoo import IMAGE_SHAPE
 from .all_reduce import DdpGradients, Gradients, TreeGradients
 from .batch_invariance import is_batch_invariant, matches_autograd

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.digest import digest
+from ..common.process_state import torch_defaults
 from ..config import Recipe
 from ..data.catalog import DIGITS, MNIST_CONSTANTS
 from ..data.split import normalise
@@ -62,7 +63,6 @@ class Trained:
         """The folder of the run, or the ensemble, that the checkpoint belongs to."""
         return Path(self.path) if isinstance(self.network, Vote) else Path(self.path).parent.parent
 
-    @torch.no_grad()
     def logits(self, images: Any) -> Tensor:
         """Logits, float32 `(n, classes)`, for images that are white on black as in MNIST.
 
@@ -70,12 +70,13 @@ class Trained:
         `(n, 1, 28, 28)`, or `(28, 28)` for `n` = 1. They are not normalised: integers from 0 to 255, or
         floats from 0 to 1. Raises `DataError` for anything else.
         """
-        device = next(self.network.parameters()).device
-        pixels = as_pixels(images)
-        if not len(pixels):  # some layers cannot compute with none
-            return torch.empty(0, len(self.class_names), device=device)
-        normalised = normalise(pixels.to(device, copy=True), self.mean, self.std)
-        return forward(self.network, normalised, self.recipe.precision)
+        with torch_defaults(), torch.no_grad():
+            device = next(self.network.parameters()).device
+            pixels = as_pixels(images)
+            if not len(pixels):  # some layers cannot compute with none
+                return torch.empty(0, len(self.class_names), device=device)
+            normalised = normalise(pixels.to(device, copy=True), self.mean, self.std)
+            return forward(self.network, normalised, self.recipe.precision)
 
     def probabilities(self, images: Any) -> Tensor:
         """The probability of each class, float32 `(n, classes)`. `images` is as in `logits`."""

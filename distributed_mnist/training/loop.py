@@ -9,19 +9,13 @@ import math
 from functools import partial
 from typing import Any, NoReturn
 
-import torch
-from torch import Tensor, nn
-
 from ..common.digest import digest
-from ..common.random_keys import torch_seed
 from ..distributed.world import World
 from ..errors import Interrupted, TrainingError, UsageError
-from ..gradients.loss import cross_entropy
-from ..gradients.shard_gradients import ForwardShards
-from ..models.build import forward
 from ..optim import weight_average
 from ..optim.schedule import make_schedule, set_learning_rate
 from .evaluate import Evaluation, evaluate, mistakes
+from .forward import make_forward
 from .ledger import IntervalRecord, Ledger
 from .state import ZERO_TOTALS, State, TrainingContext, pack
 from .sync_points import PhaseTimer, SyncPoints
@@ -121,34 +115,6 @@ def train_step(
         state.optimizer.step()
 
 
-def make_forward(
-    context: TrainingContext, timer: PhaseTimer, step: int, ledger: Ledger | None = None
-) -> ForwardShards:
-    """Return the function that runs shards of global batch `step` through a model.
-
-    With `ledger`, it records the samples. A pass that is repeated replaces its record.
-    """
-    recipe, size, recorded = context.recipe, context.batches.size(step), 0
-
-    def forward_shards(module: nn.Module, shards: range) -> tuple[Tensor, Tensor]:
-        nonlocal recorded
-        with timer.phase("data"):
-            batch = context.batches.take(step, shards)
-        if context.reseed:
-            torch.manual_seed(torch_seed("noise", recipe.seed, step, shards.start))
-        with timer.phase("forward"):
-            logits = forward(module, batch.images, recipe.precision)
-            losses, grad_logits = cross_entropy(logits, batch.labels, recipe.label_smoothing)
-        if ledger is not None:
-            if batch.start < recorded:
-                ledger.take_back(batch.start)
-            ledger.record(batch, losses, logits)
-            recorded = batch.start + len(batch.ids)
-        return logits, grad_logits.div_(size)
-
-    return forward_shards
-
-
 def close_interval(
     state: State,
     context: TrainingContext,
@@ -199,14 +165,13 @@ def require_finite(state: State, context: TrainingContext, interval: IntervalRec
 def require_same_weights(state: State, world: World) -> None:
     """Raise `TrainingError`, naming the ranks, if any rank has different weights from rank 0.
 
-    Faulty memory, a different processor, or a model factory with its own random generator would make the
+    Faulty memory, a different processor, or a factory whose weights depend on the process would make the
     weights differ without any other sign.
     """
     if world.size > 1 and (ranks := world.differing(digest(dict(state.model.state_dict())))):
         raise TrainingError(
             f"rank {', '.join(map(str, ranks))} has different weights from rank 0 after step {state.step}: "
-            "the model draws random numbers from a generator other than torch's, or that host computes "
-            "differently"
+            "the model has a random generator or a state of its own, or that host computes differently"
         )
 
 

@@ -12,6 +12,8 @@ import torch
 from rich.console import Console
 
 from ..common.digest import digest
+from ..common.generators import ModelDraws
+from ..common.process_state import defined_state
 from ..config import Recipe, Run, checkpoint_interval, steps_between
 from ..data.broadcast import Data, broadcast_dataset
 from ..data.datasets import Dataset
@@ -19,7 +21,9 @@ from ..distributed.world import World
 from ..errors import DmnistError, Interrupted, OutputError, WorkerLost, reason
 from ..gradients.setup import make_gradients
 from ..launcher.signals import StopRequests
-from ..models.build import ModelProperties, find_factory, make_model
+from ..models.build import make_model
+from ..models.factory import find_factory
+from ..models.inspection import ModelProperties
 from ..optim.schedule import make_optimizer
 from ..reporting.events import JsonLines, MistakesFile, MultiSink, NoticeSink, NullSink, Sink
 from ..reporting.progress_bar import Terminal
@@ -37,6 +41,7 @@ from .state import State, TrainingContext
 from .threads import oversubscription_warnings, use_threads
 
 
+@defined_state()
 def run(
     world: World,
     recipe: Recipe,
@@ -92,7 +97,7 @@ def run(
         data=data,
         batches=batches,
         gradients=gradients,
-        reseed=properties.draws_random_numbers,
+        draws=ModelDraws(properties.draws_from) if properties.draws_from else None,
         store=store,
         sink=sink,
         stop_requested=signals.requested,

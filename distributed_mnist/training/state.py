@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..common.digest import START_OF_CHAIN
+from ..common.generators import ModelDraws
 from ..config import Recipe, Run
 from ..data.broadcast import Data
 from ..distributed.world import World
@@ -67,8 +68,8 @@ class TrainingContext:
     data: Data
     batches: Batches
     gradients: Gradients
-    reseed: bool
-    """Seed torch's generator before each forward pass, because the model draws random numbers."""
+    draws: ModelDraws | None
+    """The model's draws from global generators, which are seeded before each forward pass; None without."""
     store: Store
     sink: Sink
     stop_requested: Callable[[], bool]

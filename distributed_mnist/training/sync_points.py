@@ -11,7 +11,9 @@ from typing import Self
 
 import torch
 
+from ..common.process_state import changes, snapshot
 from ..distributed.world import World
+from ..errors import TrainingError
 
 
 class PhaseTimer:
@@ -65,7 +67,7 @@ class SyncPoints:
     SECONDS = 0.25
 
     def __init__(self, world: World, step: int, max_steps: int) -> None:
-        self._world, self._max_steps = world, max_steps
+        self._world, self._max_steps, self._settings = world, max_steps, snapshot()
         self._last, self._next = step, step + 1
         self._started, self._communication_before = 0.0, 0.0
         self.seconds = 0.0
@@ -92,8 +94,10 @@ class SyncPoints:
         """Synchronise with the other ranks after `step` steps.
 
         `stop` is whether this rank was asked to stop; `save` is whether its checkpoint store is due.
-        Returns (stop, save), each True if it is True on any rank.
+        Returns (stop, save), each True if it is True on any rank. Raises `TrainingError` if torch's
+        settings are not as they were when training began.
         """
+        self._world.on_every_rank(self._require_settings)
         if self._world.device.type != "cpu":
             # The collectives of the step cannot be timed separately.
             with self._world.communicating("a step", also_computes=True):
@@ -112,6 +116,13 @@ class SyncPoints:
         interval = min(int(self.SECONDS / max(slowest, 1e-9)), 4 * self.steps, self._max_steps)
         self._last, self._next = step, step + max(interval, 1)
         return max(stops) > 0, max(saves) > 0
+
+    def _require_settings(self) -> None:
+        if changed := changes(self._settings):
+            raise TrainingError(
+                f"torch's {changed}: the model or another thread changed it during training, and the "
+                "weights would depend on it"
+            )
 
     def speed_hint(self) -> str | None:
         """Return a hint if fewer processes would train at least as fast, else None."""

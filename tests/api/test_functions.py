@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,48 @@ def test_leaves_torch_as_it_was(digits: Path, tmp_path: Path) -> None:
     evaluate(ended, digits)
     assert torch.equal(before, torch.get_rng_state())
     assert torch.get_num_threads() == threads
+
+
+def test_threads_take_turns_and_other_threads_draws_change_nothing(digits: Path, tmp_path: Path) -> None:
+    settings = {**STEPS, "model": user_models.dropout, "dataset": digits}
+    expected = train(**settings, out=tmp_path / "alone").weights_sha256
+    stop = threading.Event()
+
+    def draw() -> None:
+        while not stop.wait(0.004):
+            torch.rand(3)
+
+    background = threading.Thread(target=draw)
+    background.start()
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            ended = pool.map(lambda i: train(**settings, out=tmp_path / str(i)).weights_sha256, range(3))
+            assert set(ended) == {expected}
+    finally:
+        stop.set()
+        background.join()
+
+
+def test_the_callers_state_changes_no_weights(result: Result, digits: Path, tmp_path: Path) -> None:
+    pixels = datasets.load("idx", digits).test_images
+    expected = result.load().logits(pixels)
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.inference_mode(),
+        torch.device("meta"),
+    ):
+        torch.set_default_dtype(torch.float64)
+        torch.backends.mkldnn.enabled = False
+        try:
+            ended = train(**SHORT, dataset=digits, out=tmp_path / "run")
+            trained = ended.load()
+            scored, logits = evaluate(trained, digits), trained.logits(pixels)
+            assert not torch.backends.mkldnn.enabled
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.backends.mkldnn.enabled = True
+    assert (ended.weights_sha256, scored.loss) == (result.weights_sha256, result.loss)
+    assert torch.equal(logits, expected)
 
 
 def test_the_trained_network(result: Result, digits: Path) -> None:
@@ -183,10 +227,12 @@ def test_any_function_is_a_model(digits: Path, tmp_path: Path) -> None:
 def test_functions_of_modules_go_to_other_processes(digits: Path, tmp_path: Path) -> None:
     ranks.server()
     one, two = (
-        train(**STEPS, model=user_models.dropout, dataset=digits, out=tmp_path / str(n), nproc=n)
+        train(**STEPS, model=user_models.restless, dataset=digits, out=tmp_path / str(n), nproc=n)
         for n in (1, 2)
     )
-    assert one.weights_sha256 == two.weights_sha256
+    assert (
+        one.weights_sha256 == two.weights_sha256
+    )  # also for a model that draws from all global generators
     unknowns: tuple[Any, ...] = (
         lambda classes: nn.Linear(784, classes),
         type("Here", (), {"__call__": own})(),

@@ -9,7 +9,7 @@ import pytest
 from ranks import REPOSITORY, run
 
 from distributed_mnist.common import import_path
-from distributed_mnist.models.build import find_factory
+from distributed_mnist.models.factory import find_factory
 
 # Without the modules that Python imports at its start: they are imported before this program runs.
 MODULES = """

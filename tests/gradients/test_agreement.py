@@ -18,7 +18,7 @@ from distributed_mnist.gradients.agreement import Disagreement, Results, judge
 from distributed_mnist.gradients.loss import cross_entropy
 from distributed_mnist.gradients.setup import make_tree_gradients
 from distributed_mnist.gradients.tree_sum import shard_sizes
-from distributed_mnist.models.build import ModelProperties
+from distributed_mnist.models.inspection import ModelProperties
 from distributed_mnist.training.evaluate import evaluate
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from distributed_mnist.gradients.all_reduce import Gradients, TreeGradients
 from distributed_mnist.gradients.per_shard import HookedLayers
 from distributed_mnist.gradients.setup import make_gradients
 from distributed_mnist.gradients.tree_sum import BinaryCounter, owned_shards, shard_sizes, subtree_roots
-from distributed_mnist.models.build import ModelProperties
+from distributed_mnist.models.inspection import ModelProperties
 
 ALL = [(size, shards) for shards in range(1, 18) for size in range(1, shards + 1)]
 WORLD = World(ALONE, torch.device("cpu"), "none")

@@ -29,7 +29,8 @@ from distributed_mnist.gradients.loss import cross_entropy
 from distributed_mnist.gradients.per_shard import HookedLayers
 from distributed_mnist.gradients.setup import make_gradients, make_tree_gradients
 from distributed_mnist.gradients.shard_gradients import ForwardShards
-from distributed_mnist.models.build import build, forward, inspect, place
+from distributed_mnist.models.build import build, forward, place
+from distributed_mnist.models.inspection import inspect
 from distributed_mnist.training.batches import Batches
 from distributed_mnist.training.evaluate import Evaluation, evaluate
 

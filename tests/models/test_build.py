@@ -1,19 +1,25 @@
 """Test that the networks are as documented, and that models that cannot be trained exactly are refused."""
 
+import random
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from distributed_mnist.common import process_state
+from distributed_mnist.config import Recipe
 from distributed_mnist.errors import UsageError
-from distributed_mnist.models.build import ModelProperties, build, inspect, place
+from distributed_mnist.models.build import build, make_model, place
+from distributed_mnist.models.factory import temporary_model
+from distributed_mnist.models.inspection import ModelProperties, inspect
 from distributed_mnist.models.zoo import MODELS
 
 CPU = torch.device("cpu")
@@ -266,6 +272,83 @@ def test_norms_of_one_sample_are_allowed(model: nn.Module) -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_random_numbers_are_noticed(model: nn.Module, training: bool) -> None:
     assert inspect(model.train(training), "mine", 10, CPU).draws_random_numbers
+
+
+@pytest.mark.parametrize("source", ["torch", "NumPy", "Python"])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_the_generators_are_named(source: str, where: str) -> None:
+    draw: Callable[[], float] = {
+        "torch": lambda: float(torch.rand(())),
+        "NumPy": np.random.rand,
+        "Python": random.random,
+    }[source]
+
+    class Drawing(Flat):
+        def forward(self, images: Tensor) -> Tensor:
+            logits = self.fc(images.flatten(1))
+            if self.training and where == "backward" and logits.requires_grad:
+                logits.register_hook(lambda gradient: gradient * draw())
+            return logits * draw() if self.training and where == "forward" else logits
+
+    assert inspect(Drawing(), "mine", 10, CPU).draws_from == (source,)
+
+
+def test_what_a_factory_makes_depends_on_the_seed_alone() -> None:
+    def filled(draw: Callable[[], Any]) -> Callable[[int], nn.Module]:
+        def make(classes: int) -> nn.Module:
+            model = Flat(classes)
+            with torch.no_grad():
+                model.fc.bias.copy_(torch.as_tensor([draw() for _ in range(classes)]))
+            return model
+
+        return make
+
+    def made(factory: Callable[[int], nn.Module], seed: int = 0) -> Tensor:
+        with temporary_model("mine:model", factory):
+            return weights(make_model(Recipe(model="mine:model", seed=seed), 10, CPU)[0])
+
+    for draw in (np.random.rand, random.random):
+        first = made(filled(draw))
+        draw()
+        assert torch.equal(made(filled(draw)), first)
+        assert not torch.equal(made(filled(draw), seed=1), first)
+    with pytest.raises(UsageError, match="makes different weights at each call"):
+        made(filled(lambda: np.random.default_rng().random()))
+    kept = Flat()
+    with pytest.raises(UsageError, match="returns the same module at each call"):
+        made(lambda _: kept)
+
+
+def test_a_factorys_settings_end_with_it_and_a_forward_may_change_none() -> None:
+    class Setting(Flat):
+        def forward(self, images: Tensor) -> Tensor:
+            torch.set_num_threads(3)
+            return super().forward(images)
+
+    threads = torch.get_num_threads()
+
+    def factory(classes: int) -> nn.Module:
+        torch.set_num_threads(threads + 1)
+        return Flat(classes)
+
+    with temporary_model("mine:model", factory):
+        build("mine:model", 10, 0)
+    assert torch.get_num_threads() == threads
+    with process_state.defined_state():
+        torch.set_num_threads(1)
+        assert problem(Setting()) == (
+            "its forward pass changes torch's number of threads from 1 to 3, on which results depend: "
+            "remove that call"
+        )
+
+
+def test_a_state_in_evaluation() -> None:
+    class Drifting(Flat):
+        def forward(self, images: Tensor) -> Tensor:
+            self.calls = getattr(self, "calls", 0) + (not self.training)
+            return super().forward(images) * (1 + self.calls)
+
+    assert problem(Drifting()).startswith("its logits in evaluation differ from call to call")
 
 
 def test_a_wrong_number_of_logits() -> None:

@@ -1,14 +1,19 @@
-"""Test the hint about the number of processes, and the times of the phases of a step."""
+"""The hint about the number of processes, the times of a step's phases, and settings that change."""
 
 import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distributed_mnist.training.sync_points import PhaseTimer, suggest_fewer_processes
+from distributed_mnist.common.placement import ALONE
+from distributed_mnist.common.process_state import defined_state
+from distributed_mnist.distributed.world import World
+from distributed_mnist.errors import TrainingError
+from distributed_mnist.training.sync_points import PhaseTimer, SyncPoints, suggest_fewer_processes
 
 
 @pytest.mark.parametrize(
@@ -74,3 +79,16 @@ def test_phases_start_again_from_zero() -> None:
         time.sleep(0.01)
     assert timer.reset(2)["a"] >= 0.01
     assert timer.reset(0) == {}
+
+
+def test_a_setting_that_changes_during_training_ends_it() -> None:
+    with defined_state():
+        torch.set_num_threads(1)
+        points = SyncPoints(World(ALONE, torch.device("cpu"), "none"), 0, 10)
+        points.start()
+        assert points.sync(1, stop=False, save=True) == (False, True)
+        torch.set_num_threads(2)
+        with pytest.raises(
+            TrainingError, match="torch's number of threads from 1 to 2: the model or another"
+        ):
+            points.sync(2, stop=False, save=False)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from distributed_mnist.cli.home import expand_home
 from distributed_mnist.cli.parser import parse
-from distributed_mnist.common.home import expand_home
 
 
 @pytest.fixture(autouse=True)

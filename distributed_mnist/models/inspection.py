@@ -1,0 +1,149 @@
+"""Test whether a model can be trained exactly, by running it on random images."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ..common.generators import drawn_from, seed_generators
+from ..common.process_state import changes, snapshot
+from ..errors import UsageError
+from .zoo import IMAGE_SHAPE
+
+_BATCH_STATISTICS = "batch statistics cannot be trained exactly, use per-sample norms"
+_STATE = "what a pass leaves for the next one would depend on the number of processes"
+_HIDDEN_STATE = (
+    "it keeps state between passes (a counter, an average in a plain attribute) or draws random numbers "
+    "from a generator of its own"
+)
+
+
+@dataclass(frozen=True)
+class ModelProperties:
+    """The properties of a model that `inspect` measures."""
+
+    parameters: int
+    """Number of trained parameters."""
+    draws_random_numbers: bool
+    unused: tuple[str, ...]
+    """Names of the parameters that the logits do not depend on."""
+    draws_from: tuple[str, ...] = ()
+    """The global generators from which it draws random numbers: "torch", "NumPy", "Python"."""
+
+
+@torch.no_grad()
+def inspect(model: nn.Module, name: str, classes: int, device: torch.device) -> ModelProperties:
+    """Run a model on random images and return its properties.
+
+    Raises `UsageError` if it cannot be trained exactly. This tests the model's behaviour, not the types of
+    its layers. So it also finds batch statistics or functional dropout in a user's own code.
+    """
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    trial, settings = _Trial(model, name, device), snapshot()
+    if not trained:
+        trial.refuse("it has no parameters to train")
+
+    def differentiate() -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            total = trial.logits().float().sum()
+            if not total.requires_grad:
+                trial.refuse("its logits do not depend on its parameters")
+            return torch.autograd.grad(total, list(trained.values()), allow_unused=True)
+
+    trial.test_training(classes)
+    trial.test_evaluation()
+    model.train()
+    draws = trial.drawn_from(differentiate)
+    unused = tuple(key for key, gradient in zip(trained, differentiate(), strict=True) if gradient is None)
+    if changed := changes(settings):
+        trial.refuse(
+            f"its forward pass changes torch's {changed}, on which results depend: remove that call"
+        )
+    return ModelProperties(sum(p.numel() for p in trained.values()), bool(draws), unused, draws)
+
+
+class _Trial:
+    """A model under test. Each pass is over two random images, `(2, 1, 28, 28)`, by default the same ones.
+
+    Its methods raise `UsageError`.
+    """
+
+    def __init__(self, model: nn.Module, name: str, device: torch.device) -> None:
+        self._model, self._name, self._device = model, name, device
+        generator = torch.Generator().manual_seed(0)
+        first, second, third = (torch.randn(1, *IMAGE_SHAPE, generator=generator) for _ in range(3))
+        self._images = torch.cat((first, second)).to(device)
+        self._other_images = torch.cat((first, third)).to(device)
+
+    def refuse(self, problem: str) -> NoReturn:
+        raise UsageError(f"--model {self._name}: {problem}")
+
+    def logits(self, images: Tensor | None = None) -> Tensor:
+        """Make a pass, in which random numbers have always the same key."""
+        seed_generators("inspect")
+        images = self._images.clone() if images is None else images
+        try:
+            return self._model(images)
+        except Exception as error:
+            self.refuse(f"it fails on images {tuple(images.shape)}: {error}")
+
+    def drawn_from(self, compute: Callable[[], object]) -> tuple[str, ...]:
+        """Return the names of the global generators from which `compute` draws."""
+        draws = drawn_from(compute, self._device, "inspect")
+        if draws is None:
+            self.refuse(
+                "how many random numbers it draws differs from call to call: another thread draws from the "
+                "same generators, or the model keeps a state of its own"
+            )
+        return draws
+
+    def test_training(self, classes: int) -> None:
+        """Test passes in training mode."""
+        model, refuse = self._model, self.refuse
+        buffers = {key: value.clone() for key, value in model.named_buffers()}
+        frozen = [key for key, module in model.named_modules() if model.training and not module.training]
+        model.train()
+        logits = self.logits()
+        if not isinstance(logits, Tensor):
+            refuse(f"it returns a {type(logits).__name__}, not a tensor of logits")
+        if logits.shape != (2, classes):
+            shapes = f"{tuple(logits.shape)} for 2 images, not (2, {classes})"
+            refuse(f"it returns shape {shapes}: the data has {classes} classes")
+        changed = [key for key, value in model.named_buffers() if not torch.equal(value, buffers[key])]
+        if changed:
+            refuse(_why_buffers_change(model, changed[0], frozen))
+        tries = 3 if self.drawn_from(self.logits) else 1  # another thread may draw from the same generators
+        if not any(torch.equal(self.logits(), self.logits()) for _ in range(tries)):
+            refuse(f"it gives other logits when a pass is repeated; {_HIDDEN_STATE}")
+        # Kernels may round differently, for instance if the model sorts its images.
+        tolerance = 1e-5 * float(logits.abs().max())
+        if not any(
+            torch.allclose(self.logits()[0], self.logits(self._other_images)[0], rtol=0, atol=tolerance)
+            for _ in range(tries)
+        ):
+            refuse(f"one image's logits depend on the others in its batch; {_BATCH_STATISTICS}")
+
+    def test_evaluation(self) -> None:
+        """Test passes in evaluation mode."""
+        self._model.eval()
+        images = self._images.clone()
+        self.logits(images)
+        if not torch.equal(images, self._images):
+            self.refuse("it changes its images in place: let it begin with images.clone()")
+        if self.drawn_from(self.logits):
+            self.refuse("it draws random numbers in evaluation")
+        if not torch.equal(self.logits(), self.logits()):
+            self.refuse(f"it gives other logits when a pass is repeated in evaluation; {_HIDDEN_STATE}")
+
+
+def _why_buffers_change(model: nn.Module, key: str, frozen: Collection[str]) -> str:
+    """Say what is wrong if buffer `key` changes; `frozen` modules had been set to evaluation."""
+    name = key.rpartition(".")[0]
+    problem = f"its buffer {key} changes in the forward pass"
+    if not isinstance(model.get_submodule(name), nn.modules.batchnorm._BatchNorm):
+        return f"{problem}; {_STATE} (as a counter, a moving average or spectral norm does)"
+    if name in frozen:
+        return f"{problem}; train() has ended the evaluation mode of {name}: override train() to keep it"
+    return f"{problem}; {_BATCH_STATISTICS}"

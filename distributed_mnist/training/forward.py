@@ -1,0 +1,74 @@
+"""Run shards of a global batch through a model, with keyed random numbers, up to the loss's gradient."""
+
+import torch
+from torch import Tensor, nn
+
+from ..common.generators import own_torch_state, seed_generators
+from ..errors import TrainingError
+from ..gradients.loss import cross_entropy
+from ..gradients.shard_gradients import ForwardShards
+from ..models.build import forward
+from .batches import Batch
+from .ledger import Ledger
+from .state import TrainingContext
+from .sync_points import PhaseTimer
+
+_TRIES = 20
+
+
+def make_forward(
+    context: TrainingContext, timer: PhaseTimer, step: int, ledger: Ledger | None = None
+) -> ForwardShards:
+    """Return the function that runs shards of global batch `step` through a model.
+
+    With `ledger`, it records the samples. A pass that is repeated replaces its record.
+    """
+    recipe, size, recorded = context.recipe, context.batches.size(step), 0
+
+    def forward_shards(module: nn.Module, shards: range) -> tuple[Tensor, Tensor]:
+        nonlocal recorded
+        batch, logits = keyed_forward(module, context, timer, step, shards)
+        with timer.phase("forward"):
+            losses, grad_logits = cross_entropy(logits, batch.labels, recipe.label_smoothing)
+        if ledger is not None:
+            if batch.start < recorded:
+                ledger.take_back(batch.start)
+            ledger.record(batch, losses, logits)
+            recorded = batch.start + len(batch.ids)
+        return logits, grad_logits.div_(size)
+
+    return forward_shards
+
+
+def keyed_forward(
+    module: nn.Module, context: TrainingContext, timer: PhaseTimer, step: int, shards: range
+) -> tuple[Batch, Tensor]:
+    """Run shards through the module, with what it draws keyed by seed, step and shard.
+
+    The pass is repeated if another thread drew from the same global generators meanwhile. Raises
+    `TrainingError` if that happens again and again.
+    """
+    draws, recipe = context.draws, context.recipe
+    one_pass_only = recipe.sync == "ddp" and context.world.size > 1  # DDP may communicate in a forward pass
+    key = ("noise", recipe.seed, step, shards.start)
+
+    def own_state() -> bytes:
+        images = context.batches.take(step, shards).images
+        with torch.no_grad():
+            return own_torch_state(lambda: forward(module, images, recipe.precision), *key)[1]
+
+    for _ in range(_TRIES):
+        with timer.phase("data"):
+            batch = context.batches.take(step, shards)
+        if draws:
+            seed_generators(*key)
+        with timer.phase("forward"):
+            logits = forward(module, batch.images, recipe.precision)
+        if not draws or one_pass_only or draws.were_own(len(batch.images), own_state):
+            return batch, logits
+    assert draws
+    raise TrainingError(
+        f"the model draws from {' and '.join(draws.names)}'s global generator, but not the same numbers "
+        "when a forward pass is repeated: another thread draws from it too, so train in a process of its "
+        "own, or the model keeps a state"
+    )

@@ -1,0 +1,147 @@
+"""The global generators: keyed, restored, and another thread's draws noticed or without effect."""
+
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from distributed_mnist.common.generators import (
+    ModelDraws,
+    PrivateDraws,
+    drawn_from,
+    own_torch_state,
+    restored_generators,
+    seed_generators,
+)
+
+CPU = torch.device("cpu")
+SOURCES: dict[str, Callable[[], Any]] = {
+    "torch": lambda: torch.rand(3).tolist(),
+    "NumPy": lambda: np.random.rand(3).tolist(),
+    "Python": lambda: [random.random() for _ in range(3)],
+}
+
+
+def test_a_key_gives_the_same_numbers_and_another_key_others() -> None:
+    def draw(*key: int | str) -> list[list[float]]:
+        seed_generators(*key)
+        return [source() for source in SOURCES.values()]
+
+    with restored_generators():
+        first = draw("noise", 1, 2)
+        assert first == draw("noise", 1, 2)
+        assert all(a != b for a, b in zip(first, draw("noise", 1, 3), strict=True))
+        assert len({tuple(numbers) for numbers in first}) == 3  # NumPy's and Python's are one algorithm
+
+
+@pytest.mark.parametrize("bits", [np.random.MT19937, np.random.PCG64])
+def test_the_callers_generators_are_restored(bits: type) -> None:
+    kept = np.random.mtrand.get_bit_generator()
+    np.random.mtrand.set_bit_generator(bits(3))
+    try:
+        np.random.randn()  # of a pair: the other half waits
+        before = np.random.get_state(legacy=False), random.getstate(), torch.get_rng_state()
+        with restored_generators():
+            seed_generators("key")
+            np.random.randn()
+        assert str(np.random.get_state(legacy=False)) == str(before[0])
+        assert random.getstate() == before[1]
+        assert torch.equal(torch.get_rng_state(), before[2])
+    finally:
+        np.random.mtrand.set_bit_generator(kept)
+
+
+@pytest.mark.parametrize("others", [0, 3], ids=["alone", "disturbed"])
+@pytest.mark.parametrize("names", [(), ("torch",), ("NumPy",), ("Python",), ("torch", "Python")])
+def test_what_a_model_draws_from(names: tuple[str, ...], others: int) -> None:
+    disturbances = iter(range(1, others + 1))
+
+    def compute() -> None:
+        for name in names:
+            SOURCES[name]()
+        if (times := next(disturbances, None)) is not None:
+            other = threading.Thread(
+                target=lambda: [draw() for draw in SOURCES.values() for _ in range(times)]
+            )
+            other.start()
+            other.join()
+
+    with restored_generators():
+        assert drawn_from(compute, CPU, "key") == names
+
+
+def test_draws_that_never_repeat_are_not_judged() -> None:
+    with restored_generators():
+        numbers = np.random.default_rng()
+        assert drawn_from(lambda: np.random.rand(int(numbers.integers(1, 600))), CPU, "key") is None
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_pass_is_repeated_until_its_draws_are_the_models_own(name: str) -> None:
+    draws = ModelDraws((name,))
+
+    def passes(step: int, *, foreign: bool = False) -> bool:
+        seed_generators("noise", step)
+        SOURCES[name]()
+        if foreign:
+            SOURCES[name]()
+        return draws.were_own(8, lambda: own_torch_state(SOURCES[name], "noise", step)[1])
+
+    with restored_generators():
+        first = [passes(1, foreign=True), *(passes(1) for _ in range(3))]
+        assert first == ([False, True, True, True] if name == "torch" else [False, False, False, True])
+        assert passes(2)  # as many as before
+        assert [passes(3, foreign=True), passes(3)] == [False, True]
+        SOURCES["torch" if name == "NumPy" else "NumPy"]()
+        assert passes(4)  # the model does not draw from the other one
+
+
+DRAWS: list[Callable[[], torch.Tensor]] = [
+    lambda: torch.rand(5),
+    lambda: torch.randn(5),
+    lambda: torch.randint(9, (5,)),
+    lambda: torch.randint(2, 9, (5,)),
+    lambda: torch.randperm(9),
+    lambda: torch.empty(5).uniform_(),
+    lambda: torch.empty(5).normal_(),
+    lambda: torch.nn.init.trunc_normal_(torch.empty(5)),
+    lambda: torch.nn.init.orthogonal_(torch.empty(4, 4)),
+    lambda: torch.bernoulli(torch.full((9,), 0.5)),
+    lambda: torch.multinomial(torch.ones(9), 3),
+    lambda: torch.normal(0.0, torch.ones(4)),
+    lambda: F.dropout(torch.ones(9), 0.5),
+    lambda: torch.nn.Linear(3, 2).weight.data,
+]
+
+
+def test_private_draws_are_those_of_the_seed_whatever_others_draw() -> None:
+    with restored_generators():
+        torch.manual_seed(5)
+        expected = [draw() for draw in DRAWS]
+        torch.manual_seed(5)
+        with PrivateDraws(5):
+            for draw, numbers in zip(DRAWS, expected, strict=True):
+                assert torch.equal(draw(), numbers)
+                other = threading.Thread(target=torch.rand, args=(3,))
+                other.start()
+                other.join()
+        state = torch.get_rng_state()
+        torch.manual_seed(5)
+        for _ in DRAWS:
+            torch.rand(3)
+        assert torch.equal(state, torch.get_rng_state())  # it took nothing from the global generator
+
+
+def test_code_that_seeds_by_itself_draws_from_its_seed() -> None:
+    with restored_generators():
+        torch.manual_seed(7)
+        expected = torch.rand(3)
+        torch.manual_seed(5)
+        with PrivateDraws(5):
+            torch.manual_seed(7)
+            assert torch.equal(torch.rand(3), expected)
