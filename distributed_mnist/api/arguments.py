@@ -57,10 +57,10 @@ def in_python(text: str) -> str:
 
 
 def as_path(name: str, value: Any) -> Path:
-    """Return the argument `name` as a path. Raises `UsageError`."""
+    """Return the argument `name` as a path, with the home folder in place of `~`. Raises `UsageError`."""
     if not isinstance(value, str | os.PathLike):
         raise UsageError(f"{name} must be a path, not {_kind(value)}")
-    return Path(value)
+    return Path(os.path.expanduser(value))  # noqa: PTH111 - does not fail for `~` of an unknown user
 
 
 def resolve_dataset(dataset: Any, data: Any) -> tuple[Dataset | None, str, Path]:
@@ -76,10 +76,11 @@ def resolve_dataset(dataset: Any, data: Any) -> tuple[Dataset | None, str, Path]
             "dataset must be a name such as 'mnist', a folder with four IDX files, or the result of "
             f"from_arrays, which takes arrays or tensors; not {_kind(dataset)}"
         )
-    if isinstance(dataset, str) and (dataset in NAMES or not Path(dataset).is_dir()):
+    path = as_path("dataset", dataset)
+    if isinstance(dataset, str) and (dataset in NAMES or not path.is_dir()):
         require_name(dataset)
         return None, dataset, folder
-    return None, "idx", Path(dataset)
+    return None, "idx", path
 
 
 def _kind(value: object) -> str:

@@ -270,7 +270,7 @@ def _override_recipe(
     if not isinstance(recipe, str | Path | Recipe):
         raise UsageError(f"recipe must be a name, a TOML file or a Recipe, not {recipe!r:.80}")
     title = "recipe" if isinstance(recipe, Recipe) else str(recipe)
-    base = recipe if isinstance(recipe, Recipe) else load_recipe(title)
+    base = recipe if isinstance(recipe, Recipe) else load_recipe(str(as_path("recipe", title)))
     changes = {key: value for key, value in settings.items() if key in RECIPE_FIELDS}
     changes |= {} if model is None else {"model": model}
     return Recipe.from_dict(base.to_dict() | changes, "settings"), title

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 import distributed_mnist
 from distributed_mnist import DmnistError
-from distributed_mnist.api.arguments import in_python
+from distributed_mnist.api.arguments import as_path, in_python, resolve_dataset
 from distributed_mnist.data import datasets
 
 # Without their types, which the calls below ignore.
@@ -152,3 +152,13 @@ def test_several_processes_in_a_worker_of_a_pool(monkeypatch: pytest.MonkeyPatch
     ):
         train(model="linear", dataset=GIVEN, nproc=2, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_path_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.toml").write_text("epochs = 0")
+    with pytest.raises(DmnistError, match="at least 1"):
+        train("~/mine.toml")
+    datasets.write(GIVEN, tmp_path / "digits")
+    assert resolve_dataset("~/digits", "~/data") == (None, "idx", tmp_path / "digits")
+    assert as_path("out", "~/run1") == tmp_path / "run1"
