@@ -237,7 +237,6 @@ def _receive(
     After a failure, a _MirrorError is the last item instead. It ends early once `given_up` is set.
     """
     import requests  # noqa: PLC0415 - slow to import, and rarely needed
-    import urllib3  # noqa: PLC0415
 
     def put(item: int | bytes | _MirrorError | None) -> None:
         while not given_up.is_set():
@@ -263,17 +262,36 @@ def _receive(
                     return
     except _MirrorError as error:
         failure = error
-    except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError):
-        failure = _MirrorError("broke off the transfer", retry=True)
-    except requests.Timeout:
-        failure = _MirrorError("did not answer in time", unreachable=True)
-    except requests.ConnectionError:
-        failure = _MirrorError("connection failed", unreachable=True)
-    except (requests.RequestException, urllib3.exceptions.HTTPError, UnicodeError) as error:
-        failure = _MirrorError(f"not a usable address: {type(error).__name__}", unreachable=True)
     except Exception as error:
-        failure = _MirrorError(f"failed: {type(error).__name__}: {error}", unreachable=True)
+        failure = _explained(error)
     put(failure)
+
+
+def _explained(error: Exception) -> _MirrorError:
+    """Return the failure of a mirror for an exception of the libraries that download."""
+    import requests  # noqa: PLC0415
+    import urllib3  # noqa: PLC0415
+
+    if isinstance(
+        error, requests.exceptions.ChunkedEncodingError | requests.exceptions.ContentDecodingError
+    ):
+        return _MirrorError("broke off the transfer", retry=True)
+    unusable = f"not a usable address: {type(error).__name__}"
+    texts: dict[type[Exception], str] = {  # classes before those that they derive from
+        requests.Timeout: "did not answer in time",
+        requests.exceptions.SSLError: "its TLS certificate is not accepted: set REQUESTS_CA_BUNDLE",
+        requests.exceptions.ProxyError: "the proxy in HTTPS_PROXY or HTTP_PROXY fails",
+        requests.ConnectionError: "connection failed",
+        requests.exceptions.InvalidSchema: one_line(
+            str(error)
+        ),  # a SOCKS proxy, without the package for it
+        requests.RequestException: unusable,
+        urllib3.exceptions.HTTPError: unusable,
+        UnicodeError: unusable,
+        OSError: one_line(str(error)),  # REQUESTS_CA_BUNDLE names no file
+    }
+    text = next((texts[kind] for kind in texts if isinstance(error, kind)), f"failed: {error!r}")
+    return _MirrorError(text, unreachable=True)
 
 
 def _host(base: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import requests
 from numpy.typing import NDArray
 
 from distributed_mnist.data import catalog, datasets, download, idx
@@ -470,3 +471,27 @@ def test_a_server_that_sends_a_byte_now_and_then_is_too_slow(
         thread.join()
     assert len(asked) == 1
     assert len(good.asked) == 4
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "text"),
+    [
+        (
+            "REQUESTS_CA_BUNDLE",
+            "/nowhere/ca.pem",
+            "TLS CA certificate bundle, invalid path: /nowhere/ca.pem",
+        ),
+        ("HTTPS_PROXY", "http://127.0.0.1:9", "the proxy in HTTPS_PROXY or HTTP_PROXY fails"),
+    ],
+)
+def test_what_a_network_needs_is_told_as_what_it_is(
+    variable: str, value: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(DataError, match=text):
+        download.fetch(ENTRIES["mnist"], tmp_path, mirrors=["https://192.0.2.1"])
+
+
+def test_a_certificate_that_is_not_accepted() -> None:
+    error = download._explained(requests.exceptions.SSLError("unknown authority"))
+    assert "its TLS certificate is not accepted: set REQUESTS_CA_BUNDLE" in str(error)
