@@ -1,6 +1,7 @@
 """What tests of processes share: an environment without launchers, and small data sets."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ TRAIN_SIZE, TEST_SIZE = 1_100, 300
 
 torch.set_num_threads(1)  # as in training; more threads can change the last bits between two calls
 
+for _number in (signal.SIGHUP, signal.SIGQUIT):
+    if signal.getsignal(_number) == signal.SIG_IGN:  # under nohup: what tests start would ignore it too
+        signal.signal(_number, lambda *_: None)
 
 LONGEST = (
     *("launcher/test_restart", "launchers/test_hosts", "launchers/test_slurm", "documents/test_notebook"),

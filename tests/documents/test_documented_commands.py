@@ -53,6 +53,9 @@ ELSEWHERE = {
     r"python (-m torch\.distributed\.launch .*)?multi_proc_single_gpu\.py .*": (
         "cli/test_original_script.py::test_evaluate"
     ),
+    r"export ATEN_CPU_CAPABILITY=\S+ ONEDNN_MAX_CPU_ISA=\S+ MKL_CBWR=\S+": (
+        "common/test_compute_platform.py::test_limits_make_processors_alike"
+    ),
     r"tensorboard --logdir runs": "reporting/test_tensorboard.py::test_tensorboard_shows_it",
 }
 """Patterns of commands that cannot run here, each with the test in `tests/` that runs a similar command."""
