@@ -57,7 +57,7 @@ class OutputError(DmnistError):
 
 
 class TrainingError(DmnistError):
-    """A failure of the training itself: a loss that is not finite."""
+    """A failure of the training itself: the loss is not finite, or ranks compute different results."""
 
     exit_code = 7
 
@@ -139,6 +139,12 @@ def explain(error: BaseException) -> BaseException:
         error = OSError(errno.EAGAIN, str(error))
     if not isinstance(error, OSError):
         return error
+    if (
+        isinstance(error, BlockingIOError)
+        and error.filename is None
+        and hasattr(error, "characters_written")
+    ):
+        return OutputError("the output cannot be written: it does not wait for its reader")
     if error.errno in _LIMITS:
         return LaunchError(f"{reason(error)}: {_LIMITS[error.errno]}")
     if error.filename is not None and error.errno in _PATHS:

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
         command = parse(arguments)
         code = _COMMANDS[type(command).__name__](command)
     except SystemExit as end:  # after --help
-        code = end.code if isinstance(end.code, int) else 0
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:
         tidy_terminal(sys.stderr, cursor=True)
         write_line("stopped at once")

@@ -53,8 +53,9 @@ def work(placement: Placement, listener: socket.socket | None, options: Options)
     """Join the process group and run the job. Returns the exit code."""
     without_nccl = options.backend == "nccl" and not torch.cuda.is_available()
     backend = None if without_nccl else options.backend
-    names = ("backend", "epochs", "batch_size", "lr", "seed", "evaluate")
-    job = describe_job("multi_proc_single_gpu.py", **{name: getattr(options, name) for name in names})
+    names = ("backend", "epochs", "start_epoch", "batch_size", "lr", "seed", "evaluate")
+    values = {name: getattr(options, name) for name in names} | {"resume": bool(options.resume)}
+    job = describe_job("multi_proc_single_gpu.py", **values)
     return run_in_group(placement, listener, partial(run, options), backend=backend, exact=False, job=job)
 
 

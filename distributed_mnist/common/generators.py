@@ -59,12 +59,26 @@ def restored_generators() -> Iterator[None]:
     numpy = np.random.get_state(legacy=False)
     np.random.mtrand.set_bit_generator(np.random.MT19937())
     try:
-        with torch.random.fork_rng():
+        with same_torch_state():
             yield
     finally:
         random.setstate(python)
         np.random.mtrand.set_bit_generator(bits)
         np.random.set_state(numpy)  # with the half of a pair of normal numbers that it keeps
+
+
+@contextmanager
+def same_torch_state(device: torch.device | None = None) -> Iterator[None]:
+    """Restore torch's generators afterwards: the CPU's, and that of `device` or the current GPU.
+
+    A GPU that nobody has used yet stays untouched, because a process that has used one cannot be forked.
+    """
+    kind = "cuda" if device is None or device.type == "cpu" else device.type
+    devices = [device] if device is not None and device.type != "cpu" else []
+    if device is None and torch.cuda.is_initialized():
+        devices = [torch.device("cuda", torch.cuda.current_device())]
+    with torch.random.fork_rng(devices, device_type=kind):
+        yield
 
 
 def drawn_from(compute: Callable[[], Any], device: torch.device, *key: int | str) -> tuple[str, ...] | None:
@@ -129,9 +143,12 @@ class ModelDraws:
         positions = (size, *(_position(name, every[name]) for name in self.names))
         if positions in self._known:
             return True
-        if self.names == ("torch",) and own_state() == every["torch"]:
-            self._known.add(positions)
-            return True
+        if self.names == ("torch",):
+            with same_torch_state():  # the backward pass may draw too, and goes on from here
+                is_own = own_state() == every["torch"]
+            if is_own:
+                self._known.add(positions)
+                return True
         quiet = _quiet_generators(every)
         repeated = states == self._before and all(quiet[name] for name in self.names)
         self._before, self._repeats = states, self._repeats + 1 if repeated else 0

@@ -21,7 +21,7 @@ def leave_out_current_folder() -> None:
     if not sys.flags.safe_path and getattr(main.__spec__, "name", "").startswith("distributed_mnist"):
         _remove(sys.path[0])
     named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    if "" in named and _current_folder() not in named:
+    if len(named) > 1 and "" in named and _current_folder() not in named:
         _remove(_current_folder())
     os.environ.update(variables())
 

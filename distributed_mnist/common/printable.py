@@ -9,7 +9,8 @@ _MOST = 200
 
 
 def shortened(text: str) -> str:
-    """Return the text, without its middle if it is long: a name or a number of thousands of characters."""
+    """Return the text as one line, without its middle if it is long: thousands of characters, say."""
+    text = " ".join(text.split())
     return text if len(text) <= _MOST else f"{text[: _MOST // 2]}...{text[-_MOST // 4 :]}"
 
 

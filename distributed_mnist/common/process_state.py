@@ -116,8 +116,12 @@ _PROCESS = (
 _THREAD = (
     _of_thread("autocast (cpu)", torch.is_autocast_enabled, torch.set_autocast_enabled, "cpu", False),
     _of_thread("autocast (cuda)", torch.is_autocast_enabled, torch.set_autocast_enabled, "cuda", False),
-    _of_thread("autocast dtype", torch.get_autocast_dtype, torch.set_autocast_dtype, "cpu", torch.bfloat16),
-    _of_thread("autocast dtype", torch.get_autocast_dtype, torch.set_autocast_dtype, "cuda", torch.float16),
+    _of_thread(
+        "autocast dtype (cpu)", torch.get_autocast_dtype, torch.set_autocast_dtype, "cpu", torch.bfloat16
+    ),
+    _of_thread(
+        "autocast dtype (cuda)", torch.get_autocast_dtype, torch.set_autocast_dtype, "cuda", torch.float16
+    ),
     _Setting("autocast cache", torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled, True),
     _Setting("flush_denormal", _flushes_denormals, torch.set_flush_denormal, False),
 )

@@ -54,14 +54,15 @@ def describe_job(command: str, **values: object) -> JobDescription:
 
 def describe_training(command: str, recipe: Recipe, options: Run, *, one_host: bool) -> JobDescription:
     """Describe a job that trains. `one_host` is whether all ranks are on one host."""
-    values = {name: getattr(options, name) for name in (*DATA_OPTIONS, *_OPTIONS)}
-    values |= {
-        "data": common_path(options.data, one_host=one_host) if one_host else None
-    }  # rank 0 reads it
-    values |= {"out": common_path(options.out, one_host=one_host)}
-    # Any rank may see the checkpoint at another path, but all must expect to resume.
-    values |= {"resume": options.resume if options.resume in (None, "auto") else "a checkpoint"}
-    return describe_job(command, **recipe.to_dict(), **values)
+    values = {
+        **recipe.to_dict(),
+        **{name: getattr(options, name) for name in (*DATA_OPTIONS, *_OPTIONS)},
+        "data": common_path(options.data, one_host=one_host) if one_host else None,  # rank 0 reads it
+        "out": common_path(options.out, one_host=one_host),
+        # Any rank may see the checkpoint at another path, but all must expect to resume.
+        "resume": options.resume if options.resume in (None, "auto") else "a checkpoint",
+    }
+    return describe_job(command, **values)
 
 
 def common_path(path: Path | None, *, one_host: bool) -> str | None:

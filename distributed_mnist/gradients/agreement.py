@@ -49,15 +49,21 @@ class Disagreement:
         """
         processors = world.all_gather_object(_processor(world), str)
         if self.kind in ("state", "copy"):
-            again = "when it is repeated" if self.kind == "state" else "than a fresh copy of it"
+            differ = (
+                "change when a pass is repeated"
+                if self.kind == "state"
+                else "differ from those of a fresh copy"
+            )
+            on_gpu = " or uses an operation that is not deterministic on this device"
+            uneven = "" if world.device.type == "cpu" else on_gpu
             return UsageError(
-                f"{_the(model)} gives different {what} {again} with the same weights and images: it "
+                f"{_the(model)}: its {what} {differ} with the same weights and images: it "
                 "keeps state between passes (a counter, an average in a plain attribute) or draws random "
-                f"numbers in a way of its own; its results would depend on the number of processes"
+                f"numbers in a way of its own{uneven}; its results would depend on the number of processes"
             )
         if self.kind == "pass":
             return TrainingError(
-                f"{_the(model)} gives some images {what} that depend on the other images in the pass"
+                f"{_the(model)}: it gives some images {what} that depend on the other images in the pass"
             )
 
         def named(rank: int) -> str:
@@ -67,7 +73,7 @@ class Disagreement:
         if self.kind == "rank":
             wrong = " and ".join(named(rank) for rank in self.groups[0])
             verb = "computes" if len(self.groups[0]) == 1 else "compute"
-            return TrainingError(f"{wrong} {verb} other {what} than the other ranks: {why}")
+            return TrainingError(f"{wrong} {verb} different {what} from the other ranks: {why}")
         each = " and ".join(", ".join(map(named, group)) for group in self.groups)
         return TrainingError(f"{each} compute different {what}: {why}")
 
@@ -113,7 +119,7 @@ def judge(everyone: Sequence[Results]) -> Disagreement:
 
 
 def _the(model: str) -> str:
-    return f"--model {model}: it" if model else "the model"
+    return f"--model {model}" if model else "the model"
 
 
 def _processor(world: World) -> str:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..common.generators import same_torch_state
 from ..distributed.world import World
-from .cross_check import CrossCheck, all_true, same_random_state
+from .cross_check import CrossCheck, all_true
 from .per_shard import GradientViews, HookedLayers
 from .shard_gradients import ForwardShards, ShardGradients
 from .subtree_exchange import SubtreeExchange
@@ -115,7 +116,7 @@ class TreeGradients:
         """
         initial, close = self._cross_check.initial(), True
         if self._local.layers is not None and initial is not None:
-            with same_random_state(self._world.device):
+            with same_torch_state(self._world.device):
                 close = self._layers_are_right(initial, forward_shards, sizes)
         if not all_true(self._world, close):
             self._local.layers = None

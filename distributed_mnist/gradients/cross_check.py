@@ -7,13 +7,13 @@ autograd, up to rounding.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..common.digest import digest
+from ..common.generators import same_torch_state
 from ..distributed.world import World
 from ..errors import TrainingError
 from .agreement import Disagreement, Results, compare
@@ -23,8 +23,8 @@ from .tree_sum import owned_shards
 
 _SHARED_PASS_EVERY = 8  # checks: a pass of several shards takes as long as a step
 _SMALL = 0.1
-"""A parameter whose gradient is smaller than this fraction of the largest may be a sum that cancels, such as
-the bias before a normalisation. Rounding then decides all its digits."""
+"""A gradient smaller than this fraction of the largest may be a sum that cancels, such as that of a bias
+before a normalisation. Rounding then decides all its digits."""
 _WRONG = 4.0  # times the tolerance: a model that was right on its first batch is wrong beyond doubt
 
 
@@ -58,15 +58,15 @@ class CrossCheck:
 
         `usual(shard)` is the gradient of one of this rank's shards, computed as in training. `sizes` are
         those of all shards. No weight and no generator of torch changes. Raises `UsageError` if the model
-        keeps state between passes, and `TrainingError` if a rank computes other gradients than the others
-        or if the gradient is not autograd's.
+        keeps state between passes, and `TrainingError` if a rank computes different gradients from the
+        others or if the gradient is not autograd's.
         """
         world, local = self._world, self._local
 
         def in_its_own_pass(shard: int) -> Tensor:
             return local.of_shard(forward_shards, shard, sizes)
 
-        with same_random_state(world.device):
+        with same_torch_state(world.device):
             own = self._shard_of(world.rank, sizes)
             other = self._shard_of((world.rank + 1) % world.size, sizes)
             own_gradient = usual if self._checks % _SHARED_PASS_EVERY == 0 else in_its_own_pass
@@ -99,7 +99,7 @@ class CrossCheck:
             )
 
     def is_close(self, gradient: Tensor, expected: Tensor, factor: float = 1.0) -> bool:
-        """Return whether two flat gradients `(parameters,)` are equal up to `factor` times the tolerance."""
+        """Return whether two flat gradients `(parameters,)` are equal to `factor` times the tolerance."""
         tolerance = factor * self._tolerance
         lengths = [p.numel() for p in self._local.parameters]
         least = _SMALL * float(expected.abs().max())
@@ -122,7 +122,8 @@ class CrossCheck:
         fresh = self._copy(self._untouched)
         with torch.no_grad():
             for to, now in zip(_state(fresh.model), _state(self._local.model), strict=True):
-                to.copy_(now)
+                if not torch.equal(to, now):  # a buffer may be a view that cannot be written
+                    to.copy_(now)
         return fresh
 
     def _copy(self, model: nn.Module) -> ShardGradients:
@@ -143,14 +144,6 @@ class CrossCheck:
 def all_true(world: World, value: bool) -> bool:
     """Return whether a value is true on all ranks."""
     return bool(world.all_gather(torch.tensor([value], device=world.device)).all())
-
-
-@contextmanager
-def same_random_state(device: torch.device) -> Iterator[None]:
-    """Restore torch's generators at the end of this context."""
-    on_cpu = device.type == "cpu"
-    with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
-        yield
 
 
 def _state(model: nn.Module) -> list[Tensor]:

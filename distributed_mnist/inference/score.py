@@ -43,12 +43,13 @@ def evaluate_checkpoint(
     data = broadcast_dataset(world, lambda: load_dataset(trained, dataset, folder, console))
     start = time.perf_counter()
     same_data = dataset is None and folder is None
-    result = evaluate_trained(trained, data, world, require_training_data=same_data)
+    exact = trained.recipe.sync == "tree" and not notices
+    result = evaluate_trained(trained, data, world, require_training_data=same_data, exact=exact)
     seconds = time.perf_counter() - start
     content, is_ours = trained.content, trained.content["recipe"] is not None
     if world.rank == 0:
         for notice in notices:
-            console.print(f"note: {notice}", soft_wrap=True, markup=False)
+            console.print(f"note: {notice}", soft_wrap=True)
         line = Text.assemble(
             (trained.path, "bold"),
             ": test accuracy ",
@@ -107,9 +108,9 @@ def _training_data_folder(trained: Trained) -> Path | None:
 
 
 def evaluate_trained(
-    trained: Trained, data: Data, world: World, *, require_training_data: bool
+    trained: Trained, data: Data, world: World, *, require_training_data: bool, exact: bool = True
 ) -> Evaluation:
-    """Evaluate a trained network on the test images. Every rank must call it.
+    """Evaluate a trained network on the test images. Every rank must call it. `exact` is as in `evaluate`.
 
     Raises `CheckpointError` if the data has more classes than the network. Raises `DataError` if
     `require_training_data` is set and the network was trained on different data.
@@ -127,5 +128,4 @@ def evaluate_trained(
         )
     as_trained = replace(data, class_names=trained.class_names, mean=trained.mean, std=trained.std)
     recipe = trained.recipe
-    exact = recipe.sync == "tree"
     return evaluate(trained.network, as_trained, world, recipe.precision, recipe.model, exact=exact)

@@ -7,7 +7,6 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from multiprocessing import forkserver, resource_tracker
-from pathlib import Path
 from typing import Any
 
 from ..common import environment
@@ -79,7 +78,7 @@ def _folder_for_sockets() -> Iterator[None]:
 
 def _choose_folder() -> str:
     """Return the folder for temporary files, or else another one. Raises `LaunchError` if there is none."""
-    folders = ["/tmp", "/var/tmp", "/dev/shm", str(Path.home() / ".cache")]
+    folders = ["/tmp", "/var/tmp", "/dev/shm"]
     with contextlib.suppress(OSError):
         folders.insert(0, tempfile.gettempdir())
     for folder in folders:

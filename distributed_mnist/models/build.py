@@ -1,18 +1,20 @@
 """Build a model from its name, place it on a device, and run it."""
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..common.generators import PrivateDraws, seed_generators
+from ..common.generators import PrivateDraws, same_torch_state, seed_generators
 from ..common.process_state import defined_state
 from ..common.random_keys import torch_seed
 from ..config import Precision, Recipe
 from ..errors import UsageError
 from .factory import current_folder_last, find_factory
-from .inspection import ModelProperties, inspect
+from .inspection import ModelProperties, equal, inspect
 from .zoo import IMAGE_SHAPE
 
 
@@ -35,7 +37,7 @@ def build(name: str, classes: int, seed: int) -> nn.Module:
     `factory(classes)` returns a module. Raises `UsageError` if there is no such factory or if it fails.
     """
     factory = find_factory(name)
-    problem: Exception | None = None
+    problem: BaseException | None = None
     try:
         with defined_state(), current_folder_last():
             seed_generators("init", seed)
@@ -43,7 +45,7 @@ def build(name: str, classes: int, seed: int) -> nn.Module:
                 model = factory(classes)
                 if isinstance(model, nn.Module) and _uninitialised(model):
                     problem = _failure(model, torch.device("cpu"))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"--model {name}: its factory failed: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise UsageError(
@@ -78,32 +80,35 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
     return model
 
 
-def _failure(model: nn.Module, device: torch.device) -> Exception | None:
+def _failure(model: nn.Module, device: torch.device) -> BaseException | None:
     """Run a model on two images, in evaluation and in training; return its exception, or None.
 
     The images are always the same. Modes and buffers are restored, and torch's generators too.
     """
     images = torch.randn(2, *IMAGE_SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
-    modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not is_lazy(buffer)]
-    on_cpu = device.type == "cpu"
     try:
-        with (
-            torch.no_grad(),
-            torch.random.fork_rng(
-                [] if on_cpu else [device], device_type="cuda" if on_cpu else device.type
-            ),
-        ):
+        with torch.no_grad(), same_torch_state(device), same_modes(model):
             for training in (False, True):
                 model.train(training)(images.clone())
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return error
+    finally:
+        for buffer, value in buffers:
+            if not torch.equal(buffer, value):  # a buffer may be a view that cannot be written
+                buffer.copy_(value)
+    return None
+
+
+@contextlib.contextmanager
+def same_modes(model: nn.Module) -> Iterator[None]:
+    """Restore afterwards which modules are in training mode and which in evaluation mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
     finally:
         for module, training in modes:
             module.training = training
-        for buffer, value in buffers:
-            buffer.copy_(value)
-    return None
 
 
 def forward(model: nn.Module, images: Tensor, precision: Precision) -> Tensor:
@@ -128,7 +133,7 @@ def _difference(model: nn.Module, again: nn.Module) -> str | None:
     first, second = (
         dict(itertools.chain(made.named_parameters(), made.named_buffers())) for made in (model, again)
     )
-    if first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first):
+    if first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first):
         return None
     return (
         "makes different weights at each call: it draws random numbers from a generator without a fixed "

@@ -28,7 +28,7 @@ def find_factory(name: str) -> Callable[[int], Any]:
     try:
         with defined_state(), current_folder_last():
             factory: Any = getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(
             f"--model {name}: {type(error).__name__}: {error}{_other_module(module_name)}"
         ) from error

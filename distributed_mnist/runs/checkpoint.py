@@ -105,7 +105,7 @@ def decode(data: bytes, name: str) -> Content:
     claimed = loaded.pop("content_sha256", None)
     if original_format.is_original(loaded) and claimed is None and "dmnist" not in loaded:
         return original_format.from_original(loaded, name)
-    if claimed is None and not {"format", "samples_sha256"} & loaded.keys():
+    if claimed is None and not {"format", "samples_sha256", "dmnist"} & loaded.keys():
         raise CheckpointError(f"{name} is not a checkpoint of dmnist: another program wrote it")
     try:
         damaged = digest(loaded) != claimed

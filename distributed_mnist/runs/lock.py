@@ -112,9 +112,9 @@ class RunLock:
             shutil.rmtree(self._folder / TENSORBOARD, ignore_errors=True)
             with contextlib.suppress(OSError):
                 (self._folder / CHECKPOINTS).rmdir()
-            for name in FIRST_FILES:
-                (self._folder / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
+                for name in FIRST_FILES:
+                    (self._folder / name).unlink(missing_ok=True)
                 if _is_empty(self._folder):
                     (self._folder / _NAME).unlink()
                     self._folder.rmdir()

@@ -22,7 +22,7 @@ from ..data.split import Split, normalise
 from ..distributed.world import World
 from ..errors import UsageError
 from ..gradients.agreement import Results, compare
-from ..models.build import forward
+from ..models.build import forward, same_modes
 
 CHUNK = 250  # divides 10,000 into 40: fits a core's cache, and leaves each of 8 ranks 5
 MAX_MISTAKES = 200
@@ -63,15 +63,13 @@ def evaluate(
     The model runs in evaluation mode; afterwards its previous mode is restored. `name` is the model's, for
     messages. Raises `UsageError` if it does not return logits `(n, classes)`. If `exact`, one chunk of each
     rank is repeated on another one: raises `UsageError` if the model's logits are not the same when it is
-    repeated, and `TrainingError` if a rank computes other logits than the others.
+    repeated, and `TrainingError` if a rank computes different logits from the others.
     """
     split, classes = data.test, len(data.class_names)
     chunks = -(-len(split) // CHUNK)
     losses = torch.zeros(chunks, device=world.device)
     predicted = torch.zeros(len(split), dtype=torch.int64, device=world.device)
     confidence = torch.zeros(len(split), device=world.device)
-    was_training = model.training
-    model.eval()
 
     def logits_of(chunk: int) -> Tensor:
         images = split.images[chunk * CHUNK : (chunk + 1) * CHUNK].clone()
@@ -84,16 +82,17 @@ def evaluate(
         return logits
 
     checked = ""
-    for chunk in _owned_chunks(world.rank, world.size, chunks):
-        world.status.made_progress()
-        rows = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
-        logits = logits_of(chunk)
-        checked = checked or digest(logits)
-        losses[chunk] = F.cross_entropy(logits, split.labels[rows].long(), reduction="sum")
-        confidence[rows], predicted[rows] = logits.softmax(1).max(1)
-    if exact:
-        _require_same_logits(world, chunks, checked, logits_of, name)
-    model.train(was_training)
+    with same_modes(model):
+        model.eval()
+        for chunk in _owned_chunks(world.rank, world.size, chunks):
+            world.status.made_progress()
+            rows = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
+            logits = logits_of(chunk)
+            checked = checked or digest(logits)
+            losses[chunk] = F.cross_entropy(logits, split.labels[rows].long(), reduction="sum")
+            confidence[rows], predicted[rows] = logits.softmax(1).max(1)
+        if exact:
+            _require_same_logits(world, chunks, checked, logits_of, name)
     # Each position is nonzero on at most one rank, so the sums are exact.
     total = math.fsum(world.all_reduce_sum_(losses).tolist())
     predicted, confidence = world.all_reduce_sum_(predicted).cpu(), world.all_reduce_sum_(confidence).cpu()

@@ -62,13 +62,16 @@ def keyed_forward(
             batch = context.batches.take(step, shards)
         if draws:
             seed_generators(*key)
+        context.world.status.made_progress()
         with timer.phase("forward"):
             logits = forward(module, batch.images, recipe.precision)
         if not draws or one_pass_only or draws.were_own(len(batch.images), own_state):
             return batch, logits
     assert draws
-    raise TrainingError(
-        f"the model draws from {' and '.join(draws.names)}'s global generator, but not the same numbers "
-        "when a forward pass is repeated: another thread draws from it too, so train in a process of its "
-        "own, or the model keeps a state"
+    names = " and ".join(draws.names)
+    error = TrainingError(
+        f"the model draws different numbers from {names}'s global generator when a pass is repeated: "
+        "either another thread draws from it too (train in a separate process), or the model keeps state"
     )
+    error.on_one_rank = True
+    raise error

@@ -92,6 +92,8 @@ def train(state: State, context: TrainingContext) -> Evaluation:
 def prepare(state: State, context: TrainingContext) -> None:
     """Choose how to compute gradients, and check them before the first step."""
     state.model.train()
+    if state.step == context.batches.total_steps:
+        return
     context.world.status.enter("comparing gradients")
     forward_shards = make_forward(context, PhaseTimer(context.world), 0)
     context.gradients.prepare(forward_shards, context.batches.shard_sizes(0))
@@ -187,7 +189,9 @@ def check_gradients(state: State, context: TrainingContext, step: int) -> None:
     except (TrainingError, UsageError) as error:
         report_saved(state, context, wait=True)
         when = f"noticed after step {state.step}, last good checkpoint: {context.store.last_good()}"
-        raise type(error)(f"{error}; {when}") from error
+        told = type(error)(f"{error}; {when}")
+        told.on_one_rank = error.on_one_rank
+        raise told from error
 
 
 def save(state: State, context: TrainingContext, *, best: bool) -> None:

@@ -40,4 +40,4 @@ def _differing(world: World, platform: Mapping[str, str]) -> str | None:
     texts = differences(other, first, ("there", "on rank 0"))
     if missing := sorted(first.keys() ^ other.keys()):  # the two have other kinds of devices or limits
         texts.append(f"{', '.join(missing)} only on one of them")
-    return f"{world.peers[others[0]]}{more} computes unlike rank 0 ({'; '.join(texts)})"
+    return f"{world.peers[others[0]]}{more} does not compute like rank 0 ({'; '.join(texts)})"

@@ -63,7 +63,9 @@ def run(
     began = time.perf_counter()
     recipe.check_size(world.size)
     unlike = require_same_platform(world, recipe.sync)
-    find_factory(recipe.model)  # cheap checks come first: reading the data takes long
+    world.on_every_rank(
+        lambda: find_factory(recipe.model)
+    )  # cheap checks come first: reading the data takes long
     requested = read_requested_checkpoint(world, options)
     threads = use_threads(world, recipe.sync)  # after a user's module is imported, which may set them too
     data = broadcast_dataset(world, read)

@@ -7,6 +7,7 @@ one, from the slowest rank's time per step.
 """
 
 import time
+from functools import partial
 from typing import Self
 
 import torch
@@ -97,7 +98,7 @@ class SyncPoints:
         Returns (stop, save), each True if it is True on any rank. Raises `TrainingError` if torch's
         settings are not as they were when training began.
         """
-        self._world.on_every_rank(self._require_settings)
+        changed = changes(self._settings)
         if self._world.device.type != "cpu":
             # The collectives of the step cannot be timed separately.
             with self._world.communicating("a step", also_computes=True):
@@ -105,8 +106,12 @@ class SyncPoints:
         self.seconds, self.steps = time.perf_counter() - self._started, step - self._last
         exchange = self._world.communication_seconds - self._communication_before
         per_step = self.seconds / max(self.steps, 1)
-        mine = torch.tensor([float(stop), float(save), per_step, exchange], device=self._world.device)
-        stops, saves, step_seconds, exchanges = self._world.all_gather(mine).T.tolist()
+        mine = torch.tensor(
+            [float(stop), float(save), per_step, exchange, float(bool(changed))], device=self._world.device
+        )
+        stops, saves, step_seconds, exchanges, changes_made = self._world.all_gather(mine).T.tolist()
+        if max(changes_made) > 0:
+            self._world.on_every_rank(partial(_require_no_changes, changed))
         slowest, self.exchange_seconds = max(step_seconds), min(exchanges)
         self.exchange_per_step = [seconds / max(self.steps, 1) for seconds in exchanges]
         self.compute_per_step = [
@@ -117,17 +122,18 @@ class SyncPoints:
         self._last, self._next = step, step + max(interval, 1)
         return max(stops) > 0, max(saves) > 0
 
-    def _require_settings(self) -> None:
-        if changed := changes(self._settings):
-            raise TrainingError(
-                f"torch's {changed}: the model or another thread changed it during training, and the "
-                "weights would depend on it"
-            )
-
     def speed_hint(self) -> str | None:
         """Return a hint if fewer processes would train at least as fast, else None."""
         step_seconds, exchange_seconds = self.seconds / self.steps, self.exchange_seconds / self.steps
         return suggest_fewer_processes(self._world.size, step_seconds, exchange_seconds)
+
+
+def _require_no_changes(changed: str) -> None:
+    if changed:
+        raise TrainingError(
+            f"torch's {changed}: the model or another thread changed it during training, and the weights "
+            "would depend on it"
+        )
 
 
 def suggest_fewer_processes(size: int, step_seconds: float, exchange_seconds: float) -> str | None:

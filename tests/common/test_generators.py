@@ -56,6 +56,16 @@ def test_the_callers_generators_are_restored(bits: type) -> None:
         np.random.mtrand.set_bit_generator(kept)
 
 
+def test_judging_a_pass_leaves_the_generator_where_the_pass_left_it() -> None:
+    """A backward pass may draw too. It goes on from there."""
+    with restored_generators():
+        seed_generators("key")
+        torch.rand(3)
+        before = torch.get_rng_state()
+        assert ModelDraws(("torch",)).were_own(2, lambda: own_torch_state(lambda: torch.rand(3), "key")[1])
+        assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("others", [0, 3], ids=["alone", "disturbed"])
 @pytest.mark.parametrize("names", [(), ("torch",), ("NumPy",), ("Python",), ("torch", "Python")])
 def test_what_a_model_draws_from(names: tuple[str, ...], others: int) -> None:

@@ -112,6 +112,12 @@ def test_weights_converted_by_an_outer_autocast_are_not_used() -> None:
             assert not torch.equal(layer(x), before)
 
 
+def test_every_setting_is_watched() -> None:
+    """Two of one name would hide each other."""
+    settings = (*process_state._PROCESS, *process_state._THREAD, *process_state._CHOSEN)
+    assert len({setting.name for setting in settings}) == len(settings) == len(snapshot())
+
+
 def test_settings_that_the_body_changes_end_with_it() -> None:
     before = snapshot()
     with defined_state():

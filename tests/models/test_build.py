@@ -238,6 +238,31 @@ class Viewing(nn.Module):
         return self.fc(hidden.view(len(images), -1) if views else hidden.flatten(1))
 
 
+class Masked(Viewing):
+    """Has a buffer that is a view of one number, which cannot be written."""
+
+    def __init__(self) -> None:
+        super().__init__([True])
+        self.register_buffer("mask", torch.ones(1).expand(28, 28))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images * self.get_buffer("mask"))
+
+
+def leaving(classes: int) -> nn.Module:
+    """A factory in a module that is also a program."""
+    sys.exit(0)
+
+
+def test_a_factory_that_ends_the_program_is_refused() -> None:
+    with temporary_model("leaving", leaving), pytest.raises(UsageError, match="factory failed: SystemExit"):
+        build("leaving", 10, 0)
+
+
+def test_a_buffer_that_cannot_be_written_stays_as_it_is() -> None:
+    inspect(place(Masked(), CPU), "mine", 10, CPU)
+
+
 @pytest.mark.parametrize("when", [(True,), (False,), (True, False), ()])
 def test_a_model_that_needs_the_contiguous_layout_has_it(when: Sequence[bool]) -> None:
     model = Viewing(when)
@@ -348,7 +373,7 @@ def test_a_state_in_evaluation() -> None:
             self.calls = getattr(self, "calls", 0) + (not self.training)
             return super().forward(images) * (1 + self.calls)
 
-    assert problem(Drifting()).startswith("its logits in evaluation differ from call to call")
+    assert problem(Drifting()).startswith("it gives other logits when a pass is repeated in evaluation")
 
 
 def test_a_wrong_number_of_logits() -> None:
@@ -492,7 +517,8 @@ def test_what_can_be_wrong_with_ones_own(own: Callable[[str], str]) -> None:
 
 @pytest.mark.parametrize("name", ["resnet", "", "CNN"])
 def test_no_such_model(name: str) -> None:
+    hint = " did you mean cnn?" if name == "CNN" else ""
     assert build_problem(name) == (
-        f"there is no model {name!r}; "
+        f"there is no model {name!r};{hint} "
         "there are linear, mlp, cnn, cnn-small, cnn-large, or package.module:factory"
     )

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ranks import environment
 
 from distributed_mnist.common.digest import digest
 from distributed_mnist.data import catalog, datasets, idx
@@ -167,6 +168,7 @@ def test_crashes_stalls_and_memory_use_are_detected_and_reproducible(body: str, 
     ended = subprocess.run(
         [sys.executable, "-c", program],
         cwd=folder,
+        env=environment(PYTHONSAFEPATH=""),  # it imports from there
         capture_output=True,
         text=True,
         timeout=120,

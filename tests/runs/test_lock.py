@@ -68,6 +68,13 @@ def test_only_what_the_run_has_written_is_deleted(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "log.txt"}
 
 
+def test_what_cannot_be_deleted_stays_and_the_lock_is_released(tmp_path: Path) -> None:
+    held = RunLock(tmp_path / "run")
+    (tmp_path / "run" / "config.json").mkdir()
+    held.abandon()
+    RunLock(tmp_path / "run").release()
+
+
 def test_a_lock_on_a_deleted_file_is_not_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, held = tmp_path / "run", []
     first = RunLock(folder)

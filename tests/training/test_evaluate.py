@@ -12,6 +12,7 @@ from distributed_mnist.config import Precision
 from distributed_mnist.data.broadcast import Data
 from distributed_mnist.data.split import Split
 from distributed_mnist.distributed.world import World
+from distributed_mnist.errors import UsageError
 from distributed_mnist.models.build import build, forward
 from distributed_mnist.training.evaluate import CHUNK, Evaluation, evaluate
 
@@ -96,6 +97,10 @@ def test_in_evaluation_mode_and_then_as_it_was(training: bool) -> None:
     assert set(model.modes) == {(False, False)}
     assert model.training is training
     assert model.inner.training is training
+    model.inner.train(not training)  # a user may freeze a part
+    with pytest.raises(UsageError, match="expected logits"):
+        scored(model, split(300), classes=11)
+    assert (model.training, model.inner.training) == (training, not training)
 
 
 def test_nothing_is_left_behind() -> None:

@@ -56,10 +56,10 @@ def test_ranks_are_compared() -> None:
     assert others == [said, said]  # so all ranks raise the same error, and rank 0 prints it
     for name, value in DIFFERENT.items():
         assert said[f"{name} tree"].startswith("refused: rank 1 (pid ")
-        assert f" computes unlike rank 0 ({name} {value} there, " in said[f"{name} tree"]
+        assert f" does not compute like rank 0 ({name} {value} there, " in said[f"{name} tree"]
         assert said[f"{name} ddp"].endswith(NOTE)
     assert said["same"] == ""
-    assert " and 1 more computes unlike rank 0 (settings A=1 there, none on rank 0)" in said["two"]
+    assert " and 1 more does not compute like rank 0 (settings A=1 there, none on rank 0)" in said["two"]
     assert "(settings none there, A=1 on rank 0)" in said["zero"]
     assert said["processor"].startswith("rank 2 (pid ")
     assert "processor another there, " in said["processor"]
