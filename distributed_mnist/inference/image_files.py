@@ -21,6 +21,8 @@ from ..errors import DataError, reason
 
 Ink = Literal["auto", "dark", "light"]
 SIDE, BOX = 28, 20
+_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
+"""What cameras, scanners and drawing programs write. For PostScript, Pillow would start another program."""
 _WORKING_SIDE = 200
 """Larger pictures are scaled down to this first. A digit's strokes are still many pixels wide then."""
 _PIXELS_AT_ONCE = 1 << 22
@@ -42,13 +44,13 @@ def read_grey(path: Path) -> NDArray[np.uint8]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with open_regular(path) as file, Image.open(file) as image:
+            with open_regular(path) as file, Image.open(file, formats=_FORMATS) as image:
                 ImageOps.exif_transpose(image, in_place=True)
                 return _to_8_bit_grey(image)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise DataError(f"{path} has too many pixels to be a picture of a digit") from None
     except Image.UnidentifiedImageError:
-        raise DataError(f"{path} is not an image of a known format") from None
+        raise DataError(f"{path} is not a picture of format {' or '.join(_FORMATS)}") from None
     except OSError as error:
         raise DataError(f"{path}: {reason(error)}") from None
     except (ValueError, SyntaxError, RuntimeError) as error:  # Pillow raises these for some damaged files

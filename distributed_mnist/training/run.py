@@ -84,7 +84,9 @@ def run(
         )
         require_same_weights(state, world)
         tensorboard_sink = partial(make_tensorboard, folder.path, recipe, data, state.step)
-        sink = make_sink(world, folder.path, store, console, tensorboard_sink if tensorboard else None)
+        sink = world.on_every_rank(
+            lambda: make_sink(world, folder.path, store, console, tensorboard_sink if tensorboard else None)
+        )
         world.on_rank_zero(
             lambda: write_config(folder.path, run_config(recipe, options, data, world.device)), NoneType
         )

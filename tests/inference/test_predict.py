@@ -86,8 +86,12 @@ def test_files_of_many_kinds_read_the_same(tmp_path: Path) -> None:
 
 def test_what_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(DataError, match=r"text\.png is not an image"):
+    with pytest.raises(DataError, match=r"text\.png is not a picture"):
         image_files.read_grey(tmp_path / "text.png")
+    Image.fromarray(DIGITS[0]).save(tmp_path / "photo.eps")  # PostScript, which another program would run
+    (tmp_path / "photo.eps").rename(tmp_path / "photo.png")
+    with pytest.raises(DataError, match=r"photo\.png is not a picture"):
+        image_files.read_grey(tmp_path / "photo.png")
     Image.fromarray(DIGITS[0]).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:80])
     with pytest.raises(DataError, match=r"cut\.png"):
