@@ -168,7 +168,7 @@ def test_crashes_stalls_and_memory_use_are_detected_and_reproducible(body: str, 
     ended = subprocess.run(
         [sys.executable, "-c", program],
         cwd=folder,
-        env=environment(PYTHONSAFEPATH=""),  # it imports from there
+        env=environment(),  # it imports from there
         capture_output=True,
         text=True,
         timeout=120,

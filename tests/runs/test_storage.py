@@ -520,7 +520,7 @@ def test_small_files_take_little_memory_and_time(tmp_path: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", GREED, *paths],
         cwd=Path(fuzz.__file__).parent,
-        env=environment(PYTHONSAFEPATH=""),  # it imports from there
+        env=environment(),  # it imports from there
         capture_output=True,
         text=True,
         timeout=PATIENCE,
@@ -656,7 +656,7 @@ def writer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
     with subprocess.Popen(
         [sys.executable, "-c", WRITER, here],
         cwd=here,
-        env=environment(PYTHONSAFEPATH=""),
+        env=environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
