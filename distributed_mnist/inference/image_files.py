@@ -21,7 +21,7 @@ from ..errors import DataError, reason
 
 Ink = Literal["auto", "dark", "light"]
 SIDE, BOX = 28, 20
-_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
+_FORMATS = ("PNG", "JPEG", "JPEG2000", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA", "ICO")
 """What cameras, scanners and drawing programs write. For PostScript, Pillow would start another program."""
 _WORKING_SIDE = 200
 """Larger pictures are scaled down to this first. A digit's strokes are still many pixels wide then."""
@@ -50,7 +50,7 @@ def read_grey(path: Path) -> NDArray[np.uint8]:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise DataError(f"{path} has too many pixels to be a picture of a digit") from None
     except Image.UnidentifiedImageError:
-        raise DataError(f"{path} is not a picture of format {' or '.join(_FORMATS)}") from None
+        raise DataError(f"{path} is not a picture of a known format ({', '.join(_FORMATS)})") from None
     except OSError as error:
         raise DataError(f"{path}: {reason(error)}") from None
     except (ValueError, SyntaxError, RuntimeError) as error:  # Pillow raises these for some damaged files

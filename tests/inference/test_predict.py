@@ -139,7 +139,7 @@ def test_files_that_are_like_something_else(tmp_path: Path, monkeypatch: pytest.
         assert not predict._is_idx(tmp_path / name)
         assert np.abs(image_files.read_grey(tmp_path / name).astype(int) - np.asarray(image)).max() <= 1
 
-    def fails(*_: object) -> None:
+    def fails(*_: object, **__: object) -> None:
         raise RuntimeError("Failed to decode")
 
     monkeypatch.setattr(Image, "open", fails)
