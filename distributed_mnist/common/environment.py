@@ -58,9 +58,10 @@ def thread_binding() -> list[str]:
 def for_workers() -> Iterator[None]:
     """Prepare the environment of workers, which are started in this context.
 
-    They import nothing from the current folder, and they are not all bound to one core.
+    They import nothing from the current folder, they are not all bound to one core, and a user's model sees
+    the elements of a set of strings always in the same order.
     """
-    changed = import_path.variables()
+    changed = {**import_path.variables(), "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED", "0")}
     unbound = thread_binding()
     before = {name: os.environ.get(name) for name in (*changed, *unbound)}
     os.environ.update(changed)

@@ -69,7 +69,10 @@ class Disagreement:
         def named(rank: int) -> str:
             return f"rank {rank} ({world.peers[rank].host}, {processors[rank]})"
 
-        why = "another processor, other settings of its libraries, or faulty hardware"
+        why = (
+            "another processor, other settings of its libraries, faulty hardware, or a model whose results "
+            "depend on something outside of it, such as a global variable"
+        )
         if self.kind == "rank":
             wrong = " and ".join(named(rank) for rank in self.groups[0])
             verb = "computes" if len(self.groups[0]) == 1 else "compute"

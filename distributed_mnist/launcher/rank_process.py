@@ -13,7 +13,7 @@ from ..common.streams import try_to_write
 from ..distributed.devices import choose_device
 from ..distributed.peer import JobDescription
 from ..distributed.world import World
-from ..errors import Interrupted, print_error
+from ..errors import Interrupted, UsageError, print_error
 from .signals import StoppedEarly, StopSignals, stop_with_parent
 
 Body = Callable[[World, StopSignals], None]
@@ -55,6 +55,9 @@ def run_in_group(
         world.close()
     except StoppedEarly as early:
         code = report_error(Interrupted(str(early)), placement, debug=debug)
+    except SystemExit as error:  # of a user's model
+        told = UsageError(f"the model ended the program with sys.exit({error.code!r})")
+        code = report_error(told, placement, debug=debug)
     except (Exception, KeyboardInterrupt) as error:
         code = report_error(error, placement, debug=debug)
     if placement.size > 1:

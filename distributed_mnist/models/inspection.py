@@ -44,6 +44,10 @@ def inspect(model: nn.Module, name: str, classes: int, device: torch.device) -> 
     trial, settings = _Trial(model, name, device), snapshot()
     if not trained:
         trial.refuse("it has no parameters to train")
+    for key, parameter in trained.items():
+        if parameter.dtype != torch.float32:
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            trial.refuse(f"its parameter {key} is {dtype}: trained parameters must be float32")
 
     def differentiate() -> tuple[Tensor | None, ...]:
         with torch.enable_grad():
@@ -56,7 +60,11 @@ def inspect(model: nn.Module, name: str, classes: int, device: torch.device) -> 
     trial.test_evaluation()
     model.train()
     draws = trial.drawn_from(differentiate)
-    unused = tuple(key for key, gradient in zip(trained, differentiate(), strict=True) if gradient is None)
+    gradients = dict(zip(trained, differentiate(), strict=True))
+    unused = tuple(key for key, gradient in gradients.items() if gradient is None)
+    for key, gradient in gradients.items():
+        if gradient is not None and gradient.layout != torch.strided:
+            trial.refuse(f"the gradient of its parameter {key} is sparse: make its layer with sparse=False")
     if changed := changes(settings):
         trial.refuse(
             f"its forward pass changes torch's {changed}, on which results depend: remove that call"
@@ -119,7 +127,7 @@ class _Trial:
         if not (unchanged or any(equal(self.logits(), self.logits()) for _ in range(tries))):
             refuse(f"it gives other logits when a pass is repeated; {_HIDDEN_STATE}")
         # Kernels may round differently, for instance if the model sorts its images.
-        tolerance = 1e-5 * float(logits.abs().max())
+        tolerance = 1e-5 * float(logits.abs().nan_to_num().max())
         if not any(
             torch.allclose(
                 self.logits()[0], self.logits(self._other_images)[0], rtol=0, atol=tolerance, equal_nan=True

@@ -118,6 +118,7 @@ FLAGS = [
     ("--model user_models:nn", ["user_models:nn", "not callable"]),
     ("--model user_models:batch_norm", ["user_models:batch_norm", "batch statistics"]),
     ("--model user_models:eleven_classes", ["user_models:eleven_classes", "11", "10"]),
+    ("--model user_models:Leaving", ["the model ended the program with sys.exit(0)"]),
     ("--resume auto", ["--resume auto", "--out"]),
 ]
 

@@ -21,6 +21,7 @@ def test_workers_are_not_bound_to_one_core() -> None:
     with environment.for_workers():
         assert environment.thread_binding() == []
         assert os.environ["PYTHONSAFEPATH"] == "1"
+        assert os.environ["PYTHONHASHSEED"] == "0"  # a set of strings has the same order in each run
     assert environment.thread_binding() == ["OMP_PROC_BIND", "GOMP_CPU_AFFINITY"]
 
 

@@ -52,6 +52,20 @@ def counted(leaves: list[Tensor]) -> BinaryCounter:
     return counter
 
 
+def test_hooks_on_parameters_are_called() -> None:
+    """Layers that compute their gradients themselves would pass them by."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    for parameter in model.parameters():
+        parameter.register_hook(torch.zeros_like)
+    gradients = make_gradients(Recipe(batch_size=8), Run(), WORLD, model, ModelProperties(7850, False, ()))
+
+    def forward_shards(module: nn.Module, shards: range) -> tuple[Tensor, Tensor]:
+        return module(torch.ones(len(shards), 1, 28, 28)), torch.ones(len(shards), 10)
+
+    gradients.compute(forward_shards, [1] * 8)
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
 @pytest.mark.parametrize("count", range(1, 18))
 def test_the_counter_adds_in_the_tree(count: int) -> None:
     leaves = made_leaves(count)

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import sys
 
 import numpy as np
 import torch
@@ -74,3 +75,16 @@ def fatal(classes: int) -> nn.Module:
     """Ends the process that makes it, as the kernel would."""
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError(classes)
+
+
+class Leaving(nn.Module):
+    """Ends the program when it sees a real batch."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(784, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if len(images) > 2:
+            sys.exit(0)
+        return self.fc(images.flatten(1))

@@ -1,5 +1,6 @@
 """Test that the networks are as documented, and that models that cannot be trained exactly are refused."""
 
+import math
 import random
 import re
 import sys
@@ -212,6 +213,31 @@ class Sorting(Flat):
         order = images.sum((1, 2, 3)).argsort()
         hidden = images.flatten(1).index_copy(0, order, images.flatten(1)[order])
         return self.fc(hidden) + self.wide(hidden)[:, :10]
+
+
+class Sparse(Flat):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(3, 10, sparse=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) + self.table((images.mean((1, 2, 3)) > 0).long())
+
+
+def test_parameters_that_cannot_be_trained_are_named() -> None:
+    assert problem(Flat().double()) == (
+        "its parameter fc.weight is float64: trained parameters must be float32"
+    )
+    assert problem(Sparse()) == (
+        "the gradient of its parameter table.weight is sparse: make its layer with sparse=False"
+    )
+
+
+def test_nan_is_left_to_the_loop_which_names_the_step() -> None:
+    model = Flat()
+    with torch.no_grad():
+        model.fc.bias.fill_(math.nan)
+    inspect(model, "mine", 10, CPU)
 
 
 def test_what_else_is_wrong_is_said_as_it_is() -> None:
