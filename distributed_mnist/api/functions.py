@@ -30,11 +30,11 @@ from ..distributed.world import World
 from ..errors import CheckpointError, UsageError, write_line
 from ..inference.score import evaluate_trained, load_dataset
 from ..inference.trained import Trained, find_checkpoint, restore
-from ..models.factory import temporary_model
 from ..runs import layout
 from ..training import run as training
 from ..training.evaluate import Evaluation
 from ..training.evaluate import evaluate as evaluate_network
+from ..user_code.functions import registered
 from .arguments import RECIPE_FIELDS, RUN_FIELDS, as_path, resolve_dataset, speaks_python
 from .multi_process import console_for, train_in_processes
 
@@ -137,7 +137,7 @@ def train(
     else:
         with (
             defined_state(),
-            _registered_model(name, factory),
+            registered({name: factory} if name and factory else {}),
             _joined_group(placement or ALONE, recipe, run) as world,
         ):
             result = training.run(
@@ -162,7 +162,7 @@ def load(
     """
     files = find_checkpoint(as_path("path", path))
     name, factory = _name_and_factory(model)
-    with defined_state(), _registered_model(name, factory):
+    with defined_state(), registered({name: factory} if name and factory else {}):
         return restore(files, model=name, device=torch.device(device))
 
 
@@ -252,11 +252,6 @@ def _name_and_factory(model: str | Factory | None) -> tuple[str | None, Factory 
 def _python_number(value: Any) -> Any:
     """Convert a NumPy number, as from a loop over `np.linspace`, to a Python number."""
     return value.item() if isinstance(value, np.generic) else value
-
-
-def _registered_model(name: str | None, factory: Factory | None) -> contextlib.AbstractContextManager[None]:
-    """Make a factory function available under its name, so that it need not be importable."""
-    return temporary_model(name, factory) if name and factory else contextlib.nullcontext()
 
 
 def _override_recipe(

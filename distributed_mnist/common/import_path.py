@@ -1,7 +1,7 @@
 """Where this program's processes look for modules: not in the current folder.
 
 A file there that is named like a module, such as `queue.py`, would otherwise be imported in its place. The
-folder may be shared, so this would also run other people's code. `models/build` imports from it what
+folder may be shared, so this would also run other people's code. `user_code` imports from it what
 `--model` names. This module imports only what Python itself has imported at its start.
 """
 

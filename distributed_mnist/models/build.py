@@ -13,7 +13,8 @@ from ..common.process_state import defined_state
 from ..common.random_keys import torch_seed
 from ..config import Precision, Recipe
 from ..errors import UsageError
-from .factory import current_folder_last, find_factory
+from ..user_code.functions import current_folder_last
+from .factory import find_factory
 from .inspection import ModelProperties, equal, inspect
 from .zoo import IMAGE_SHAPE
 

@@ -19,9 +19,9 @@ from distributed_mnist.common import process_state
 from distributed_mnist.config import Recipe
 from distributed_mnist.errors import UsageError
 from distributed_mnist.models.build import build, make_model, place
-from distributed_mnist.models.factory import temporary_model
 from distributed_mnist.models.inspection import ModelProperties, inspect
 from distributed_mnist.models.zoo import MODELS
+from distributed_mnist.user_code.functions import registered
 
 CPU = torch.device("cpu")
 
@@ -281,8 +281,11 @@ def leaving(classes: int) -> nn.Module:
 
 
 def test_a_factory_that_ends_the_program_is_refused() -> None:
-    with temporary_model("leaving", leaving), pytest.raises(UsageError, match="factory failed: SystemExit"):
-        build("leaving", 10, 0)
+    with (
+        registered({"mine:leaving": leaving}),
+        pytest.raises(UsageError, match="factory failed: SystemExit"),
+    ):
+        build("mine:leaving", 10, 0)
 
 
 def test_a_buffer_that_cannot_be_written_stays_as_it_is() -> None:
@@ -355,7 +358,7 @@ def test_what_a_factory_makes_depends_on_the_seed_alone() -> None:
         return make
 
     def made(factory: Callable[[int], nn.Module], seed: int = 0) -> Tensor:
-        with temporary_model("mine:model", factory):
+        with registered({"mine:model": factory}):
             return weights(make_model(Recipe(model="mine:model", seed=seed), 10, CPU)[0])
 
     for draw in (np.random.rand, random.random):
@@ -382,7 +385,7 @@ def test_a_factorys_settings_end_with_it_and_a_forward_may_change_none() -> None
         torch.set_num_threads(threads + 1)
         return Flat(classes)
 
-    with temporary_model("mine:model", factory):
+    with registered({"mine:model": factory}):
         build("mine:model", 10, 0)
     assert torch.get_num_threads() == threads
     with process_state.defined_state():

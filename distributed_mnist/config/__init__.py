@@ -1,0 +1,30 @@
+"""Settings of a run: `Recipe` decides the weights; `Run` says which data, where and how.
+
+Both are frozen and validated when they are created, so the rest of the program need not check them. The
+docstrings of both classes and of their fields are the help texts of the command line. `__post_init__`
+documents what is raised.
+"""
+
+from .fields import flag, require, require_count
+from .intervals import checkpoint_interval, steps_between
+from .recipe import Optimizer, Precision, Recipe, Schedule, Sync
+from .recipe_files import load_recipe, recipe_names
+from .run import DATA_OPTIONS, Device, Run
+
+__all__ = [
+    "DATA_OPTIONS",
+    "Device",
+    "Optimizer",
+    "Precision",
+    "Recipe",
+    "Run",
+    "Schedule",
+    "Sync",
+    "checkpoint_interval",
+    "flag",
+    "load_recipe",
+    "recipe_names",
+    "require",
+    "require_count",
+    "steps_between",
+]

@@ -1,0 +1,141 @@
+"""`Recipe`: the settings that decide the weights, apart from the data."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from ..common.suggest import did_you_mean
+from ..errors import UsageError
+from .fields import check_type, require, require_count
+
+Sync = Literal["tree", "ddp"]
+Precision = Literal["fp32", "bf16"]
+Optimizer = Literal["adam", "adamw", "sgd", "muon"]
+Schedule = Literal["constant", "step", "cosine", "one-cycle"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines the weights, apart from the data."""
+
+    model: str = "cnn"
+    """linear, mlp, cnn, cnn-small, cnn-large, or your own as package.module:factory, where factory(classes)
+    returns a torch module. The package may be in the current directory or installed."""
+    epochs: int = 3
+    """Number of passes over the training images."""
+    steps: int = 0
+    """Maximum number of steps. The run ends there even in the middle of an epoch. 0 means no limit."""
+    batch_size: int = 256
+    """Images per step, summed over all processes (the global batch)."""
+    optimizer: Optimizer = "adam"
+    """Optimizer. muon orthogonalizes the updates of hidden layers and uses Adam for all other weights."""
+    lr: float = 0.001
+    """Learning rate. If the schedule changes it, this is the peak."""
+    beta1: float = 0.9
+    """Adam's decay rate for the running mean of gradients."""
+    beta2: float = 0.999
+    """Adam's decay rate for the running mean of squared gradients."""
+    momentum: float = 0.9
+    """Momentum, with sgd and muon."""
+    adam_lr: float = 0.005
+    """With --optimizer muon, the peak learning rate of the weights that Adam updates: biases and the last
+    layer."""
+    weight_decay: float = 0.0
+    """Weight decay: decoupled with adamw and muon, otherwise added to the gradient."""
+    schedule: Schedule = "constant"
+    """How the learning rate changes over the run."""
+    decay_every: int = 10
+    """With --schedule step, number of epochs between decays."""
+    decay_factor: float = 0.1
+    """With --schedule step, factor by which each decay multiplies the learning rate."""
+    warmup: float = 0.25
+    """With --schedule one-cycle or cosine, fraction of all steps over which the learning rate rises."""
+    final_div: float = 1000.0
+    """With --schedule one-cycle, the peak learning rate divided by the final one."""
+    average: float = 0.0
+    """Average the weights over this last fraction of all steps and use the mean as the final weights. With
+    one-cycle, use a --final-div of 5 to 20: at a learning rate near zero the weights hardly change."""
+    label_smoothing: float = 0.0
+    """Fraction of each target's probability to spread evenly over all classes."""
+    shift: float = 0.0
+    """Augmentation: random shift of up to this many pixels in each direction."""
+    rotate: float = 0.0
+    """Augmentation: random rotation of up to this many degrees in each direction."""
+    scale: float = 0.0
+    """Augmentation: random zoom, in or out, by up to this fraction."""
+    seed: int = 0
+    """Seed for everything random: initial weights, sample order, augmentation and dropout."""
+    sync: Sync = "tree"
+    """How gradients are summed. tree gives bit-identical results at any number of processes; ddp
+    (DistributedDataParallel) gives the same results up to rounding."""
+    shards: int = 8
+    """Number of parts each global batch is split into. This is also the maximum number of processes."""
+    precision: Precision = "fp32"
+    """Precision of the model's arithmetic: fp32, or bf16 via autocast (weights stay in fp32)."""
+
+    def __post_init__(self) -> None:
+        """Raises `UsageError` for impossible values."""
+        require_count(self, "epochs", "batch_size", "decay_every", "shards")
+        for name in ("steps", "weight_decay", "shift", "rotate"):
+            require(0 <= getattr(self, name) < math.inf, name, "zero or more", self)
+        for name in ("beta1", "beta2", "momentum", "label_smoothing", "scale"):
+            require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", self)
+        for name in ("lr", "adam_lr", "decay_factor"):
+            require(0 < getattr(self, name) < math.inf, name, "above zero", self)
+        require(1 <= self.final_div < math.inf, "final_div", "at least 1", self)
+        for name in ("warmup", "average"):
+            require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", self)
+        fits = self.schedule != "one-cycle" or not self.average or self.warmup + self.average < 1
+        require(fits, "average", f"below 1 - --warmup {self.warmup}, where one-cycle falls", self)
+        require(0 <= self.seed < 2**63, "seed", "between 0 and 2^63 - 1", self)
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Return the number of steps of the whole run."""
+        total = self.epochs * steps_per_epoch
+        return min(self.steps, total) if self.steps else total
+
+    def averaged_steps(self, total: int) -> int:
+        """Return how many of the last of `total` steps the weights are averaged over; 0 for no average."""
+        return max(1, round(self.average * total)) if self.average else 0
+
+    def check_size(self, world_size: int) -> None:
+        """Raise `UsageError` if there are more ranks than shards: some would have nothing to do."""
+        if world_size > self.shards:
+            raise UsageError(
+                f"{world_size} processes cannot share {self.shards} shards: start at most {self.shards}, "
+                f"or use --shards {world_size} or more (the weights depend on the number of shards)"
+            )
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with these fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values, in the order of the class."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str) -> Self:
+        """Invert `to_dict`; missing fields take defaults. Raises `UsageError`, which names `where`."""
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        for name, value in values.items():
+            if name not in known:
+                raise UsageError(f"{where}: there is no recipe field {name!r}{did_you_mean(name, known)}")
+            check_type(f"{where}: {name}", known[name], value)
+        try:
+            args: dict[str, Any] = {k: float(v) if known[k].type is float else v for k, v in values.items()}
+            return cls(**args)
+        except (UsageError, OverflowError) as error:
+            raise UsageError(f"{where}: {error}") from None
+
+    def differences(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:
+        """Return the differences that change the weights: for each field name, the values (self, other).
+
+        With a constant or stepwise learning rate and no average, a longer run begins exactly like a shorter
+        one. Then the numbers of epochs and steps are ignored.
+        """
+        mine, theirs = self.to_dict(), other.to_dict()
+        if self.schedule in ("constant", "step") and not self.average:
+            theirs |= {name: mine[name] for name in ("epochs", "steps")}
+        return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
