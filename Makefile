@@ -1,20 +1,25 @@
-# make train: set up and train.  make test: set up and test.  Both from a fresh clone.
+# make train: set up and train.  make check: set up and try it out.  make test: set up and test.  All from a fresh clone.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# On Linux without a GPU this spares you the CUDA build of torch, several gigabytes:
+# On Linux without a GPU this spares you the CUDA build of torch, about 3 GB:
 #   make train TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 JOBS ?= $(shell $(PYTHON) -c "import os; print(min(12, (3 * os.cpu_count() + 1) // 2))")
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet
 
-.PHONY: setup train test soak test-gpu lint format build clean
+.PHONY: setup train check test soak test-gpu lint format build clean
 
 setup: $(VENV)/installed
 
 train: setup
 	$(BIN)/dmnist train --dataset auto
+
+# A minute: examines the machine, then trains at 1, 2, ... processes and compares the weights.
+check: setup
+	$(BIN)/dmnist doctor --dataset auto
+	$(BIN)/dmnist verify
 
 # More workers than cores, because tests also wait. Each takes whole files, the slow ones first.
 # Compiled files are kept even where the environment forbids it, for the tests start many programs.

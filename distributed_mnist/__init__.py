@@ -4,6 +4,10 @@ From Python: `from distributed_mnist import train, evaluate, load`; see docs/how
 """
 
 import importlib
+import sys
+
+if sys.platform == "win32":
+    raise ImportError("dmnist does not run on Windows: use Linux in WSL 2, the Windows Subsystem for Linux")
 
 TYPE_CHECKING = False  # from typing, which must not be imported before `common.import_path` is applied
 if TYPE_CHECKING:

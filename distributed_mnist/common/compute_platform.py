@@ -14,6 +14,13 @@ _INSTRUCTIONS = re.compile(
     r"avx\w*|fma|f16c|sse4_[12]|amx_\w+"  # x86
     r"|asimd\w*|sve\w*|sme2?|fphp|bf16|i8mm"  # ARM
 )
+_FAST = {
+    "AVX2": {"avx2"},
+    "AVX-512": {"avx512f"},
+    "SVE": {"sve"},
+    "bf16": {"avx512_bf16", "avx_bf16", "amx_bf16", "bf16", "svebf16"},
+    "AMX": {"amx_tile"},
+}
 _ON_CPU = ("torch", "build", "machine", "device", "capability", "instructions", "settings")
 _ON_GPU = ("torch", "build", "machine", "device", "capability", "processor", "settings")
 
@@ -109,6 +116,12 @@ def processor_name() -> str:
         if key in fields
     ]
     return " ".join([name.replace('"', ""), *numbers])
+
+
+def fast_instructions() -> str:
+    """Name what this processor has for fast arithmetic: `AVX2, AVX-512, bf16, AMX`. Empty if not known."""
+    flags = set(_processor_flags())
+    return ", ".join(name for name, needed in _FAST.items() if flags & needed)
 
 
 def _processor_flags() -> list[str]:

@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from ..common import environment
-from ..common.compute_platform import processor_name
+from ..common.compute_platform import fast_instructions, processor_name
 from ..common.installed import version
 from ..common.placement import usable_cores
 from ..data import datasets
@@ -138,9 +138,9 @@ def _processor(local_size: int, host_cores: int) -> Finding:
     # because a launcher may bind each rank to its own core.
     if cores >= len(affinity()):
         cores = host_cores
+    instructions = fast_instructions() or torch.backends.cpu.get_cpu_capability()
     value = (
-        f"{processor_name()}, {torch.backends.cpu.get_cpu_capability()}; {cores} usable cores of "
-        f"{psutil.cpu_count()}, load {load:.1f}"
+        f"{processor_name()}, {instructions}; {cores} usable cores of {psutil.cpu_count()}, load {load:.1f}"
     )
     if torch.accelerator.is_available():
         return good(value)

@@ -43,14 +43,16 @@ def test_the_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     x86 = cpuinfo(monkeypatch, tmp_path, X86)
     assert x86.processor == "Intel(R) Xeon(R) Gold family 6 model 85"
     assert x86.instructions == "amx_tile, avx, avx2, avx512f, sse4_1"
+    assert compute_platform.fast_instructions() == "AVX2, AVX-512, AMX"
     arm = cpuinfo(monkeypatch, tmp_path, ARM)
     assert (arm.processor, arm.instructions) == ("0x41 part 0xd40", "asimd, asimddp, sve")
+    assert compute_platform.fast_instructions() == "SVE"
 
 
 def test_without_proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     without = cpuinfo(monkeypatch, tmp_path, None)
     assert without.processor
-    assert without.instructions == ""
+    assert without.instructions == compute_platform.fast_instructions() == ""
 
 
 def test_only_variables_that_choose_kernels_count(monkeypatch: pytest.MonkeyPatch) -> None:

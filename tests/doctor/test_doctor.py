@@ -14,6 +14,7 @@ from ranks import DMNIST, PATIENCE, TORCHRUN, dmnist, run_ranks
 from torchrun_agents import WarmAgent
 
 from distributed_mnist.common import environment
+from distributed_mnist.common.compute_platform import fast_instructions
 from distributed_mnist.common.placement import ALONE
 from distributed_mnist.distributed.peer import Peer
 from distributed_mnist.distributed.world import World
@@ -131,6 +132,9 @@ def test_ranks_bound_to_a_core_each_do_not_share_it(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(probe_host, "affinity", lambda: {5})
     monkeypatch.setattr(probe_host, "usable_cores", lambda: 1)
     assert probe_host._processor(2, 2).verdict == "good"
+    assert (fast_instructions() or torch.backends.cpu.get_cpu_capability()) in probe_host._processor(
+        2, 2
+    ).value
     assert probe_host._processor(2, 1).verdict == "doubtful"
     monkeypatch.setattr(probe_host, "affinity", lambda: {4, 5, 6})  # and a quota of one core for all
     assert probe_host._processor(2, 3).verdict == "doubtful"
