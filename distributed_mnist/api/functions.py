@@ -19,7 +19,7 @@ from ..common import environment
 from ..common.placement import ALONE, Placement
 from ..common.process_state import defined_state
 from ..common.suggest import did_you_mean
-from ..config import Recipe, Run, load_recipe
+from ..config import Recipe, Run
 from ..data import prefetch
 from ..data.broadcast import broadcast_dataset
 from ..data.datasets import Dataset
@@ -31,6 +31,7 @@ from ..errors import CheckpointError, UsageError, write_line
 from ..inference.score import evaluate_trained, load_dataset
 from ..inference.trained import Trained, find_checkpoint, restore
 from ..runs import layout
+from ..runs.run_files import find_recipe
 from ..training import run as training
 from ..training.evaluate import Evaluation
 from ..training.evaluate import evaluate as evaluate_network
@@ -88,7 +89,7 @@ def train(
 ) -> Result:
     """Train like `dmnist train`, but by default in this process and without output.
 
-    - `recipe`: a recipe's name, a TOML file, or a `Recipe`.
+    - `recipe`: a recipe's name, a TOML file, a run's folder (its recipe), or a `Recipe`.
     - `model`: a model's name, `package.module:factory`, or the factory function itself.
     - `dataset`: a name, a folder with four IDX files of your own, or the result of `from_arrays`.
     - `data`: the folder of named data sets. Missing files are downloaded into it.
@@ -228,7 +229,7 @@ def _joined_group(placement: Placement, recipe: Recipe, run: Run) -> Iterator[Wo
     """Join the process group, and leave it at the end."""
     if recipe.sync == "tree":
         environment.order_additions()
-    device = torch.device("cpu") if run.device == "cpu" else choose_device(placement)
+    device = choose_device(placement, run.device)
     job = describe_training("the library's train", recipe, run, one_host=placement.one_host)
     world = World.connect(placement, device=device, hang_after=run.hang_after, job=job)
     try:
@@ -263,9 +264,11 @@ def _override_recipe(
         if name not in known:
             raise UsageError(f"there is no setting {name!r}{did_you_mean(name, sorted(known))}")
     if not isinstance(recipe, str | Path | Recipe):
-        raise UsageError(f"recipe must be a name, a TOML file or a Recipe, not {recipe!r:.80}")
+        raise UsageError(
+            f"recipe must be a name, a TOML file, a run's folder or a Recipe, not {recipe!r:.80}"
+        )
     title = "recipe" if isinstance(recipe, Recipe) else str(recipe)
-    base = recipe if isinstance(recipe, Recipe) else load_recipe(str(as_path("recipe", title)))
+    base = recipe if isinstance(recipe, Recipe) else find_recipe(str(as_path("recipe", title)), model)
     changes = {key: value for key, value in settings.items() if key in RECIPE_FIELDS}
     changes |= {} if model is None else {"model": model}
     return Recipe.from_dict(base.to_dict() | changes, "settings"), title

@@ -35,7 +35,7 @@ class Train(CommonFlags):
     run: tyro.conf.OmitArgPrefixes[Run] = field(default_factory=Run)
     recipe: str = "default"
     """Recipe that provides the settings below: default, classic (the original script's settings), fast,
-    accurate, or your own TOML file. Flags override its settings."""
+    accurate, your own TOML file, or a run's folder (its recipe). Flags override its settings."""
     ensemble: int = 1
     """Train this many networks one after another, with seeds counting up from --seed, and combine them by
     voting."""
@@ -66,7 +66,8 @@ class Verify(CommonFlags):
     nproc: int | None = None
     """Train with 1, 2, ... up to N processes (default: one per core or GPU, at most 4)."""
     device: Device = "auto"
-    """auto uses a GPU or other accelerator if there is one; cpu always uses the CPU."""
+    """auto uses a GPU or other accelerator if there is one; cpu always uses the CPU; cuda, mps or xpu
+    demand an accelerator of this kind."""
     chaos: tyro.conf.FlagCreatePairsOff[bool] = False
     """Afterwards, train again while injecting faults at random times: kill, suspend or terminate processes,
     change the number of processes, corrupt checkpoints. The result must be the same."""

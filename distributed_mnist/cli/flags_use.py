@@ -29,7 +29,8 @@ class Evaluate(CommonFlags):
     nproc: int | None = None
     """Number of processes to start on this host (default: 1)."""
     device: Device = "auto"
-    """auto uses a GPU or other accelerator if there is one; cpu always uses the CPU."""
+    """auto uses a GPU or other accelerator if there is one; cpu always uses the CPU; cuda, mps or xpu
+    demand an accelerator of this kind."""
 
     def __post_init__(self) -> None:
         """Raise `UsageError` for invalid values."""
@@ -55,7 +56,8 @@ class Predict(CommonFlags):
     model: str | None = None
     """For a checkpoint of your own model: the package.module:factory it was trained with."""
     device: Device = "auto"
-    """auto uses a GPU or other accelerator if there is one; cpu always uses the CPU."""
+    """auto uses a GPU or other accelerator if there is one; cpu always uses the CPU; cuda, mps or xpu
+    demand an accelerator of this kind."""
 
     def __post_init__(self) -> None:
         """Raise `UsageError` for invalid values."""
@@ -103,7 +105,8 @@ class Doctor(CommonFlags):
     data: Path = Path("data")
     """Data folder to look in."""
     device: Device = "auto"
-    """auto uses a GPU or other accelerator if there is one; cpu always uses the CPU."""
+    """auto uses a GPU or other accelerator if there is one; cpu always uses the CPU; cuda, mps or xpu
+    demand an accelerator of this kind."""
 
     def __post_init__(self) -> None:
         """Raise `UsageError` for invalid values."""

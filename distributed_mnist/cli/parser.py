@@ -11,9 +11,9 @@ from typing import Annotated, Any, Union
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
-from ..config import DATA_OPTIONS, Recipe, Run, load_recipe
+from ..config import DATA_OPTIONS, Recipe, Run
 from ..errors import UsageError
-from ..runs.run_files import config_in
+from ..runs.run_files import config_in, find_recipe
 from .flags_data import Check, Fetch, Generate
 from .flags_train import Bench, Train, Verify
 from .flags_use import Doctor, Evaluate, Export, Predict, Report, Watch
@@ -28,7 +28,7 @@ _METAVARS_BY_NAME = {
     "eval_every": "EVERY",
     "images": "IMAGE [IMAGE ...]",
     "mirror": "URL",
-    "recipe": "NAME|FILE.toml",
+    "recipe": "NAME|FILE|RUN",
     "resume": "PATH|auto",
     "run": "RUN",
     "runs": "RUN [RUN ...]",
@@ -88,11 +88,11 @@ def _train_defaults(arguments: list[str]) -> Train:
     """The defaults of the flags of `train`.
 
     They come from the recipe that `--recipe` names. With `--resume auto`, the data settings come from the
-    run in `--out`, and so does the recipe unless `--recipe` names one. Raises `CheckpointError` if the
-    `config.json` there is damaged.
+    run in `--out`, and so does the recipe unless `--recipe` names one. Raises `UsageError` for a recipe
+    that cannot be used, and `CheckpointError` for a damaged `config.json`.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--recipe", "--out", "--resume", "--dataset"):
+    for name in ("--recipe", "--out", "--resume", "--dataset", "--model"):
         early.add_argument(name, nargs="?")  # tyro reports a missing value
     given, _ = early.parse_known_args(arguments if arguments[:1] == ["train"] else [])
     config = config_in(Path(given.out)) if given.out and given.resume == "auto" else None
@@ -106,7 +106,7 @@ def _train_defaults(arguments: list[str]) -> Train:
             settings = config.recipe.replace(model=Recipe.model) if is_code else config.recipe
             return Train(settings=settings, run=run, recipe=f"of {given.out}")
     recipe = given.recipe or "default"
-    return Train(settings=load_recipe(recipe), run=run, recipe=recipe)
+    return Train(settings=find_recipe(recipe, given.model), run=run, recipe=recipe)
 
 
 def _help_rules() -> ConstructorRegistry:

@@ -21,6 +21,7 @@ _REQUIRED = {
     "export": "a CHECKPOINT or a run's folder",
     "data generate": "a folder to write to",
 }
+_TRUTH_VALUES = ("true", "false", "yes", "no", "on", "off", "0", "1")
 _FLAG = re.compile(r"--?[a-zA-Z]")  # does not match negative numbers
 
 
@@ -85,7 +86,7 @@ def _find_problem(command: str, command_class: type, arguments: list[str]) -> st
         if name not in flags:
             return f"{command} has no flag {typed_name}{did_you_mean(name, flags, cutoff=0.7)}"
         if flags[name] is bool:
-            if has_value:
+            if has_value or (arguments and arguments[0].lower() in _TRUTH_VALUES):
                 return f"{name} takes no value: give it alone, or leave it out"
             continue
         if not has_value:

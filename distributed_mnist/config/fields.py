@@ -24,7 +24,14 @@ def require_count(owner: object, *names: str) -> None:
         require(value is None or value <= most, name, f"at most {most}", owner)
 
 
-_TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", Path: "a path", type(None): "None"}
+_TYPE_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    Path: "a path",
+    type(None): "None",
+}
 
 
 def _fits(value: object, kind: Any) -> bool:
@@ -33,7 +40,8 @@ def _fits(value: object, kind: Any) -> bool:
         return any(
             _fits(value, choice) if isinstance(choice, type) else value == choice for choice in choices
         )
-    return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+    is_kind = isinstance(value, (int, float) if kind is float else kind)
+    return is_kind and isinstance(value, bool) == (kind is bool)
 
 
 def check_type(name: str, field: dataclasses.Field[Any], value: object) -> None:

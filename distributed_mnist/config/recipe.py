@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from ..common.suggest import did_you_mean
 from ..errors import UsageError
-from .fields import check_type, require, require_count
+from .fields import check_type, flag, require, require_count
 
 Sync = Literal["tree", "ddp"]
 Precision = Literal["fp32", "bf16"]
@@ -76,6 +76,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Raises `UsageError` for impossible values."""
+        for field in dataclasses.fields(self):
+            check_type(flag(field.name), field, getattr(self, field.name))
         require_count(self, "epochs", "batch_size", "decay_every", "shards")
         for name in ("steps", "weight_decay", "shift", "rotate"):
             require(0 <= getattr(self, name) < math.inf, name, "zero or more", self)

@@ -10,7 +10,7 @@ from ..errors import UsageError
 from .fields import check_type, flag, require, require_count
 from .intervals import checkpoint_interval, steps_between
 
-Device = Literal["auto", "cpu"]
+Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 
 DATA_OPTIONS = ("dataset", "data", "train_size", "test_size", "data_seed")  # fields of `Run`
 
@@ -53,7 +53,8 @@ class Run:
     nproc: int | None = None
     """Number of processes to start on this host (default: one per GPU; on CPU, as many as speed it up)."""
     device: Device = "auto"
-    """auto uses a GPU or other accelerator if there is one; cpu always uses the CPU."""
+    """auto uses a GPU or other accelerator if there is one; cpu always uses the CPU; cuda, mps or xpu
+    demand an accelerator of this kind."""
     micro_batch: int | None = None
     """With --sync ddp, the most images to put through the model at once, to save memory (default: the
     process's whole share of the batch). With tree it is one shard, or several shards up to 512 images."""

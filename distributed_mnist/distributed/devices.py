@@ -6,16 +6,38 @@ from ..common.placement import Placement
 from ..errors import LaunchError
 
 
-def choose_device(placement: Placement) -> torch.device:
-    """Return this rank's accelerator, or the CPU on a host without accelerators.
+def find_accelerator(device: str) -> torch.device | None:
+    """Return what accelerator this host has, without an index; None to use the CPU.
 
-    Raises `LaunchError` if the host has more processes than devices. Two ranks on one GPU would be slower
-    than one, and NCCL refuses them with a less helpful message.
+    `device` is one of `config.Device`. Raises `LaunchError` if it demands another kind of accelerator.
     """
-    if not torch.accelerator.is_available():
+    if device == "cpu":
+        return None
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if device not in ("auto", found.type if found else None):
+        instead = (
+            f"its accelerator is {found.type}" if found else "dmnist doctor shows the devices it can use"
+        )
+        raise LaunchError(
+            f"--device {device}: torch {torch.__version__} finds none on this host; {instead}"
+        )
+    return found
+
+
+def choose_device(placement: Placement, device: str) -> torch.device:
+    """Return this rank's device: its accelerator, or the CPU. `device` is one of `config.Device`.
+
+    Raises `LaunchError` if the host has not the accelerator that `device` demands, or more processes than
+    accelerators. Two ranks on one GPU would be slower than one, and NCCL refuses them with a less helpful
+    message.
+    """
+    try:
+        kind = find_accelerator(device)
+    except LaunchError as error:
+        error.on_one_rank = placement.local_rank == 0  # the other ranks on this host raise the same error
+        raise
+    if kind is None:
         return torch.device("cpu")
-    kind = torch.accelerator.current_accelerator()
-    assert kind is not None
     count = torch.accelerator.device_count()
     index = 0 if placement.own_device and count == 1 else placement.local_rank
     if index >= count or (placement.local_size > count and not placement.own_device):
@@ -23,7 +45,7 @@ def choose_device(placement: Placement) -> torch.device:
             f"{placement.local_size} processes on this host but {count} {kind.type.upper()} device"
             f"{'s' if count > 1 else ''}: start at most {count}"
         )
-        error.on_one_rank = False  # the other ranks on this host raise the same error
+        error.on_one_rank = placement.local_rank == 0
         raise error
     torch.accelerator.set_device_index(index)
     return torch.device(kind.type, index)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from rich.text import Text
 
 from ..common.placement import ALONE
 from ..common.regular_file import open_regular
+from ..config import Device
 from ..data import idx
 from ..distributed.devices import choose_device
 from ..errors import DataError, write_line
@@ -56,14 +57,14 @@ def run(
     ink: image_files.Ink,
     show: bool,
     model: str | None,
-    device: Literal["auto", "cpu"],
+    device: Device,
     as_json: bool,
 ) -> int:
     """Classify pictures and print the predictions. Returns the exit code.
 
     Raises `CheckpointError`, and `DataError` at the end if any picture was unusable.
     """
-    torch_device = torch.device("cpu") if device == "cpu" else choose_device(ALONE)
+    torch_device = choose_device(ALONE, device)
     trained = restore(find_checkpoint(checkpoint), model=model, device=torch_device)
     console = make_console(stderr=as_json)
     files = [file for path in images for file in _find_files(path)]

@@ -5,8 +5,6 @@ import socket
 import sys
 from collections.abc import Callable
 
-import torch
-
 from ..common import environment
 from ..common.placement import Placement
 from ..common.streams import try_to_write
@@ -47,7 +45,7 @@ def run_in_group(
         environment.keep_memory()
         if exact:
             environment.order_additions()
-        chosen = torch.device("cpu") if device == "cpu" else choose_device(placement)
+        chosen = choose_device(placement, device)
         world = World.connect(
             placement, device=chosen, backend=backend, listener=listener, hang_after=hang_after, job=job
         )

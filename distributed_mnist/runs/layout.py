@@ -48,7 +48,9 @@ def require_overwritable(path: Path, marker: bytes, name: str) -> None:
 
 def new_folder(title: str) -> Path:
     """Return an unused path under `runs/`, named after the time and `title`, the name of the recipe."""
-    stamp = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{Path(title).stem}"
+    path = Path(title)
+    name = path.resolve().parent.name if path.name == "config.json" else path.stem  # a run's recipe
+    stamp = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}"
     names = [stamp, *(f"{stamp}-{number}" for number in range(2, 100))]
     return next(RUNS / name for name in names if not (RUNS / name).exists())
 

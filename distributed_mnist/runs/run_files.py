@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from ..common.regular_file import read_regular
-from ..config import Recipe, Run
+from ..config import Recipe, Run, load_recipe, recipe_names
 from ..errors import CheckpointError, UsageError, reason
 from . import schema
 from .layout import members_in, write_json
@@ -41,10 +41,10 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
     write_json(folder / "config.json", {**config, "content_sha256": _digest(config)})
 
 
-def read_config(folder: Path) -> dict[str, Any] | None:
+def read_config(folder: Path, advice: str = _CONFIG_ADVICE) -> dict[str, Any] | None:
     """Return `config.json` of the run in `folder`; None if there is none. Raises `CheckpointError`."""
     path = folder / "config.json"
-    config = _read(path, dict[str, Any], _CONFIG_ADVICE)
+    config = _read(path, dict[str, Any], advice)
     if config is None:
         return None
     try:
@@ -53,22 +53,20 @@ def read_config(folder: Path) -> dict[str, Any] | None:
             raise ValueError(f"there is no field {reprlib.repr(min(unknown))}")
         msgspec.convert(config, schema.ConfigFields)
     except ValueError as error:
-        raise CheckpointError(f"{path} is damaged ({error}): {_CONFIG_ADVICE}") from None
+        raise CheckpointError(f"{path} is damaged ({error}): {advice}") from None
     claimed = config.pop("content_sha256", None)
     if claimed is not None and claimed != _digest(config):
-        raise CheckpointError(
-            f"{path} was damaged or changed (it does not match its digest): {_CONFIG_ADVICE}"
-        )
+        raise CheckpointError(f"{path} was damaged or changed (it does not match its digest): {advice}")
     return config
 
 
-def config_in(out: Path) -> Config | None:
+def config_in(out: Path, advice: str = _CONFIG_ADVICE) -> Config | None:
     """Return the settings of the run in `out`, or of an ensemble's first member; None if there are none.
 
     Raises `CheckpointError` for a damaged `config.json`.
     """
     folder = [*members_in(out), out][0]
-    config = read_config(folder)
+    config = read_config(folder, advice)
     if config is None:
         return None
     try:
@@ -81,7 +79,28 @@ def config_in(out: Path) -> Config | None:
         }
         return Config(Recipe.from_dict(config["recipe"], "its recipe"), Run(**run))
     except UsageError as error:
-        raise CheckpointError(f"{folder / 'config.json'} is damaged ({error}): {_CONFIG_ADVICE}") from None
+        raise CheckpointError(f"{folder / 'config.json'} is damaged ({error}): {advice}") from None
+
+
+def find_recipe(name: str, model: str | None = None) -> Recipe:
+    """Return a recipe: a built-in one, that in a TOML file, or that of the run in a folder.
+
+    `name` may also be the path of the run's `config.json`. Only the user may choose code to import, not a
+    run's file. So if the run's model is the user's own, `model` must be given. Raises `UsageError`, and
+    `CheckpointError` for a damaged `config.json`.
+    """
+    path = Path(name)
+    if name in recipe_names() or not (path.is_dir() or path.name == "config.json"):
+        return load_recipe(name)
+    folder = path if path.is_dir() else path.parent
+    config = config_in(folder, "write its settings to a .toml file, or give them as flags")
+    if config is None:
+        raise UsageError(f"--recipe {name}: there is no run in {folder}, which has no config.json")
+    if ":" in config.recipe.model and model is None:
+        raise UsageError(
+            f"--recipe {name}: the model is your own, so give it too: --model {config.recipe.model}"
+        )
+    return config.recipe if model is None else config.recipe.replace(model=model)
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:

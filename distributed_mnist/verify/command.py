@@ -13,6 +13,7 @@ from types import FrameType
 
 import torch
 
+from ..distributed.devices import find_accelerator
 from ..errors import Interrupted, UsageError
 from ..launcher.default_nproc import default_nproc
 from ..launcher.signals import SIGNALS, StoppedEarly, obeyed_signals
@@ -33,6 +34,7 @@ def run(
 
     Raises `VerificationError` if an answer differs, after the table has shown which one and how.
     """
+    accelerator = find_accelerator(device)  # raises if there is not the one that `device` demands
     sizes = sizes_to_try(nproc, device)
     table = ResultsTable.make(as_json=as_json)
     with _signals_as_exceptions():
@@ -42,7 +44,9 @@ def run(
                 seed = int.from_bytes(os.urandom(4), "big") if seed is None else seed
                 run_chaos(max(sizes), device, faults or DEFAULT_FAULTS, seed, folder, table)
             if reference is not None:
-                report_known_answer(reference.result, this_platform(_device(device)), table)
+                report_known_answer(
+                    reference.result, this_platform(accelerator or torch.device("cpu")), table
+                )
         table.conclude()
     return 0
 
@@ -51,7 +55,7 @@ def sizes_to_try(nproc: int | None, device: str) -> list[int]:
     """Return the world sizes 1 to `nproc`; if `nproc` is 1, size 1 twice. Raises `UsageError`."""
     if nproc is None:
         useful = default_nproc(recipe(), options(device=device))
-        least = 2 if _device(device).type == "cpu" else 1
+        least = 1 if find_accelerator(device) else 2
         nproc = max(least, min(useful, DEFAULT_MAX_NPROC))
     if nproc > recipe().shards:
         raise UsageError(f"--nproc must be between 1 and {recipe().shards}, not {nproc}")
@@ -82,11 +86,6 @@ def compare_sizes(sizes: list[int], device: str, folder: Path, table: ResultsTab
         if reference is None:
             break
     return reference
-
-
-def _device(device: str) -> torch.device:
-    accelerator = None if device == "cpu" else torch.accelerator.current_accelerator(check_available=True)
-    return accelerator or torch.device("cpu")
 
 
 @contextlib.contextmanager

@@ -92,7 +92,10 @@ CALLS: dict[str, tuple[Any, str]] = {
         lambda: train(optimizer=torch.optim.Adam(NETWORK.parameters())),
         r"optimizer must be adam or adamw or sgd or muon, not Adam \( Parameter Group 0",
     ),
-    "recipe": (lambda: train({"lr": 1}), "recipe must be a name, a TOML file or a Recipe, not {'lr': 1}"),
+    "recipe": (
+        lambda: train({"lr": 1}),
+        "recipe must be a name, a TOML file, a run's folder or a Recipe, not {'lr': 1}",
+    ),
     "out": (lambda: train(out=5), "out must be a path, not 5"),
     "data": (lambda: train(data=None), "data must be a path, not None"),
     "resume": (lambda: train(resume=True), "resume must be a path, not True"),

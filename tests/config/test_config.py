@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import tomllib
 from importlib import resources
 from pathlib import Path
@@ -325,7 +326,7 @@ def test_no_such_recipe(tmp_path: Path) -> None:
         load_recipe("fastest")
     folder = tmp_path / "folder.toml"
     folder.mkdir()
-    with pytest.raises(UsageError, match=r"folder\.toml: is a directory$"):
+    with pytest.raises(UsageError, match=r"folder\.toml: not a file$"):
         load_recipe(str(folder))
 
 
@@ -397,3 +398,59 @@ def test_toml_that_python_cannot_hold(text: str, tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(text)
     with pytest.raises(UsageError, match=r"mine\.toml"):
         load_recipe(str(tmp_path / "mine.toml"))
+
+
+# ---- A recipe based on another ---------------------------------------------------------------------------
+
+
+def recipe_files(folder: Path, **texts: str) -> Path:
+    """Write these recipes, and return the path of `mine.toml`."""
+    for name, text in texts.items():
+        path = folder / f"{name.replace('__', '/')}.toml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    return folder / "mine.toml"
+
+
+def test_a_base(tmp_path: Path) -> None:
+    mine = recipe_files(
+        tmp_path,
+        mine='base = "sub/team.toml"\nepochs = 3\nlr = 1',
+        sub__team='base = "more.toml"\nlr = 0.5\nseed = 7',  # relative to its own folder
+        sub__more='base = "fast"\nseed = 6\nshards = 4',
+    )
+    assert load_recipe(str(mine)) == load_recipe("fast").replace(epochs=3, lr=1.0, seed=7, shards=4)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({"mine": 'base = "fastt"'}, "mine.toml: there is no recipe 'fastt'; did you mean fast? there are"),
+        ({"mine": "base = 3"}, "mine.toml: base must be the name of a recipe or a .toml file, not 3"),
+        ({"mine": 'base = "mine.toml"'}, "mine.toml: its base mine.toml is based on "),
+        ({"mine": 'base = "b.toml"', "b": 'base = "mine.toml"'}, "b.toml: its base mine.toml is based on "),
+        ({"mine": 'base = "b.toml"', "b": "lr = 0"}, "b.toml: --lr must be above zero, not 0"),
+        ({"mine": 'base = "b.toml"'}, "b.toml: no such file or directory"),
+        ({"mine": 'base = "fast"\nwarmup = 1\naverage = 1'}, "mine.toml: --average must be below 1"),
+        (
+            {"mine": 'base = "0.toml"'} | {str(i): f'base = "{i + 1}.toml"' for i in range(8)},
+            "7.toml: it is the last of 8 bases, but has a base of its own",
+        ),
+    ],
+)
+def test_impossible_bases(texts: dict[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_recipe(str(recipe_files(tmp_path, **texts)))
+    assert str(caught.value).removeprefix(f"{tmp_path}/").startswith(message)
+
+
+def test_a_pipe_in_place_of_a_recipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "mine.toml")
+    with pytest.raises(UsageError, match=r"mine\.toml: not a file$"):
+        load_recipe(str(tmp_path / "mine.toml"))
+
+
+def test_types_are_checked_from_python_too() -> None:
+    values: dict[str, Any] = {"batch_size": "x"}
+    with pytest.raises(UsageError, match=r"^--batch-size must be a whole number, not 'x'$"):
+        Recipe(**values)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import run_folders
 
-from distributed_mnist.config import Recipe
-from distributed_mnist.errors import CheckpointError, DmnistError, OutputError
+from distributed_mnist.config import Recipe, load_recipe
+from distributed_mnist.errors import CheckpointError, DmnistError, OutputError, UsageError
 from distributed_mnist.runs import run_files
 from distributed_mnist.runs.lock import RunLock, is_live
 from distributed_mnist.runs.record import read
@@ -259,3 +259,31 @@ def test_events_that_a_full_disk_has_left_do_not_count_steps_twice(tmp_path: Pat
     kept = [run_folders.start(0), run_folders.steps(10), run_folders.steps(20), run_folders.steps(20)]
     (tmp_path / "metrics.jsonl").write_text(run_folders.lines(*kept))
     assert [event["step"] for event in read(tmp_path).steps] == [10, 20]
+
+
+def test_a_runs_recipe(tmp_path: Path) -> None:
+    folder = run_folders.write(tmp_path / "run")
+    recipe = Recipe(epochs=2, seed=3)
+    for name in (folder, folder / "config.json"):
+        assert run_files.find_recipe(str(name)) == recipe
+        assert run_files.find_recipe(str(name), "mlp") == recipe.replace(model="mlp")
+    assert run_files.find_recipe("fast") == load_recipe("fast")
+
+
+def test_a_runs_recipe_that_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"there is no run in .*, which has no config\.json$"):
+        run_files.find_recipe(str(tmp_path))
+    folder = run_folders.write(tmp_path / "run")
+    path = folder / "config.json"
+    text = path.read_text()
+    path.write_text(text.replace('"seed": 3', '"seed": 4'))
+    with pytest.raises(
+        CheckpointError, match=r"does not match its digest\): write its settings to a \.toml"
+    ):
+        run_files.find_recipe(str(folder))
+    own = run_folders.config()
+    own["recipe"]["model"] = "mine:net"
+    run_files.write_config(folder, own)
+    with pytest.raises(UsageError, match=r"the model is your own, so give it too: --model mine:net$"):
+        run_files.find_recipe(str(folder))
+    assert run_files.find_recipe(str(folder), "mine:net").model == "mine:net"

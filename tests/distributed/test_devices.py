@@ -1,0 +1,42 @@
+"""Which device a rank uses, on hosts with and without an accelerator."""
+
+import pytest
+import torch
+
+from distributed_mnist.common.placement import ALONE, Placement
+from distributed_mnist.distributed.devices import choose_device
+from distributed_mnist.errors import LaunchError
+
+
+@pytest.fixture(params=[None, "cuda", "mps"])
+def accelerator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    """A host with one accelerator of this kind, or with none."""
+    kind = request.param
+    found = torch.device(kind) if kind else None
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: int(kind is not None))
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
+    return kind
+
+
+def test_a_device_is_demanded_or_left_to_the_host(accelerator: str | None) -> None:
+    assert choose_device(ALONE, "cpu") == torch.device("cpu")
+    assert choose_device(ALONE, "auto").type == (accelerator or "cpu")
+    for demanded in ("cuda", "mps", "xpu"):
+        if demanded == accelerator:
+            assert choose_device(ALONE, demanded) == torch.device(demanded, 0)
+            continue
+        instead = f"its accelerator is {accelerator}" if accelerator else "dmnist doctor shows the devices"
+        with pytest.raises(
+            LaunchError, match=f"^--device {demanded}: torch .* finds none on this host; {instead}"
+        ):
+            choose_device(ALONE, demanded)
+
+
+def test_one_rank_of_each_host_reports_it(accelerator: str | None) -> None:
+    """Rank 0 may be on another host, which has an accelerator."""
+    for local_rank in range(2):
+        placement = Placement(rank=2 + local_rank, size=4, local_rank=local_rank, local_size=2)
+        with pytest.raises(LaunchError) as caught:
+            choose_device(placement, "cuda")
+        assert caught.value.on_one_rank == (local_rank == 0)
