@@ -56,6 +56,11 @@ class Recipe:
     average: float = 0.0
     """Average the weights over this last fraction of all steps and use the mean as the final weights. With
     one-cycle, use a --final-div of 5 to 20: at a learning rate near zero the weights hardly change."""
+    ema: float = 0.0
+    """Evaluate and keep an exponential moving average of the weights, with this decay per step, such as
+    0.99. Not together with --average. 0 means no moving average."""
+    clip: float = 0.0
+    """Scale the gradient of each step down so that its global norm is at most this. 0 means no clipping."""
     label_smoothing: float = 0.0
     """Fraction of each target's probability to spread evenly over all classes."""
     shift: float = 0.0
@@ -79,9 +84,9 @@ class Recipe:
         for field in dataclasses.fields(self):
             check_type(flag(field.name), field, getattr(self, field.name))
         require_count(self, "epochs", "batch_size", "decay_every", "shards")
-        for name in ("steps", "weight_decay", "shift", "rotate"):
+        for name in ("steps", "weight_decay", "clip", "shift", "rotate"):
             require(0 <= getattr(self, name) < math.inf, name, "zero or more", self)
-        for name in ("beta1", "beta2", "momentum", "label_smoothing", "scale"):
+        for name in ("beta1", "beta2", "momentum", "ema", "label_smoothing", "scale"):
             require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", self)
         for name in ("lr", "adam_lr", "decay_factor"):
             require(0 < getattr(self, name) < math.inf, name, "above zero", self)
@@ -90,6 +95,7 @@ class Recipe:
             require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", self)
         fits = self.schedule != "one-cycle" or not self.average or self.warmup + self.average < 1
         require(fits, "average", f"below 1 - --warmup {self.warmup}, where one-cycle falls", self)
+        require(not (self.average and self.ema), "ema", f"0 with --average {self.average}", self)
         require(0 <= self.seed < 2**63, "seed", "between 0 and 2^63 - 1", self)
 
     def total_steps(self, steps_per_epoch: int) -> int:

@@ -1,10 +1,14 @@
-"""Average the weights of a run's last steps: the mean does better than the weights of any single step.
+"""Average the weights: the mean of a run's last steps, or an exponential moving average of all steps.
 
 If the learning rate does not end at zero, the weights keep moving around a point and do not converge. Their
 mean is closer to that point. Sources: Polyak and Juditsky, "Acceleration of stochastic approximation by
 averaging", 1992; for networks Izmailov and others, "Averaging weights leads to wider optima and better
-generalization", 2018.
+generalization", 2018; for the moving average Tarvainen and Valpola, "Mean teachers are better role models",
+2017.
 """
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,34 +16,75 @@ from torch import Tensor
 from ..errors import CheckpointError
 from .optimizers import Optimizer
 
-_STATE_KEY = "average"  # in the optimizer's state of a parameter, and so in a checkpoint
+# In the optimizer's state of a parameter, and so in a checkpoint.
+_MEAN = "average"
+_EMA = "ema"
+"""The moving average. In a checkpoint it is exchanged with the weights, see `moving_average_in_place`."""
 
 
 @torch.no_grad()
 def update(optimizer: Optimizer, count: int) -> None:
     """Add the current weights to the running mean, which is over `count` earlier steps."""
-    weights = _weights(optimizer)
-    if count == 0:
-        for p in weights:
-            optimizer.state[p][_STATE_KEY] = p.detach().clone()
-    else:
-        means = [optimizer.state[p][_STATE_KEY] for p in weights]
-        torch._foreach_lerp_(means, weights, 1 / (count + 1))
+    _move(optimizer, _MEAN, 1 / (count + 1), first=count == 0)
 
 
 @torch.no_grad()
 def apply_mean(optimizer: Optimizer) -> None:
     """Replace the weights with their running mean, and delete the mean."""
     for p in _weights(optimizer):
-        p.copy_(optimizer.state[p].pop(_STATE_KEY))
+        p.copy_(optimizer.state[p].pop(_MEAN))
 
 
-def require_mean(optimizer: Optimizer) -> None:
-    """Raise `CheckpointError` if the optimizer's state, which is from a checkpoint, lacks the mean."""
-    if any(optimizer.state[p].get(_STATE_KEY) is None for p in _weights(optimizer)):
-        raise CheckpointError(
-            "the checkpoint lacks the running mean of its weights, so it cannot be resumed"
-        )
+@torch.no_grad()
+def update_moving_average(optimizer: Optimizer, decay: float, step: int) -> None:
+    """Move the moving average to the weights after step `step`: all of the way in step 0, and then by
+    `1 - decay` of it."""
+    _move(optimizer, _EMA, 1 - decay, first=step == 0)
+
+
+@torch.no_grad()
+def exchange(optimizer: Optimizer) -> None:
+    """Exchange the weights with their moving average; do nothing if there is none."""
+    for p in _weights(optimizer):
+        if (average := optimizer.state.get(p, {}).get(_EMA)) is not None:
+            weights = p.clone()
+            p.copy_(average)
+            average.copy_(weights)
+
+
+@contextlib.contextmanager
+def moving_average_in_place(optimizer: Optimizer) -> Iterator[None]:
+    """Inside this context the model has the moving average, if there is one, in place of its weights.
+
+    It is evaluated and saved so. In every checkpoint the model is what the evaluation says it is, and the
+    state of the optimizer has the weights with which training continues.
+    """
+    exchange(optimizer)
+    try:
+        yield
+    finally:
+        exchange(optimizer)
+
+
+def require_mean(optimizer: Optimizer, *, moving: bool = False) -> None:
+    """Raise `CheckpointError` if the optimizer's state, which is from a checkpoint, lacks the mean.
+
+    With `moving`, the moving average.
+    """
+    key = _EMA if moving else _MEAN
+    if any(optimizer.state.get(p, {}).get(key) is None for p in _weights(optimizer)):
+        mean = "moving average" if moving else "running mean"
+        raise CheckpointError(f"the checkpoint lacks the {mean} of its weights, so it cannot be resumed")
+
+
+def _move(optimizer: Optimizer, key: str, share: float, *, first: bool) -> None:
+    """Move the average by a share of its way to the weights; at `first` it becomes a copy of them."""
+    weights = _weights(optimizer)
+    if first:
+        for p in weights:
+            optimizer.state[p][key] = p.detach().clone()
+    else:
+        torch._foreach_lerp_([optimizer.state[p][key] for p in weights], weights, share)
 
 
 def _weights(optimizer: Optimizer) -> list[Tensor]:

@@ -10,9 +10,11 @@ from functools import partial
 from typing import Any, NoReturn
 
 from ..common.digest import digest
+from ..config import Recipe
 from ..distributed.world import World
 from ..errors import Interrupted, TrainingError, UsageError
 from ..optim import weight_average
+from ..optim.clipping import clip_gradients
 from ..optim.schedule import make_schedule, set_learning_rate
 from .evaluate import Evaluation, evaluate, mistakes
 from .forward import make_forward
@@ -36,8 +38,7 @@ def train(state: State, context: TrainingContext) -> Evaluation:
     lr_at = make_schedule(recipe, batches.steps_per_epoch)
     averaging_start = total_steps - recipe.averaged_steps(total_steps)
     averages_weights = averaging_start < total_steps
-    if averaging_start < state.step < total_steps:
-        weight_average.require_mean(state.optimizer)
+    resume_averages(state, recipe, averaging=averaging_start < state.step < total_steps)
 
     max_interval = max(1, min(256, 2**20 // batches.size(0)))  # steps: about 8 MiB of sample ids
     ledger = Ledger(max_interval, batches.size(0), world.device)
@@ -86,7 +87,21 @@ def train(state: State, context: TrainingContext) -> Evaluation:
             stop(state, world, total_steps)
         world.status.enter("training")
         sync_points.start()
-    return evaluation or evaluate_now(state, context)
+    evaluation = evaluation or evaluate_now(state, context)
+    weight_average.exchange(state.optimizer)  # the moving average, if there is one, is the run's result
+    return evaluation
+
+
+def resume_averages(state: State, recipe: Recipe, *, averaging: bool) -> None:
+    """Continue the averages of the weights in a checkpoint. Raises `CheckpointError` if it lacks them.
+
+    `averaging` is whether the run has begun to average its last steps.
+    """
+    if averaging:
+        weight_average.require_mean(state.optimizer)
+    if recipe.ema and state.step:
+        weight_average.require_mean(state.optimizer, moving=True)
+        weight_average.exchange(state.optimizer)  # in the checkpoint, the weights are the moving average
 
 
 def prepare(state: State, context: TrainingContext) -> None:
@@ -114,7 +129,11 @@ def train_step(
     with timer.phase("backward"):
         context.gradients.compute(forward_shards, context.batches.shard_sizes(step))
     with timer.phase("optimizer"):
+        if context.recipe.clip:
+            clip_gradients(state.model.parameters(), context.recipe.clip)
         state.optimizer.step()
+        if context.recipe.ema:
+            weight_average.update_moving_average(state.optimizer, context.recipe.ema, step)
 
 
 def close_interval(
@@ -198,7 +217,10 @@ def save(state: State, context: TrainingContext, *, best: bool) -> None:
     """Check the run and start to write a checkpoint. Training continues while it is written."""
     check_gradients(state, context, state.step - 1)
     require_same_weights(state, context.world)
-    with context.world.status.during("saving a checkpoint", _DISK_PATIENCE_SECONDS):
+    with (
+        context.world.status.during("saving a checkpoint", _DISK_PATIENCE_SECONDS),
+        weight_average.moving_average_in_place(state.optimizer),
+    ):
         context.store.save(partial(pack, state, context), best=best)
 
 
@@ -233,7 +255,10 @@ def stop(state: State, world: World, total_steps: int) -> NoReturn:
 def evaluate_now(state: State, context: TrainingContext) -> Evaluation:
     """Evaluate the model; with `tree`, ranks must compute the same bits."""
     recipe, exact = context.recipe, context.recipe.sync == "tree"
-    return evaluate(state.model, context.data, context.world, recipe.precision, recipe.model, exact=exact)
+    with weight_average.moving_average_in_place(state.optimizer):
+        return evaluate(
+            state.model, context.data, context.world, recipe.precision, recipe.model, exact=exact
+        )
 
 
 def report_evaluation(state: State, context: TrainingContext, result: Evaluation) -> bool:

@@ -40,6 +40,8 @@ OTHER: dict[str, Any] = {
     "warmup": 0.5,
     "final_div": 20.0,
     "average": 0.5,
+    "ema": 0.9,
+    "clip": 0.5,
     "label_smoothing": 0.5,
     "shift": 2.0,
     "rotate": 10.0,
@@ -50,6 +52,8 @@ OTHER: dict[str, Any] = {
     "precision": "bf16",
 }
 """For each field a value that is not the default."""
+TOGETHER: dict[str, Any] = {**OTHER, "ema": 0.0}
+"""Such values that go together."""
 
 
 def problem(values: dict[str, Any]) -> str:
@@ -63,7 +67,7 @@ def test_other_has_every_field_and_no_default() -> None:
     assert all(getattr(Recipe(), name) != value for name, value in OTHER.items())
 
 
-@pytest.mark.parametrize("recipe", [Recipe(), Recipe(**OTHER)])
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(**TOGETHER)])
 def test_round_trip(recipe: Recipe) -> None:
     assert Recipe.from_dict(recipe.to_dict(), "here") == recipe
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())), "here") == recipe
@@ -98,6 +102,8 @@ def test_whole_numbers_are_allowed_for_floats() -> None:
         ("beta2", [-0.1, 1.0, NAN], "at least 0 and below 1"),
         ("momentum", [-0.1, 1.0, NAN], "at least 0 and below 1"),
         ("label_smoothing", [-0.1, 1.0, NAN], "at least 0 and below 1"),
+        ("ema", [-0.1, 1.0, NAN], "at least 0 and below 1"),
+        ("clip", [-0.1, NAN, INF], "zero or more"),
         ("lr", [0.0, -1.0, NAN, INF], "above zero"),
         ("decay_factor", [0.0, -1.0, NAN, INF], "above zero"),
         ("warmup", [-0.1, 1.1, NAN], "between 0 and 1"),
@@ -113,6 +119,11 @@ def test_impossible_values_of_a_recipe(name: str, values: list[Any], rule: str) 
         message = f"--{name.replace('_', '-')} must be {rule}, not {value}"
         assert str(caught.value) == message
         assert problem({name: value}) == f"here: {message}"
+
+
+def test_one_average_only() -> None:
+    with pytest.raises(UsageError, match=r"^--ema must be 0 with --average 0.5, not 0.9$"):
+        Recipe(average=0.5, ema=0.9)
 
 
 @pytest.mark.parametrize(

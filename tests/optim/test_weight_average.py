@@ -181,3 +181,72 @@ def test_a_checkpoint_without_the_mean(
     assert ended.stderr.splitlines()[-1].endswith(
         "lacks the running mean of its weights, so it cannot be resumed"
     )
+
+
+MOVING = (
+    *FLAGS,
+    "--optimizer",
+    "adam",
+    "--lr",
+    0.003,
+    "--steps",
+    6,
+    "--ema",
+    0.8,
+    "--clip",
+    0.5,
+    "--schedule",
+    "step",
+)
+
+
+@pytest.fixture(scope="module")
+def moving(
+    flags: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of a run with a moving average, and its result."""
+    out = tmp_path_factory.mktemp("moving") / "out"
+    every = ("--checkpoint-every", 1, "--keep", 9, "--eval-every", 2)
+    return out, train(*flags, *MOVING, *every, nproc=1, out=out)
+
+
+def test_a_moving_average_is_evaluated_and_kept(moving: tuple[Path, dict[str, Any]]) -> None:
+    out, result = moving
+    saved = sorted((out / "checkpoints").glob("step_*.pt"))
+    contents = [decode(path.read_bytes(), "it") for path in saved]
+    assert [content["step"] for content in contents] == [1, 2, 3, 4, 5, 6]
+    for i, name in enumerate(contents[0]["model"]):
+        weights = [content["optimizer"]["state"][i]["ema"].double() for content in contents]
+        average = weights[0]
+        for content, now in zip(contents[1:], weights[1:], strict=True):
+            average = average * 0.8 + now * 0.2
+            found = content["model"][name].double()
+            torch.testing.assert_close(found, average, rtol=1e-5, atol=1e-7)
+            assert (found - now).abs().max() > 1e-6
+    assert digest(contents[-1]["model"]) == result["weights_sha256"]
+    best = max(
+        (event for event in events(out) if event["event"] == "evaluation"), key=lambda e: e["test_accuracy"]
+    )
+    scored = dmnist("evaluate", out, "--device", "cpu", "--json").json()
+    assert scored["test_loss"] == best["test_loss"]
+
+
+@pytest.mark.parametrize(("nproc", "step"), [(3, 0), (2, 3)])
+def test_a_moving_average_at_another_size_and_resumed(
+    moving: tuple[Path, dict[str, Any]], flags: tuple[object, ...], tmp_path: Path, nproc: int, step: int
+) -> None:
+    out, result = moving
+    resume = ("--resume", out / "checkpoints" / f"step_{step:08}.pt") if step else ()
+    again = train(*flags, *MOVING, *resume, nproc=nproc, out=tmp_path / "out")
+    assert again["weights_sha256"] == result["weights_sha256"]
+    assert again["test_loss"] == result["test_loss"]
+
+
+def test_a_longer_run_continues_the_moving_average(
+    moving: tuple[Path, dict[str, Any]], flags: tuple[object, ...], tmp_path: Path
+) -> None:
+    """The last checkpoint has the weights from which training continues."""
+    start = moving[0] / "checkpoints" / "step_00000006.pt"
+    more = (*flags, *MOVING, "--steps", 8)
+    continued = train(*more, "--resume", start, nproc=1, out=tmp_path / "continued")
+    assert continued["weights_sha256"] == train(*more, nproc=2, out=tmp_path / "whole")["weights_sha256"]
