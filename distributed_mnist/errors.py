@@ -133,25 +133,29 @@ def explain(error: BaseException) -> BaseException:
 
     Other errors are returned as they are.
     """
-    if isinstance(error, MemoryError):
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
+        what_to_do = "use a smaller --batch-size, or a device that no other program uses"
+        return LaunchError(f"not enough memory on the device: {what_to_do} ({error})")
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
         error = OSError(errno.ENOMEM, "not enough memory")
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         error = OSError(errno.EAGAIN, str(error))
     if not isinstance(error, OSError):
         return error
+    told: BaseException = error
     if (
         isinstance(error, BlockingIOError)
         and error.filename is None
         and hasattr(error, "characters_written")
     ):
-        return OutputError("the output cannot be written: it does not wait for its reader")
-    if error.errno in _LIMITS:
-        return LaunchError(f"{reason(error)}: {_LIMITS[error.errno]}")
-    if error.filename is not None and error.errno in _PATHS:
-        return UsageError(f"{shortened(str(error.filename))}: {reason(error)}")
-    if error.filename is None and error.errno in _OUTPUT_GONE:
-        return OutputError(f"the output cannot be written: {reason(error)}")
-    return error
+        told = OutputError("the output cannot be written: it does not wait for its reader")
+    elif error.errno in _LIMITS:
+        told = LaunchError(f"{reason(error)}: {_LIMITS[error.errno]}")
+    elif error.filename is not None and error.errno in _PATHS:
+        told = UsageError(f"{shortened(str(error.filename))}: {reason(error)}")
+    elif error.filename is None and error.errno in _OUTPUT_GONE:
+        told = OutputError(f"the output cannot be written: {reason(error)}")
+    return told
 
 
 def described(error: BaseException | None) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 import errno
 
 import pytest
+import torch
 
 from distributed_mnist.errors import described, explain, print_error
 
@@ -30,6 +31,16 @@ CASES = {
     ),
     "threads": (RuntimeError("can't start new thread"), 5, "(`ulimit -u`, or a container's)"),
     "memory": (MemoryError(), 5, "not enough memory: free memory, or raise its limit"),
+    "torch's memory": (
+        RuntimeError("[enforce fail] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+        5,
+        "not enough memory: free memory, or raise its limit",
+    ),
+    "a device's memory": (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        5,
+        "not enough memory on the device: use a smaller --batch-size",
+    ),
     "closed output": (
         OSError(errno.EBADF, "Bad file descriptor"),
         6,

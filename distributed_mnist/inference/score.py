@@ -19,6 +19,7 @@ from ..reporting.confusion import per_class, table
 from ..runs.run_files import config_in
 from ..training.evaluate import Evaluation, evaluate
 from ..training.platforms import require_same_platform
+from ..user_code.failures import model_failures
 from .trained import CheckpointFiles, Trained, find_checkpoint, restore
 
 
@@ -128,4 +129,5 @@ def evaluate_trained(
         )
     as_trained = replace(data, class_names=trained.class_names, mean=trained.mean, std=trained.std)
     recipe = trained.recipe
-    return evaluate(trained.network, as_trained, world, recipe.precision, recipe.model, exact=exact)
+    with model_failures(recipe.model):
+        return evaluate(trained.network, as_trained, world, recipe.precision, recipe.model, exact=exact)

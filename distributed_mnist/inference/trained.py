@@ -20,6 +20,7 @@ from ..models.zoo import MODELS
 from ..runs.checkpoint import Content, decode, load_weights, read_bytes
 from ..runs.layout import checkpoint_path, checkpoints_in, member_folder, members_in
 from ..runs.run_files import read_ensemble_result, read_result
+from ..user_code.failures import model_failures
 from .pixels import as_pixels
 from .vote import Vote
 
@@ -76,7 +77,8 @@ class Trained:
             if not len(pixels):  # some layers cannot compute with none
                 return torch.empty(0, len(self.class_names), device=device)
             normalised = normalise(pixels.to(device, copy=True), self.mean, self.std)
-            return forward(self.network, normalised, self.recipe.precision)
+            with model_failures(self.recipe.model):
+                return forward(self.network, normalised, self.recipe.precision)
 
     def probabilities(self, images: Any) -> Tensor:
         """The probability of each class, float32 `(n, classes)`. `images` is as in `logits`."""

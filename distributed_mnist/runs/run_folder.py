@@ -56,14 +56,19 @@ def open_folder(world: World, options: Run, recipe: Recipe, title: str) -> RunFo
             if not earlier:
                 _refuse_used(path, options)
             _write_group_file(folder, world)
-        except OutputError:
+        except BaseException:
             lock.abandon()
             raise
         locks.append(lock)
         return folder
 
-    with world.status.during("opening the run's folder", 2 * _LOCK_TIMEOUT):
-        folder = world.on_rank_zero(choose_and_lock, RunFolder)
+    try:
+        with world.status.during("opening the run's folder", 2 * _LOCK_TIMEOUT):
+            folder = world.on_rank_zero(choose_and_lock, RunFolder)
+    except BaseException:  # another rank is lost
+        for lock in locks:
+            lock.abandon()
+        raise
     return dataclasses.replace(folder, lock=locks[0]) if locks else folder
 
 

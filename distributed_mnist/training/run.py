@@ -8,7 +8,6 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from ..common.digest import digest
@@ -18,7 +17,7 @@ from ..config import Recipe, Run, checkpoint_interval, steps_between
 from ..data.broadcast import Data, broadcast_dataset
 from ..data.datasets import Dataset
 from ..distributed.world import World
-from ..errors import DmnistError, Interrupted, OutputError, WorkerLost, reason
+from ..errors import Interrupted, OutputError, WorkerLost, reason
 from ..gradients.setup import make_gradients
 from ..launcher.signals import StopRequests
 from ..models.build import make_model
@@ -31,14 +30,16 @@ from ..runs import layout
 from ..runs.checkpoint_store import NullStore, Store
 from ..runs.lock import RunLock
 from ..runs.run_files import write_config
-from ..runs.run_folder import RunFolder, open_folder, open_store
+from ..runs.run_folder import open_folder, open_store
+from ..user_code.failures import model_failures
 from .batches import Batches
 from .loop import require_same_weights, train
+from .notices import add_place, log_start, start_notices
 from .platforms import require_same_platform
 from .results import write_results
 from .resume import read_requested_checkpoint, resume, run_config
 from .state import State, TrainingContext
-from .threads import oversubscription_warnings, use_threads
+from .threads import use_threads
 
 
 @defined_state()
@@ -73,59 +74,49 @@ def run(
     model, properties = world.on_every_rank(lambda: make_model(recipe, len(data.class_names), world.device))
     state = State(model, make_optimizer(recipe, model))
     gradients = make_gradients(recipe, options, world, model, properties)
-    folder = open_folder(world, options, recipe, title)
-    notices = [*unlike, *start_notices(world, recipe, data, threads, folder)]
-    lines = start_lines(world, recipe, data, properties, title, threads, folder.path)
     save_steps, save_seconds = checkpoint_interval(options.checkpoint_every, batches.steps_per_epoch)
+    folder = open_folder(world, options, recipe, title)
     try:
+        notices = [*unlike, *start_notices(world, recipe, data, threads, folder)]
+        lines = start_lines(world, recipe, data, properties, title, threads, folder.path)
         store = open_store(world, options, folder, save_seconds)
         resumed = resume(
             world, options, folder, store, requested, state, recipe, data, complain=notices.append
         )
         require_same_weights(state, world)
+        world.on_rank_zero(
+            lambda: write_config(folder.path, run_config(recipe, options, data, world.device)), NoneType
+        )
         tensorboard_sink = partial(make_tensorboard, folder.path, recipe, data, state.step)
         sink = world.on_every_rank(
             lambda: make_sink(world, folder.path, store, console, tensorboard_sink if tensorboard else None)
         )
-        world.on_rank_zero(
-            lambda: write_config(folder.path, run_config(recipe, options, data, world.device)), NoneType
-        )
-    except DmnistError:
+    except BaseException:
         if folder.lock is not None:
             folder.lock.abandon()
         raise
-    context = TrainingContext(
-        recipe=recipe,
-        options=options,
-        world=world,
-        data=data,
-        batches=batches,
-        gradients=gradients,
-        draws=ModelDraws(properties.draws_from) if properties.draws_from else None,
-        store=store,
-        sink=sink,
-        stop_requested=signals.requested,
-        save_every=save_steps,
-        eval_every=steps_between(options.eval_every, batches.steps_per_epoch, "eval_every"),
-    )
-    sink.log(
-        "start",
-        lines=lines,
-        world_size=world.size,
-        step=state.step,
-        steps=batches.total_steps,
-        epochs=recipe.epochs,
-        again=folder.restarted,
-        ranks=[{"rank": peer.rank, "host": peer.host, "pid": peer.pid} for peer in world.peers],
-    )
-    if resumed:
-        notices.append(f"resumed from {resumed} at step {state.step} of {batches.total_steps}")
-    for text in notices:
-        sink.log("notice", text=text)
-    signals.arm(resume_flags := resume_flags or layout.resume_flags(folder.path))
     with lock_released_on_failure(folder.lock):
         try:
-            result = train_and_summarise(state, context, folder.path, began)
+            context = TrainingContext(
+                recipe=recipe,
+                options=options,
+                world=world,
+                data=data,
+                batches=batches,
+                gradients=gradients,
+                draws=ModelDraws(properties.draws_from) if properties.draws_from else None,
+                store=store,
+                sink=sink,
+                stop_requested=signals.requested,
+                save_every=save_steps,
+                eval_every=steps_between(options.eval_every, batches.steps_per_epoch, "eval_every"),
+            )
+            if resumed:
+                notices.append(f"resumed from {resumed} at step {state.step} of {batches.total_steps}")
+            log_start(state, context, lines, notices, again=folder.restarted)
+            signals.arm(resume_flags := resume_flags or layout.resume_flags(folder.path))
+            with model_failures(recipe.model, partial(add_place, state, context, resume_flags)):
+                result = train_and_summarise(state, context, folder.path, began)
             sink.log("end", result=result)
         except Interrupted as error:
             sink.log("stop", step=state.step)
@@ -139,34 +130,6 @@ def run(
     if folder.lock is not None:  # only rank 0 has it
         write_results(folder.path, folder.lock, state, result, partial(console.print, soft_wrap=True))
     return result
-
-
-def start_notices(world: World, recipe: Recipe, data: Data, threads: int, folder: RunFolder) -> list[str]:
-    """Return the notices to print before training starts."""
-    notices = [] if folder.restarted else oversubscription_warnings(world, threads)
-    if folder.lock is not None and folder.lock.note is not None:
-        notices.append(folder.lock.note)
-    if world.restarts and not folder.restarted:
-        notices.append(f"{world.launcher} has restarted this run, but its folder was not found")
-    if text := empty_classes(data):
-        notices.append(text)
-    if recipe.batch_size > len(data.train):
-        images = f"the {len(data.train):,} training images"
-        notices.append(f"--batch-size {recipe.batch_size} is more than {images}")
-    return notices
-
-
-def empty_classes(data: Data) -> str | None:
-    """Return a notice about classes without training images, which are never predicted; None if none is.
-
-    They are usual where digits are generated, but few.
-    """
-    counts = torch.bincount(data.train.labels.cpu().long(), minlength=len(data.class_names))
-    empty = [data.class_names[label] for label in (counts == 0).nonzero().flatten().tolist()]
-    if not empty or data.name == "generated":
-        return None
-    shown = ", ".join(empty[:4]) + (f" and {len(empty) - 4} more" if len(empty) > 4 else "")
-    return f"no training image has the class {shown} (classes are counted from 0)"
 
 
 @contextlib.contextmanager

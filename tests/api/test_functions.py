@@ -28,6 +28,8 @@ from distributed_mnist.errors import (
     UsageError,
     WorkerLost,
 )
+from distributed_mnist.runs.lock import is_live
+from distributed_mnist.training import run as training
 
 STEPS: dict[str, Any] = {"recipe": "fast", "steps": 3, "device": "cpu"}
 SHORT: dict[str, Any] = {**STEPS, "model": "mlp"}
@@ -385,3 +387,21 @@ def test_the_documents_examples_run(digits: Path, tmp_path: Path, monkeypatch: p
     of_arrays = next(scope for scope in scopes if "images" in scope and "result" in scope)["result"]
     assert of_arrays.steps == 6  # 300 images in batches of 50
     assert of_arrays.accuracy == 1
+
+
+@pytest.mark.parametrize("failing", ["start_lines", "resume", "write_config", "TrainingContext", "train"])
+def test_any_failure_releases_the_folder(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C and defects too: the same Python process may try again."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    settings: dict[str, Any] = {**STEPS, "model": "linear", "dataset": from_arrays(**arrays()), "out": out}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, failing, fail)
+        train(**settings)
+    assert not is_live(out)
+    assert out.exists() == (failing in ("TrainingContext", "train"))  # else nothing had begun

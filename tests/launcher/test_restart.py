@@ -250,8 +250,9 @@ def test_it_does_not_give_up_while_there_is_progress(
         ("nan 1 train 100", 7, r"dmnist: the loss is not finite at step \d+: .*last good checkpoint: .*"),
         (
             "raise 1 train 100",
-            1,
-            r"\[rank 1\] dmnist: internal error, please report it: ArithmeticError: of the user's own .*",
+            2,
+            r"\[rank 1\] dmnist: --model faulty_model:network: step \d+: ArithmeticError: of the user's "
+            r"own \(faulty_model.py:56: raise ArithmeticError.*\); resume with --resume auto --out .*",
         ),
     ],
 )

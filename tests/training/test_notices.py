@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distributed_mnist.data.split import Split
-from distributed_mnist.training.run import empty_classes
+from distributed_mnist.training.notices import empty_classes
 
 
 @pytest.mark.parametrize(

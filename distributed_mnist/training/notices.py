@@ -1,0 +1,65 @@
+"""What a run says when it starts, and when the user's model fails."""
+
+import torch
+
+from ..config import Recipe
+from ..data.broadcast import Data
+from ..distributed.world import World
+from ..runs.run_folder import RunFolder
+from .state import State, TrainingContext
+from .threads import oversubscription_warnings
+
+
+def log_start(
+    state: State, context: TrainingContext, lines: dict[str, str], notices: list[str], *, again: bool
+) -> None:
+    """Log the start of the run, with the lines and notices to print. `again`: after a restart."""
+    context.sink.log(
+        "start",
+        lines=lines,
+        world_size=context.world.size,
+        step=state.step,
+        steps=context.batches.total_steps,
+        epochs=context.recipe.epochs,
+        again=again,
+        ranks=[{"rank": peer.rank, "host": peer.host, "pid": peer.pid} for peer in context.world.peers],
+    )
+    for text in notices:
+        context.sink.log("notice", text=text)
+
+
+def add_place(state: State, context: TrainingContext, resume_flags: str, problem: str) -> str:
+    """Add to a problem the step at which it came, and from where to resume."""
+    context.store.finished(wait=True)
+    saved = f"; last good checkpoint: {context.store.last_good()}" if context.world.rank == 0 else ""
+    return (
+        f"step {context.world.status.step or state.step + 1}: {problem}{saved}; resume with {resume_flags}"
+    )
+
+
+def start_notices(world: World, recipe: Recipe, data: Data, threads: int, folder: RunFolder) -> list[str]:
+    """Return the notices to print before training starts."""
+    notices = [] if folder.restarted else oversubscription_warnings(world, threads)
+    if folder.lock is not None and folder.lock.note is not None:
+        notices.append(folder.lock.note)
+    if world.restarts and not folder.restarted:
+        notices.append(f"{world.launcher} has restarted this run, but its folder was not found")
+    if text := empty_classes(data):
+        notices.append(text)
+    if recipe.batch_size > len(data.train):
+        images = f"the {len(data.train):,} training images"
+        notices.append(f"--batch-size {recipe.batch_size} is more than {images}")
+    return notices
+
+
+def empty_classes(data: Data) -> str | None:
+    """Return a notice about classes without training images, which are never predicted; None if none is.
+
+    They are usual where digits are generated, but few.
+    """
+    counts = torch.bincount(data.train.labels.cpu().long(), minlength=len(data.class_names))
+    empty = [data.class_names[label] for label in (counts == 0).nonzero().flatten().tolist()]
+    if not empty or data.name == "generated":
+        return None
+    shown = ", ".join(empty[:4]) + (f" and {len(empty) - 4} more" if len(empty) > 4 else "")
+    return f"no training image has the class {shown} (classes are counted from 0)"
