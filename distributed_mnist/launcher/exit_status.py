@@ -22,8 +22,8 @@ class ExitStatus:
 def group_exit_status(failed: Sequence[tuple[int, BaseProcess]]) -> ExitStatus:
     """Return the failure that caused the others. `failed` has (rank, process) in the order they ended.
 
-    The cause is a process that was ended by a signal, otherwise one that failed by itself. Processes that
-    lost a peer or were interrupted are consequences.
+    The cause is a process that was ended by a signal or left with 0 before its work was finished, otherwise
+    one that failed by itself. Processes that lost a peer or were interrupted are consequences.
     """
     for rank, worker in failed:
         if worker.exitcode is not None and worker.exitcode < 0:
@@ -31,6 +31,12 @@ def group_exit_status(failed: Sequence[tuple[int, BaseProcess]]) -> ExitStatus:
             hint = " (out of memory, or by hand)" if name == "SIGKILL" else ""
             return ExitStatus(
                 WorkerLost.exit_code, f"rank {rank} (pid {worker.pid}) was ended by {name}{hint}"
+            )
+        if worker.exitcode == 0:
+            return ExitStatus(
+                WorkerLost.exit_code,
+                f"rank {rank} (pid {worker.pid}) ended itself before its work was finished (the model or a "
+                "library has called exit)",
             )
     codes = [worker.exitcode or 0 for _, worker in failed]
     if _UNKNOWN in codes:

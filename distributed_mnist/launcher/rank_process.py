@@ -32,10 +32,10 @@ def run_in_group(
 ) -> int:
     """Join the group, call `body(world, signals)`, leave the group, and return the exit code.
 
-    In a group of more than one process, this function ends the process. `exact` asks the device's
-    libraries for results that do not vary from call to call. `hang_after` is how many seconds the group may
-    go without progress. `job` describes what all ranks must have in common. `report_error` is called with
-    an exception and returns the exit code.
+    Under another launcher, in a group of more than one process, this function ends the process. `exact`
+    asks the device's libraries for results that do not vary from call to call. `hang_after` is how many
+    seconds the group may go without progress. `job` describes what all ranks must have in common.
+    `report_error` is called with an exception and returns the exit code.
     """
     code = 0
     try:
@@ -58,7 +58,7 @@ def run_in_group(
         code = report_error(told, placement, debug=debug)
     except (Exception, KeyboardInterrupt) as error:
         code = report_error(error, placement, debug=debug)
-    if placement.size > 1:
+    if placement.size > 1 and placement.launcher != "spawned":  # `run_worker` does the same
         # Do not return. While the interpreter shuts down, the backend's threads may still run and abort the
         # process (one run in three under torchrun), or wait for a peer that is gone.
         try_to_write(sys.stdout, "")

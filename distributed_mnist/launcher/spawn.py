@@ -29,7 +29,7 @@ from ..errors import Interrupted, LaunchError, tidy_terminal, write_line
 from .exit_status import ExitStatus, group_exit_status
 from .fork_server import cannot_start, make_context, warm_up
 from .signals import OBEY_SECONDS, SIGNALS, obeyed_signals
-from .worker import Target, print_with_rank, resolve, run_worker
+from .worker import FINISHED, Target, print_with_rank, resolve, run_worker
 
 _POLL_SECONDS = 0.5  # between two checks of the deadlines; the end of a process is noticed at once
 GRACE_SECONDS = 2.0  # how long the other processes may take to end by themselves after one has failed
@@ -246,7 +246,7 @@ class _Group:
                 if worker.sentinel in ended:
                     worker.join()
                     del running[rank]
-                    if worker.exitcode != 0 and rank not in overdue:
+                    if worker.exitcode != FINISHED and rank not in overdue:
                         failed.append((rank, worker))
                         deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
             if time.monotonic() >= min(deadline, self._stop.deadline or math.inf):

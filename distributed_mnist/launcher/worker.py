@@ -22,6 +22,9 @@ Target = str
 is called as `function(placement, listener, argument)`, on rank 0 perhaps with a fourth argument (see
 `spawn.Task`), and returns the process's exit code."""
 
+FINISHED = 64
+"""The exit code of a worker whose target has returned 0. A model or a library that ends the process with 0
+has not finished the work."""
 _ORPHAN_SECONDS = 10.0  # for a worker to stop at a sync point and save, after the launcher has ended
 
 
@@ -34,7 +37,7 @@ def run_worker(
     argument: Any,
     rank_zero_argument: Any = None,
 ) -> None:
-    """Call the target and exit with its code.
+    """Call the target and exit with its code, or `FINISHED` instead of 0.
 
     `output` replaces standard output and standard error. `alive` is one end of a pipe; the launcher holds
     the other end.
@@ -50,7 +53,7 @@ def run_worker(
     code = resolve(target)(placement, listener, argument, *more)
     try_to_write(sys.stdout, "")
     try_to_write(sys.stderr, "")
-    os._exit(code)  # a process that failed must not wait in a finalizer for a peer that is gone
+    os._exit(code or FINISHED)  # a process that failed must not wait in a finalizer for a peer that is gone
 
 
 def resolve(target: Target) -> Callable[..., int]:

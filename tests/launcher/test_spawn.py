@@ -47,6 +47,8 @@ def act(placement: Placement, listener: socket.socket | None, plan: dict[str, An
     signal.pthread_sigmask(signal.SIG_UNBLOCK, spawn.SIGNALS)
     if isinstance(action, int):
         return action
+    if action == "leave":
+        os._exit(0)
     if action.startswith("SIG"):
         os.kill(os.getpid(), getattr(signal, action))
     if action == "print":
@@ -128,6 +130,20 @@ def test_exit_codes_are_combined(
     assert launched.run(no_progress(3)) == code
     assert launched.groups() == 1
     assert_messages(capsys)
+
+
+@pytest.mark.parametrize("actions", [["leave"], [8, "leave", 0]])
+def test_a_process_that_leaves_is_lost(
+    actions: list[Action], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model or a library that ends the process with code 0 has not finished the work."""
+    launched = Launched(tmp_path, actions)
+    assert launched.run(Restarts(0, lambda: -1, FLAGS)) == 8
+    rank = actions.index("leave")
+    who = (
+        rf"rank {rank} \(pid \d+\) ended itself before its work was finished \(the model or a library has "
+    )
+    assert_messages(capsys, rf"{who}called exit\); there is no checkpoint yet")
 
 
 def test_rank_zero_gets_the_listener(tmp_path: Path) -> None:
