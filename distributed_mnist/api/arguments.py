@@ -20,7 +20,7 @@ RUN_FIELDS = {field.name for field in dataclasses.fields(Run)}
 RECIPE_FIELDS = {field.name for field in dataclasses.fields(Recipe)}
 _RESUME = re.compile(r"--resume auto --out ([^\s;]+)")
 _FLAG = re.compile(
-    r"--([a-z][a-z-]*)(?:[ =]([A-Z]+|[\w.]+:[\w.]+|auto|generated|idx|mnist|\d+(?:\.\d+)?)(?![\w.]))?"
+    r"--([a-z][a-z-]*)(?:[ =]([A-Z]+|[\w.]+:[\w.<>]+|auto|generated|idx|mnist|\d+(?:\.\d+)?)(?![\w.]))?"
 )
 
 

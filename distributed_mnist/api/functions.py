@@ -103,6 +103,7 @@ def train(
     `DmnistError`, such as `UsageError` for invalid settings.
     """
     name, factory = _name_and_factory(model)
+    functions: dict[str, Callable[..., Any]] = {name: factory} if name and factory else {}
     nproc = _python_number(nproc)
     settings = {key: _python_number(value) for key, value in settings.items()}
     recipe, title = _override_recipe(recipe, settings, name)
@@ -134,11 +135,11 @@ def train(
             "leave out nproc"
         )
     if placement is None and nproc not in (None, 1):
-        result = train_in_processes(nproc, recipe, run, title, verbose, factory, read)
+        result = train_in_processes(nproc, recipe, run, title, verbose, functions, read)
     else:
         with (
             defined_state(),
-            registered({name: factory} if name and factory else {}),
+            registered(functions),
             _joined_group(placement or ALONE, recipe, run) as world,
         ):
             result = training.run(

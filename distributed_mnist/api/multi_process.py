@@ -2,13 +2,12 @@
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import multiprocessing
 import socket
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,8 @@ from ..reporting.console import make_console
 from ..runs import layout
 from ..runs.run_files import read_result
 from ..training import run as training
+from ..user_code.functions import registered
+from ..user_code.shipping import pack, unpack
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class WorkerTask:
     run: Run
     title: str
     verbose: bool
+    functions: bytes
+    """The user's own functions, see `user_code.shipping`."""
     error_folder: Path
     """Each rank that fails writes its error to a file here, named after the rank."""
 
@@ -56,15 +59,16 @@ def work(
     """
 
     def body(world: World, signals: StopSignals) -> None:
-        training.run(
-            world,
-            task.recipe,
-            task.run,
-            title=task.title,
-            console=console_for(task.verbose),
-            signals=signals,
-            read=prefetched.receive if prefetched else _refuse_to_read,
-        )
+        with registered(world.on_every_rank(lambda: unpack(task.functions))):
+            training.run(
+                world,
+                task.recipe,
+                task.run,
+                title=task.title,
+                console=console_for(task.verbose),
+                signals=signals,
+                read=prefetched.receive if prefetched else _refuse_to_read,
+            )
 
     def save_error(error: BaseException, placement: Placement, *, debug: bool) -> int:
         failure = error if isinstance(error, Exception) else DmnistError(type(error).__name__)
@@ -93,16 +97,14 @@ def train_in_processes(
     run: Run,
     title: str,
     verbose: bool,
-    factory: Callable[[int], Any] | None,
+    functions: Mapping[str, Callable[..., Any]],
     read: Callable[[Callable[[], bool]], Dataset],
 ) -> dict[str, Any]:
     """Train in `nproc` processes started by our launcher. Returns the content of `result.json`.
 
-    `factory` makes the model if the user passed a function, else it is None. `read(stopped)` loads the data
-    set, see `Prefetcher`. Raises the error that a process raised, or `WorkerLost` for one that died.
+    `functions` are the functions that the user passed, by name. `read(stopped)` loads the data set, see
+    `Prefetcher`. Raises the error that a process raised, or `WorkerLost` for one that died.
     """
-    if factory is not None:
-        _require_importable(recipe.model, factory)
     if multiprocessing.current_process().daemon:
         raise UsageError(
             "nproc above 1 does not work in a daemonic process, such as a worker of multiprocessing.Pool: "
@@ -111,6 +113,7 @@ def train_in_processes(
     if threading.current_thread() is not threading.main_thread():
         raise UsageError("nproc above 1 works only in the main thread, which receives signals")
     recipe.check_size(nproc)
+    packed = pack(functions)
     out = run.out or layout.new_folder(title)
     run = dataclasses.replace(run, out=out)
     messages: list[str] = []
@@ -121,7 +124,7 @@ def train_in_processes(
             write_line(text)
 
     with tempfile.TemporaryDirectory() as error_folder, prefetch.Prefetcher(read) as data:
-        task = WorkerTask(recipe, run, title, verbose, Path(error_folder))
+        task = WorkerTask(recipe, run, title, verbose, packed, Path(error_folder))
         restarts = spawn.Restarts(
             run.max_restarts, partial(layout.newest_step, out), layout.resume_flags(out)
         )
@@ -152,17 +155,6 @@ def _make_error(code: int, messages: list[str], error_folder: Path) -> BaseExcep
     if error is not None and not (messages and isinstance(error, WorkerLost)):
         return error
     return WorkerLost(messages[-1] if messages else f"the processes exited with code {code}")
-
-
-def _require_importable(name: str, factory: Callable[[int], Any]) -> None:
-    """Raise `UsageError` for a function that the other processes cannot import."""
-    module, _, attribute = name.partition(":")
-    found = getattr(importlib.import_module(module), attribute, None) if module != "__main__" else None
-    if found is not factory:
-        raise UsageError(
-            f"the processes of nproc cannot import {name}: define it at the top level of a module, not in "
-            "the script or notebook itself, or leave nproc at 1"
-        )
 
 
 def console_for(verbose: bool) -> Console:

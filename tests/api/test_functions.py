@@ -1,7 +1,9 @@
 """The Python API: the same results as the command, errors raised in the caller, own models and data."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -235,13 +237,47 @@ def test_functions_of_modules_go_to_other_processes(digits: Path, tmp_path: Path
     assert (
         one.weights_sha256 == two.weights_sha256
     )  # also for a model that draws from all global generators
-    unknowns: tuple[Any, ...] = (
-        lambda classes: nn.Linear(784, classes),
-        type("Here", (), {"__call__": own})(),
+
+
+def test_what_cannot_be_imported_goes_to_other_processes_too(digits: Path, tmp_path: Path) -> None:
+    """Also after one of them is killed."""
+    ranks.server()
+    scale, trouble = torch.linspace(0, 1, 784), tmp_path / "trouble"
+
+    class Local(nn.Module):
+        def __init__(self, classes: int) -> None:
+            super().__init__()
+            self.layer, self.dropout = nn.Linear(784, classes), nn.Dropout(0.3)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if trouble.exists() and len(images) > 2:
+                trouble.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return self.layer(self.dropout(images.flatten(1) * scale))
+
+    settings: dict[str, Any] = {**STEPS, "model": Local, "dataset": digits}
+    one = train(**settings, out=tmp_path / "one")
+    trouble.touch()
+    two = train(**settings, out=tmp_path / "two", nproc=2)
+    assert not trouble.exists()
+    assert two.weights_sha256 == one.weights_sha256
+    assert evaluate(two, digits).loss == two.loss
+    assert torch.equal(
+        load(two.out, model=settings["model"]).predict(torch.zeros(1, 28, 28)),
+        two.load().predict(torch.zeros(1, 28, 28)),
     )
-    for unknown in unknowns:
-        with pytest.raises(UsageError, match="top level of a module"):
-            train(**STEPS, model=unknown, dataset=digits, nproc=2)
+
+
+def test_what_cannot_be_sent_is_refused_before_anything_starts(digits: Path, tmp_path: Path) -> None:
+    lock = threading.Lock()
+
+    def guarded(classes: int) -> nn.Module:
+        with lock:
+            return own(classes)
+
+    with pytest.raises(UsageError, match=r"guarded cannot be sent to .* it uses lock, of type lock"):
+        train(**STEPS, model=guarded, dataset=digits, out=tmp_path / "run", nproc=2)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
