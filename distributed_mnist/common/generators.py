@@ -7,7 +7,7 @@ draws does not depend on what was drawn before.
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -185,10 +185,9 @@ class PrivateDraws(TorchDispatchMode):
         kwargs, draws = kwargs or {}, torch.Tag.nondeterministic_seeded in func.tags
         self.drew = self.drew or draws
         if draws and torch.initial_seed() == self._seed and self._is_on_cpu(args, kwargs):
-            if not any(argument.name == "generator" for argument in func._schema.arguments):
-                func = getattr(func.overloadpacket, _WITH_GENERATOR.get(func._overloadname, ""), func)
-            if any(argument.name == "generator" for argument in func._schema.arguments):
-                kwargs = {**kwargs, "generator": kwargs.get("generator") or self.generator}
+            variant = _variant_with_generator(func)
+            if variant is not None:
+                return variant(*args, **{**kwargs, "generator": kwargs.get("generator") or self.generator})
         return func(*args, **kwargs)
 
     @classmethod
@@ -203,6 +202,59 @@ class PrivateDraws(TorchDispatchMode):
         )
         device = kwargs.get("device") or (tensor.device if tensor is not None else "cpu")
         return torch.device(device).type == "cpu"
+
+
+class DrawsNotShared(Exception):
+    """A pass of several shards draws random numbers in a way that cannot be cut into shards."""
+
+
+class ShardDraws(TorchDispatchMode):
+    """In a pass of several shards on the CPU, draws for each what it would draw in a pass of its own.
+
+    `seeds` are those of torch's global generator in the shards' own passes, `sizes` the numbers of their
+    samples. What is drawn must have as many rows as the pass has samples, or a multiple of it, as a dropout
+    mask has. Raises `DrawsNotShared` otherwise.
+    """
+
+    def __init__(self, seeds: Sequence[int], sizes: Sequence[int]) -> None:
+        super().__init__()
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._sizes, self._samples = sizes, sum(sizes)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        with_generator = _variant_with_generator(func)
+        drawn = args[0] if args else None
+        if (
+            with_generator is None
+            or kwargs.get("generator")
+            or not isinstance(drawn, torch.Tensor)
+            or any(isinstance(other, torch.Tensor) for other in (*args[1:], *kwargs.values()))
+            or drawn.device.type != "cpu"
+            or drawn.ndim == 0
+            or len(drawn) % self._samples
+        ):
+            raise DrawsNotShared
+        rows = [size * (len(drawn) // self._samples) for size in self._sizes]
+        parts = [
+            with_generator(part, *args[1:], **{**kwargs, "generator": generator})
+            for part, generator in zip(drawn.split(rows), self._generators, strict=True)
+        ]
+        return drawn if func._schema.is_mutable else torch.cat(parts)
+
+    _should_skip_dynamo = PrivateDraws._should_skip_dynamo
+
+
+def _variant_with_generator(func: Any) -> Any:
+    """Return the variant of an operation that takes a generator; None if there is none."""
+    if not any(argument.name == "generator" for argument in func._schema.arguments):
+        func = getattr(func.overloadpacket, _WITH_GENERATOR.get(func._overloadname, ""), None)
+    has_it = func is not None and any(argument.name == "generator" for argument in func._schema.arguments)
+    return func if has_it else None
 
 
 def own_torch_state(compute: Callable[[], Any], *key: int | str) -> tuple[bool, bytes]:

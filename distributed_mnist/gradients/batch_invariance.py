@@ -9,10 +9,12 @@ error, which changes with the order.
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from ..common.generators import ShardDraws, same_torch_state
 from .loss import cross_entropy
 from .per_shard import HookedLayers, backpropagate, write_layer_gradients
 
@@ -27,7 +29,8 @@ def matches_autograd(model: nn.Module, shape: Sequence[int]) -> bool:
     outside its layers.
     """
     try:
-        return _gradients_agree(model, shape)
+        with same_torch_state():
+            return _gradients_agree(model, shape)
     except Exception:  # a user's model may refuse to be copied, or use a layer in an unknown way
         return False
 
@@ -38,6 +41,7 @@ def _gradients_agree(model: nn.Module, shape: Sequence[int]) -> bool:
     if not layers.hold_all_parameters():
         return False
     images = torch.randn(2, *shape, generator=generator).to(layers.parameters[0].device)
+    torch.manual_seed(0)  # a model may draw random numbers
     with layers.recording():
         logits = model(images)
     if not layers.can_write(logits, [len(images)]):
@@ -45,6 +49,7 @@ def _gradients_agree(model: nn.Module, shape: Sequence[int]) -> bool:
     grad_logits = torch.randn(logits.shape, generator=generator).to(logits.device)
     row = torch.empty(1, sum(p.numel() for p in layers.parameters), device=logits.device)
     layers.write_gradients(logits, grad_logits, [len(images)], layers.views(row))
+    torch.manual_seed(0)
     expected = backpropagate(model(images), layers.parameters, grad_logits)
     tolerance = 1e-4 if images.device.type == "cpu" else 1e-2  # other devices may round to fewer bits
     parts = row[0].split([p.numel() for p in layers.parameters])
@@ -65,7 +70,8 @@ def is_batch_invariant(
     `shape` is that of one image.
     """
     try:
-        return _same_in_one_pass(model, forward, shape, sizes)
+        with same_torch_state():
+            return _same_in_one_pass(model, forward, shape, sizes)
     except Exception:  # what a user's model does may depend on the images
         return False
 
@@ -78,21 +84,26 @@ def _same_in_one_pass(
     count = sum(p.numel() for p in layers.parameters)
     images = torch.randn(sum(sizes), *shape, generator=generator).to(layers.parameters[0].device)
 
-    def recorded_pass(images: Tensor, sizes: Sequence[int]) -> Tensor:
-        with layers.recording():
+    def recorded_pass(images: Tensor, sizes: Sequence[int], seed: int | None = None) -> Tensor:
+        """Run the shards together or, with `seed`, one alone, with the same random numbers."""
+        if seed is not None:
+            torch.manual_seed(seed)
+        together = nullcontext() if seed is not None else ShardDraws(range(len(sizes)), sizes)
+        with layers.recording(), together:
             logits = forward(model, images.clone())
         if not layers.can_write(logits, sizes):
             raise ValueError("a layer is not used as a layer")
         return logits
 
-    def gradients(images: Tensor, sizes: Sequence[int]) -> Tensor:
-        logits = recorded_pass(images, sizes)
+    def gradients(images: Tensor, sizes: Sequence[int], seed: int | None = None) -> Tensor:
+        logits = recorded_pass(images, sizes, seed)
         rows = torch.empty(len(sizes), count, device=logits.device)
         grad_logits = cross_entropy(logits, logits.argmin(1))[1]
         layers.write_gradients(logits, grad_logits, sizes, layers.views(rows))
         return rows
 
-    separate = [gradients(shard, [len(shard)]) for shard in images.split(list(sizes))]
+    shards = images.split(list(sizes))
+    separate = [gradients(shard, [len(shard)], seed) for seed, shard in enumerate(shards)]
     if not torch.equal(gradients(images, sizes), torch.cat(separate)):
         return False
     logits = recorded_pass(images, sizes)

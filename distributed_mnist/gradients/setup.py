@@ -53,8 +53,8 @@ def make_tree_gradients(
     """Make gradients that are added in the fixed tree.
 
     Several shards share a forward pass if a test on this machine shows that each shard gets the same bits
-    as in a pass of its own. Otherwise there is one shard per pass. The same is true for a model that draws
-    random numbers, with a key per shard.
+    as in a pass of its own, with the same random numbers (see `ShardDraws`). Otherwise there is one shard
+    per pass.
     """
     make = partial(
         TreeGradients,
@@ -67,7 +67,9 @@ def make_tree_gradients(
     )
     # Only autograd calls a user's hooks on parameters.
     has_hooks = any(parameter._backward_hooks for parameter in model.parameters())
-    if properties.draws_random_numbers or has_hooks or not matches_autograd(model, IMAGE_SHAPE):
+    may_draw = ((), ("torch",)) if world.device.type == "cpu" else ((),)
+    shareable = properties.draws_from in may_draw and not has_hooks
+    if not shareable or not matches_autograd(model, IMAGE_SHAPE):
         return make()
     owned = owned_shards(world.rank, world.size, recipe.shards)
     sizes = shard_sizes(recipe.batch_size, recipe.shards)[owned.start : owned.stop]

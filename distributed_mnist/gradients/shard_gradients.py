@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from ..common.generators import DrawsNotShared
 from .per_shard import GradientViews, HookedLayers, backpropagate
 
 ForwardShards = Callable[[nn.Module, range], tuple[Tensor, Tensor]]
@@ -44,8 +45,11 @@ class ShardGradients:
         if sum(sizes) == 0:  # a batch with fewer samples than shards
             rows.zero_()
             return True
-        with self.layers.recording() if self.layers else nullcontext():
-            logits, grad_logits = forward_shards(self.model, shards)
+        try:
+            with self.layers.recording() if self.layers else nullcontext():
+                logits, grad_logits = forward_shards(self.model, shards)
+        except DrawsNotShared:
+            return False
         if self.layers and self.layers.can_write(logits, sizes):
             views = self.layers.views(rows) if views is None else views
             self.layers.write_gradients(logits, grad_logits, sizes, views)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ..common.generators import own_torch_state, seed_generators
+from ..common.generators import ShardDraws, own_torch_state, seed_generators
+from ..common.random_keys import torch_seed
 from ..errors import TrainingError
 from ..gradients.loss import cross_entropy
 from ..gradients.shard_gradients import ForwardShards
@@ -45,6 +46,8 @@ def keyed_forward(
 ) -> tuple[Batch, Tensor]:
     """Run shards through the module, with what it draws keyed by seed, step and shard.
 
+    A pass of several shards draws from private generators. Raises `DrawsNotShared` if it cannot. In a pass
+    of one shard the model draws from the global ones.
     The pass is repeated if another thread drew from the same global generators meanwhile. Raises
     `TrainingError` if that happens again and again.
     """
@@ -57,6 +60,14 @@ def keyed_forward(
         with torch.no_grad():
             return own_torch_state(lambda: forward(module, images, recipe.precision), *key)[1]
 
+    if draws and len(shards) > 1 and recipe.sync == "tree":
+        with timer.phase("data"):
+            batch = context.batches.take(step, shards)
+        context.world.status.made_progress()
+        seeds = [torch_seed("noise", recipe.seed, step, shard) for shard in shards]
+        sizes = context.batches.shard_sizes(step)[shards.start : shards.stop]
+        with timer.phase("forward"), ShardDraws(seeds, sizes):
+            return batch, forward(module, batch.images, recipe.precision)
     for _ in range(_TRIES):
         with timer.phase("data"):
             batch = context.batches.take(step, shards)

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from distributed_mnist.common.generators import (
+    DrawsNotShared,
     ModelDraws,
     PrivateDraws,
+    ShardDraws,
     drawn_from,
     own_torch_state,
     restored_generators,
@@ -155,3 +157,55 @@ def test_code_that_seeds_by_itself_draws_from_its_seed() -> None:
         with PrivateDraws(5):
             torch.manual_seed(7)
             assert torch.equal(torch.rand(3), expected)
+
+
+PER_SAMPLE: list[Callable[[torch.Tensor], torch.Tensor]] = [
+    lambda x: F.dropout(x, 0.3),
+    lambda x: F.dropout2d(x, 0.3),
+    lambda x: F.alpha_dropout(x, 0.3),
+    lambda x: F.dropout(x.flatten(0, 1), 0.3).view(x.shape),  # several rows for each sample
+    lambda x: F.dropout(x.to(memory_format=torch.channels_last), 0.3),
+    torch.rand_like,
+    lambda x: torch.randn_like(x.bfloat16()).float(),
+    lambda x: x + torch.bernoulli(torch.full_like(x, 0.25)),
+    lambda x: x * x.new_empty(len(x), 1, 1, 1).bernoulli_(0.5),
+    lambda x: torch.empty_like(x).exponential_(),
+]
+
+
+def test_shards_in_one_pass_draw_what_each_draws_alone() -> None:
+    seeds, sizes = [5, 2**40, 7], [3, 4, 3]
+    images = torch.randn(10, 2, 5, 5)
+
+    def draw(x: torch.Tensor) -> list[torch.Tensor]:
+        return [each(x) for each in PER_SAMPLE]
+
+    with restored_generators():
+        alone = []
+        for seed, part in zip(seeds, images.split(sizes), strict=True):
+            torch.manual_seed(seed)
+            alone.append(draw(part))
+        torch.manual_seed(0)
+        with ShardDraws(seeds, sizes):
+            together = draw(images)
+        first = torch.rand(3)
+        torch.manual_seed(0)
+        assert torch.equal(torch.rand(3), first)  # nothing came from the global generator
+    for tensor, parts in zip(together, zip(*alone, strict=True), strict=True):
+        assert torch.equal(tensor, torch.cat(parts))
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: torch.rand(10, 3),
+        lambda: torch.randperm(10),
+        lambda: F.dropout(torch.ones(7, 10)),
+        lambda: F.dropout(torch.ones(())),
+        lambda: F.rrelu(torch.ones(10), training=True),
+        lambda: torch.ones(10).bernoulli_(generator=torch.Generator()),
+    ],
+)
+def test_draws_that_belong_to_no_sample_are_not_shared(draw: Callable[[], torch.Tensor]) -> None:
+    with ShardDraws([1, 2], [5, 5]), pytest.raises(DrawsNotShared):
+        draw()

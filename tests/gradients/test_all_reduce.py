@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distributed_mnist.common.generators import DrawsNotShared
 from distributed_mnist.common.placement import ALONE
 from distributed_mnist.config import Recipe, Run
 from distributed_mnist.distributed.world import World
@@ -315,6 +316,31 @@ def test_shards_that_may_go_together_do(case: str) -> None:
     for p, gradient in zip(model.parameters(), expected, strict=True):
         assert p.grad is not None
         assert torch.equal(p.grad, gradient)
+
+
+def test_shards_that_cannot_share_their_draws_go_alone_from_then_on() -> None:
+    n, shards = 32, 8
+    images, labels = batch(n)
+    images, model = images[:, :, :3, :4], Exact()
+    passes = Passes(images, labels.remainder(4), shards)
+    taken: list[range] = []
+
+    def forward_shards(module: nn.Module, part: range) -> tuple[Tensor, Tensor]:
+        taken.append(part)
+        if len(part) > 1 and len(taken) > 1:
+            raise DrawsNotShared
+        return passes(module, part)
+
+    gradients = TreeGradients(model, WORLD, shards, HookedLayers(model), [(4,) * 8])
+    found = []
+    for _ in range(3):
+        gradients.compute(forward_shards, passes.sizes)
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    alone = [range(shard, shard + 1) for shard in range(shards)]
+    assert taken == [range(8), range(8), *alone, *alone]
+    for first, second, third in zip(*found, strict=True):
+        assert torch.equal(second, third)
+        assert torch.allclose(first, second, rtol=0, atol=1e-6)
 
 
 def test_frozen_and_unused_parameters() -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 from distributed_mnist.common.placement import ALONE
 from distributed_mnist.config import Precision
@@ -593,6 +594,45 @@ def test_an_order_that_rounding_hides_is_noticed() -> None:
 def test_one_shard_alone_is_batch_invariant(kind: Callable[[], nn.Module]) -> None:
     torch.manual_seed(3)
     assert is_batch_invariant(kind(), plain, SMALL, [16])
+
+
+class Noisy(nn.Module):
+    """A small network that draws in training as `draw` does."""
+
+    def __init__(self, draw: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self._draw = nn.Linear(144, 16), nn.Linear(16, 4), draw
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.second(self._draw(self.first(images.flatten(1)).relu()))
+
+
+def reseeded(x: Tensor) -> Tensor:
+    torch.manual_seed(3)
+    return F.dropout(x, 0.5)
+
+
+def recomputed(x: Tensor) -> Tensor:
+    """Draws again in the backward pass, from the global generator."""
+    return checkpoint(partial(F.dropout, p=0.5), x * 1, use_reentrant=False)
+
+
+@pytest.mark.parametrize(
+    ("draw", "shared"),
+    [
+        (partial(F.dropout, p=0.5), True),
+        (lambda x: x * torch.rand_like(x[:, :1]), True),
+        (lambda x: x * torch.rand(1), False),
+        (lambda x: x * torch.rand(len(x), 1), False),
+        (lambda x: F.dropout(x.t().contiguous(), 0.5).t(), False),  # its rows are no samples
+        (reseeded, False),
+        (recomputed, False),
+    ],
+)
+def test_models_that_draw_share_a_pass_if_each_shard_draws_the_same_as_alone(
+    draw: Callable[[Tensor], Tensor], shared: bool
+) -> None:
+    assert is_batch_invariant(Noisy(draw), plain, SMALL, [8, 8]) == shared
 
 
 def test_trying_leaves_the_model_alone() -> None:
