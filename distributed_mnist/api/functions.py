@@ -41,6 +41,10 @@ from .multi_process import console_for, train_in_processes
 
 Factory = Callable[[int], nn.Module]
 """Makes a model, given the number of classes."""
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Returns each sample's loss, `(n,)`, given float32 logits `(n, classes)` and int64 labels `(n,)`."""
+MakeOptimizer = Callable[..., torch.optim.Optimizer]
+"""Makes an optimizer, given a list of parameters and `lr`."""
 _INTERVALS = ("checkpoint_every", "eval_every")  # here they may also be integers, which count steps
 
 
@@ -79,6 +83,8 @@ def train(
     recipe: str | Recipe = "default",
     *,
     model: str | Factory | None = None,
+    loss: str | Loss | None = None,
+    optimizer: str | MakeOptimizer | None = None,
     dataset: str | Path | Dataset = "mnist",
     data: str | Path = "data",
     out: str | Path | None = None,
@@ -91,6 +97,10 @@ def train(
 
     - `recipe`: a recipe's name, a TOML file, a run's folder (its recipe), or a `Recipe`.
     - `model`: a model's name, `package.module:factory`, or the factory function itself.
+    - `loss`: `cross-entropy`, `package.module:function`, or a function of logits `(n, classes)` and labels
+      `(n,)` that returns the loss of each sample, `(n,)`.
+    - `optimizer`: a name, `package.module:function`, or a function of a list of parameters and of `lr` that
+      returns a torch optimizer, such as `torch.optim.NAdam`.
     - `dataset`: a name, a folder with four IDX files of your own, or the result of `from_arrays`.
     - `data`: the folder of named data sets. Missing files are downloaded into it.
     - `out`: the run's folder, by default a new one under `runs`.
@@ -102,11 +112,10 @@ def train(
     Under torchrun, srun or mpirun, every rank calls this once and gets the result. Raises subclasses of
     `DmnistError`, such as `UsageError` for invalid settings.
     """
-    name, factory = _name_and_factory(model)
-    functions: dict[str, Callable[..., Any]] = {name: factory} if name and factory else {}
+    names, functions = _names_and_functions(model=model, loss=loss, optimizer=optimizer)
     nproc = _python_number(nproc)
     settings = {key: _python_number(value) for key, value in settings.items()}
-    recipe, title = _override_recipe(recipe, settings, name)
+    recipe, title = _override_recipe(recipe, settings, names)
     given, dataset_name, folder = resolve_dataset(dataset, data)
     run_settings: dict[str, Any] = {
         key: str(value) if key in _INTERVALS and isinstance(value, int) else value
@@ -149,7 +158,7 @@ def train(
         accuracy=result["test_accuracy"],
         loss=result["test_loss"],
         out=Path(result["out"]),
-        _model=factory or name,
+        _model=model,
         **{key: result[key] for key in ("steps", "weights_sha256", "samples_sha256", "data_sha256")},
     )
 
@@ -163,9 +172,9 @@ def load(
     A checkpoint of your own model needs the `model` that you passed to `train`. Raises `CheckpointError`.
     """
     files = find_checkpoint(as_path("path", path))
-    name, factory = _name_and_factory(model)
-    with defined_state(), registered({name: factory} if name and factory else {}):
-        return restore(files, model=name, device=torch.device(device))
+    names, functions = _names_and_functions(model=model)
+    with defined_state(), registered(functions):
+        return restore(files, model=names.get("model"), device=torch.device(device))
 
 
 @speaks_python
@@ -241,14 +250,30 @@ def _joined_group(placement: Placement, recipe: Recipe, run: Run) -> Iterator[Wo
     world.close()
 
 
-def _name_and_factory(model: str | Factory | None) -> tuple[str | None, Factory | None]:
-    """A model's name, and its factory function if the user passed one."""
-    if model is None or isinstance(model, str):
-        return model, None
-    if not callable(model):
-        raise UsageError(f"model must be a name or a function of the number of classes, not {model!r}")
-    name = getattr(model, "__qualname__", type(model).__qualname__)
-    return f"{getattr(model, '__module__', None) or '__main__'}:{name}", model
+_ARGUMENTS = {
+    "model": "a function of the number of classes",
+    "loss": "a function of logits and labels",
+    "optimizer": "a function of parameters and lr",
+}
+"""What may be a user's own function, and of what."""
+
+
+def _names_and_functions(**given: Any) -> tuple[dict[str, str], dict[str, Callable[..., Any]]]:
+    """The names of those of `_ARGUMENTS` that the user passed; and by name those that are functions."""
+    names: dict[str, str] = {}
+    functions: dict[str, Callable[..., Any]] = {}
+    for argument, value in given.items():
+        if isinstance(value, str):
+            names[argument] = value
+        elif callable(value):
+            name = getattr(value, "__qualname__", type(value).__qualname__)
+            name = f"{getattr(value, '__module__', None) or '__main__'}:{name}"
+            # Two may have the same name, such as `<lambda>`.
+            names[argument] = name if functions.get(name, value) is value else f"{name}.{argument}"
+            functions[names[argument]] = value
+        elif value is not None:
+            raise UsageError(f"{argument} must be a name or {_ARGUMENTS[argument]}, not {value!r:.80}")
+    return names, functions
 
 
 def _python_number(value: Any) -> Any:
@@ -257,7 +282,7 @@ def _python_number(value: Any) -> Any:
 
 
 def _override_recipe(
-    recipe: str | Recipe, settings: dict[str, Any], model: str | None
+    recipe: str | Recipe, settings: dict[str, Any], names: dict[str, str]
 ) -> tuple[Recipe, str]:
     """The recipe with the user's settings applied, and its name for display."""
     known = RECIPE_FIELDS | RUN_FIELDS
@@ -269,7 +294,6 @@ def _override_recipe(
             f"recipe must be a name, a TOML file, a run's folder or a Recipe, not {recipe!r:.80}"
         )
     title = "recipe" if isinstance(recipe, Recipe) else str(recipe)
-    base = recipe if isinstance(recipe, Recipe) else find_recipe(str(as_path("recipe", title)), model)
+    base = recipe if isinstance(recipe, Recipe) else find_recipe(str(as_path("recipe", title)), **names)
     changes = {key: value for key, value in settings.items() if key in RECIPE_FIELDS}
-    changes |= {} if model is None else {"model": model}
-    return Recipe.from_dict(base.to_dict() | changes, "settings"), title
+    return Recipe.from_dict(base.to_dict() | changes | names, "settings"), title

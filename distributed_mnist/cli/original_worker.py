@@ -20,6 +20,7 @@ from ..data.download_progress import DataProgress
 from ..distributed.peer import describe_job
 from ..distributed.world import World
 from ..errors import CheckpointError, OutputError
+from ..gradients.loss import make_loss
 from ..gradients.setup import make_gradients
 from ..launcher.rank_process import run_in_group
 from ..launcher.signals import StopSignals
@@ -110,6 +111,7 @@ def run(options: Options, world: World, signals: StopSignals) -> None:
         data=data,
         batches=batches,
         gradients=make_gradients(recipe, Run(), world, model, traits),
+        loss=make_loss(recipe, len(data.class_names), world.device),
         draws=ModelDraws(traits.draws_from) if traits.draws_from else None,
         store=OriginalStore(batches.steps_per_epoch) if world.rank == 0 else NullStore(),
         sink=EpochLines(options.epochs) if world.rank == 0 else NullSink(),

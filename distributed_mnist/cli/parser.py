@@ -92,7 +92,7 @@ def _train_defaults(arguments: list[str]) -> Train:
     that cannot be used, and `CheckpointError` for a damaged `config.json`.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--recipe", "--out", "--resume", "--dataset", "--model"):
+    for name in ("--recipe", "--out", "--resume", "--dataset", "--model", "--loss", "--optimizer"):
         early.add_argument(name, nargs="?")  # tyro reports a missing value
     given, _ = early.parse_known_args(arguments if arguments[:1] == ["train"] else [])
     config = config_in(Path(given.out)) if given.out and given.resume == "auto" else None
@@ -102,11 +102,13 @@ def _train_defaults(arguments: list[str]) -> Train:
             run = Run(**{name: getattr(config.run, name) for name in DATA_OPTIONS})
         if given.recipe is None:
             # Only the user may choose code to import, not a file.
-            is_code = ":" in config.recipe.model
-            settings = config.recipe.replace(model=Recipe.model) if is_code else config.recipe
+            settings = config.recipe.replace(
+                **{name: getattr(Recipe, name) for name in config.recipe.code()}
+            )
             return Train(settings=settings, run=run, recipe=f"of {given.out}")
     recipe = given.recipe or "default"
-    return Train(settings=find_recipe(recipe, given.model), run=run, recipe=recipe)
+    own = {"model": given.model, "loss": given.loss, "optimizer": given.optimizer}
+    return Train(settings=find_recipe(recipe, **own), run=run, recipe=recipe)
 
 
 def _help_rules() -> ConstructorRegistry:

@@ -7,14 +7,13 @@ documents what is raised.
 
 from .fields import flag, require, require_count
 from .intervals import checkpoint_interval, steps_between
-from .recipe import Optimizer, Precision, Recipe, Schedule, Sync
+from .recipe import Precision, Recipe, Schedule, Sync
 from .recipe_files import load_recipe, recipe_names
 from .run import DATA_OPTIONS, Device, Run
 
 __all__ = [
     "DATA_OPTIONS",
     "Device",
-    "Optimizer",
     "Precision",
     "Recipe",
     "Run",

@@ -5,14 +5,15 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from ..common.suggest import did_you_mean
+from ..common.suggest import did_you_mean, unknown
 from ..errors import UsageError
 from .fields import check_type, flag, require, require_count
 
 Sync = Literal["tree", "ddp"]
 Precision = Literal["fp32", "bf16"]
-Optimizer = Literal["adam", "adamw", "sgd", "muon"]
 Schedule = Literal["constant", "step", "cosine", "one-cycle"]
+
+_KNOWN = {"loss": ("cross-entropy",), "optimizer": ("adam", "adamw", "sgd", "muon")}
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,13 @@ class Recipe:
     """Maximum number of steps. The run ends there even in the middle of an epoch. 0 means no limit."""
     batch_size: int = 256
     """Images per step, summed over all processes (the global batch)."""
-    optimizer: Optimizer = "adam"
-    """Optimizer. muon orthogonalizes the updates of hidden layers and uses Adam for all other weights."""
+    loss: str = "cross-entropy"
+    """cross-entropy, or your own as package.module:function, where function(logits, labels) returns one
+    loss per image. The test loss is always the cross-entropy."""
+    optimizer: str = "adam"
+    """adam, adamw, sgd, muon (orthogonalizes the updates of hidden layers and uses Adam for all other
+    weights), or your own as package.module:function, where function(parameters, lr=...) returns a torch
+    optimizer, such as torch.optim:NAdam."""
     lr: float = 0.001
     """Learning rate. If the schedule changes it, this is the peak."""
     beta1: float = 0.9
@@ -62,7 +68,8 @@ class Recipe:
     clip: float = 0.0
     """Scale the gradient of each step down so that its global norm is at most this. 0 means no clipping."""
     label_smoothing: float = 0.0
-    """Fraction of each target's probability to spread evenly over all classes."""
+    """Fraction of each target's probability to spread evenly over all classes. Only with the loss
+    cross-entropy."""
     shift: float = 0.0
     """Augmentation: random shift of up to this many pixels in each direction."""
     rotate: float = 0.0
@@ -81,6 +88,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Raises `UsageError` for impossible values."""
+        for name, known in _KNOWN.items():
+            if (value := getattr(self, name)) not in known and ":" not in value:
+                raise UsageError(unknown(name, value, known, ", or package.module:function"))
         for field in dataclasses.fields(self):
             check_type(flag(field.name), field, getattr(self, field.name))
         require_count(self, "epochs", "batch_size", "decay_every", "shards")
@@ -95,6 +105,8 @@ class Recipe:
             require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", self)
         fits = self.schedule != "one-cycle" or not self.average or self.warmup + self.average < 1
         require(fits, "average", f"below 1 - --warmup {self.warmup}, where one-cycle falls", self)
+        smoothed = self.label_smoothing and self.loss != "cross-entropy"
+        require(not smoothed, "label_smoothing", "0 with a loss of your own", self)
         require(not (self.average and self.ema), "ema", f"0 with --average {self.average}", self)
         require(0 <= self.seed < 2**63, "seed", "between 0 and 2^63 - 1", self)
 
@@ -114,6 +126,11 @@ class Recipe:
                 f"{world_size} processes cannot share {self.shards} shards: start at most {self.shards}, "
                 f"or use --shards {world_size} or more (the weights depend on the number of shards)"
             )
+
+    def code(self) -> dict[str, str]:
+        """Return the fields that name code of the user's own, with its names."""
+        fields = {"model": self.model, "loss": self.loss, "optimizer": self.optimizer}
+        return {field: name for field, name in fields.items() if ":" in name}
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with these fields changed."""

@@ -1,8 +1,26 @@
 """Compute the cross-entropy and its gradient from their formulas, which is faster than autograd."""
 
+from collections.abc import Callable, Sequence
+
+import torch
 from torch import Tensor
 
+from ..config import Recipe
+from ..user_code.functions import find
+from .own_loss import OwnLoss
+
+Loss = Callable[[Tensor, Tensor, Sequence[int]], tuple[Tensor, Tensor]]
+"""`loss(logits, labels, sizes)` returns what `cross_entropy` returns. `sizes` are those of the shards."""
 _ROW_MULTIPLE = 64  # samples: a multiple of the vector length of any processor
+
+
+def make_loss(recipe: Recipe, classes: int, device: torch.device) -> Loss:
+    """Return the recipe's loss. Raises `UsageError` for a loss of the user's own that cannot be used."""
+    if ":" in recipe.loss:
+        own = OwnLoss(recipe.loss, find("--loss", recipe.loss))
+        own.require_exact(classes, device)
+        return own
+    return lambda logits, labels, sizes: cross_entropy(logits, labels, recipe.label_smoothing)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:

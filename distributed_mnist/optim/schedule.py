@@ -3,16 +3,20 @@
 import math
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from ..config import Recipe
+from . import own_optimizer
 from .muon import Muon
-from .optimizers import SGD, Adam, Optimizer
+from .optimizers import SGD, Adam
 
 
-def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
-    """Make the recipe's optimizer for this model."""
+def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """Make the recipe's optimizer for this model. Raises `UsageError` for one that cannot be used."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if ":" in recipe.optimizer:
+        return own_optimizer.make(recipe.optimizer, parameters, recipe.lr)
     lr, betas, decay = recipe.lr, (recipe.beta1, recipe.beta2), recipe.weight_decay
     if recipe.optimizer == "sgd":
         return SGD(parameters, lr=lr, momentum=recipe.momentum, weight_decay=decay)
@@ -65,7 +69,7 @@ def make_schedule(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float
     return schedules[recipe.schedule]
 
 
-def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Set the learning rate of all parameter groups."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of all parameter groups; for groups of a user's own, times their ratio."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_ratio", 1)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .optimizers import Optimizer
 
 # In the optimizer's state of a parameter, and so in a checkpoint.
 _MEAN = "average"
@@ -23,27 +22,27 @@ _EMA = "ema"
 
 
 @torch.no_grad()
-def update(optimizer: Optimizer, count: int) -> None:
+def update(optimizer: torch.optim.Optimizer, count: int) -> None:
     """Add the current weights to the running mean, which is over `count` earlier steps."""
     _move(optimizer, _MEAN, 1 / (count + 1), first=count == 0)
 
 
 @torch.no_grad()
-def apply_mean(optimizer: Optimizer) -> None:
+def apply_mean(optimizer: torch.optim.Optimizer) -> None:
     """Replace the weights with their running mean, and delete the mean."""
     for p in _weights(optimizer):
         p.copy_(optimizer.state[p].pop(_MEAN))
 
 
 @torch.no_grad()
-def update_moving_average(optimizer: Optimizer, decay: float, step: int) -> None:
+def update_moving_average(optimizer: torch.optim.Optimizer, decay: float, step: int) -> None:
     """Move the moving average to the weights after step `step`: all of the way in step 0, and then by
     `1 - decay` of it."""
     _move(optimizer, _EMA, 1 - decay, first=step == 0)
 
 
 @torch.no_grad()
-def exchange(optimizer: Optimizer) -> None:
+def exchange(optimizer: torch.optim.Optimizer) -> None:
     """Exchange the weights with their moving average; do nothing if there is none."""
     for p in _weights(optimizer):
         if (average := optimizer.state.get(p, {}).get(_EMA)) is not None:
@@ -53,7 +52,7 @@ def exchange(optimizer: Optimizer) -> None:
 
 
 @contextlib.contextmanager
-def moving_average_in_place(optimizer: Optimizer) -> Iterator[None]:
+def moving_average_in_place(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Inside this context the model has the moving average, if there is one, in place of its weights.
 
     It is evaluated and saved so. In every checkpoint the model is what the evaluation says it is, and the
@@ -66,7 +65,7 @@ def moving_average_in_place(optimizer: Optimizer) -> Iterator[None]:
         exchange(optimizer)
 
 
-def require_mean(optimizer: Optimizer, *, moving: bool = False) -> None:
+def require_mean(optimizer: torch.optim.Optimizer, *, moving: bool = False) -> None:
     """Raise `CheckpointError` if the optimizer's state, which is from a checkpoint, lacks the mean.
 
     With `moving`, the moving average.
@@ -77,7 +76,7 @@ def require_mean(optimizer: Optimizer, *, moving: bool = False) -> None:
         raise CheckpointError(f"the checkpoint lacks the {mean} of its weights, so it cannot be resumed")
 
 
-def _move(optimizer: Optimizer, key: str, share: float, *, first: bool) -> None:
+def _move(optimizer: torch.optim.Optimizer, key: str, share: float, *, first: bool) -> None:
     """Move the average by a share of its way to the weights; at `first` it becomes a copy of them."""
     weights = _weights(optimizer)
     if first:
@@ -87,5 +86,5 @@ def _move(optimizer: Optimizer, key: str, share: float, *, first: bool) -> None:
         torch._foreach_lerp_([optimizer.state[p][key] for p in weights], weights, share)
 
 
-def _weights(optimizer: Optimizer) -> list[Tensor]:
+def _weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]

@@ -72,8 +72,8 @@ def snapshot(value: Any) -> Any:
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
         return {key: snapshot(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [snapshot(inner) for inner in value]
+    if isinstance(value, list | tuple):
+        return type(value)(snapshot(inner) for inner in value)
     return value
 
 
@@ -185,7 +185,9 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], name: str) 
     model.load_state_dict(weights)
 
 
-def load_optimizer(optimizer: Optimizer, saved: dict[str, Any], name: str, *, steps: int = 0) -> None:
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, saved: dict[str, Any], name: str, *, steps: int = 0
+) -> None:
     """Load saved state into an optimizer of the same type; keep the recipe's learning rate and options.
 
     Raises `CheckpointError` if the state does not fit the optimizer's parameters, or if it lacks that of a
@@ -193,6 +195,9 @@ def load_optimizer(optimizer: Optimizer, saved: dict[str, Any], name: str, *, st
     """
     current = optimizer.state_dict()
     try:
+        if not isinstance(optimizer, Optimizer):  # a user's own, which knows its state
+            optimizer.load_state_dict(saved)
+            return
         count = sum(len(group["params"]) for group in saved["param_groups"])
         if count != sum(len(group["params"]) for group in current["param_groups"]):
             raise ValueError("it has a different number of parameters")

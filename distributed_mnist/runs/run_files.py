@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from ..common.regular_file import read_regular
-from ..config import Recipe, Run, load_recipe, recipe_names
+from ..config import Recipe, Run, flag, load_recipe, recipe_names
 from ..errors import CheckpointError, UsageError, reason
 from . import schema
 from .layout import members_in, write_json
@@ -82,12 +82,12 @@ def config_in(out: Path, advice: str = _CONFIG_ADVICE) -> Config | None:
         raise CheckpointError(f"{folder / 'config.json'} is damaged ({error}): {advice}") from None
 
 
-def find_recipe(name: str, model: str | None = None) -> Recipe:
+def find_recipe(name: str, **own: str | None) -> Recipe:
     """Return a recipe: a built-in one, that in a TOML file, or that of the run in a folder.
 
     `name` may also be the path of the run's `config.json`. Only the user may choose code to import, not a
-    run's file. So if the run's model is the user's own, `model` must be given. Raises `UsageError`, and
-    `CheckpointError` for a damaged `config.json`.
+    run's file. So if the run's model, loss or optimizer is the user's own, its name must be in `own`, under
+    that of the field. Raises `UsageError`, and `CheckpointError` for a damaged `config.json`.
     """
     path = Path(name)
     if name in recipe_names() or not (path.is_dir() or path.name == "config.json"):
@@ -96,11 +96,12 @@ def find_recipe(name: str, model: str | None = None) -> Recipe:
     config = config_in(folder, "write its settings to a .toml file, or give them as flags")
     if config is None:
         raise UsageError(f"--recipe {name}: there is no run in {folder}, which has no config.json")
-    if ":" in config.recipe.model and model is None:
-        raise UsageError(
-            f"--recipe {name}: the model is your own, so give it too: --model {config.recipe.model}"
-        )
-    return config.recipe if model is None else config.recipe.replace(model=model)
+    for field, code in config.recipe.code().items():
+        if own.get(field) is None:
+            raise UsageError(
+                f"--recipe {name}: the {field} is your own, so give it too: {flag(field)} {code}"
+            )
+    return config.recipe.replace(**{field: value for field, value in own.items() if value is not None})
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 from ..common.generators import ShardDraws, own_torch_state, seed_generators
 from ..common.random_keys import torch_seed
 from ..errors import TrainingError
-from ..gradients.loss import cross_entropy
 from ..gradients.shard_gradients import ForwardShards
 from ..models.build import forward
 from .batches import Batch
@@ -24,13 +23,14 @@ def make_forward(
 
     With `ledger`, it records the samples. A pass that is repeated replaces its record.
     """
-    recipe, size, recorded = context.recipe, context.batches.size(step), 0
+    size, sizes, recorded = context.batches.size(step), context.batches.shard_sizes(step), 0
 
     def forward_shards(module: nn.Module, shards: range) -> tuple[Tensor, Tensor]:
         nonlocal recorded
         batch, logits = keyed_forward(module, context, timer, step, shards)
         with timer.phase("forward"):
-            losses, grad_logits = cross_entropy(logits, batch.labels, recipe.label_smoothing)
+            of_shards = sizes[shards.start : shards.stop]
+            losses, grad_logits = context.loss(logits, batch.labels, of_shards)
         if ledger is not None:
             if batch.start < recorded:
                 ledger.take_back(batch.start)

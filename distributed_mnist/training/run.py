@@ -13,11 +13,12 @@ from rich.console import Console
 from ..common.digest import digest
 from ..common.generators import ModelDraws
 from ..common.process_state import defined_state
-from ..config import Recipe, Run, checkpoint_interval, steps_between
+from ..config import Recipe, Run, checkpoint_interval, flag, steps_between
 from ..data.broadcast import Data, broadcast_dataset
 from ..data.datasets import Dataset
 from ..distributed.world import World
 from ..errors import Interrupted, OutputError, WorkerLost, reason
+from ..gradients.loss import make_loss
 from ..gradients.setup import make_gradients
 from ..launcher.signals import StopRequests
 from ..models.build import make_model
@@ -32,6 +33,7 @@ from ..runs.lock import RunLock
 from ..runs.run_files import write_config
 from ..runs.run_folder import open_folder, open_store
 from ..user_code.failures import model_failures
+from ..user_code.functions import find
 from .batches import Batches
 from .loop import require_same_weights, train
 from .notices import add_place, log_start, start_notices
@@ -64,16 +66,15 @@ def run(
     began = time.perf_counter()
     recipe.check_size(world.size)
     unlike = require_same_platform(world, recipe.sync)
-    world.on_every_rank(
-        lambda: find_factory(recipe.model)
-    )  # cheap checks come first: reading the data takes long
+    # Cheap checks come first: reading the data takes long.
+    world.on_every_rank(lambda: find_functions(recipe))
     requested = read_requested_checkpoint(world, options)
     threads = use_threads(world, recipe.sync)  # after a user's module is imported, which may set them too
     data = broadcast_dataset(world, read)
     batches = Batches(data.train, recipe, data.mean, data.std)
-    model, properties = world.on_every_rank(lambda: make_model(recipe, len(data.class_names), world.device))
-    state = State(model, make_optimizer(recipe, model))
-    gradients = make_gradients(recipe, options, world, model, properties)
+    state, properties = make_state(world, recipe, data)
+    loss = world.on_every_rank(lambda: make_loss(recipe, len(data.class_names), world.device))
+    gradients = make_gradients(recipe, options, world, state.model, properties)
     save_steps, save_seconds = checkpoint_interval(options.checkpoint_every, batches.steps_per_epoch)
     folder = open_folder(world, options, recipe, title)
     try:
@@ -104,6 +105,7 @@ def run(
                 data=data,
                 batches=batches,
                 gradients=gradients,
+                loss=loss,
                 draws=ModelDraws(properties.draws_from) if properties.draws_from else None,
                 store=store,
                 sink=sink,
@@ -130,6 +132,21 @@ def run(
     if folder.lock is not None:  # only rank 0 has it
         write_results(folder.path, folder.lock, state, result, partial(console.print, soft_wrap=True))
     return result
+
+
+def find_functions(recipe: Recipe) -> None:
+    """Import the user's own functions. Raises `UsageError` if there is no function of a name."""
+    find_factory(recipe.model)
+    for field, name in recipe.code().items():
+        find(flag(field), name)
+
+
+def make_state(world: World, recipe: Recipe, data: Data) -> tuple[State, ModelProperties]:
+    """Make the model with its initial weights, and the optimizer. Return also the model's properties."""
+    classes = len(data.class_names)
+    model, properties = world.on_every_rank(lambda: make_model(recipe, classes, world.device))
+    optimizer = world.on_every_rank(lambda: make_optimizer(recipe, model))
+    return State(model, optimizer), properties
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from ..common.digest import START_OF_CHAIN
@@ -11,7 +12,7 @@ from ..config import Recipe, Run
 from ..data.broadcast import Data
 from ..distributed.world import World
 from ..gradients.all_reduce import Gradients
-from ..optim.optimizers import Optimizer
+from ..gradients.loss import Loss
 from ..reporting.events import Sink
 from ..runs.checkpoint import FORMAT, Content, load_optimizer, load_weights, versions
 from ..runs.checkpoint_store import Store
@@ -27,7 +28,7 @@ class State:
     """Everything that a step changes. It is the same on every rank."""
 
     model: nn.Module
-    optimizer: Optimizer
+    optimizer: torch.optim.Optimizer
     step: int = 0
     """Number of completed steps."""
     best_accuracy: float = -1.0
@@ -68,6 +69,7 @@ class TrainingContext:
     data: Data
     batches: Batches
     gradients: Gradients
+    loss: Loss
     draws: ModelDraws | None
     """The model's draws from global generators, which are seeded before each forward pass; None without."""
     store: Store

@@ -27,6 +27,7 @@ OTHER: dict[str, Any] = {
     "epochs": 7,
     "steps": 30,
     "batch_size": 100,
+    "loss": "mine:focal",
     "optimizer": "sgd",
     "lr": 0.5,
     "beta1": 0.5,
@@ -52,7 +53,7 @@ OTHER: dict[str, Any] = {
     "precision": "bf16",
 }
 """For each field a value that is not the default."""
-TOGETHER: dict[str, Any] = {**OTHER, "ema": 0.0}
+TOGETHER: dict[str, Any] = {**OTHER, "ema": 0.0, "label_smoothing": 0.0}
 """Such values that go together."""
 
 
@@ -121,9 +122,11 @@ def test_impossible_values_of_a_recipe(name: str, values: list[Any], rule: str) 
         assert problem({name: value}) == f"here: {message}"
 
 
-def test_one_average_only() -> None:
+def test_fields_that_do_not_go_together() -> None:
     with pytest.raises(UsageError, match=r"^--ema must be 0 with --average 0.5, not 0.9$"):
         Recipe(average=0.5, ema=0.9)
+    with pytest.raises(UsageError, match=r"^--label-smoothing must be 0 with a loss of your own, not 0.1$"):
+        Recipe(loss="mine:focal", label_smoothing=0.1)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +266,12 @@ def test_intervals(text: str, steps: int) -> None:
         ({"lr": [0.1]}, "here: lr must be a number, not [0.1]"),
         ({"model": 3}, "here: model must be text, not 3"),
         ({"sync": "ring"}, "here: sync must be tree or ddp, not 'ring'"),
-        ({"optimizer": ["sgd"]}, "here: optimizer must be adam or adamw or sgd or muon, not ['sgd']"),
+        ({"optimizer": ["sgd"]}, "here: optimizer must be text, not ['sgd']"),
+        (
+            {"optimizer": "adan"},
+            "here: there is no optimizer 'adan'; did you mean adam? there are adam, adamw, sgd, muon, or "
+            "package.module:function",
+        ),
         ({"precision": "fp8"}, "here: precision must be fp32 or bf16, not 'fp8'"),
         ({"schedule": 1}, "here: schedule must be constant or step or cosine or one-cycle, not 1"),
     ],

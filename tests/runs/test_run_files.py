@@ -266,7 +266,7 @@ def test_a_runs_recipe(tmp_path: Path) -> None:
     recipe = Recipe(epochs=2, seed=3)
     for name in (folder, folder / "config.json"):
         assert run_files.find_recipe(str(name)) == recipe
-        assert run_files.find_recipe(str(name), "mlp") == recipe.replace(model="mlp")
+        assert run_files.find_recipe(str(name), model="mlp", loss=None) == recipe.replace(model="mlp")
     assert run_files.find_recipe("fast") == load_recipe("fast")
 
 
@@ -286,4 +286,10 @@ def test_a_runs_recipe_that_cannot_be_used(tmp_path: Path) -> None:
     run_files.write_config(folder, own)
     with pytest.raises(UsageError, match=r"the model is your own, so give it too: --model mine:net$"):
         run_files.find_recipe(str(folder))
-    assert run_files.find_recipe(str(folder), "mine:net").model == "mine:net"
+    assert run_files.find_recipe(str(folder), model="mine:net").model == "mine:net"
+    own["recipe"] |= {"loss": "mine:loss", "optimizer": "mine:optimizer"}
+    run_files.write_config(folder, own)
+    with pytest.raises(
+        UsageError, match=r"the optimizer is your own, so give it too: --optimizer mine:opt"
+    ):
+        run_files.find_recipe(str(folder), model="mine:net", loss="mine:loss")
