@@ -165,7 +165,14 @@ def _position(name: str, state: Any) -> Any:
     return state[1] if name == "NumPy" else state[1][-1]
 
 
-class PrivateDraws(TorchDispatchMode):
+class _DispatchMode(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False: torch would import its compiler to keep it away, which takes more than a second."""
+        return False
+
+
+class PrivateDraws(_DispatchMode):
     """Draws on the CPU as if torch's global generator had this seed, but from a generator of its own.
 
     So another thread that draws from the global one changes nothing. Code that seeds the global generator
@@ -190,11 +197,6 @@ class PrivateDraws(TorchDispatchMode):
                 return variant(*args, **{**kwargs, "generator": kwargs.get("generator") or self.generator})
         return func(*args, **kwargs)
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Return False: torch would import its compiler to keep it away, which takes more than a second."""
-        return False
-
     @staticmethod
     def _is_on_cpu(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         tensor = next(
@@ -208,7 +210,7 @@ class DrawsNotShared(Exception):
     """A pass of several shards draws random numbers in a way that cannot be cut into shards."""
 
 
-class ShardDraws(TorchDispatchMode):
+class ShardDraws(_DispatchMode):
     """In a pass of several shards on the CPU, draws for each what it would draw in a pass of its own.
 
     `seeds` are those of torch's global generator in the shards' own passes, `sizes` the numbers of their
@@ -245,8 +247,6 @@ class ShardDraws(TorchDispatchMode):
             for part, generator in zip(drawn.split(rows), self._generators, strict=True)
         ]
         return drawn if func._schema.is_mutable else torch.cat(parts)
-
-    _should_skip_dynamo = PrivateDraws._should_skip_dynamo
 
 
 def _variant_with_generator(func: Any) -> Any:
