@@ -6,6 +6,7 @@ documents what is raised.
 """
 
 from .fields import flag, require, require_count
+from .image_shape import MNIST_SHAPE, ImageShape, describe_shape, shape_of, stored_shape
 from .intervals import checkpoint_interval, steps_between
 from .recipe import Precision, Recipe, Schedule, Sync
 from .recipe_files import load_recipe, recipe_names
@@ -13,17 +14,22 @@ from .run import DATA_OPTIONS, Device, Run
 
 __all__ = [
     "DATA_OPTIONS",
+    "MNIST_SHAPE",
     "Device",
+    "ImageShape",
     "Precision",
     "Recipe",
     "Run",
     "Schedule",
     "Sync",
     "checkpoint_interval",
+    "describe_shape",
     "flag",
     "load_recipe",
     "recipe_names",
     "require",
     "require_count",
+    "shape_of",
     "steps_between",
+    "stored_shape",
 ]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..errors import DataError
 from .catalog import Role
 from .datasets import IMAGES_OF, Dataset, pixel_statistics
-from .decode import MAX_CLASSES, SIDE, require_from_zero
+from .decode import IMAGES_WANTED, MAX_CLASSES, images_problem, require_from_zero, require_same_shape
 
 
 def from_arrays(
@@ -25,7 +25,9 @@ def from_arrays(
 ) -> Dataset:
     """Make a data set of NumPy arrays or torch tensors, which are copied.
 
-    Images are uint8 `(n, 28, 28)`, white on black like MNIST's. Labels are integers `(n,)`, counted from 0.
+    Images are uint8, `(n, h, w)` in grey (white on black, if they are like MNIST's) or `(n, h, w, 3)` in
+    colour. torch's `(n, 1, h, w)` and `(n, 3, h, w)` are taken too: a last dimension of 3 is the colours.
+    Labels are integers `(n,)`, counted from 0.
     Without `class_names`, the highest label determines the number of classes, their names are their
     numbers, and labels that begin at 1 are refused as a mistake. `name` is the data set's name in the run's
     records. Raises `DataError`, which names the argument, for anything else.
@@ -69,6 +71,7 @@ def _check_arrays(
         if len(arrays[images]) != len(arrays[labels]):
             counts = f"{len(arrays[images])} images, {labels} {len(arrays[labels])} labels"
             raise DataError(f"{images} has {counts}")
+    require_same_shape(arrays["train_images"], "train_images", arrays["test_images"], "test_images")
     return arrays
 
 
@@ -87,11 +90,22 @@ def _check_images(name: str, images: Any, copy: bool) -> NDArray[np.uint8]:
         floats = "; convert floats from 0 to 1 by (255 * images).round().astype('uint8')"
         hint = floats if array.dtype.kind == "f" else ""
         raise DataError(f"{name} must be uint8, pixels from 0 to 255, not {array.dtype}{hint}")
-    if array.ndim != 3 or array.shape[1:] != (SIDE, SIDE):
-        raise DataError(f"{name} must be of shape (n, {SIDE}, {SIDE}), not {array.shape}")
+    array = _as_stored(array)
+    if problem := images_problem(array.shape):
+        raise DataError(f"{name} must be of shape {IMAGES_WANTED}, not {array.shape}: {problem}")
     if not len(array):
         raise DataError(f"{name} is empty: there must be at least one image")
     return np.array(array, order="C") if copy else np.ascontiguousarray(array)
+
+
+def _as_stored(images: NDArray[Any]) -> NDArray[Any]:
+    """Return torch's `(n, 1, h, w)` as `(n, h, w)`, `(n, 3, h, w)` as `(n, h, w, 3)`, others unchanged."""
+    if images.ndim == 4 and images.shape[3] != 3:
+        if images.shape[1] == 1:
+            return images[:, 0]
+        if images.shape[1] == 3:
+            return images.transpose(0, 2, 3, 1)
+    return images
 
 
 def _check_labels(name: str, labels: Any, copy: bool) -> NDArray[np.uint8]:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..common.digest import digest
+from ..config import ImageShape
 from ..distributed.world import World
 from ..errors import DataError
 from .datasets import Dataset
@@ -34,10 +35,16 @@ class Data:
     sha256: str
     """SHA-256 of all images and labels."""
 
+    @property
+    def image_shape(self) -> ImageShape:
+        """Channels, height and width of an image."""
+        return self.train.image_shape
+
     def to_dict(self) -> dict[str, Any]:
         """Return the description of the data that is stored in a checkpoint."""
         names = ("name", "mean", "std", "sha256")
-        return {"class_names": list(self.class_names), **{name: getattr(self, name) for name in names}}
+        lists = {"class_names": list(self.class_names), "image_shape": list(self.image_shape)}
+        return {**lists, **{name: getattr(self, name) for name in names}}
 
 
 _Description = tuple[dict[str, Any], list[tuple[int, ...]], str]

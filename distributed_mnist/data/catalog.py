@@ -26,8 +26,12 @@ class Published:
     sha256: str | None = None  # of the content, unpacked
 
     def spellings(self) -> tuple[str, ...]:
-        """Return all names in use: published, `test` for `t10k`, Kaggle's `.idx3`; each raw and `.gz`."""
-        names = [self.name, self.name.replace("t10k-", "test-")]
+        """Return all names in use: published, `idx4` for colour, `test` for `t10k`, Kaggle's `.idx3`.
+
+        Each is there raw and with `.gz`.
+        """
+        names = [self.name, self.name.replace("-idx3-", "-idx4-")]
+        names += [name.replace("t10k-", "test-") for name in names]
         names += [name.replace("-idx", ".idx") for name in names]
         return tuple(spelling for name in dict.fromkeys(names) for spelling in (name, f"{name}.gz"))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ..config import MNIST_SHAPE, ImageShape, shape_of
 from ..errors import DataError
 from . import decode, idx, locate
 from . import download as downloading
@@ -32,7 +33,7 @@ class Dataset:
     """Images and labels of a training and a test split; all arrays are C-contiguous and writable."""
 
     name: str
-    train_images: NDArray[np.uint8]  # (n, 28, 28)
+    train_images: NDArray[np.uint8]  # (n, h, w), or in colour (n, h, w, 3)
     train_labels: NDArray[np.uint8]  # (n,), below len(class_names)
     test_images: NDArray[np.uint8]
     test_labels: NDArray[np.uint8]
@@ -40,6 +41,11 @@ class Dataset:
     mean: float  # of the training pixels divided by 255
     std: float
     source: str  # for people: the folder, or that the program drew it and why
+
+    @property
+    def image_shape(self) -> ImageShape:
+        """Channels, height and width of an image."""
+        return shape_of(self.train_images.shape)
 
     def arrays(self) -> dict[Role, NDArray[np.uint8]]:
         """Return the four arrays by role."""
@@ -124,13 +130,17 @@ def check(name: str, root: Path) -> list[FileCheck]:
 def write(dataset: Dataset, folder: Path, progress: Progress = silent) -> list[Path]:
     """Write four gzipped IDX files under MNIST's names, which `load("idx", folder)` reads.
 
+    Colour images have four dimensions, so `idx4` is in their names instead of `idx3`.
+
     Never replaces an existing file that holds something else. Raises DataError.
     """
     existing = locate.existing_files(ENTRIES["idx"], folder)
     for role, array in dataset.arrays().items():
         if role in existing and idx.digest(idx.read(existing[role])) != idx.digest(array):
             raise DataError(f"{one_line(existing[role])}: holds other data; give a folder without it")
-    paths = {role: folder / f"{name}.gz" for role, name in zip(ROLES, MNIST_NAMES, strict=True)} | existing
+    dimensions = f"idx{dataset.train_images.ndim}"
+    names = [f"{name.replace('idx3', dimensions)}.gz" for name in MNIST_NAMES]
+    paths = {role: folder / name for role, name in zip(ROLES, names, strict=True)} | existing
     done, total = 0, sum(array.nbytes for array in dataset.arrays().values())
     progress("writing files", done, total)
     for role, array in dataset.arrays().items():
@@ -171,6 +181,10 @@ def _decode(entry: Entry, found: FoundFiles) -> Dataset:
     arrays = {role: decode.content(entry, role, paths[role], found.arrays[role]) for role in ROLES}
     for labels, images in IMAGES_OF.items():
         decode.require_pairs(paths[images], len(arrays[images]), paths[labels], len(arrays[labels]))
+    train, test = "train_images", "test_images"
+    decode.require_same_shape(
+        arrays[train], one_line(paths[train].name), arrays[test], one_line(paths[test])
+    )
     if not entry.class_names:
         decode.require_from_zero(arrays["train_labels"], one_line(paths["train_labels"]))
     classes = int(max(arrays["train_labels"].max(), arrays["test_labels"].max())) + 1
@@ -192,7 +206,7 @@ def _draw(seed: int, train_size: int, test_size: int, source: str, progress: Pro
         raise DataError(f"generated digits: sizes must be at least 1, not {train_size} and {test_size}")
 
     def draw_split(split: str, size: int, before: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        images = np.empty((size, decode.SIDE, decode.SIDE), np.uint8)
+        images = np.empty((size, *MNIST_SHAPE[1:]), np.uint8)
         labels = np.empty(size, np.uint8)
         for start in range(0, size, _DRAW_BLOCK):
             stop = min(start + _DRAW_BLOCK, size)
@@ -226,6 +240,7 @@ def _check_files(entry: Entry, folder: Path, paths: dict[Role, Path]) -> list[Fi
     """Check each of the set's four files; `paths` are those that exist in `folder`."""
     checks: list[FileCheck] = []
     rows: dict[Role, int] = {}
+    train: NDArray[np.uint8] | None = None  # the training images, if they can be used
     for role in ROLES:
         if role not in paths:
             checks.append(FileCheck(folder / entry.file(role).name, None, None, False, "missing"))
@@ -236,9 +251,14 @@ def _check_files(entry: Entry, folder: Path, paths: dict[Role, Path]) -> list[Fi
             sha256 = idx.digest(array)
             rows[role] = len(array) if array.ndim else 1
             ok, verdict = locate.verify(entry, role, path, array)
-            decode.content(entry, role, path, array)
+            content = decode.content(entry, role, path, array)
             if (images := IMAGES_OF.get(role)) in rows:
                 decode.require_pairs(paths[images], rows[images], path, rows[role])
+            if role == "test_images" and train is not None:
+                decode.require_same_shape(
+                    train, one_line(paths["train_images"].name), content, one_line(path)
+                )
+            train = content if role == "train_images" else train
         except DataError as error:
             ok, verdict = False, str(error).removeprefix(f"{one_line(path)}: ")
         checks.append(FileCheck(path, rows.get(role), sha256, ok, verdict))

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..config import MNIST_SHAPE, describe_shape, shape_of
 from ..errors import DataError
 from .catalog import Entry, Role
 from .idx import one_line
 
-SIDE = 28  # pixels
+IMAGES_WANTED = "(n, height, width), or in colour (n, height, width, 3)"
 MAX_CLASSES = 256  # labels are uint8
 
 
@@ -24,14 +25,46 @@ def content(entry: Entry, role: Role, path: Path, stored: NDArray[Any]) -> NDArr
 
 
 def images(entry: Entry, path: Path, stored: NDArray[Any]) -> NDArray[np.uint8]:
-    """Return upright images, uint8 `(n, 28, 28)`, C-contiguous. Raises DataError naming `path`."""
-    if stored.dtype != np.uint8 or stored.ndim != 3 or stored.shape[1:] != (SIDE, SIDE):
-        raise DataError(
-            f"{one_line(path)}: holds {stored.dtype} {_shape(stored)}, images are uint8 (n, {SIDE}, {SIDE})"
-        )
+    """Return upright images, uint8 `(n, h, w)` or in colour `(n, h, w, 3)`, C-contiguous.
+
+    Those of a published data set are 28 by 28. Raises DataError naming `path`.
+    """
+    own, problem = entry.name == "idx", images_problem(stored.shape)
+    fits = not problem if own else stored.shape[1:] == MNIST_SHAPE[1:]
+    if stored.dtype != np.uint8 or not fits:
+        wanted = IMAGES_WANTED if own else "(n, 28, 28)"
+        why = f": {problem}" if own and problem else ""
+        what = f"holds {stored.dtype} {_shape(stored)}, images are uint8 {wanted}{why}"
+        raise DataError(f"{one_line(path)}: {what}")
     if not len(stored):
         raise DataError(f"{one_line(path)}: no images in it")
     return np.ascontiguousarray(stored.transpose(0, 2, 1) if entry.transposed else stored)
+
+
+def images_problem(shape: tuple[int, ...]) -> str | None:
+    """Return why an array of this shape does not hold images as they are stored; None if it does."""
+    if len(shape) not in (3, 4):
+        return "each image needs its height and width as dimensions"
+    if 0 in shape[1:]:
+        return "the images have no pixels"
+    if len(shape) == 3:  # nobody has grey images that are three pixels wide
+        return "this is one image in colour, without a dimension for several" if shape[2] == 3 else None
+    problems = {
+        1: "leave out the last dimension",
+        3: None,
+        4: "leave out the fourth channel (transparency)",
+    }
+    moved = "the colours must be the last dimension" if shape[1] == 3 else f"there are {shape[3]} channels"
+    return problems.get(shape[3], moved)
+
+
+def require_same_shape(
+    train: NDArray[np.uint8], train_name: str, test: NDArray[np.uint8], where: str
+) -> None:
+    """Raise DataError unless training and test images have the same shape; `where` names the latter."""
+    if train.shape[1:] != test.shape[1:]:
+        shapes = [describe_shape(shape_of(images.shape)) for images in (test, train)]
+        raise DataError(f"{where}: images of {shapes[0]}, but {train_name} has images of {shapes[1]}")
 
 
 def labels(entry: Entry, path: Path, stored: NDArray[Any]) -> NDArray[np.uint8]:

@@ -4,9 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..config import MNIST_SHAPE, ImageShape
 from ..data.generated import draw
+from ..data.split import as_stored
 from ..errors import VerificationError
 from .inference_module import InferenceModule, Metadata
 
@@ -31,9 +34,16 @@ class Difference:
     """Number of images compared."""
 
 
-def sample_images() -> list[Tensor]:
-    """Generated digits `(n, 28, 28)` uint8, one tensor for each of `BATCHES`."""
-    images = torch.from_numpy(draw(sum(BATCHES), "export")[0])
+def sample_images(shape: ImageShape) -> list[Tensor]:
+    """Generated digits, uint8 `(n, h, w)` or `(n, h, w, 3)`, one tensor for each of `BATCHES`.
+
+    They are scaled to the size of the network's images, and each channel has another digit.
+    """
+    channels, height, width = shape
+    digits = torch.from_numpy(draw(channels * sum(BATCHES), "export")[0]).view(
+        -1, channels, *MNIST_SHAPE[1:]
+    )
+    images = as_stored(F.interpolate(digits, (height, width))).contiguous()
     return list(images.split(list(BATCHES)))
 
 
@@ -44,7 +54,7 @@ def compare_logits(run: Callable[[Tensor], Tensor], module: InferenceModule, pat
     Raises `VerificationError` if they differ by more than rounding explains.
     """
     greatest = largest = 0.0
-    for images in sample_images():
+    for images in sample_images(module.image_shape):
         expected, actual = module(images), run(images)
         if actual.shape != expected.shape or actual.dtype != torch.float32:
             returned = f"for {len(images)} images it returns {actual.dtype} {tuple(actual.shape)}"

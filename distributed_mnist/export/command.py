@@ -20,7 +20,7 @@ from ..reporting.console import make_console, print_json
 from ..runs.layout import require_overwritable
 from . import onnx, pt2, safetensors
 from .check import compare_logits, not_kept, require_same_metadata, sample_images
-from .inference_module import INPUT, PRODUCER, InferenceModule, Metadata, make_metadata
+from .inference_module import PRODUCER, InferenceModule, Metadata, make_metadata
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def run(
             "--format safetensors holds one network, not an ensemble: name one of its networks, or use "
             "--format onnx or torch"
         )
-    module = InferenceModule(trained.network, trained.mean, trained.std)
+    module = InferenceModule(trained.network, trained.mean, trained.std, trained.image_shape)
     metadata = make_metadata(trained)
     console = make_console(stderr=as_json)
     files = []
@@ -67,13 +67,13 @@ def run(
             f"computes in fp32; trained with {trained.recipe.precision} autocast, whose logits differ by "
             f"up to {autocast_difference:.1e}"
         )
-    console.print(f"input {INPUT}")
+    console.print(f"input {metadata['input']}")
     if as_json:
         print_json(
             {
                 "checkpoint": trained.path,
                 "weights_sha256": metadata["weights_sha256"],
-                "input": INPUT,
+                "input": metadata["input"],
                 "autocast_difference": autocast_difference,
                 "files": files,
                 "metadata": metadata,
@@ -151,7 +151,10 @@ def _autocast_difference(trained: Trained, module: InferenceModule) -> float | N
     """The greatest difference from the logits of `dmnist evaluate`; None if that uses fp32 too."""
     if trained.recipe.precision == "fp32":
         return None
-    return max((trained.logits(images) - module(images)).abs().max().item() for images in sample_images())
+    return max(
+        (trained.logits(images) - module(images)).abs().max().item()
+        for images in sample_images(trained.image_shape)
+    )
 
 
 def _print_file(console: Console, file: dict[str, Any]) -> None:

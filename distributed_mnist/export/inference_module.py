@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..common.installed import version
+from ..config import MNIST_SHAPE, ImageShape, stored_shape
 from ..data.split import normalise
 from ..inference.trained import Trained
 from ..runs.run_files import read_score
 
-INPUT = "images: uint8 (n, 28, 28), white on black, 0 to 255 as in MNIST's files; n is 1 or more"
 OUTPUT = "logits: float32 (n, classes), in the order of class_names; softmax makes probabilities of them"
 PRODUCER = "dmnist export"
 """Start of each file's metadata field `producer`. It distinguishes an export from a user's other files."""
@@ -29,21 +29,33 @@ Metadata = dict[str, str]
 
 
 class InferenceModule(nn.Module):
-    """A network with its normalisation: maps images `(n, 28, 28)` uint8 to logits `(n, classes)` float32.
+    """A network with its normalisation: maps images to logits `(n, classes)` float32.
+
+    Images are uint8 `(n, h, w)` or, in colour, `(n, h, w, 3)`. `image_shape` is the one that it takes.
 
     It computes in fp32, whatever the precision of training. bf16 autocast depends on the machine, and a
     graph with autocast inside would be slow or impossible to run elsewhere.
     """
 
-    def __init__(self, network: nn.Module, mean: float, std: float) -> None:
+    def __init__(self, network: nn.Module, mean: float, std: float, image_shape: ImageShape) -> None:
         super().__init__()
         self.network = network
         self.mean, self.std = mean, std
+        self.image_shape = image_shape
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         """See the class."""
         return self.network(normalise(images, self.mean, self.std))
+
+
+def describe_input(shape: ImageShape) -> str:
+    """Describe the images that an exported network takes."""
+    if shape == MNIST_SHAPE:
+        return "images: uint8 (n, 28, 28), white on black, 0 to 255 as in MNIST's files; n is 1 or more"
+    sizes = ", ".join(map(str, stored_shape(shape)))
+    colours = "; the last dimension is red, green, blue" if shape[0] == 3 else ""
+    return f"images: uint8 (n, {sizes}), 0 to 255 as in the training images; n is 1 or more{colours}"
 
 
 def make_metadata(trained: Trained) -> Metadata:
@@ -55,7 +67,7 @@ def make_metadata(trained: Trained) -> Metadata:
     sha256 = trained.weights_sha256
     metadata = {
         "producer": f"{PRODUCER} {version('distributed-mnist')}",
-        "input": INPUT,
+        "input": describe_input(trained.image_shape),
         "output": OUTPUT,
         "class_names": json.dumps(trained.class_names),
         "dataset": trained.dataset,
@@ -80,7 +92,8 @@ def export_graph(module: InferenceModule) -> torch.export.ExportedProgram:
     Raises `torch.export`'s errors if the model branches on values or works for one batch size only.
     """
     any_batch_size = {"images": {0: torch.export.Dim("n", min=1)}}
-    example = torch.zeros(2, 28, 28, dtype=torch.uint8)  # torch would make a batch size of 1 a constant
+    # torch would make a batch size of 1 a constant.
+    example = torch.zeros(2, *stored_shape(module.image_shape), dtype=torch.uint8)
     with torch.no_grad(), quiet():
         program = torch.export.export(module, (example,), dynamic_shapes=any_batch_size)
     for node in program.graph.nodes:

@@ -36,10 +36,13 @@ def decode(data: bytes, trained: Trained) -> tuple[Callable[[Tensor], Tensor], M
 
     metadata = _split(data)[0]["__metadata__"]
     # Another seed gives other initial weights, so that a weight missing from the file changes the outputs.
-    network = build(metadata["model"], len(trained.class_names), trained.recipe.seed + 1)
+    network = build(
+        metadata["model"], len(trained.class_names), trained.recipe.seed + 1, trained.image_shape
+    )
     network.load_state_dict(load(data))
-    network = place(network, torch.device("cpu"))
-    return InferenceModule(network, float(metadata["mean"]), float(metadata["std"])), metadata
+    network = place(network, torch.device("cpu"), trained.image_shape)
+    mean, std = float(metadata["mean"]), float(metadata["std"])
+    return InferenceModule(network, mean, std, trained.image_shape), metadata
 
 
 def _split(data: bytes) -> tuple[dict[str, Any], bytes]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..common.generators import same_torch_state
+from ..config import ImageShape
 from ..distributed.world import World
 from .cross_check import CrossCheck, all_true
 from .per_shard import GradientViews, HookedLayers
@@ -176,8 +177,10 @@ class DdpGradients:
     last only accumulate gradients.
     """
 
-    def __init__(self, model: nn.Module, world: World, shards: int, per_pass: int) -> None:
-        self._world = world
+    def __init__(
+        self, model: nn.Module, world: World, shards: int, per_pass: int, image_shape: ImageShape
+    ) -> None:
+        self._world, self._image_shape = world, image_shape
         self._module: nn.Module = model
         if world.size > 1:
             world.join_process_group()
@@ -222,7 +225,7 @@ class DdpGradients:
 
     def _zero_loss(self) -> Tensor:
         """Return a zero that depends on every parameter: DDP waits for the gradients of all of them."""
-        return self._module(torch.zeros((1, 1, 28, 28), device=self._world.device)).sum() * 0
+        return self._module(torch.zeros((1, *self._image_shape), device=self._world.device)).sum() * 0
 
 
 def _mean_over(world: World, bucket: Any) -> torch.futures.Future[Tensor]:

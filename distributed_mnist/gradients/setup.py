@@ -10,7 +10,6 @@ from ..distributed.world import World
 from ..errors import UsageError
 from ..models.build import forward
 from ..models.inspection import ModelProperties
-from ..models.zoo import IMAGE_SHAPE
 from .all_reduce import DdpGradients, Gradients, TreeGradients
 from .batch_invariance import is_batch_invariant, matches_autograd
 from .per_shard import HookedLayers
@@ -44,7 +43,7 @@ def make_gradients(
     per_pass = options.micro_batch // shard_size if options.micro_batch else recipe.shards
     if properties.draws_random_numbers:  # so that dropout masks do not depend on the number of processes
         per_pass = 1
-    return DdpGradients(model, world, recipe.shards, per_pass)
+    return DdpGradients(model, world, recipe.shards, per_pass, properties.image_shape)
 
 
 def make_tree_gradients(
@@ -65,11 +64,12 @@ def make_tree_gradients(
         name=recipe.model,
         tolerance=1e-3 if recipe.precision == "fp32" and world.device.type == "cpu" else 5e-2,
     )
+    shape = properties.image_shape
     # Only autograd calls a user's hooks on parameters.
     has_hooks = any(parameter._backward_hooks for parameter in model.parameters())
     may_draw = ((), ("torch",)) if world.device.type == "cpu" else ((),)
     shareable = properties.draws_from in may_draw and not has_hooks
-    if not shareable or not matches_autograd(model, IMAGE_SHAPE):
+    if not shareable or not matches_autograd(model, shape):
         return make()
     owned = owned_shards(world.rank, world.size, recipe.shards)
     sizes = shard_sizes(recipe.batch_size, recipe.shards)[owned.start : owned.stop]
@@ -77,7 +77,7 @@ def make_tree_gradients(
     groups = sorted({tuple(sizes[i : i + per_pass]) for i in range(0, len(sizes), per_pass)})
     groups = [group for group in groups if len(group) > 1 and min(group) > 0]
     forward_pass = partial(forward, precision=recipe.precision)
-    invariant = [group for group in groups if is_batch_invariant(model, forward_pass, IMAGE_SHAPE, group)]
+    invariant = [group for group in groups if is_batch_invariant(model, forward_pass, shape, group)]
     return make(HookedLayers(model), invariant)
 
 

@@ -17,10 +17,11 @@ from PIL import Image, ImageFilter, ImageOps
 from scipy import ndimage
 
 from ..common.regular_file import open_regular
+from ..config import MNIST_SHAPE, ImageShape
 from ..errors import DataError, reason
 
 Ink = Literal["auto", "dark", "light"]
-SIDE, BOX = 28, 20
+SIDE, BOX = MNIST_SHAPE[1], 20
 _FORMATS = ("PNG", "JPEG", "JPEG2000", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA", "ICO")
 """What cameras, scanners and drawing programs write. For PostScript, Pillow would start another program."""
 _WORKING_SIDE = 200
@@ -36,7 +37,12 @@ _MIN_CONTRAST = 0.15
 
 
 def read_grey(path: Path) -> NDArray[np.uint8]:
-    """Read a file's grey values `(height, width)`.
+    """Read a file's grey values `(height, width)`, as `read_picture` does."""
+    return read_picture(path, channels=1)
+
+
+def read_picture(path: Path, channels: int) -> NDArray[np.uint8]:
+    """Read a file's grey values `(height, width)` or, with 3 channels, its colours `(height, width, 3)`.
 
     Transparent parts become white, and the camera's orientation is applied. Raises `DataError` for a file
     that is not an image, is damaged, or has an absurd number of pixels.
@@ -46,7 +52,7 @@ def read_grey(path: Path) -> NDArray[np.uint8]:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with open_regular(path) as file, Image.open(file, formats=_FORMATS) as image:
                 ImageOps.exif_transpose(image, in_place=True)
-                return _to_8_bit_grey(image)
+                return _to_8_bit(image, channels)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise DataError(f"{path} has too many pixels to be a picture of a digit") from None
     except Image.UnidentifiedImageError:
@@ -84,6 +90,14 @@ def to_mnist_format(grey: NDArray[np.uint8], ink: Ink = "auto") -> NDArray[np.ui
     return _place_in_box(digit)
 
 
+def resized(pixels: NDArray[np.uint8], shape: ImageShape) -> NDArray[np.uint8]:
+    """Scale a picture `(height, width)` or `(height, width, 3)` to the size of a network's images."""
+    _, height, width = shape
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+
+
 def _bounding_box(strokes: NDArray[np.float64]) -> tuple[slice, slice]:
     """The rows and the columns that contain strokes."""
     rows, columns = ndimage.find_objects((strokes > 0).astype(int))[0]
@@ -97,12 +111,12 @@ def _scale_and_widen(interval: slice, scale: float, length: int) -> slice:
     return slice(max(0, start), min(length, stop))
 
 
-def _to_8_bit_grey(image: Image.Image) -> NDArray[np.uint8]:
-    """Convert to 8-bit grey values `(height, width)`, with transparent parts on white.
+def _to_8_bit(image: Image.Image, channels: int) -> NDArray[np.uint8]:
+    """Convert to 8-bit values `(height, width)` or `(height, width, 3)`, with transparent parts on white.
 
     Some lines at a time, because a large picture takes up to 24 bytes per pixel on the way.
     """
-    grey = np.empty((image.height, image.width), np.uint8)
+    pixels = np.empty((image.height, image.width) + ((3,) if channels == 3 else ()), np.uint8)
     lines = max(1, _PIXELS_AT_ONCE // max(image.width, 1))
     parts = [slice(top, min(top + lines, image.height)) for top in range(0, image.height, lines)]
     if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):  # Pillow would clip values of 16 bits or more
@@ -110,15 +124,16 @@ def _to_8_bit_grey(image: Image.Image) -> NDArray[np.uint8]:
         highest = values.max(initial=0)
         top = 65535.0 if highest > 255 else 1.0 if image.mode == "F" and highest <= 1 else 255.0
         for part in parts:
-            grey[part] = (values[part].astype(np.float64) / top * 255).clip(0, 255)
-        return grey
+            grey = (values[part].astype(np.float64) / top * 255).clip(0, 255).astype(np.uint8)
+            pixels[part] = grey[..., None] if channels == 3 else grey
+        return pixels
     for part in parts:
         strip = image.crop((0, part.start, image.width, part.stop))
         if strip.has_transparency_data:
             background = Image.new("RGBA", strip.size, "white")
             strip = Image.alpha_composite(background, strip.convert("RGBA"))
-        grey[part] = np.asarray(strip.convert("L"))
-    return grey
+        pixels[part] = np.asarray(strip.convert("RGB" if channels == 3 else "L"))
+    return pixels
 
 
 def _has_black_border(grey: NDArray[np.uint8]) -> bool:

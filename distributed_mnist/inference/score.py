@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from ..config import describe_shape
 from ..data.broadcast import Data, broadcast_dataset
 from ..data.catalog import NAMES
 from ..data.datasets import Dataset, load
@@ -113,8 +114,8 @@ def evaluate_trained(
 ) -> Evaluation:
     """Evaluate a trained network on the test images. Every rank must call it. `exact` is as in `evaluate`.
 
-    Raises `CheckpointError` if the data has more classes than the network. Raises `DataError` if
-    `require_training_data` is set and the network was trained on different data.
+    Raises `CheckpointError` if the data has more classes than the network, or images of another shape.
+    Raises `DataError` if `require_training_data` is set and the network was trained on different data.
     """
     classes = len(trained.class_names)
     expected = (trained.content["dataset"] or {}).get("sha256")
@@ -127,6 +128,10 @@ def evaluate_trained(
         raise CheckpointError(
             f"{trained.path} has {classes} classes, but {data.name} has {len(data.class_names)}"
         )
+    if data.image_shape != trained.image_shape:
+        shapes = describe_shape(trained.image_shape), describe_shape(data.image_shape)
+        problem = f"takes images of {shapes[0]}, but those of {data.name} are {shapes[1]}"
+        raise CheckpointError(f"{trained.path} {problem}")
     as_trained = replace(data, class_names=trained.class_names, mean=trained.mean, std=trained.std)
     recipe = trained.recipe
     with model_failures(recipe.model):

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from ..common.digest import digest
 from ..common.process_state import torch_defaults
-from ..config import Recipe
+from ..config import MNIST_SHAPE, ImageShape, Recipe
 from ..data.catalog import DIGITS, MNIST_CONSTANTS
 from ..data.split import normalise
 from ..errors import CheckpointError, UsageError
 from ..models.build import build, forward, place
 from ..models.zoo import MODELS
-from ..runs.checkpoint import Content, decode, load_weights, read_bytes
+from ..runs.checkpoint import Content, decode, load_weights, read_bytes, require_weights
 from ..runs.layout import checkpoint_path, checkpoints_in, member_folder, members_in
 from ..runs.run_files import read_ensemble_result, read_result
 from ..user_code.failures import model_failures
@@ -27,6 +27,7 @@ from .vote import Vote
 _ORIGINAL_DATASET: dict[str, Any] = {
     "name": "mnist",
     "class_names": DIGITS,
+    "image_shape": MNIST_SHAPE,
     "mean": MNIST_CONSTANTS[0],
     "std": MNIST_CONSTANTS[1],
 }
@@ -38,7 +39,7 @@ class Trained:
     """A trained network in evaluation mode, on its device."""
 
     network: nn.Module
-    """Maps normalised images `(n, 1, 28, 28)` to logits `(n, classes)`."""
+    """Maps normalised images `(n, channels, h, w)` to logits `(n, classes)`."""
     recipe: Recipe
     class_names: tuple[str, ...]
     mean: float
@@ -51,6 +52,8 @@ class Trained:
     """The checkpoint."""
     path: str
     """The checkpoint's path. For an ensemble, its folder."""
+    image_shape: ImageShape = MNIST_SHAPE
+    """Channels (1 or 3), height and width of the images that it takes."""
 
     @property
     def weights_sha256(self) -> str:
@@ -65,15 +68,16 @@ class Trained:
         return Path(self.path) if isinstance(self.network, Vote) else Path(self.path).parent.parent
 
     def logits(self, images: Any) -> Tensor:
-        """Logits, float32 `(n, classes)`, for images that are white on black as in MNIST.
+        """Logits, float32 `(n, classes)`, for images like the training images (MNIST's are white on black).
 
-        `images` is a tensor, an array, a PIL image or a sequence of these, of shape `(n, 28, 28)`,
-        `(n, 1, 28, 28)`, or `(28, 28)` for `n` = 1. They are not normalised: integers from 0 to 255, or
-        floats from 0 to 1. Raises `DataError` for anything else.
+        `images` is a tensor, an array, a PIL image or a sequence of these, of the size in `image_shape`:
+        `(n, h, w)`, or in colour `(n, h, w, 3)`, or torch's `(n, channels, h, w)`; without `n` for one
+        image. They are not normalised: integers from 0 to 255, or floats from 0 to 1. Raises `DataError`
+        for anything else.
         """
         with torch_defaults(), torch.no_grad():
             device = next(self.network.parameters()).device
-            pixels = as_pixels(images)
+            pixels = as_pixels(images, self.image_shape)
             if not len(pixels):  # some layers cannot compute with none
                 return torch.empty(0, len(self.class_names), device=device)
             normalised = normalise(pixels.to(device, copy=True), self.mean, self.std)
@@ -194,9 +198,14 @@ def _restore_one(path: str, raw: bytes, model: str | None, device: torch.device)
         )
     dataset = content["dataset"] or _ORIGINAL_DATASET
     class_names = tuple(dataset["class_names"])
-    network = build(recipe.model, len(class_names), recipe.seed)
+    channels, height, width = dataset["image_shape"]
+    shape = channels, height, width
+    if recipe.model in MODELS:
+        with torch.device("meta"):  # without memory, because a damaged shape could fill it
+            require_weights(MODELS[recipe.model](len(class_names), shape), content["model"], path)
+    network = build(recipe.model, len(class_names), recipe.seed, shape)
     load_weights(network, content["model"], path)
-    network = place(network, device).eval()
+    network = place(network, device, shape).eval()
     return Trained(
         network=network,
         recipe=recipe,
@@ -206,4 +215,5 @@ def _restore_one(path: str, raw: bytes, model: str | None, device: torch.device)
         dataset=dataset["name"],
         content=content,
         path=path,
+        image_shape=shape,
     )

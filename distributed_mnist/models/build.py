@@ -11,31 +11,36 @@ from torch.nn.parameter import is_lazy
 from ..common.generators import PrivateDraws, same_torch_state, seed_generators
 from ..common.process_state import defined_state
 from ..common.random_keys import torch_seed
-from ..config import Precision, Recipe
+from ..config import MNIST_SHAPE, ImageShape, Precision, Recipe
 from ..errors import UsageError
 from ..user_code.functions import current_folder_last
-from .factory import find_factory
+from .factory import find_factory, shape_hint
 from .inspection import ModelProperties, equal, inspect
-from .zoo import IMAGE_SHAPE
 
 
-def make_model(recipe: Recipe, classes: int, device: torch.device) -> tuple[nn.Module, ModelProperties]:
-    """Build a recipe's model on a device. Raises `UsageError` if it cannot be trained exactly."""
-    model = build(recipe.model, classes, recipe.seed)
+def make_model(
+    recipe: Recipe, classes: int, device: torch.device, shape: ImageShape = MNIST_SHAPE
+) -> tuple[nn.Module, ModelProperties]:
+    """Build a recipe's model on a device, for images of a shape.
+
+    Raises `UsageError` if it cannot be trained exactly.
+    """
+    model = build(recipe.model, classes, recipe.seed, shape)
     if ":" in recipe.model:  # a user's own
-        problem = _difference(model, build(recipe.model, classes, recipe.seed))
+        problem = _difference(model, build(recipe.model, classes, recipe.seed, shape))
         if problem:
             raise UsageError(f"--model {recipe.model}: its factory {problem}")
-    model = place(model, device)
-    return model, inspect(model, recipe.model, classes, device)
+    model = place(model, device, shape)
+    return model, inspect(model, recipe.model, classes, device, shape)
 
 
-def build(name: str, classes: int, seed: int) -> nn.Module:
+def build(name: str, classes: int, seed: int, shape: ImageShape = MNIST_SHAPE) -> nn.Module:
     """Build a model on the CPU. Its initial weights depend on `seed` alone.
 
     What it draws from the global generators is keyed. The settings of torch that it changes are restored.
     Lazy layers get their shapes. `name` is one of `MODELS` or `package.module:factory`, where
-    `factory(classes)` returns a module. Raises `UsageError` if there is no such factory or if it fails.
+    `factory(classes)` or `factory(classes, shape)` returns a module. Raises `UsageError` if there is no
+    such factory or if it fails.
     """
     factory = find_factory(name)
     problem: BaseException | None = None
@@ -43,9 +48,9 @@ def build(name: str, classes: int, seed: int) -> nn.Module:
         with defined_state(), current_folder_last():
             seed_generators("init", seed)
             with PrivateDraws(torch_seed("init", seed)):
-                model = factory(classes)
+                model = factory(classes, shape)
                 if isinstance(model, nn.Module) and _uninitialised(model):
-                    problem = _failure(model, torch.device("cpu"))
+                    problem = _failure(model, torch.device("cpu"), shape)
     except (Exception, SystemExit) as error:
         raise UsageError(f"--model {name}: its factory failed: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
@@ -53,7 +58,9 @@ def build(name: str, classes: int, seed: int) -> nn.Module:
             f"--model {name}: the factory returned a {type(model).__name__}, not a torch module"
         )
     if problem is not None:
-        raise UsageError(f"--model {name}: it fails on images {(2, *IMAGE_SHAPE)}: {problem}")
+        raise UsageError(
+            f"--model {name}: it fails on images {(2, *shape)}: {problem}{shape_hint(name, shape)}"
+        )
     if lazy := _uninitialised(model):
         raise UsageError(f"--model {name}: its {lazy[0]} gets no shape, because no pass uses its layer")
     return model
@@ -65,28 +72,28 @@ def _uninitialised(model: nn.Module) -> list[str]:
     return [name for name, tensor in tensors if is_lazy(tensor)]
 
 
-def place(model: nn.Module, device: torch.device) -> nn.Module:
+def place(model: nn.Module, device: torch.device, shape: ImageShape = MNIST_SHAPE) -> nn.Module:
     """Move a model to a device and its convolutions' weights to channels-last layout.
 
     On CPU this layout is twice as fast. It decides which kernels run, and so the last bits. Therefore all
     code that runs a model must use this function. A model that fails with this layout, because it views a
-    convolution's output as rows, keeps the contiguous one.
+    convolution's output as rows, keeps the contiguous one. `shape` is that of the images it will get.
     """
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     has_layout = any(p.ndim == 4 for p in model.parameters())
-    if has_layout and _failure(model, device) is not None:
+    if has_layout and _failure(model, device, shape) is not None:
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        if _failure(model, device) is not None:  # it has another reason
+        if _failure(model, device, shape) is not None:  # it has another reason
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
 
 
-def _failure(model: nn.Module, device: torch.device) -> BaseException | None:
+def _failure(model: nn.Module, device: torch.device, shape: ImageShape) -> BaseException | None:
     """Run a model on two images, in evaluation and in training; return its exception, or None.
 
     The images are always the same. Modes and buffers are restored, and torch's generators too.
     """
-    images = torch.randn(2, *IMAGE_SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
+    images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not is_lazy(buffer)]
     try:
         with torch.no_grad(), same_torch_state(device), same_modes(model):

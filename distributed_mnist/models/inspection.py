@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ..common.generators import drawn_from, seed_generators
 from ..common.process_state import changes, snapshot
+from ..config import MNIST_SHAPE, ImageShape
 from ..errors import UsageError
-from .zoo import IMAGE_SHAPE
+from .factory import shape_hint
 
 _BATCH_STATISTICS = "batch statistics cannot be trained exactly, use per-sample norms"
 _STATE = "what a pass leaves for the next one would depend on the number of processes"
@@ -31,17 +32,21 @@ class ModelProperties:
     """Names of the parameters that the logits do not depend on."""
     draws_from: tuple[str, ...] = ()
     """The global generators from which it draws random numbers: "torch", "NumPy", "Python"."""
+    image_shape: ImageShape = MNIST_SHAPE
+    """The shape of the images with which it was run."""
 
 
 @torch.no_grad()
-def inspect(model: nn.Module, name: str, classes: int, device: torch.device) -> ModelProperties:
-    """Run a model on random images and return its properties.
+def inspect(
+    model: nn.Module, name: str, classes: int, device: torch.device, shape: ImageShape = MNIST_SHAPE
+) -> ModelProperties:
+    """Run a model on random images of a shape and return its properties.
 
     Raises `UsageError` if it cannot be trained exactly. This tests the model's behaviour, not the types of
     its layers. So it also finds batch statistics or functional dropout in a user's own code.
     """
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
-    trial, settings = _Trial(model, name, device), snapshot()
+    trial, settings = _Trial(model, name, device, shape), snapshot()
     if not trained:
         trial.refuse("it has no parameters to train")
     for key, parameter in trained.items():
@@ -69,19 +74,19 @@ def inspect(model: nn.Module, name: str, classes: int, device: torch.device) -> 
         trial.refuse(
             f"its forward pass changes torch's {changed}, on which results depend: remove that call"
         )
-    return ModelProperties(sum(p.numel() for p in trained.values()), bool(draws), unused, draws)
+    return ModelProperties(sum(p.numel() for p in trained.values()), bool(draws), unused, draws, shape)
 
 
 class _Trial:
-    """A model under test. Each pass is over two random images, `(2, 1, 28, 28)`, by default the same ones.
+    """A model under test. Each pass is over two random images, `(2, *shape)`, by default the same ones.
 
     Its methods raise `UsageError`.
     """
 
-    def __init__(self, model: nn.Module, name: str, device: torch.device) -> None:
-        self._model, self._name, self._device = model, name, device
+    def __init__(self, model: nn.Module, name: str, device: torch.device, shape: ImageShape) -> None:
+        self._model, self._name, self._device, self._shape = model, name, device, shape
         generator = torch.Generator().manual_seed(0)
-        first, second, third = (torch.randn(1, *IMAGE_SHAPE, generator=generator) for _ in range(3))
+        first, second, third = (torch.randn(1, *shape, generator=generator) for _ in range(3))
         self._images = torch.cat((first, second)).to(device)
         self._other_images = torch.cat((first, third)).to(device)
 
@@ -95,7 +100,9 @@ class _Trial:
         try:
             return self._model(images)
         except (Exception, SystemExit) as error:
-            self.refuse(f"it fails on images {tuple(images.shape)}: {error}")
+            self.refuse(
+                f"it fails on images {tuple(images.shape)}: {error}{shape_hint(self._name, self._shape)}"
+            )
 
     def drawn_from(self, compute: Callable[[], object]) -> tuple[str, ...]:
         """Return the names of the global generators from which `compute` draws."""

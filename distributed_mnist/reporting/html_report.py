@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from PIL import Image
 
 from ..common.atomic_write import written_aside
+from ..config import MNIST_SHAPE, ImageShape
 from ..errors import OutputError, reason, write_line
 from ..runs.layout import require_overwritable
 from ..runs.record import Record, read
@@ -82,11 +83,9 @@ def _template_values(record: Record) -> dict[str, Any]:
     last = record.evaluations[-1] if record.evaluations else None
     result = record.result if record.state == "finished" else None
     parts = report_data.parts_of_a_step(record)
-    mistakes = record.mistakes or {}
-    if (
-        last is None or mistakes.get("step") != last["step"]
-    ):  # none yet, or those of steps that were repeated
-        mistakes = {"mistakes": []}
+    mistakes = record.mistakes
+    if mistakes is None or last is None or mistakes["step"] != last["step"]:
+        mistakes = {"mistakes": [], "image_shape": MNIST_SHAPE}  # none yet, or those of repeated steps
     return {
         "name": report_data.name_of(record),
         "state": record.state,
@@ -102,7 +101,7 @@ def _template_values(record: Record) -> dict[str, Any]:
         "wrong": round(last["test_images"] * (1 - last["test_accuracy"])) if last else 0,
         "mistakes": [
             {
-                "picture": data_url(base64.b64decode(mistake["image"])),
+                "picture": data_url(base64.b64decode(mistake["image"]), mistakes["image_shape"]),
                 "label": record.class_name(mistake["label"]),
                 "predicted": record.class_name(mistake["predicted"]),
                 "confidence": mistake["confidence"],
@@ -117,8 +116,14 @@ def _template_values(record: Record) -> dict[str, Any]:
     }
 
 
-def data_url(pixels: bytes) -> str:
-    """Encode 28 by 28 grey bytes as the data URL of a PNG (RFC 2397), so that the page contains it."""
+def picture_of(pixels: bytes, shape: ImageShape) -> Image.Image:
+    """Return the picture with these bytes, `(h, w)` or in colour `(h, w, 3)`."""
+    channels, height, width = shape
+    return Image.frombytes("RGB" if channels == 3 else "L", (width, height), pixels)
+
+
+def data_url(pixels: bytes, shape: ImageShape) -> str:
+    """Encode a picture as the data URL of a PNG (RFC 2397), so that the page contains it."""
     file = io.BytesIO()
-    Image.frombytes("L", (28, 28), pixels).save(file, "PNG")
+    picture_of(pixels, shape).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

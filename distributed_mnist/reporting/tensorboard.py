@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from ..config import Recipe
+from ..config import ImageShape, Recipe
 from ..errors import reason
+from .html_report import picture_of
 
 _IMAGE_PIXELS, _CAPTION_PIXELS, _COLUMNS, _MAX_IMAGES = 56, 14, 8, 64
 
@@ -77,31 +78,39 @@ class TensorBoard:
         self._writer.add_scalar("accuracy/train", train_accuracy, step)
         self._writer.add_scalar("accuracy/test", test_accuracy, step)
 
-    def _on_mistakes(self, *, step: int, mistakes: list[dict[str, Any]]) -> None:
+    def _on_mistakes(self, *, step: int, image_shape: ImageShape, mistakes: list[dict[str, Any]]) -> None:
         if mistakes:
-            self._writer.add_image("mistakes", contact_sheet(mistakes, self._names), step, dataformats="HW")
+            sheet = contact_sheet(mistakes, image_shape, self._names)
+            self._writer.add_image("mistakes", sheet, step, dataformats="HWC" if sheet.ndim == 3 else "HW")
 
     def _on_end(self, *, result: dict[str, Any]) -> None:
         metrics = {f"end/{name}": result[name] for name in ("test_accuracy", "test_loss", "train_seconds")}
         self._writer.add_hparams(self._recipe.to_dict(), metrics, run_name=".")
 
 
-def contact_sheet(mistakes: Sequence[dict[str, Any]], names: Sequence[str]) -> NDArray[np.uint8]:
-    """Draw up to 64 mistakes as one grey image, `(height, width)`, each with its true > predicted label."""
+def contact_sheet(
+    mistakes: Sequence[dict[str, Any]], shape: ImageShape, names: Sequence[str]
+) -> NDArray[np.uint8]:
+    """Draw up to 64 mistakes as one image, `(height, width)` or `(height, width, 3)` as they are.
+
+    Each has its true > predicted label.
+    """
     shown = mistakes[:_MAX_IMAGES]
     columns = min(_COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
-    sheet = Image.new(
-        "L", (columns * (_IMAGE_PIXELS + 4), rows * (_IMAGE_PIXELS + _CAPTION_PIXELS + 4)), 60
-    )
+    width, height = columns * (_IMAGE_PIXELS + 4), rows * (_IMAGE_PIXELS + _CAPTION_PIXELS + 4)
+    grey = Image.new("L", (width, height), 60)
+    sheet = grey if shape[0] == 1 else grey.convert("RGB")
     draw = ImageDraw.Draw(sheet)
     for i, mistake in enumerate(shown):
         left, top = (
             i % columns * (_IMAGE_PIXELS + 4) + 2,
             i // columns * (_IMAGE_PIXELS + _CAPTION_PIXELS + 4) + 2,
         )
-        digit = Image.frombytes("L", (28, 28), base64.b64decode(mistake["image"]))
-        sheet.paste(digit.resize((_IMAGE_PIXELS, _IMAGE_PIXELS), Image.Resampling.NEAREST), (left, top))
+        picture = picture_of(base64.b64decode(mistake["image"]), shape)
+        scale = _IMAGE_PIXELS / max(picture.size)
+        size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+        sheet.paste(picture.resize(size, Image.Resampling.NEAREST), (left, top))
         caption = f"{names[mistake['label']][:4]} > {names[mistake['predicted']][:4]}"
-        draw.text((left + 2, top + _IMAGE_PIXELS + 1), caption, fill=255)
+        draw.text((left + 2, top + _IMAGE_PIXELS + 1), caption, fill="white")
     return np.asarray(sheet)

@@ -23,6 +23,7 @@ from ..common.atomic_write import written_aside
 from ..common.compute_platform import this_platform
 from ..common.digest import digest
 from ..common.regular_file import read_regular
+from ..config import MNIST_SHAPE
 from ..errors import CheckpointError, reason
 from ..optim.muon import Muon
 from ..optim.optimizers import Adam, Optimizer
@@ -30,14 +31,15 @@ from . import original_format
 from .untrusted import require_bounded, sanitize
 
 FORMAT = 1
+_MAX_SIDE = 1 << 16  # pixels
 _MAX_BYTES = 16 << 30  # Adam's state of a model with a billion parameters
 
 _ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}  # Adam's state for one parameter
 
 Content = dict[str, Any]
 """A checkpoint in memory. Keys: `format`, `model` (raw state dict), `optimizer`, `step`, `best_accuracy`,
-`samples_sha256`, `totals`, `train_seconds`, `recipe`, `dataset` (name, classes, class_names, mean,
-std, sha256), `steps_per_epoch`, `versions`."""
+`samples_sha256`, `totals`, `train_seconds`, `recipe`, `dataset` (name, class_names, image_shape, mean, std,
+sha256), `steps_per_epoch`, `versions`."""
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "model": dict,
@@ -55,6 +57,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 _DATASET_TYPES: dict[str, type | tuple[type, ...]] = {
     "name": str,
     "class_names": list,
+    "image_shape": list,
     "mean": float,
     "std": float,
     "sha256": str,
@@ -121,19 +124,27 @@ def decode(data: bytes, name: str) -> Content:
         shown = repr(version) if printable else f"a {type(version).__name__}"
         raise CheckpointError(f"{name} has format {shown}; this version reads {FORMAT}")
     _require_types(loaded, _TYPES, name)
-    _require_types(loaded["dataset"], _DATASET_TYPES, name)
+    loaded["dataset"].setdefault("image_shape", list(MNIST_SHAPE))  # earlier versions had no other
+    _require_dataset(loaded["dataset"], name)
     _require_types(loaded["totals"], _TOTALS_TYPES, name)
-    valid_names = all(isinstance(class_name, str) for class_name in loaded["dataset"]["class_names"])
-    mean, std = loaded["dataset"]["mean"], loaded["dataset"]["std"]
-    if not valid_names or not math.isfinite(mean) or not 0 < std < math.inf:
-        raise CheckpointError(
-            f"{name} has invalid class names, or an invalid mean or deviation of the pixels"
-        )
     if not all(isinstance(text, str) for pair in loaded["versions"].items() for text in pair):
         raise CheckpointError(f"{name} has versions that are not text")
     if not 0 <= loaded["step"] < 2**63 or not re.fullmatch("[0-9a-f]{64}", loaded["samples_sha256"]):
         raise CheckpointError(f"{name} has an invalid step or sample digest")
     return loaded
+
+
+def _require_dataset(dataset: dict[Any, Any], name: str) -> None:
+    """Raise `CheckpointError` unless the description of a data set has valid values."""
+    _require_types(dataset, _DATASET_TYPES, name)
+    valid_names = all(isinstance(class_name, str) for class_name in dataset["class_names"])
+    if not valid_names or not math.isfinite(dataset["mean"]) or not 0 < dataset["std"] < math.inf:
+        raise CheckpointError(
+            f"{name} has invalid class names, or an invalid mean or deviation of the pixels"
+        )
+    shape = dataset["image_shape"]
+    if len(shape) != 3 or not all(type(size) is int and 0 < size <= _MAX_SIDE for size in shape):
+        raise CheckpointError(f"{name} has an invalid shape of the images")
 
 
 def _require_types(values: dict[Any, Any], types: dict[str, type | tuple[type, ...]], name: str) -> None:
@@ -169,6 +180,12 @@ def write(path: Path, data: bytes) -> None:
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], name: str) -> None:
     """Load a state dict into a model. Raises `CheckpointError` if it belongs to a different model."""
+    require_weights(model, weights, name)
+    model.load_state_dict(weights)
+
+
+def require_weights(model: nn.Module, weights: dict[str, torch.Tensor], name: str) -> None:
+    """Raise `CheckpointError` unless a state dict has the names, shapes and types of a model's."""
     expected = model.state_dict()
     different = sorted(map(str, expected.keys() ^ weights.keys()))
     if different:
@@ -182,7 +199,6 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], name: str) 
         for found, needed in (shapes, (weights[key].dtype, value.dtype)):
             if found != needed:
                 raise CheckpointError(f"{name} is from a different model: {key} is {found}, not {needed}")
-    model.load_state_dict(weights)
 
 
 def load_optimizer(

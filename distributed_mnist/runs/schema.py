@@ -5,9 +5,12 @@ what a type cannot express. This module does not import torch, because the comma
 is imported.
 """
 
+import math
 from typing import Annotated
 
 from msgspec import UNSET, Meta, Struct, UnsetType
+
+from ..config import MNIST_SHAPE
 
 # ---- Types of values -------------------------------------------------------------------------------------
 
@@ -22,8 +25,8 @@ Time = Annotated[float, Meta(ge=0, le=250_000_000_000)]
 """Seconds since 1970, up to about the year 9900."""
 Epoch = Annotated[float, Meta(ge=1e-9, le=1e9)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", max_length=64)]  # `$` admits a line end
-Picture = Annotated[bytes, Meta(min_length=28 * 28, max_length=28 * 28)]
-"""The pixels of an image, in base64 in the file."""
+Shape = tuple[Positive, Positive, Positive]
+"""Channels, height and width of an image."""
 StepSeconds = Annotated[float, Meta(ge=-1, le=1e9)]
 """Seconds per step: a difference of two clocks, which rounding can make slightly negative."""
 Scalar = str | int | Number | bool | None
@@ -39,6 +42,8 @@ class DatasetFields(Struct):
     mean: Number
     std: Number
     sha256: Sha256
+    image_shape: Shape | UnsetType = UNSET
+    """Earlier versions did not write it."""
     source: str | UnsetType = UNSET
 
 
@@ -108,7 +113,8 @@ class MistakeFields(Struct):
     label: Count
     predicted: Count
     confidence: Share
-    image: Picture
+    image: bytes
+    """The pixels `(h, w)`, or in colour `(h, w, 3)`, in base64 in the file."""
 
 
 class MistakesFields(Struct):
@@ -116,6 +122,14 @@ class MistakesFields(Struct):
 
     step: Count
     mistakes: list[MistakeFields]
+    image_shape: Shape = MNIST_SHAPE
+    """Earlier versions did not write it."""
+
+    def __post_init__(self) -> None:
+        if self.image_shape[0] not in (1, 3):
+            raise ValueError("Expected 1 or 3 channels in `image_shape`")
+        if any(len(mistake.image) != math.prod(self.image_shape) for mistake in self.mistakes):
+            raise ValueError("Expected images of the shape in `image_shape`")
 
 
 class GroupFields(Struct):

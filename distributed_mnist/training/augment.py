@@ -12,12 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..common.random_keys import random_bits, uniform
-from ..config import Recipe
-
-_SIDE = 28
+from ..config import ImageShape, Recipe
 
 
-def draw_transforms(recipe: Recipe, step: int, count: int) -> NDArray[np.float32] | None:
+def draw_transforms(recipe: Recipe, step: int, count: int, shape: ImageShape) -> NDArray[np.float32] | None:
     """Draw the maps from output to input coordinates for the `count` images of a step.
 
     Returns float32 `(count, 2, 3)` in the form that `torch.nn.functional.affine_grid` takes, or None if
@@ -28,16 +26,19 @@ def draw_transforms(recipe: Recipe, step: int, count: int) -> NDArray[np.float32
     draws = uniform(random_bits(4 * count, "augment", recipe.seed, step)).reshape(count, 4) * 2 - 1
     angle = draws[:, 0] * math.radians(recipe.rotate)
     zoom = 1 + draws[:, 1] * recipe.scale
+    _, height, width = shape
     transforms = np.zeros((count, 2, 3), dtype=np.float32)
+    # Coordinates run from -1 to 1 across the image, so a pixel is 2 / width or 2 / height.
     transforms[:, 0, 0] = transforms[:, 1, 1] = np.cos(angle) / zoom
-    transforms[:, 0, 1] = -np.sin(angle) / zoom
-    transforms[:, 1, 0] = np.sin(angle) / zoom
-    transforms[:, :, 2] = draws[:, 2:] * recipe.shift * 2 / _SIDE  # coordinates run from -1 to 1
+    transforms[:, 0, 1] = -np.sin(angle) / zoom * (height / width)
+    transforms[:, 1, 0] = np.sin(angle) / zoom * (width / height)
+    transforms[:, 0, 2] = draws[:, 2] * recipe.shift * 2 / width
+    transforms[:, 1, 2] = draws[:, 3] * recipe.shift * 2 / height
     return transforms
 
 
 def apply_transforms(images: Tensor, transforms: Tensor) -> Tensor:
-    """Resample float images `(n, 1, 28, 28)` bilinearly; pixels from outside are 0, the background."""
+    """Resample float images `(n, channels, h, w)` bilinearly; pixels from outside are 0, the background."""
     if not len(images):  # affine_grid refuses an empty batch
         return images
     grid = F.affine_grid(transforms, list(images.shape), align_corners=False)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..common.random_keys import permutation
 from ..config import Recipe
-from ..data.split import Split, normalise
+from ..data.split import Split, as_stored, channels_first, normalise
 from ..gradients.tree_sum import shard_sizes
 from .augment import apply_transforms, draw_transforms
 
@@ -26,7 +26,7 @@ class Batch:
     """Contiguous shards of a global batch: `m` samples, at positions `start .. start + m - 1` in it."""
 
     images: Tensor
-    """float32 `(m, 1, 28, 28)`, normalised."""
+    """float32 `(m, channels, h, w)`, normalised."""
     labels: Tensor
     """int64 `(m,)`."""
     ids: NDArray[np.int64]
@@ -86,7 +86,7 @@ class Batches:
         labels = self._split.labels.index_select(0, indices).long()
         if self._transforms is not None:
             transforms = self._transforms[start:stop].clone()
-            images = apply_transforms(images.unsqueeze(1).float(), transforms).squeeze(1)
+            images = as_stored(apply_transforms(channels_first(images).float(), transforms))
         images = normalise(images, self._mean, self._std)
         return Batch(images, labels, self._order[rows], start)
 
@@ -97,6 +97,6 @@ class Batches:
             self._order_on_device = torch.from_numpy(self._order).to(device)
             self._epoch = epoch
         if step != self._step:
-            transforms = draw_transforms(self._recipe, step, self.size(step))
+            transforms = draw_transforms(self._recipe, step, self.size(step), self._split.image_shape)
             self._transforms = None if transforms is None else torch.from_numpy(transforms).to(device)
             self._step = step

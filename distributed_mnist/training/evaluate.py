@@ -27,6 +27,7 @@ from ..models.build import forward, same_modes
 CHUNK = 250  # divides 10,000 into 40: fits a core's cache, and leaves each of 8 ranks 5
 MAX_MISTAKES = 200
 """The maximum number of mistakes to list."""
+_MAX_PICTURE_BYTES = 4 << 20  # of all listed mistakes, which the report contains
 
 
 @dataclass(frozen=True)
@@ -136,9 +137,10 @@ def _require_same_logits(
 def mistakes(result: Evaluation, split: Split) -> list[dict[str, Any]]:
     """Return the mistakes of an evaluation of `split` as plain values, the most confident ones first.
 
-    There are at most `MAX_MISTAKES`. Each has `index` (in the split), `label`, `predicted`, `confidence`
-    (in the wrong class, 0 to 1) and `image` (28 by 28 bytes, in base64).
+    There are at most `MAX_MISTAKES`, or fewer if the images are large. Each has `index` (in the split),
+    `label`, `predicted`, `confidence` (in the wrong class, 0 to 1) and `image` (its bytes, in base64).
     """
+    most = max(1, min(MAX_MISTAKES, _MAX_PICTURE_BYTES // math.prod(split.image_shape)))
     labels = split.labels.cpu().long()
     wrong = (result.predicted != labels).nonzero().flatten()
     order = torch.argsort(result.confidence[wrong], descending=True, stable=True)
@@ -150,5 +152,5 @@ def mistakes(result: Evaluation, split: Split) -> list[dict[str, Any]]:
             "confidence": float(result.confidence[index]),
             "image": base64.b64encode(split.images[index].cpu().numpy().tobytes()).decode(),
         }
-        for index in wrong[order][:MAX_MISTAKES].tolist()
+        for index in wrong[order][:most].tolist()
     ]

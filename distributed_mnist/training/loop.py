@@ -284,7 +284,8 @@ def report_evaluation(state: State, context: TrainingContext, result: Evaluation
         confusion=result.confusion,
         best=is_best,
     )
-    report(context, "mistakes", step=state.step, mistakes=mistakes(result, context.data.test))
+    found = mistakes(result, context.data.test)
+    report(context, "mistakes", step=state.step, image_shape=context.data.image_shape, mistakes=found)
     return is_best
 
 

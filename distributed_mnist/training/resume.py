@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..common.compute_platform import differences
-from ..config import Recipe, Run, flag
+from ..config import Recipe, Run, describe_shape, flag
 from ..data.broadcast import Data
 from ..distributed.world import World
 from ..errors import CheckpointError
@@ -136,6 +136,8 @@ def data_differences(there: dict[str, Any], data: Data) -> str | None:
 
     The names of the data set and of its classes do not change the weights.
     """
+    if (shape := tuple(there["image_shape"])) != data.image_shape:
+        return f"images of {describe_shape(shape)}, but here they are {describe_shape(data.image_shape)}"
     if there["sha256"] != data.sha256:
         pair = f"{there['name']} {there['sha256'][:12]}… there, {data.name} {data.sha256[:12]}… here"
         return f"different data: {pair}"

@@ -143,8 +143,8 @@ def find_functions(recipe: Recipe) -> None:
 
 def make_state(world: World, recipe: Recipe, data: Data) -> tuple[State, ModelProperties]:
     """Make the model with its initial weights, and the optimizer. Return also the model's properties."""
-    classes = len(data.class_names)
-    model, properties = world.on_every_rank(lambda: make_model(recipe, classes, world.device))
+    classes, shape = len(data.class_names), data.image_shape
+    model, properties = world.on_every_rank(lambda: make_model(recipe, classes, world.device, shape))
     optimizer = world.on_every_rank(lambda: make_optimizer(recipe, model))
     return State(model, optimizer), properties
 

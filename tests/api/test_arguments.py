@@ -67,7 +67,7 @@ CALLS: dict[str, tuple[Any, str]] = {
     ),
     "sizes": (
         lambda: train(dataset=changed(train_images=GIVEN.train_images[:, :20])),
-        r"train_images must be of shape \(n, 28, 28\), not \(32, 20, 28\)",
+        "test_images: images of 28 by 28, but train_images has images of 28 wide and 20 high",
     ),
     "counts": (
         lambda: train(dataset=changed(train_labels=GIVEN.train_labels[:3])),

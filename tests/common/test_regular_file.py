@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from distributed_mnist.common.regular_file import read_regular
+from distributed_mnist.config import MNIST_SHAPE
 from distributed_mnist.errors import CheckpointError, DataError, UsageError
 from distributed_mnist.inference import predict
 from distributed_mnist.inference.image_files import read_grey
@@ -32,7 +33,7 @@ def test_a_checkpoint(endless: Path) -> None:
 def test_a_picture(endless: Path) -> None:
     with pytest.raises(DataError, match=r"it\.png: not a file$"):
         read_grey(endless)
-    assert list(predict._read_pictures([endless], "auto")) == [f"{endless}: not a file"]
+    assert list(predict._read_pictures([endless], MNIST_SHAPE, "auto")) == [f"{endless}: not a file"]
 
 
 def test_the_metrics_of_a_run(endless: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from ranks import REPOSITORY
 
@@ -480,6 +481,75 @@ def test_written_files_are_read_back_and_never_replace_others(tmp_path: Path) ->
     with pytest.raises(DataError, match=r"train-images-idx3-ubyte: holds other data"):
         datasets.write(other, tmp_path / "new")
     assert len(list((tmp_path / "new").iterdir())) == 4
+
+
+def resized(arrays: Arrays, *shape: int) -> Arrays:
+    """Replace the images by others of this shape."""
+    rng = np.random.default_rng(7)
+    images: Arrays = {
+        "train_images": rng.integers(0, 256, (len(arrays["train_images"]), *shape), np.uint8),
+        "test_images": rng.integers(0, 256, (len(arrays["test_images"]), *shape), np.uint8),
+    }
+    return arrays | images
+
+
+@pytest.mark.parametrize(
+    ("stored", "shape"), [((20, 20), (1, 20, 20)), ((64, 48, 3), (3, 64, 48)), ((8, 9), (1, 8, 9))]
+)
+def test_images_of_any_size_and_colour(
+    tmp_path: Path, stored: tuple[int, ...], shape: tuple[int, int, int]
+) -> None:
+    own: Any = resized(small(), *stored)
+    given = from_arrays(**own)
+    assert given.image_shape == shape
+    paths = datasets.write(given, tmp_path)
+    assert [path.name for path in paths[::2]] == [
+        f"{part}-images-idx{len(stored) + 1}-ubyte.gz" for part in ("train", "t10k")
+    ]
+    assert all(found.ok for found in datasets.check("idx", tmp_path))
+    loaded = datasets.load("idx", tmp_path)
+    for role, array in own.items():
+        np.testing.assert_array_equal(loaded.arrays()[role], array)
+        np.testing.assert_array_equal(given.arrays()[role], array)
+    assert (loaded.mean, loaded.std) == datasets.pixel_statistics(own["train_images"])
+    tensors = {role: torch.from_numpy(array) for role, array in own.items()}
+    for role in ("train_images", "test_images"):
+        images = tensors[role]
+        tensors[role] = images.permute(0, 3, 1, 2) if images.ndim == 4 else images[:, None]
+    first: Any = tensors
+    np.testing.assert_array_equal(from_arrays(**first).train_images, own["train_images"])
+
+
+@pytest.mark.parametrize(
+    ("stored", "problem"),
+    [
+        ((27, 0), "the images have no pixels"),
+        ((32, 3), "this is one image in colour, without a dimension for several"),
+        ((784,), "each image needs its height and width as dimensions"),
+        ((3, 20, 24), "the colours must be the last dimension"),
+        ((20, 24, 4), "leave out the fourth channel (transparency)"),
+        ((20, 24, 1), "leave out the last dimension"),
+        ((20, 24, 2), "there are 2 channels"),
+    ],
+)
+def test_what_images_cannot_be(tmp_path: Path, stored: tuple[int, ...], problem: str) -> None:
+    paths = put(tmp_path, ENTRIES["idx"], resized(small(), *stored))
+    shape = f"({', '.join(map(str, (30, *stored)))})"
+    wanted = "uint8 (n, height, width), or in colour (n, height, width, 3)"
+    text = f"holds uint8 {shape}, images are {wanted}: {problem}"
+    assert refusal("idx", tmp_path) == f"{paths['train_images']}: {text}"
+    assert datasets.check("idx", tmp_path)[0].verdict == text
+
+
+def test_test_images_have_the_shape_of_the_training_images(tmp_path: Path) -> None:
+    own: Any = resized(small(), 20, 24, 3) | {"test_images": np.zeros((20, 20, 24), "u1")}
+    paths = put(tmp_path, ENTRIES["idx"], own)
+    text = "images of 24 wide and 20 high, but {} has images of 24 wide and 20 high in colour"
+    expected = text.format("train-images-idx3-ubyte")
+    assert refusal("idx", tmp_path) == f"{paths['test_images']}: {expected}"
+    assert datasets.check("idx", tmp_path)[2].verdict == expected
+    with pytest.raises(DataError, match=f"^test_images: {text.format('train_images')}$"):
+        from_arrays(**own)
 
 
 def test_pixel_statistics_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:

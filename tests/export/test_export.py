@@ -26,12 +26,12 @@ from torch import nn
 from warm import here
 
 from distributed_mnist.common.digest import digest
-from distributed_mnist.config import Recipe
+from distributed_mnist.config import MNIST_SHAPE, Recipe
 from distributed_mnist.data.generated import draw
 from distributed_mnist.errors import OutputError, UsageError, VerificationError
 from distributed_mnist.export import command
 from distributed_mnist.export.check import BATCHES
-from distributed_mnist.export.inference_module import INPUT, InferenceModule
+from distributed_mnist.export.inference_module import InferenceModule, describe_input
 from distributed_mnist.inference.trained import Trained, find_checkpoint, restore
 from distributed_mnist.models.build import build
 from distributed_mnist.models.zoo import MODELS
@@ -138,7 +138,7 @@ def test_every_model_in_every_format(
 ) -> None:
     exported = every_format(model)  # the first use of the fixture in this file, so all it says is seen here
     assert capfd.readouterr().err == ""
-    assert INPUT in exported.said
+    assert describe_input(MNIST_SHAPE) in exported.said
     assert [line.partition(":")[0] for line in exported.said.splitlines()[:3]] == [
         str(exported.folder / FILES[name]) for name in FORMATS
     ]
@@ -161,7 +161,7 @@ def test_every_model_in_every_format(
         assert json.loads(about["class_names"]) == list("abcdefg")
         assert (float(about["mean"]), float(about["std"])) == (0.25, 0.4)
         assert about["weights_sha256"] == digest(weights)
-        assert about["input"] == INPUT
+        assert about["input"] == describe_input(MNIST_SHAPE)
         assert about["producer"].startswith("dmnist export ")
 
 
@@ -321,7 +321,7 @@ def test_weights_that_are_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyP
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             return super().forward(input.flatten(1)) * float("nan")
 
-    monkeypatch.setitem(MODELS, "linear", lambda classes: Broken(784, classes))
+    monkeypatch.setitem(MODELS, "linear", lambda classes, _: Broken(784, classes))
     save(tmp_path, "linear")
     with pytest.raises(VerificationError, match="not finite"):
         export(tmp_path, format=("torch",))
@@ -383,7 +383,7 @@ def test_the_documents_examples_run_without_us(run: tuple[Path, dict[str, Any]])
     out, _ = run
     export(out, format=("torch", "safetensors"))
     trained = restore(find_checkpoint(out), model=None, device=torch.device("cpu"))
-    in_fp32 = InferenceModule(trained.network, trained.mean, trained.std)
+    in_fp32 = InferenceModule(trained.network, trained.mean, trained.std, trained.image_shape)
     images = draw(40, "documents")[0]
     np.save(out / "images.npy", images)
     best = in_fp32(torch.from_numpy(images)).argmax(1)

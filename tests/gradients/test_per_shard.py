@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from distributed_mnist.common.placement import ALONE
-from distributed_mnist.config import Precision
+from distributed_mnist.config import MNIST_SHAPE, Precision
 from distributed_mnist.distributed.world import World
 from distributed_mnist.gradients.all_reduce import TreeGradients
 from distributed_mnist.gradients.batch_invariance import is_batch_invariant, matches_autograd
@@ -23,7 +23,7 @@ from distributed_mnist.gradients.loss import cross_entropy
 from distributed_mnist.gradients.per_shard import HookedLayers
 from distributed_mnist.models.build import build, forward, place
 from distributed_mnist.models.patch_conv import PatchConv
-from distributed_mnist.models.zoo import IMAGE_SHAPE, MODELS, NarrowLinear
+from distributed_mnist.models.zoo import MODELS, NarrowLinear
 
 WORLD = World(ALONE, torch.device("cpu"), "none")
 SMALL = (2, 8, 9)
@@ -447,7 +447,7 @@ def test_the_programs_own_models_are_supported(name: str) -> None:
     """This includes `cnn-small`, whose last layer starts at zero and hides the layers before it."""
     model = place(build(name, 10, seed=0), torch.device("cpu"))
     before = [p.clone() for p in model.parameters()]
-    assert matches_autograd(model, IMAGE_SHAPE)
+    assert matches_autograd(model, MNIST_SHAPE)
     assert all(map(torch.equal, before, model.parameters()))
     assert all(p.grad is None for p in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
@@ -502,15 +502,15 @@ def test_what_is_said_to_be_batch_invariant_is(
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.02)
     forward_pass = partial(forward, precision=precision)
-    if is_batch_invariant(model, forward_pass, IMAGE_SHAPE, sizes):
+    if is_batch_invariant(model, forward_pass, MNIST_SHAPE, sizes):
         rounds = 1 if name in SLOW else ROUNDS
-        assert not differing(model, forward_pass, IMAGE_SHAPE, 10, sizes, rounds)
+        assert not differing(model, forward_pass, MNIST_SHAPE, 10, sizes, rounds)
 
 
 def test_the_fast_recipes_shards_go_together() -> None:
     """This makes it fast. If no shards went together, the test above would test nothing."""
     model = place(build("cnn-small", 10, seed=0), torch.device("cpu"))
-    assert is_batch_invariant(model, partial(forward, precision="bf16"), IMAGE_SHAPE, [64] * 8)
+    assert is_batch_invariant(model, partial(forward, precision="bf16"), MNIST_SHAPE, [64] * 8)
 
 
 class Company(Head):

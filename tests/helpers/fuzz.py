@@ -228,7 +228,14 @@ def content() -> dict[str, Any]:
         "totals": {"loss": 1.5, "correct": 3, "images": 8},
         "train_seconds": 0.5,
         "recipe": {"lr": 1e-3, "model": "linear"},
-        "dataset": {"name": "idx", "class_names": ["0"], "mean": 0.1, "std": 0.3, "sha256": "cd"},
+        "dataset": {
+            "name": "idx",
+            "class_names": ["0"],
+            "image_shape": [1, 28, 28],
+            "mean": 0.1,
+            "std": 0.3,
+            "sha256": "cd",
+        },
         "steps_per_epoch": 9,
         "versions": {"torch": "2"},
     }

@@ -158,7 +158,7 @@ def test_as_text() -> None:
     pixels = np.zeros((28, 28), np.uint8)
     pixels[0, :4] = [0, 255, 0, 255]
     pixels[1, :4] = [0, 0, 255, 255]
-    lines = as_text(pixels).split("\n")
+    lines = as_text(pixels).plain.split("\n")
     assert lines == [" ▀▄█", *[""] * 13]
 
 
@@ -214,7 +214,7 @@ def test_errors_name_what_is_wrong(run: Path, tmp_path: Path) -> None:
     idx.write(tmp_path / "labels", np.zeros(5, np.uint8))
     ended = here("predict", run, tmp_path / "labels", "--device", "cpu")
     assert ended.code == 3
-    assert "not images of 28 by 28" in ended.stderr
+    assert "not uint8 images of 28 by 28" in ended.stderr
     assert "needs pictures" in here("predict", run).stderr
 
 

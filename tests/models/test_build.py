@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from distributed_mnist.common import process_state
-from distributed_mnist.config import Recipe
+from distributed_mnist.config import ImageShape, Recipe
 from distributed_mnist.errors import UsageError
 from distributed_mnist.models.build import build, make_model, place
 from distributed_mnist.models.inspection import ModelProperties, inspect
-from distributed_mnist.models.zoo import MODELS
+from distributed_mnist.models.zoo import MODELS, Enlarged
 from distributed_mnist.user_code.functions import registered
 
 CPU = torch.device("cpu")
@@ -551,3 +551,52 @@ def test_no_such_model(name: str) -> None:
         f"there is no model {name!r};{hint} "
         "there are linear, mlp, cnn, cnn-small, cnn-large, or package.module:factory"
     )
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 20, 20), (3, 32, 32), (3, 21, 27), (3, 64, 48)])
+def test_networks_take_images_of_any_size(shape: ImageShape) -> None:
+    for name in MODELS:
+        model = build(name, 3, 0, shape)
+        images = torch.randn(2, *shape)
+        assert model.train()(images).shape == model.eval()(images).shape == (2, 3)
+
+
+def test_small_images_are_enlarged_by_repeating_pixels() -> None:
+    images = torch.arange(12.0).view(1, 1, 3, 4)
+    enlarged = Enlarged((1, 3, 4))
+    assert enlarged.shape == (1, 21, 28)
+    assert torch.equal(enlarged(images)[0, 0], torch.kron(images[0, 0], torch.ones(7, 7)))
+    assert Enlarged((1, 28, 20))(images) is images
+
+
+@pytest.mark.parametrize(
+    ("factory", "given"),
+    [
+        (lambda classes, shape: Flat(len(shape)), 3),
+        (lambda classes, *, shape=None: Flat(shape[0]), 1),
+        (lambda classes, width=4: Flat(width), 4),
+        (lambda classes, **others: Flat(7 + len(others)), 7),
+    ],
+)
+def test_a_factory_gets_the_shape_if_it_has_a_parameter_for_it(
+    factory: Callable[..., nn.Module], given: int
+) -> None:
+    with registered({"own:factory": factory}):
+        assert build("own:factory", 5, 0)(torch.zeros(1, 1, 28, 28)).shape == (1, given)
+
+
+@pytest.mark.parametrize(
+    ("factory", "advice"),
+    [
+        (Flat, "; let its factory take a second parameter, shape, which is (channels, height, width)"),
+        (lambda classes, shape: Flat(classes), ""),
+    ],
+)
+def test_a_network_for_other_images_is_refused(factory: Callable[..., nn.Module], advice: str) -> None:
+    recipe = Recipe(model="own:factory")
+    with registered({"own:factory": factory}), pytest.raises(UsageError) as caught:
+        make_model(recipe, 10, CPU, (3, 32, 32))
+    start = (
+        "--model own:factory: it fails on images (2, 3, 32, 32): mat1 and mat2 shapes cannot be multiplied"
+    )
+    assert str(caught.value) == f"{start} (2x3072 and 784x10){advice}"

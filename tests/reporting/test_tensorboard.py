@@ -10,6 +10,7 @@ import pytest
 from ranks import DMNIST, Program, dmnist, free_port
 
 from distributed_mnist.cli.parser import parse
+from distributed_mnist.config import MNIST_SHAPE
 from distributed_mnist.errors import UsageError
 from distributed_mnist.reporting.tensorboard import contact_sheet
 from distributed_mnist.runs.record import read
@@ -67,7 +68,7 @@ def test_the_weights_do_not_depend_on_tensorboard(digits: Path, tmp_path: Path) 
 
 def test_a_sheet_of_mistakes(digits: Path, tmp_path: Path) -> None:
     mistake = {"image": "//8=" + "A" * 1044, "label": 0, "predicted": 1}
-    sheet = contact_sheet([{**mistake, "image": "/" * 1044 + "/w=="}] * 9, ["0", "1"])
+    sheet = contact_sheet([{**mistake, "image": "/" * 1044 + "/w=="}] * 9, MNIST_SHAPE, ["0", "1"])
     assert sheet.shape == (2 * 74, 8 * 60)
     assert (sheet[2:58, 2:58] == 255).all()
     assert len(set(sheet[60:72, 2:58].ravel())) > 1  # something is written

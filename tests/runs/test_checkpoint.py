@@ -65,6 +65,7 @@ def content(**changes: Any) -> dict[str, Any]:
         "dataset": {
             "name": "generated",
             "class_names": ["0", "1"],
+            "image_shape": [1, 28, 28],
             "mean": 0.1,
             "std": 0.3,
             "sha256": "cd",

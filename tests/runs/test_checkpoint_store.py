@@ -34,7 +34,14 @@ def pack(step: int) -> Callable[[], dict[str, Any]]:
         "totals": {"loss": 1.5, "correct": 3, "images": 8},
         "train_seconds": 0.5,
         "recipe": {},
-        "dataset": {"name": "idx", "class_names": [], "mean": 0.1, "std": 0.3, "sha256": "cd"},
+        "dataset": {
+            "name": "idx",
+            "class_names": [],
+            "image_shape": [1, 28, 28],
+            "mean": 0.1,
+            "std": 0.3,
+            "sha256": "cd",
+        },
         "steps_per_epoch": 9,
         "versions": {},
     }

@@ -89,7 +89,14 @@ def ours() -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Any]]:
         "totals": {"loss": 0.0, "correct": 0, "images": 0},
         "train_seconds": 1.5,
         "recipe": CLASSIC.to_dict(),
-        "dataset": {"name": "mnist", "class_names": [], "mean": 0.1, "std": 0.3, "sha256": "cd"},
+        "dataset": {
+            "name": "mnist",
+            "class_names": [],
+            "image_shape": [1, 28, 28],
+            "mean": 0.1,
+            "std": 0.3,
+            "sha256": "cd",
+        },
         "steps_per_epoch": 7,
         "versions": {"torch": "2"},
     }

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from distributed_mnist.config import Recipe
+from distributed_mnist.config import MNIST_SHAPE, ImageShape, Recipe
 from distributed_mnist.training.augment import apply_transforms, draw_transforms
 
 NOISE = torch.from_numpy(np.random.default_rng(0).uniform(0, 255, (3, 1, 28, 28)).astype(np.float32))
@@ -18,8 +18,8 @@ def affine(*rows: list[float]) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.float32).expand(3, 2, 3).contiguous()
 
 
-def drawn(recipe: Recipe, step: int = 0, count: int = 5000) -> Any:
-    transforms = draw_transforms(recipe, step, count)
+def drawn(recipe: Recipe, step: int = 0, count: int = 5000, shape: ImageShape = MNIST_SHAPE) -> Any:
+    transforms = draw_transforms(recipe, step, count, shape)
     assert transforms is not None
     assert transforms.dtype == np.float32
     assert transforms.shape == (count, 2, 3)
@@ -27,7 +27,7 @@ def drawn(recipe: Recipe, step: int = 0, count: int = 5000) -> Any:
 
 
 def test_nothing_is_drawn_where_nothing_is_asked_for() -> None:
-    assert draw_transforms(Recipe(), 0, 10) is None
+    assert draw_transforms(Recipe(), 0, 10, MNIST_SHAPE) is None
 
 
 def test_the_identity_changes_nothing() -> None:
@@ -109,3 +109,19 @@ def test_keyed_by_seed_and_step() -> None:
     assert not np.array_equal(drawn(recipe.replace(seed=1), step=7, count=20), first)
     assert np.array_equal(drawn(recipe, step=7, count=9), first[:9])  # an image's own, whatever follows
     assert len(np.unique(first[:, :, 2])) == 40
+
+
+def test_pixels_move_alike_in_images_of_any_shape() -> None:
+    recipe = Recipe(shift=3.0, rotate=20.0, scale=0.2)
+    tall, square = drawn(recipe, count=50, shape=(3, 64, 48)), drawn(recipe, count=50)
+    per_pixel = np.array([2 / 48, 2 / 64])  # a pixel's width and height in coordinates from -1 to 1
+    in_pixels = tall[:, :, :2] * per_pixel / per_pixel[:, None]
+    np.testing.assert_allclose(in_pixels, square[:, :, :2], atol=1e-6)
+    np.testing.assert_allclose(tall[:, :, 2] / per_pixel, square[:, :, 2] * 14, atol=1e-5)
+
+
+def test_colours_move_together() -> None:
+    colours = NOISE[:, :, :20].expand(3, 3, 20, 28) * torch.tensor([1.0, 0.5, 0.25]).view(3, 1, 1)
+    moved = apply_transforms(colours, affine([0.9, 0.1, 0.2], [-0.1, 0.9, -0.1]))
+    assert torch.allclose(moved[:, 1], moved[:, 0] / 2)
+    assert torch.allclose(moved[:, 2], moved[:, 0] / 4)

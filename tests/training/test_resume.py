@@ -37,6 +37,7 @@ from ranks import (
 )
 
 import distributed_mnist as library
+from distributed_mnist.config import MNIST_SHAPE
 from distributed_mnist.data import datasets
 from distributed_mnist.errors import CheckpointError
 from distributed_mnist.runs.checkpoint import decode, encode
@@ -478,7 +479,8 @@ def test_other_normalisation_of_the_same_images_is_refused(tmp_path: Path) -> No
         ".pt was trained on the same images with different settings: mean 0.1307 there, 0.25 here, "
         "deviation 0.3081 there, 0.5 here; it was dataset='mnist', not idx"
     )
-    there, here = {**vars(given), "sha256": ""}, SimpleNamespace(**vars(given), sha256="")
+    there: dict[str, Any] = {**vars(given), "image_shape": [1, 28, 28], "sha256": ""}
+    here = SimpleNamespace(**{**there, "image_shape": MNIST_SHAPE})
     assert data_differences(there, cast(Any, here)) is None
     here.name, here.class_names = "other", tuple("abcdefghij")
     assert data_differences(there, cast(Any, here)) is None
@@ -486,4 +488,8 @@ def test_other_normalisation_of_the_same_images_is_refused(tmp_path: Path) -> No
     assert data_differences(there, cast(Any, here)) == (
         "the same images with different settings: number of classes 10 there, 11 here; "
         "it was --dataset generated, not other"
+    )
+    here.image_shape = (3, 32, 48)
+    assert data_differences(there, cast(Any, here)) == (
+        "images of 28 by 28, but here they are 48 wide and 32 high in colour"
     )
