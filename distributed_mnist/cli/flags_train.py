@@ -43,6 +43,11 @@ class Train(CommonFlags):
     tensorboard: tyro.conf.FlagCreatePairsOff[bool] = False
     """Also write TensorBoard event files to the run's folder."""
 
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Check everything and show what the run would do, without training, downloading or writing."""
+    summary: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Show the model layer by layer, without training: type, shape of the output, and parameters."""
+
     def __post_init__(self) -> None:
         """Raise `UsageError` for an unknown data set, invalid values, or flags that cannot be combined."""
         if self.tensorboard and find_spec("tensorboard") is None:

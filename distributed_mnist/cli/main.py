@@ -79,6 +79,8 @@ def _train(command: "Train") -> int:
     out = command.run.out or layout.new_folder(command.recipe)
     command = dataclasses.replace(command, run=dataclasses.replace(command.run, out=out))
     resume_flags = layout.resume_flags(out, command.ensemble)
+    if command.dry_run or command.summary:
+        return spawn.spawn(nproc, [spawn.Task(f"{_WORKERS}:train", _split_into_members(command, out)[0])])
     read = partial(prefetch.read, command.run, make_console(stderr=command.json))
     with prefetch.Prefetcher(read) as data:
         tasks = []

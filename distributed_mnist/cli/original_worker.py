@@ -33,10 +33,9 @@ from ..runs.original_format import to_original
 from ..training.batches import Batches
 from ..training.evaluate import evaluate
 from ..training.loop import require_same_weights, train
-from ..training.platforms import require_same_platform
+from ..training.platforms import require_same_platform, use_threads
 from ..training.resume import data_differences, platform_notice
 from ..training.state import ZERO_TOTALS, State, TrainingContext
-from ..training.threads import use_threads
 from .original_script import Options
 
 FOLDER = Path("checkpoints")  # in the current folder, as in the original

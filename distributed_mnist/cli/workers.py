@@ -24,6 +24,7 @@ from ..launcher.signals import StopSignals
 from ..reporting.console import make_console, print_json
 from ..runs.layout import resume_flags
 from ..training import run as training
+from .dry_run import Reader, print_plan
 from .flags_train import CommonFlags, Train, Verify
 from .flags_use import Doctor, Evaluate
 
@@ -41,18 +42,27 @@ def train(
 
     def body(world: World, signals: StopSignals) -> None:
         out, is_member = command.run.out, command.ensemble > 1
+        console = make_console(stderr=command.json)
+        dry_run = command.dry_run or command.summary
+        reader = Reader(command.run, console)
         result = training.run(
             world,
             command.settings,
             command.run,
             title=command.recipe,
-            console=make_console(stderr=command.json),
+            console=console,
             signals=signals,
-            read=_dataset_reader(command, prefetched),
+            read=reader if dry_run else _dataset_reader(command, prefetched),
             tensorboard=command.tensorboard,
+            dry_run=dry_run,
             resume_flags=resume_flags(out.parent, command.ensemble) if out and is_member else None,
         )
-        if not is_member:  # otherwise `vote` prints the result
+        if dry_run:
+            reader.correct(result)
+            _print_result(world, command, result)
+            if world.rank == 0 and not command.json:
+                print_plan(console, result, dry_run=command.dry_run, summary=command.summary)
+        elif not is_member:  # otherwise `vote` prints the result
             _print_result(world, command, result)
 
     return _run_in_group(placement, listener, body, command, exact=command.settings.sync == "tree")

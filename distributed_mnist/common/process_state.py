@@ -139,7 +139,7 @@ _CHOSEN = (
         (False, False),
     ),
 )
-"""Settings that a run chooses (`training.threads`)."""
+"""Settings that a run chooses (`training.platforms`)."""
 
 
 def _read_one(setting: _Setting) -> Any:

@@ -16,7 +16,7 @@ from pathlib import Path
 from ..common.atomic_write import flush_folder, remove_leftovers
 from ..errors import CheckpointError, OutputError, reason
 from .checkpoint import Content, decode, encode, read_bytes, snapshot, write
-from .layout import checkpoint_path, checkpoints_in, step_of
+from .layout import CHECKPOINTS, checkpoint_path, checkpoints_in, step_of
 
 _SLOW_WRITE_SECONDS = 60.0  # a slower write may never finish
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -139,7 +139,7 @@ class RunStore(BackgroundStore):
 
     def __init__(self, folder: Path, keep: int, every_seconds: float | None = None) -> None:
         super().__init__(every_seconds)
-        self._folder, self._keep = folder / "checkpoints", keep
+        self._folder, self._keep = folder / CHECKPOINTS, keep
         self._unwritten_best: bytes | None = None
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -191,15 +191,7 @@ class RunStore(BackgroundStore):
 
     def newest(self, warn: Callable[[str], None]) -> tuple[Path, bytes, int] | None:
         """See `Store`."""
-        for path in reversed(checkpoints_in(self._folder)):
-            try:
-                data = read_bytes(path)
-                step = decode(data, str(path))["step"]
-            except CheckpointError as error:
-                warn(f"{error}; trying the one before it")
-            else:
-                return path, data, step
-        return None
+        return newest_checkpoint(self._folder.parent, warn)
 
     def resumed_from(self, path: str, step: int) -> None:
         """See `Store`.
@@ -219,3 +211,19 @@ class RunStore(BackgroundStore):
             for path in earlier[: -self._keep]:
                 path.unlink()
             flush_folder(self._folder)
+
+
+def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> tuple[Path, bytes, int] | None:
+    """Return path, bytes and step of the newest undamaged checkpoint of the run in `folder`; None without.
+
+    `warn` is called with a message about each damaged one.
+    """
+    for path in reversed(checkpoints_in(folder / CHECKPOINTS)):
+        try:
+            data = read_bytes(path)
+            step = decode(data, str(path))["step"]
+        except CheckpointError as error:
+            warn(f"{error}; trying the one before it")
+        else:
+            return path, data, step
+    return None

@@ -5,6 +5,8 @@ system), one rank on that host keeps a copy of the checkpoints, so that losing a
 """
 
 import dataclasses
+import errno
+import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +17,10 @@ import torch
 from ..common.digest import digest
 from ..config import DATA_OPTIONS, Recipe, Run
 from ..distributed.world import World
-from ..errors import OutputError
+from ..errors import OutputError, reason
 from .checkpoint_store import NullStore, RunStore, Store
 from .layout import RUNS, checkpoints_in, new_folder, write_json
-from .lock import RunLock
+from .lock import RunLock, is_live
 from .run_files import read_group
 
 _LOCK_TIMEOUT = 30.0  # seconds for the last processes of a restarted group to end
@@ -113,6 +115,21 @@ def _refuse_used(path: Path, options: Run) -> None:
         raise OutputError(
             f"--out {path} already holds a run: add --resume auto to resume it, or choose another folder"
         )
+
+
+def require_usable(path: Path, options: Run) -> None:
+    """Raise `OutputError` if `open_folder` would, as far as this can be known without writing."""
+    try:
+        existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        if not existing.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise OutputError(f"--out {path}: {reason(error)}") from None
+    if is_live(path):
+        raise OutputError(f"--out {path} is in use by a live run")
+    _refuse_used(path, options)
 
 
 def open_store(world: World, options: Run, folder: RunFolder, every_seconds: float | None) -> Store:

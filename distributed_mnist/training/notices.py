@@ -2,12 +2,13 @@
 
 import torch
 
+from ..common import environment
+from ..common.placement import usable_cores
 from ..config import Recipe
 from ..data.broadcast import Data
 from ..distributed.world import World
 from ..runs.run_folder import RunFolder
 from .state import State, TrainingContext
-from .threads import oversubscription_warnings
 
 
 def log_start(
@@ -63,3 +64,13 @@ def empty_classes(data: Data) -> str | None:
         return None
     shown = ", ".join(empty[:4]) + (f" and {len(empty) - 4} more" if len(empty) > 4 else "")
     return f"no training image has the class {shown} (classes are counted from 0)"
+
+
+def oversubscription_warnings(world: World, threads: int) -> list[str]:
+    """Return a warning if this host's processes have more threads than cores, else nothing."""
+    wanted, cores = world.local_size * threads, usable_cores()
+    if world.device.type != "cpu" or wanted <= cores:
+        return []
+    if (names := environment.thread_binding()) and cores == 1:
+        return [f"{' and '.join(names)} may bind all processes to one core: unset it to use more cores"]
+    return [f"{world.local_size} processes share {cores} cores: same answer, slower than --nproc {cores}"]

@@ -1,10 +1,13 @@
-"""Compare the platforms of the ranks: with `tree`, all must choose the same kernels."""
+"""Make the ranks compute alike: with `tree`, all must use one thread and choose the same kernels."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
 
+import torch
+
 from ..common.compute_platform import differences, this_platform
 from ..common.digest import digest
+from ..common.placement import usable_cores
 from ..config import Sync
 from ..distributed.world import World
 from ..errors import UsageError
@@ -28,6 +31,20 @@ def require_same_platform(world: World, sync: Sync) -> list[str]:
         raise UsageError(f"{problem}: the weights would depend on which rank computes what; {_ADVICE}")
     problem = problem or _differing(world, asdict(here))
     return [f"{problem}: the last bits may depend on which rank computes what"] if problem else []
+
+
+def use_threads(world: World, sync: Sync) -> int:
+    """Set and return the number of intra-op threads of this process.
+
+    With `tree` this is one, because two threads would add in a different order. With `ddp` the processes on
+    a host share its cores.
+    """
+    threads = 1 if sync == "tree" else max(1, usable_cores() // world.local_size)
+    torch.set_num_threads(threads)
+    if world.device.type == "cuda" and sync == "tree":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+    return threads
 
 
 def _differing(world: World, platform: Mapping[str, str]) -> str | None:

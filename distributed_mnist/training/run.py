@@ -37,11 +37,11 @@ from ..user_code.functions import find
 from .batches import Batches
 from .loop import require_same_weights, train
 from .notices import add_place, log_start, start_notices
-from .platforms import require_same_platform
+from .plan import make_plan
+from .platforms import require_same_platform, use_threads
 from .results import write_results
 from .resume import read_requested_checkpoint, resume, run_config
 from .state import State, TrainingContext
-from .threads import use_threads
 
 
 @defined_state()
@@ -56,11 +56,13 @@ def run(
     read: Callable[[], Dataset],
     resume_flags: str | None = None,
     tensorboard: bool = False,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Train, and return what `--json` prints.
 
     `title` is the name of the recipe in messages. `read` returns the data set and is called on rank 0 only.
     `resume_flags` are the flags that resume the run; the default is `layout.resume_flags` for its folder.
+    With `dry_run`, do all that comes before the first file is written, and return `plan.make_plan`.
     Raises subclasses of `DmnistError`.
     """
     began = time.perf_counter()
@@ -75,6 +77,20 @@ def run(
     state, properties = make_state(world, recipe, data)
     loss = world.on_every_rank(lambda: make_loss(recipe, len(data.class_names), world.device))
     gradients = make_gradients(recipe, options, world, state.model, properties)
+    if dry_run:
+        return make_plan(
+            world,
+            options,
+            title,
+            state,
+            batches,
+            data,
+            recipe,
+            requested,
+            threads,
+            partial(start_lines, world, recipe, data, properties, title, threads),
+            unlike,
+        )
     save_steps, save_seconds = checkpoint_interval(options.checkpoint_every, batches.steps_per_epoch)
     folder = open_folder(world, options, recipe, title)
     try:
@@ -88,9 +104,14 @@ def run(
         world.on_rank_zero(
             lambda: write_config(folder.path, run_config(recipe, options, data, world.device)), NoneType
         )
-        tensorboard_sink = partial(make_tensorboard, folder.path, recipe, data, state.step)
         sink = world.on_every_rank(
-            lambda: make_sink(world, folder.path, store, console, tensorboard_sink if tensorboard else None)
+            lambda: make_sink(
+                world,
+                folder.path,
+                store,
+                console,
+                partial(make_tensorboard, folder.path, recipe, data, state.step) if tensorboard else None,
+            )
         )
     except BaseException:
         if folder.lock is not None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distributed_mnist.common import environment
-from distributed_mnist.training import threads
+from distributed_mnist.training import notices
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +41,9 @@ def test_binding_that_is_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_slowness_under_another_launcher_names_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     world: Any = SimpleNamespace(local_size=2, device=torch.device("cpu"))
-    monkeypatch.setattr(threads, "usable_cores", lambda: 1)
-    (warning,) = threads.oversubscription_warnings(world, 1)
+    monkeypatch.setattr(notices, "usable_cores", lambda: 1)
+    (warning,) = notices.oversubscription_warnings(world, 1)
     assert warning.startswith("OMP_PROC_BIND and GOMP_CPU_AFFINITY may bind all processes to one core")
     monkeypatch.setenv("OMP_PROC_BIND", "false")
-    (warning,) = threads.oversubscription_warnings(world, 1)
+    (warning,) = notices.oversubscription_warnings(world, 1)
     assert warning == "2 processes share 1 cores: same answer, slower than --nproc 1"
