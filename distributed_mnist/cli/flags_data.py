@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from ..config import require, require_count
 from ..data.catalog import require_name
+from ..errors import UsageError
 from .flags_train import CommonFlags
 
 
@@ -38,6 +40,32 @@ class Check(NamedDataset):
 
     data: Path = Path("data")
     """Folder to look in."""
+
+
+@dataclass(frozen=True)
+class Import(CommonFlags):
+    """Import a data set in another format, and write it as four IDX files for --dataset idx.
+
+    Reads NumPy's .npz (such as Keras' MNIST), CSV (such as Kaggle's), Parquet (such as the Hugging Face
+    hub's; needs pyarrow), torchvision's processed/*.pt, CIFAR's files, EMNIST's IDX files, and a folder of
+    pictures for each class.
+    """
+
+    source: tyro.conf.Positional[Path]
+    """File or folder to import. Its content tells the format."""
+    data: Path = Path("data")
+    """Folder to write to."""
+    test: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """File or folder with the test images, if they are not in SOURCE."""
+    test_fraction: float | None = None
+    """Fraction of the training images to take as test images, at random. The choice is always the same."""
+
+    def __post_init__(self) -> None:
+        """Raise `UsageError` for invalid values."""
+        fraction = self.test_fraction
+        require(fraction is None or 0 < fraction < 1, "test_fraction", "between 0 and 1", self)
+        if self.test is not None and self.test_fraction is not None:
+            raise UsageError("--test and --test-fraction exclude each other: give one of them")
 
 
 @dataclass(frozen=True)

@@ -186,6 +186,7 @@ _COMMANDS: dict[str, Callable[[Any], int]] = {
     "Export": partial(_call, "export.command", "run"),
     "Fetch": partial(_call, "cli.data_commands", "fetch"),
     "Check": partial(_call, "cli.data_commands", "check"),
+    "Import": partial(_call, "data_import.command", "run"),
     "Generate": partial(_call, "cli.data_commands", "generate"),
 }
 

@@ -14,7 +14,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 from ..config import DATA_OPTIONS, Recipe, Run
 from ..errors import UsageError
 from ..runs.run_files import config_in, find_recipe
-from .flags_data import Check, Fetch, Generate
+from .flags_data import Check, Fetch, Generate, Import
 from .flags_train import Bench, Train, Verify
 from .flags_use import Doctor, Evaluate, Export, Predict, Report, Watch
 from .home import expand_home
@@ -33,6 +33,7 @@ _METAVARS_BY_NAME = {
     "run": "RUN",
     "runs": "RUN [RUN ...]",
     "sections": "[SECTION ...]",
+    "source": "SOURCE",
 }
 
 COMMANDS: dict[str, Any] = {
@@ -45,10 +46,10 @@ COMMANDS: dict[str, Any] = {
     "verify": Verify,
     "doctor": Doctor,
     "bench": Bench,
-    "data": {"fetch": Fetch, "check": Check, "generate": Generate},
+    "data": {"fetch": Fetch, "check": Check, "import": Import, "generate": Generate},
 }
 """Command classes by name. A nested dictionary is a group of commands."""
-_GROUPS = {"data": "Download, check or generate data sets."}
+_GROUPS = {"data": "Download, check, import or generate data sets."}
 
 
 def parse(arguments: list[str]) -> Any:

@@ -19,6 +19,7 @@ _REQUIRED = {
     "predict": "a CHECKPOINT or a run's folder, and pictures",
     "watch": "a run's folder",
     "export": "a CHECKPOINT or a run's folder",
+    "data import": "a file or folder to import",
     "data generate": "a folder to write to",
 }
 _TRUTH_VALUES = ("true", "false", "yes", "no", "on", "off", "0", "1")

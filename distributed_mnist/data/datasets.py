@@ -5,7 +5,7 @@ to others. `fetch`, `check` and `write` implement `dmnist data fetch`, `check` a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..config import MNIST_SHAPE, ImageShape, shape_of
 from ..errors import DataError
-from . import decode, idx, locate
+from . import class_names, decode, idx, locate
 from . import download as downloading
 from .catalog import DIGITS, ENTRIES, MNIST_NAMES, ROLES, Entry, Role, require_name
 from .download import Progress, silent
@@ -128,26 +128,51 @@ def check(name: str, root: Path) -> list[FileCheck]:
 
 
 def write(dataset: Dataset, folder: Path, progress: Progress = silent) -> list[Path]:
+    """Write a data set's images and labels as `write_arrays` does."""
+    return write_arrays(dataset.arrays(), folder, progress)
+
+
+def write_arrays(
+    arrays: Mapping[Role, NDArray[np.uint8]],
+    folder: Path,
+    progress: Progress = silent,
+    *,
+    names: tuple[str, ...] = (),
+) -> list[Path]:
     """Write four gzipped IDX files under MNIST's names, which `load("idx", folder)` reads.
 
     Colour images have four dimensions, so `idx4` is in their names instead of `idx3`.
 
-    Never replaces an existing file that holds something else. Raises DataError.
+    `names` are those of the classes, if they are not 0, 1, 2, ... Never replaces an existing file that
+    holds something else. If it fails, it removes what it wrote. Raises DataError.
     """
     existing = locate.existing_files(ENTRIES["idx"], folder)
-    for role, array in dataset.arrays().items():
+    for role, array in arrays.items():
         if role in existing and idx.digest(idx.read(existing[role])) != idx.digest(array):
             raise DataError(f"{one_line(existing[role])}: holds other data; give a folder without it")
-    dimensions = f"idx{dataset.train_images.ndim}"
-    names = [f"{name.replace('idx3', dimensions)}.gz" for name in MNIST_NAMES]
-    paths = {role: folder / name for role, name in zip(ROLES, names, strict=True)} | existing
-    done, total = 0, sum(array.nbytes for array in dataset.arrays().values())
+    named = class_names.read(folder)
+    if named not in (None, names):
+        path = one_line(folder / class_names.FILE)
+        raise DataError(f"{path}: holds other names; give a folder without it")
+    dimensions = f"idx{arrays['train_images'].ndim}"
+    files = [f"{name.replace('idx3', dimensions)}.gz" for name in MNIST_NAMES]
+    paths = {role: folder / name for role, name in zip(ROLES, files, strict=True)} | existing
+    done, total = 0, sum(array.nbytes for array in arrays.values())
     progress("writing files", done, total)
-    for role, array in dataset.arrays().items():
-        if role not in existing:
-            idx.write(paths[role], array)
-        done += array.nbytes
-        progress("writing files", done, total)
+    written: list[Path] = []
+    try:
+        if names and not named:
+            written.append(class_names.write(folder, names))
+        for role, array in arrays.items():
+            if role not in existing:
+                idx.write(paths[role], array)
+                written.append(paths[role])
+            done += array.nbytes
+            progress("writing files", done, total)
+    except BaseException:
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
     return [paths[role] for role in ROLES]
 
 
@@ -188,11 +213,17 @@ def _decode(entry: Entry, found: FoundFiles) -> Dataset:
     if not entry.class_names:
         decode.require_from_zero(arrays["train_labels"], one_line(paths["train_labels"]))
     classes = int(max(arrays["train_labels"].max(), arrays["test_labels"].max())) + 1
+    names = entry.class_names or tuple(map(str, range(classes)))
+    if entry.name == "idx" and (own := class_names.read(found.folder)):
+        if len(own) < classes:
+            path = one_line(found.folder / class_names.FILE)
+            raise DataError(f"{path}: has {len(own)} names, but there is a label {classes - 1}")
+        names = own
     mean, std = entry.constants or pixel_statistics(arrays["train_images"])
     return Dataset(
         name=entry.name,
         **arrays,
-        class_names=entry.class_names or tuple(map(str, range(classes))),
+        class_names=names,
         mean=mean,
         std=std,
         source=one_line(found.folder),

@@ -16,6 +16,7 @@ from ..errors import DataError
 from . import catalog, idx
 from .catalog import ROLES, Entry, Role
 from .idx import one_line
+from .recognise import import_hint
 
 
 class NotFoundError(DataError):
@@ -119,6 +120,8 @@ def find(entry: Entry, root: Path) -> FoundFiles:
     wanted = [folder / name for folder in candidate_folders(entry, root) for name in names]
     if folders := [one_line(path) for path in wanted if path.is_dir()]:
         nothing = f"{folders[0]} is a folder, not a file"
+    if not reasons and (hint := import_hint(root)):
+        nothing, incomplete = f"{nothing}, but {hint}", True
     raise NotFoundError(_not_found(entry, root, "; ".join(reasons) or nothing), incomplete=incomplete)
 
 

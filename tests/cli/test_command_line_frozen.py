@@ -28,6 +28,7 @@ COMMANDS = [
     "data",
     "data fetch",
     "data check",
+    "data import",
     "data generate",
 ]
 # Flags that scripts may rely on, whatever the golden file says.

@@ -162,7 +162,7 @@ def test_a_folder_whose_name_is_too_long(digits: Path, tmp_path: Path) -> None:
         (["evaluate", "a.pt", "b.pt"], ["'b.pt'"]),
         (["evaluate", "a.pt", "--dataset", "kminst"], ["'kminst'; did you mean kmnist?"]),
         (["evaluate", "a.pt", "--nproc", "0"], ["--nproc", "at least 1"]),
-        (["data"], ["data fetch, data check or data generate", "--help"]),
+        (["data"], ["data fetch, data check, data import or data generate", "--help"]),
         (
             ["data", "fetsh"],
             ["there is no command 'data fetsh'; did you mean fetch? there are data fetch, data check,"],
@@ -176,6 +176,7 @@ def test_a_folder_whose_name_is_too_long(digits: Path, tmp_path: Path) -> None:
             ["data fetch has no flag --jsno; did you mean"],
         ),
         (["data", "generate"], ["data generate needs a folder to write to"]),
+        (["data", "import"], ["data import needs a file or folder to import"]),
         (
             ["data", "generate", "there", "--test-size", "9", "--train-size", "9", "--data-seed", "-1"],
             ["seed"],

@@ -1,0 +1,123 @@
+"""Read the pickles of CIFAR's Python version without running what a pickle may ask for.
+
+Python's `pickle` calls whatever a file names. Here a file may only name what a NumPy array needs, and gets
+functions of this module instead of NumPy's. Only the operations that such a file needs are accepted. So
+nothing is allocated just because the file asks for it.
+"""
+
+import io
+import pickle
+import pickletools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..errors import DataError
+
+_OPERATIONS = re.compile(
+    "PROTO|FRAME|STOP|MARK|EMPTY_DICT|EMPTY_LIST|EMPTY_TUPLE|TUPLE[123]?|LIST|DICT|APPENDS?|SETITEMS?|"
+    "(?:LONG_)?BINPUT|PUT|MEMOIZE|(?:LONG_)?BINGET|GET|NONE|NEWTRUE|NEWFALSE|INT|BININT[12]?|STRING|"
+    "(?:SHORT_)?BINSTRING|UNICODE|(?:SHORT_)?BINUNICODE|(?:SHORT_)?BINBYTES|BINBYTES8|"
+    "GLOBAL|STACK_GLOBAL|REDUCE|BUILD"
+)
+
+
+def load(data: bytes, where: str) -> dict[str, Any]:
+    """Return the dictionary in a pickle: of strings, integers, lists and uint8 arrays.
+
+    `where` names the file in messages. Raises DataError for anything else.
+    """
+    try:
+        _require_known_operations(data)
+        loaded = _Unpickler(io.BytesIO(data), encoding="latin1").load()
+    except Exception as error:  # a damaged pickle raises almost anything
+        raise DataError(f"{where}: no file of CIFAR's: {' '.join(str(error).split())[:120]}") from None
+    if not isinstance(loaded, dict):
+        raise DataError(f"{where}: no file of CIFAR's: holds no dictionary")
+    return {
+        (key.decode("latin1") if isinstance(key, bytes) else str(key)): (
+            value.array if isinstance(value, _Array) else value
+        )
+        for key, value in loaded.items()
+    }
+
+
+def _require_known_operations(data: bytes) -> None:
+    """Raise ValueError for an operation that CIFAR's files do not need, or a memo index beyond the file."""
+    for operation, argument, _ in pickletools.genops(data):
+        if not _OPERATIONS.fullmatch(operation.name):
+            raise ValueError(f"it uses {operation.name}")
+        if "PUT" in operation.name and not 0 <= int(argument or 0) <= len(data):
+            raise ValueError("damaged")
+
+
+class _Array:
+    """Takes the place of a NumPy array while it is unpickled."""
+
+    array: np.ndarray
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, fortran, content = state
+        if dtype is not _UINT8 or fortran or not isinstance(content, bytes | str):
+            raise ValueError("it has an array of another type than uint8")
+        content = content.encode("latin1") if isinstance(content, str) else content
+        self.array = np.frombuffer(content, np.uint8).reshape(shape)
+
+
+class _Type:
+    """Takes the place of NumPy's type uint8."""
+
+    def __setstate__(self, state: object) -> None:
+        """Ignore the byte order, which a byte does not have."""
+
+
+_UINT8 = _Type()
+
+
+def _dtype(name: str, *_: object) -> _Type:
+    if name != "u1":
+        raise ValueError("it has an array of another type than uint8")
+    return _UINT8
+
+
+def _reconstruct(*_: object) -> _Array:
+    return _Array()
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """Python 3 writes bytes in this way for the protocols of Python 2."""
+    if encoding != "latin1":
+        raise ValueError(f"it uses the encoding {encoding}")
+    return text.encode("latin1")
+
+
+class _Replacement:
+    """A function that a pickle may call, but not change: `BUILD` sets attributes of what it is given."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+    def __setstate__(self, state: object) -> None:
+        raise ValueError("damaged")
+
+
+_GLOBALS: dict[tuple[str, str], _Replacement | None] = {
+    ("numpy.core.multiarray", "_reconstruct"): _Replacement(_reconstruct),
+    ("numpy._core.multiarray", "_reconstruct"): _Replacement(_reconstruct),
+    ("numpy", "ndarray"): None,  # the first argument of `_reconstruct`, which ignores it
+    ("numpy", "dtype"): _Replacement(_dtype),
+    ("_codecs", "encode"): _Replacement(_encode),
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """Return this module's replacement for a global. Raises ValueError for one that has none."""
+        if (module, name) not in _GLOBALS:
+            raise ValueError(f"it names {module}.{name}, which could run code")
+        return _GLOBALS[module, name]
