@@ -30,6 +30,7 @@ from ..distributed.world import World
 from ..errors import CheckpointError, UsageError, write_line
 from ..inference.score import evaluate_trained, load_dataset
 from ..inference.trained import Trained, find_checkpoint, restore
+from ..reporting.console import in_notebook
 from ..runs import layout
 from ..runs.run_files import find_recipe
 from ..training import run as training
@@ -37,6 +38,7 @@ from ..training.evaluate import Evaluation
 from ..training.evaluate import evaluate as evaluate_network
 from ..user_code.functions import registered
 from .arguments import RECIPE_FIELDS, RUN_FIELDS, as_path, resolve_dataset, speaks_python
+from .interrupts import StopOnInterrupt
 from .multi_process import console_for, train_in_processes
 
 Factory = Callable[[int], nn.Module]
@@ -63,6 +65,12 @@ class Result:
     out: Path
     """The run's folder."""
     _model: str | Factory | None = field(default=None, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Result: {self.accuracy:.2%} of the test images, loss {self.loss:.4f}, {self.steps} steps, "
+            f"weights {self.weights_sha256[:8]}…, in {self.out}>"
+        )
 
     def load(self) -> Trained:
         """The network with its final weights. Raises `CheckpointError` if they are no longer in `out`."""
@@ -110,7 +118,8 @@ def train(
     - `settings`: fields of `Recipe`, which override the recipe, and fields of `Run`.
 
     Under torchrun, srun or mpirun, every rank calls this once and gets the result. Raises subclasses of
-    `DmnistError`, such as `UsageError` for invalid settings.
+    `DmnistError`, such as `UsageError` for invalid settings. Ctrl-C saves a checkpoint and raises
+    `Interrupted`; a second one raises `KeyboardInterrupt` at once.
     """
     names, functions = _names_and_functions(model=model, loss=loss, optimizer=optimizer)
     nproc = _python_number(nproc)
@@ -130,7 +139,7 @@ def train(
         nproc=nproc,
         **run_settings,
     )
-    console = console_for(verbose)
+    console = console_for(verbose, in_notebook())
 
     def read(stopped: Callable[[], bool] = lambda: False) -> Dataset:
         return given or prefetch.read(run, console, stopped)
@@ -149,10 +158,11 @@ def train(
         with (
             defined_state(),
             registered(functions),
+            StopOnInterrupt() as signals,
             _joined_group(placement or ALONE, recipe, run) as world,
         ):
             result = training.run(
-                world, recipe, run, title=title, console=console, signals=_NoStopRequests(), read=read
+                world, recipe, run, title=title, console=console, signals=signals, read=read
             )
     return Result(
         accuracy=result["test_accuracy"],
@@ -221,17 +231,6 @@ def evaluate(
             lambda: given or prefetch.read(Run(dataset=name or "", data=folder or Path("data")), console),
         )
         return evaluate_network(network, loaded, world, "fp32")
-
-
-class _NoStopRequests:
-    """Never asks a run to stop: in the user's own process, Ctrl-C raises `KeyboardInterrupt`."""
-
-    def arm(self, resume_flags: str = "") -> None:
-        """Do nothing."""
-
-    def requested(self) -> bool:
-        """Return False."""
-        return False
 
 
 @contextlib.contextmanager

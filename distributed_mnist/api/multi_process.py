@@ -25,12 +25,15 @@ from ..errors import CheckpointError, DmnistError, UsageError, WorkerLost, descr
 from ..launcher import spawn
 from ..launcher.rank_process import run_in_group
 from ..launcher.signals import StopSignals
-from ..reporting.console import make_console
+from ..reporting.console import in_notebook, make_console
 from ..runs import layout
 from ..runs.run_files import read_result
 from ..training import run as training
 from ..user_code.functions import registered
 from ..user_code.shipping import pack, unpack
+
+STOPPED_AT_ONCE = 130
+"""The exit code after a second Ctrl-C."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class WorkerTask:
     run: Run
     title: str
     verbose: bool
+    in_notebook: bool
+    """Whether the output of the workers is shown in a notebook."""
     functions: bytes
     """The user's own functions, see `user_code.shipping`."""
     error_folder: Path
@@ -65,12 +70,14 @@ def work(
                 task.recipe,
                 task.run,
                 title=task.title,
-                console=console_for(task.verbose),
+                console=console_for(task.verbose, task.in_notebook),
                 signals=signals,
                 read=prefetched.receive if prefetched else _refuse_to_read,
             )
 
     def save_error(error: BaseException, placement: Placement, *, debug: bool) -> int:
+        if isinstance(error, KeyboardInterrupt):
+            return STOPPED_AT_ONCE
         failure = error if isinstance(error, Exception) else DmnistError(type(error).__name__)
         description = described(failure)
         (task.error_folder / str(placement.rank)).write_text(json.dumps(description))
@@ -124,7 +131,7 @@ def train_in_processes(
             write_line(text)
 
     with tempfile.TemporaryDirectory() as error_folder, prefetch.Prefetcher(read) as data:
-        task = WorkerTask(recipe, run, title, verbose, packed, Path(error_folder))
+        task = WorkerTask(recipe, run, title, verbose, in_notebook(), packed, Path(error_folder))
         restarts = spawn.Restarts(
             run.max_restarts, partial(layout.newest_step, out), layout.resume_flags(out)
         )
@@ -145,7 +152,7 @@ def _make_error(code: int, messages: list[str], error_folder: Path) -> BaseExcep
     It is the error of a rank with this exit code, or `WorkerLost` with the last of the launcher's
     `messages`, which say how a process was lost.
     """
-    if code == 130:  # after a second Ctrl-C
+    if code == STOPPED_AT_ONCE:
         return KeyboardInterrupt()
     saved: list[DmnistError] = []
     for path in sorted(error_folder.iterdir()):
@@ -157,6 +164,10 @@ def _make_error(code: int, messages: list[str], error_folder: Path) -> BaseExcep
     return WorkerLost(messages[-1] if messages else f"the processes exited with code {code}")
 
 
-def console_for(verbose: bool) -> Console:
+def console_for(verbose: bool, rewrites_lines: bool = False) -> Console:
     """The console for progress output: standard output if `verbose`, otherwise nowhere."""
-    return make_console() if verbose else Console(quiet=True, force_terminal=False)
+    return (
+        make_console(rewrites_lines=rewrites_lines)
+        if verbose
+        else Console(quiet=True, force_terminal=False)
+    )

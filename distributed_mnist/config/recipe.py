@@ -110,6 +110,14 @@ class Recipe:
         require(not (self.average and self.ema), "ema", f"0 with --average {self.average}", self)
         require(0 <= self.seed < 2**63, "seed", "between 0 and 2^63 - 1", self)
 
+    def __repr__(self) -> str:
+        """Return a call that makes this recipe: the fields that differ from their defaults."""
+        fields = [
+            (field.name, getattr(self, field.name), field.default) for field in dataclasses.fields(self)
+        ]
+        changed = ", ".join(f"{name}={value!r}" for name, value, default in fields if value != default)
+        return f"Recipe({changed})"
+
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return the number of steps of the whole run."""
         total = self.epochs * steps_per_epoch

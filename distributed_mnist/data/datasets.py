@@ -47,6 +47,10 @@ class Dataset:
         """Channels, height and width of an image."""
         return shape_of(self.train_images.shape)
 
+    def __repr__(self) -> str:
+        images = f"{len(self.train_images):,} + {len(self.test_images):,} images"
+        return f"<Dataset: {self.name}, {images}, {len(self.class_names)} classes, {self.source}>"
+
     def arrays(self) -> dict[Role, NDArray[np.uint8]]:
         """Return the four arrays by role."""
         return {role: getattr(self, role) for role in ROLES}

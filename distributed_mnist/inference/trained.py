@@ -55,6 +55,10 @@ class Trained:
     image_shape: ImageShape = MNIST_SHAPE
     """Channels (1 or 3), height and width of the images that it takes."""
 
+    def __repr__(self) -> str:
+        classes = len(self.class_names)
+        return f"<Trained: {self.recipe.model} for {classes} classes of {self.dataset}, from {self.path}>"
+
     @property
     def weights_sha256(self) -> str:
         """SHA-256 of the weights, as the run reports it. For an ensemble, of its members' digests."""

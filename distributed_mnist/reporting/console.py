@@ -20,7 +20,8 @@ class _PlainConsole(Console):
     Control characters are shown as escapes, because text may come from files of others.
     """
 
-    def __init__(self, *, stderr: bool) -> None:
+    def __init__(self, *, stderr: bool, rewrites_lines: bool) -> None:
+        self.rewrites_lines = rewrites_lines
         stream = sys.stderr if stderr else sys.stdout
         super().__init__(
             stderr=stderr,
@@ -28,6 +29,7 @@ class _PlainConsole(Console):
             highlight=False,
             # With FORCE_COLOR set, as in notebooks and CI, rich would draw live bars into a file too.
             force_terminal=None if stream.isatty() else False,
+            force_jupyter=False,  # there it would print a HTML table for each line
         )
 
     def render(
@@ -47,9 +49,18 @@ class _PlainConsole(Console):
         silence(self)
 
 
-def make_console(*, stderr: bool = False) -> Console:
-    """Make a console for standard output, or for standard error if standard output is for a JSON object."""
-    console = _PlainConsole(stderr=stderr)
+def in_notebook() -> bool:
+    """Return whether standard output is shown in a Jupyter notebook, also in Colab and VS Code."""
+    return type(sys.stdout).__module__.startswith("ipykernel.")
+
+
+def make_console(*, stderr: bool = False, rewrites_lines: bool = False) -> Console:
+    """Make a console for standard output, or for standard error if standard output is for a JSON object.
+
+    With `rewrites_lines`, `\r` moves to the beginning of the line, as in a notebook, though this is no
+    terminal.
+    """
+    console = _PlainConsole(stderr=stderr, rewrites_lines=rewrites_lines)
     if not console.file.isatty():
         console.width = 1000  # a file or a pipe gets whole lines
     return console

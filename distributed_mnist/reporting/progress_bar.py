@@ -1,19 +1,19 @@
 """Show a run on the terminal: a live progress bar, lines for events, and the results at the end."""
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import TaskID
 from rich.table import Table
 from rich.text import Text
 
 from ..errors import reason, write_line
 from .console import print_labelled, silence
+from .live_bar import Bar, make_bar
 from .stragglers import EVEN_SHARE, StragglerTracker
 
-_ECHO_COLUMNS = 3  # for `^C` and the cursor
 _OTHER_LINES = 10  # lines of the screen that the table of ranks leaves free
 
 
@@ -25,7 +25,7 @@ class Terminal:
 
     def __init__(self, console: Console, *, ranks: bool = False) -> None:
         self._console, self._all_ranks = console, ranks
-        self._bar: _Bar | None = None
+        self._bar: Bar | None = None
         self._stragglers = StragglerTracker()
         self._task = TaskID(0)
         self._bar_fields: dict[str, Any] = {}
@@ -80,10 +80,9 @@ class Terminal:
         self._epochs = epochs
         self._ranks = ranks
         self._stragglers.start_group(ranks)
-        if self._console.is_terminal:
+        if self._console.is_terminal or getattr(self._console, "rewrites_lines", False):
             self._stop_bar()  # the bar of the group before the restart
-            columns = _columns(self._console.width - _ECHO_COLUMNS, epochs, steps)
-            self._bar = _Bar(*columns, console=self._console)
+            self._bar = make_bar(self._console, epochs, steps)
             test = self._bar_fields.get("test", "–")  # noqa: RUF001
             self._bar_fields = {"epoch": f"1/{epochs}", "loss": "–", "test": test, "speed": "–"}  # noqa: RUF001
             self._task = self._bar.add_task("", total=steps, completed=step, **self._bar_fields)
@@ -163,6 +162,8 @@ class Terminal:
 
     def _line(self, name: str, text: Text | str, style: str = "", column: int = 9) -> None:
         """Print a line of a run: its name, and the text at `column`."""
+        if self._bar is not None:
+            self._bar.make_room()
         label = Text(f"{name:<{column - 1}} ", "bold")
         body = text if isinstance(text, Text) else Text(text, style)
         print_labelled(self._console, label, body, column, soft_wrap=self._bar is None)
@@ -187,30 +188,6 @@ def _duration(result: dict[str, Any]) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-class _Bar(Progress):
-    """A progress bar with more lines below it. It leaves the last columns of the screen free.
-
-    A terminal echoes Ctrl-C there as `^C`. If that wrapped to the next line, the bar could not be erased.
-    """
-
-    def __init__(self, *columns: ProgressColumn, console: Console) -> None:
-        self._width = console.width - _ECHO_COLUMNS
-        self.below: RenderableType | None = None
-        super().__init__(*columns, console=console, expand=True, transient=True)
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        """See `rich.progress.Progress`. Adds the lines below the bar."""
-        yield from super().get_renderables()
-        if self.below is not None:
-            yield self.below
-
-    def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
-        """See `rich.progress.Progress`. Limits the width."""
-        table = super().make_tasks_table(tasks)
-        table.width = self._width
-        return table
 
 
 def rank_table(ranks: Sequence[Mapping[str, Any]], stragglers: StragglerTracker, most: int) -> Table:
@@ -244,22 +221,3 @@ def rank_table(ranks: Sequence[Mapping[str, Any]], stragglers: StragglerTracker,
 def _cells(share: float) -> int:
     """Return the length of a bar for a share of the longest one, which may be wrong in a damaged file."""
     return round(20 * min(max(share, 0.0), 1.0))
-
-
-def _columns(width: int, epochs: int, steps: int) -> list[ProgressColumn]:
-    """Return the parts of the live bar that fit into `width`; step and time left are always among them."""
-    # In the order on the screen, each with its largest width.
-    parts: dict[str, tuple[ProgressColumn, int]] = {
-        "epoch": (TextColumn("epoch {task.fields[epoch]}"), len(f"epoch {epochs}/{epochs}")),
-        "bar": (BarColumn(bar_width=None), 10),
-        "step": (TextColumn("step {task.completed:.0f}/{task.total:.0f}"), len(f"step {steps}/{steps}")),
-        "loss": (TextColumn("loss {task.fields[loss]}"), len("loss 0.1234")),
-        "test": (TextColumn("test {task.fields[test]}"), len("test 99.99%")),
-        "speed": (TextColumn("{task.fields[speed]}"), len("123,456 images/s")),
-        "left": (TimeRemainingColumn(compact=True, elapsed_when_finished=True), len("0:00:00")),
-    }
-    for name in ("speed", "epoch", "test", "loss", "bar"):
-        if sum(size + 1 for _, size in parts.values()) - 1 <= width:
-            break
-        del parts[name]
-    return [column for column, _ in parts.values()]

@@ -45,6 +45,9 @@ class Evaluation:
     confidence: Tensor = field(compare=False)
     """`(n,)` float32 on the CPU: the probability of that class, according to the model."""
 
+    def __repr__(self) -> str:
+        return f"<Evaluation: {self.accuracy:.2%} of {self.images:,} images, loss {self.loss:.4f}>"
+
     @property
     def accuracy(self) -> float:
         """The fraction of images that are classified correctly."""

@@ -21,6 +21,7 @@ from torch import nn
 
 from distributed_mnist import Result, evaluate, from_arrays, load, train
 from distributed_mnist.common.digest import digest
+from distributed_mnist.config import Recipe
 from distributed_mnist.data import datasets
 from distributed_mnist.errors import (
     CheckpointError,
@@ -136,6 +137,23 @@ def test_the_callers_state_changes_no_weights(result: Result, digits: Path, tmp_
             torch.backends.mkldnn.enabled = True
     assert (ended.weights_sha256, scored.loss) == (result.weights_sha256, result.loss)
     assert torch.equal(logits, expected)
+
+
+def test_values_are_shown_in_a_line(result: Result, digits: Path) -> None:
+    """As the last line of a notebook's cell."""
+    shown = [repr(value) for value in (result, result.load(), datasets.load("idx", digits))]
+    assert shown == [
+        f"<Result: {result.accuracy:.2%} of the test images, loss {result.loss:.4f}, 3 steps, weights "
+        f"{result.weights_sha256[:8]}…, in {result.out}>",
+        f"<Trained: mlp for 10 classes of idx, from {result.out}/checkpoints/step_00000003.pt>",
+        f"<Dataset: idx, 1,100 + 300 images, 10 classes, {digits}>",
+    ]
+    scored = evaluate(result, digits)
+    assert repr(scored) == f"<Evaluation: {result.accuracy:.2%} of 300 images, loss {result.loss:.4f}>"
+    recipe = result.load().recipe
+    assert repr(recipe).startswith("Recipe(model='mlp', epochs=")
+    assert eval(repr(recipe), {"Recipe": Recipe}) == recipe
+    assert repr(Recipe()) == "Recipe()"
 
 
 def test_the_trained_network(result: Result, digits: Path) -> None:
@@ -359,40 +377,6 @@ def test_a_lost_process_is_reported(digits: Path, tmp_path: Path) -> None:
             nproc=2,
             max_restarts=0,
         )
-
-
-def test_a_run_interrupted_in_the_caller_resumes(result: Result, digits: Path, tmp_path: Path) -> None:
-    calls = 0
-
-    class Stopped(nn.Module):
-        def __init__(self, classes: int) -> None:
-            super().__init__()
-            self.layers = own(classes)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            nonlocal calls
-            if self.training and len(x) > 2:
-                calls += 1
-                if calls == 40:
-                    raise KeyboardInterrupt
-            return self.layers(x)
-
-    settings: dict[str, Any] = {
-        **SHORT,
-        "steps": 30,
-        "epochs": 20,
-        "checkpoint_every": "1",
-        "model": Stopped,
-        "dataset": digits,
-        "out": tmp_path / "run",
-    }
-    with pytest.raises(KeyboardInterrupt):
-        train(**settings)
-    ended = train(**settings, resume="auto")
-    assert ended.steps == 30
-    settings["out"] = tmp_path / "straight"
-    straight = train(**settings)
-    assert ended.weights_sha256 == straight.weights_sha256
 
 
 def test_a_script_needs_no_guard(digits: Path, tmp_path: Path) -> None:
