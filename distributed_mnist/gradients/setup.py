@@ -65,10 +65,8 @@ def make_tree_gradients(
         tolerance=1e-3 if recipe.precision == "fp32" and world.device.type == "cpu" else 5e-2,
     )
     shape = properties.image_shape
-    # Only autograd calls a user's hooks on parameters.
-    has_hooks = any(parameter._backward_hooks for parameter in model.parameters())
     may_draw = ((), ("torch",)) if world.device.type == "cpu" else ((),)
-    shareable = properties.draws_from in may_draw and not has_hooks
+    shareable = properties.draws_from in may_draw and not _has_hooks(model)
     if not shareable or not matches_autograd(model, shape):
         return make()
     owned = owned_shards(world.rank, world.size, recipe.shards)
@@ -79,6 +77,17 @@ def make_tree_gradients(
     forward_pass = partial(forward, precision=recipe.precision)
     invariant = [group for group in groups if is_batch_invariant(model, forward_pass, shape, group)]
     return make(HookedLayers(model), invariant)
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    """Return whether a user's hooks may change gradients: only autograd is sure to call them all."""
+    return any(parameter._backward_hooks for parameter in model.parameters()) or any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        for module in model.modules()
+    )
 
 
 def _copy(model: nn.Module) -> nn.Module | None:

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from ..common.generators import drawn_from, seed_generators
+from ..common.generators import drawn_from, generator_states, seed_generators
 from ..common.process_state import changes, snapshot
 from ..config import MNIST_SHAPE, ImageShape
 from ..errors import UsageError
@@ -53,13 +53,21 @@ def inspect(
         if parameter.dtype != torch.float32:
             dtype = str(parameter.dtype).removeprefix("torch.")
             trial.refuse(f"its parameter {key} is {dtype}: trained parameters must be float32")
+        if getattr(parameter, "_post_accumulate_grad_hooks", None):
+            trial.refuse(
+                f"its parameter {key} has a hook of register_post_accumulate_grad_hook, which nothing here "
+                "would call: use register_hook"
+            )
 
     def differentiate() -> tuple[Tensor | None, ...]:
         with torch.enable_grad():
             total = trial.logits().float().sum()
             if not total.requires_grad:
                 trial.refuse("its logits do not depend on its parameters")
-            return torch.autograd.grad(total, list(trained.values()), allow_unused=True)
+            try:
+                return torch.autograd.grad(total, list(trained.values()), allow_unused=True)
+            except (Exception, SystemExit) as error:
+                trial.refuse(f"its backward pass fails: {type(error).__name__}: {error}")
 
     trial.test_training(classes)
     trial.test_evaluation()
@@ -104,6 +112,11 @@ class _Trial:
                 f"it fails on images {tuple(images.shape)}: {error}{shape_hint(self._name, self._shape)}"
             )
 
+    def _state_after(self, images: Tensor) -> dict[str, Any]:
+        """Return the states of the global generators after a pass over these images."""
+        self.logits(images.clone())
+        return generator_states(self._device)
+
     def drawn_from(self, compute: Callable[[], object]) -> tuple[str, ...]:
         """Return the names of the global generators from which `compute` draws."""
         draws = drawn_from(compute, self._device, "inspect")
@@ -141,6 +154,11 @@ class _Trial:
             )
             for _ in range(max(1, tries))
         ):
+            if tries and self._state_after(self._images) != self._state_after(self._other_images):
+                refuse(
+                    "how many random numbers it draws depends on what the images show: draw as many for "
+                    "every image"
+                )
             refuse(f"one image's logits depend on the others in its batch; {_BATCH_STATISTICS}")
 
     def test_evaluation(self) -> None:

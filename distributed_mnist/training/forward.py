@@ -1,11 +1,19 @@
 """Run shards of a global batch through a model, with keyed random numbers, up to the loss's gradient."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from ..common.generators import ShardDraws, own_torch_state, seed_generators
+from ..common.generators import (
+    ShardDraws,
+    drawn_from,
+    generator_states,
+    own_torch_state,
+    seed_generators,
+)
 from ..common.random_keys import torch_seed
-from ..errors import TrainingError
+from ..errors import TrainingError, UsageError
 from ..gradients.shard_gradients import ForwardShards
 from ..models.build import forward
 from .batches import Batch
@@ -53,21 +61,30 @@ def keyed_forward(
     """
     draws, recipe = context.draws, context.recipe
     one_pass_only = recipe.sync == "ddp" and context.world.size > 1  # DDP may communicate in a forward pass
-    key = ("noise", recipe.seed, step, shards.start)
+    shared = draws is not None and len(shards) > 1 and recipe.sync == "tree"
+    watched = ":" in recipe.model and not one_pass_only and (shared or not draws)
+    key, device = ("noise", recipe.seed, step, shards.start), context.world.device
 
-    def own_state() -> bytes:
+    def again() -> Tensor:
         images = context.batches.take(step, shards).images
         with torch.no_grad():
-            return own_torch_state(lambda: forward(module, images, recipe.precision), *key)[1]
+            return forward(module, images, recipe.precision)
 
-    if draws and len(shards) > 1 and recipe.sync == "tree":
+    def own_state() -> bytes:
+        return own_torch_state(again, *key)[1]
+
+    before = generator_states(device) if watched else {}
+    if shared:
         with timer.phase("data"):
             batch = context.batches.take(step, shards)
         context.world.status.made_progress()
         seeds = [torch_seed("noise", recipe.seed, step, shard) for shard in shards]
         sizes = context.batches.shard_sizes(step)[shards.start : shards.stop]
         with timer.phase("forward"), ShardDraws(seeds, sizes):
-            return batch, forward(module, batch.images, recipe.precision)
+            logits = forward(module, batch.images, recipe.precision)
+        if watched and generator_states(device) != before:
+            _refuse_draws(context, again, *key)
+        return batch, logits
     for _ in range(_TRIES):
         with timer.phase("data"):
             batch = context.batches.take(step, shards)
@@ -76,6 +93,8 @@ def keyed_forward(
         context.world.status.made_progress()
         with timer.phase("forward"):
             logits = forward(module, batch.images, recipe.precision)
+        if watched and generator_states(device) != before:
+            _refuse_draws(context, again, *key)
         if not draws or one_pass_only or draws.were_own(len(batch.images), own_state):
             return batch, logits
     assert draws
@@ -86,3 +105,20 @@ def keyed_forward(
     )
     error.on_one_rank = True
     raise error
+
+
+def _refuse_draws(context: TrainingContext, again: Callable[[], Tensor], *key: int | str) -> None:
+    """Raise `UsageError` if a pass draws from a generator from which the model did not when it was tested.
+
+    Several shards may share such a pass, so the numbers would depend on the number of processes. `again`
+    repeats the pass. If another thread has drawn the numbers, this does nothing.
+    """
+    expected = context.draws.names if context.draws else ()
+    drawn = drawn_from(again, context.world.device, *key) or ()
+    if names := [name for name in drawn if name not in expected]:
+        error = UsageError(
+            f"--model {context.recipe.model}: it draws random numbers from {' and '.join(names)}'s global "
+            "generator for some images only, and not when it was tested: draw as many for every image"
+        )
+        error.on_one_rank = True
+        raise error

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -425,3 +426,21 @@ def test_any_failure_releases_the_folder(
         train(**settings)
     assert not is_live(out)
     assert out.exists() == (failing in ("TrainingContext", "train"))  # else nothing had begun
+
+
+class DrawsForDigits(nn.Module):
+    """Draws random numbers, but not for the noise on which a model is tested."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(784, classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = self.fc(images.flatten(1))
+        is_drawn = (images == images.min()).float().mean() > 0.2
+        return logits * random.random() if self.training and is_drawn else logits
+
+
+def test_draws_for_some_images_only_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="draws random numbers from Python's global generator for some"):
+        train(**STEPS, model=DrawsForDigits, dataset=from_arrays(**arrays()), out=tmp_path / "run")

@@ -53,11 +53,23 @@ def counted(leaves: list[Tensor]) -> BinaryCounter:
     return counter
 
 
-def test_hooks_on_parameters_are_called() -> None:
-    """Layers that compute their gradients themselves would pass them by."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+def zero_gradients(model: nn.Sequential) -> None:
     for parameter in model.parameters():
         parameter.register_hook(torch.zeros_like)
+
+
+def zero_some_outputs(model: nn.Sequential) -> None:
+    def hide_white(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output * 0 if float(inputs[0].mean()) > 0.9 else output
+
+    model[1].register_forward_hook(hide_white)
+
+
+@pytest.mark.parametrize("register", [zero_gradients, zero_some_outputs])
+def test_hooks_are_called(register: Callable[[nn.Sequential], None]) -> None:
+    """Layers that compute their gradients themselves would pass them by."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    register(model)
     gradients = make_gradients(Recipe(batch_size=8), Run(), WORLD, model, ModelProperties(7850, False, ()))
 
     def forward_shards(module: nn.Module, shards: range) -> tuple[Tensor, Tensor]:

@@ -233,6 +233,48 @@ def test_parameters_that_cannot_be_trained_are_named() -> None:
     )
 
 
+def test_a_hook_that_nothing_calls_is_refused() -> None:
+    model = Flat()
+    model.fc.weight.register_post_accumulate_grad_hook(lambda _: None)
+    assert problem(model) == (
+        "its parameter fc.weight has a hook of register_post_accumulate_grad_hook, which nothing here "
+        "would call: use register_hook"
+    )
+
+
+class Failing(torch.autograd.Function):
+    """Fails in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        raise ArithmeticError("not today")
+
+
+class FailingBackwards(Flat):
+    def forward(self, images: Tensor) -> Tensor:
+        return Failing.apply(super().forward(images))
+
+
+def test_a_backward_pass_that_fails() -> None:
+    assert problem(FailingBackwards()) == "its backward pass fails: ArithmeticError: not today"
+
+
+class NoiseForBright(Flat):
+    def forward(self, images: Tensor) -> Tensor:
+        noise = [float(torch.rand(())) if float(image.mean()) > 0 else 0.0 for image in images]
+        return super().forward(images) + torch.tensor(noise)[:, None] + torch.rand(len(images), 1)
+
+
+def test_draws_that_depend_on_the_images_are_named() -> None:
+    assert problem(NoiseForBright()) == (
+        "how many random numbers it draws depends on what the images show: draw as many for every image"
+    )
+
+
 def test_nan_is_left_to_the_loop_which_names_the_step() -> None:
     model = Flat()
     with torch.no_grad():
