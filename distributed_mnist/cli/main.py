@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .flags_use import Doctor, Evaluate
 
 _WORKERS = "distributed_mnist.cli.workers"
+_ALONE = ("predict", "report", "watch", "export", "bench", "data")
+"""Commands that run in one process under any launcher."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -46,6 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
         code = 130
     except Exception as error:
         code = print_error(error, debug="--debug" in arguments)
+        with contextlib.suppress(Exception, KeyboardInterrupt):  # the error has been told here
+            _tell_other_ranks(arguments, error)
     sys.exit(surroundings.finish(code))
 
 
@@ -57,6 +61,16 @@ def _start_importing_torch() -> None:
     with contextlib.suppress(LaunchError):  # raised again when the command detects the launcher
         if detect() is None:
             fork_server.warm_up(f"{_WORKERS}:train")
+
+
+def _tell_other_ranks(arguments: list[str], error: Exception) -> None:
+    """Under another launcher, tell the other ranks that this one cannot take part."""
+    from ..distributed.detect_launcher import detect
+    from ..distributed.rendezvous import tell_failure
+
+    placement = detect()
+    if placement is not None and arguments and arguments[0] not in _ALONE:
+        tell_failure(placement, error)
 
 
 def _train(command: "Train") -> int:

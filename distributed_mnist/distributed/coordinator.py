@@ -15,8 +15,10 @@ import struct
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NoReturn
 
 from ..common.messages import decode, encode
+from ..errors import UsageError
 from . import authentication
 from .authentication import SIGNATURE_BYTES, Claim, NotOurs, Purpose, signature
 from .heartbeat import Heartbeat
@@ -47,6 +49,8 @@ class JoinRequest:
 
     peer: Peer
     job: dict[str, str]
+    failure: tuple[str, str] | None = None
+    """Why this rank cannot take part, see `errors.described`; None if it can."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,9 @@ class Refusal:
 
     reason: str
     final: bool
-    """Whether the process belongs to another job, so that it would wait in vain."""
+    """Whether the process would wait in vain, because it belongs to another job or the group has failed."""
+    failure: tuple[str, str] | None = None
+    """Why the group cannot start, see `errors.described`; None if it can."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +73,11 @@ class JoinReply:
 
 
 class TurnedAway(ConnectionError):
-    """Rank 0 does not let this process join. `final` is as in `Refusal`."""
+    """Rank 0 does not let this process join. `final` and `failure` are as in `Refusal`."""
 
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(refusal.reason)
-        self.final = refusal.final
+        self.refusal, self.final, self.failure = refusal, refusal.final, refusal.failure
 
 
 class Coordinator:
@@ -84,6 +90,8 @@ class Coordinator:
         self._size, self._job, self._report = size, job, report
         self._attempt = authentication.new_attempt()
         self._lock = threading.Lock()
+        self._failure: Refusal | None = None
+        self._told: set[int] = set()  # ranks that know of the failure
         self._present: dict[int, Peer] = {}
         self._heartbeats: dict[int, Heartbeat] = {}
         self._reported: set[tuple[str, int]] = set()
@@ -93,7 +101,12 @@ class Coordinator:
 
         Raises `TurnedAway` for a process of another job, and if the group is complete without this process.
         """
+        if self._failure is not None:
+            raise TurnedAway(self._failure)
         if different := job_differences(self._job, job):
+            first = self._present.get(0)
+            if first and peer.starter and peer.starter == first.starter:  # started together
+                self.fail(peer, (UsageError.__name__, f"it has other flags: {different}"))
             self._report_stranger(peer, job_differences(job, self._job))
             raise TurnedAway(Refusal(f"{self._who} belongs to another job: {different}", final=True))
         with self._lock:
@@ -106,6 +119,22 @@ class Coordinator:
             missing = [rank for rank in range(self._size) if rank not in self._present]
             peers = [] if missing else [self._present[rank] for rank in range(self._size)]
             return Membership(self._attempt, missing, peers)
+
+    def fail(self, peer: Peer, failure: tuple[str, str]) -> NoReturn:
+        """Record that a rank cannot take part. Raises `TurnedAway`, as `join` does from now on.
+
+        A group that is complete does not fail any more.
+        """
+        name, message = failure
+        text = f"{peer} cannot take part: {message}"
+        with self._lock:
+            if self._failure is None and len(self._present) < self._size:
+                self._failure = Refusal(text, final=True, failure=(name, text))
+        raise TurnedAway(self._failure or Refusal(f"the group of {self._who} is complete", final=True))
+
+    def everyone_knows(self) -> bool:
+        """Return whether all other ranks have been told that the group has failed."""
+        return len(self._told) >= self._size - 1
 
     @property
     def _who(self) -> str:
@@ -146,10 +175,14 @@ class Coordinator:
                 if request.peer.rank != rank:
                     raise NotOurs("a rank speaks for another one")
                 peer = request.peer
+                if request.failure:
+                    self.fail(peer, request.failure)
                 membership = self.join(peer, request.job)
                 await channel.send(encode(JoinReply(membership=membership)))
         except TurnedAway as error:
-            await channel.send(encode(JoinReply(refusal=Refusal(str(error), error.final))))
+            await channel.send(encode(JoinReply(refusal=error.refusal)))
+            if error.failure:
+                self._told.add(rank)
             raise
         finally:
             if peer is not None:
@@ -201,10 +234,15 @@ class CoordinatorConnection:
         self.where = f"{host} port {port}"
         self.local_address: str = self._socket.getsockname()[0]
 
-    def join(self, peer: Peer, job: JobDescription, *, seconds: float) -> Membership:
-        """Call `Coordinator.join`, and wait for `seconds` at most. Raises `TurnedAway`."""
+    def join(
+        self, peer: Peer, job: JobDescription, failure: tuple[str, str] | None = None, *, seconds: float
+    ) -> Membership:
+        """Call `Coordinator.join`, or `fail` if there is a failure, and wait for `seconds` at most.
+
+        Raises `TurnedAway`.
+        """
         self._socket.settimeout(seconds)
-        reply = decode(self._request(encode(JoinRequest(peer, dict(job)))), JoinReply)
+        reply = decode(self._request(encode(JoinRequest(peer, dict(job), failure))), JoinReply)
         self._socket.settimeout(None)
         if reply.membership is None:
             raise TurnedAway(reply.refusal or Refusal("it gives no reason", final=False))

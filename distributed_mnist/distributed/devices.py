@@ -4,6 +4,7 @@ import torch
 
 from ..common.placement import Placement
 from ..errors import LaunchError
+from .rendezvous import tell_failure
 
 
 def find_accelerator(device: str) -> torch.device | None:
@@ -29,8 +30,16 @@ def choose_device(placement: Placement, device: str) -> torch.device:
 
     Raises `LaunchError` if the host has not the accelerator that `device` demands, or more processes than
     accelerators. Two ranks on one GPU would be slower than one, and NCCL refuses them with a less helpful
-    message.
+    message. The other ranks are told.
     """
+    try:
+        return _choose_device(placement, device)
+    except Exception as error:
+        tell_failure(placement, error)
+        raise
+
+
+def _choose_device(placement: Placement, device: str) -> torch.device:
     try:
         kind = find_accelerator(device)
     except LaunchError as error:

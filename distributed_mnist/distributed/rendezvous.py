@@ -1,5 +1,6 @@
 """Connect the ranks of a group: find rank 0, and wait there until all ranks are present."""
 
+import contextlib
 import errno
 import math
 import os
@@ -7,11 +8,21 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from ..common.placement import Placement, is_loopback
-from ..errors import Hang, LaunchError, UsageError, WorkerLost, print_note, reason
+from ..errors import (
+    DmnistError,
+    Hang,
+    LaunchError,
+    UsageError,
+    WorkerLost,
+    described,
+    print_note,
+    reason,
+    recreate,
+)
 from . import network
-from .agent_store import AgentStore
 from .authentication import NotOurs
 from .coordinator import Coordinator, CoordinatorConnection, Membership, TurnedAway
 from .heartbeat import Heartbeat
@@ -19,9 +30,14 @@ from .job_key import NO_SECRET, job_key
 from .listener import Listener
 from .peer import JobDescription, Peer
 
+if TYPE_CHECKING:
+    from .agent_store import AgentStore
+
 RENDEZVOUS_SECONDS = 300.0  # the hosts of one job can start minutes apart
 _SPAWNED_SECONDS = 30.0  # our own launcher starts all processes at once, and can restart them
 _SILENT_SECONDS = 10.0  # until a rank says for whom it waits, and then again
+_FAREWELL_SECONDS = 20.0
+"""How long a rank that cannot take part waits for the others, to tell them. They may start later."""
 _MOST_SHOWN = 8  # ranks in a message
 _CONNECT_SECONDS = 5.0
 _ANSWER_SECONDS = 10.0  # for rank 0 to answer, on a connection that works
@@ -33,8 +49,9 @@ class Rendezvous:
 
     `sock` is a bound and listening socket for rank 0, if our own launcher opened one. `hang_after` is how
     many seconds processes from our own launcher wait for each other. `job` describes what all ranks must
-    have in common. Raises `LaunchError` if the other ranks cannot be reached, and `UsageError` if rank 0
-    belongs to another job.
+    have in common. `failure` is why this rank cannot take part, see `tell_failure`. Raises `LaunchError` if
+    the other ranks cannot be reached, `UsageError` if rank 0 belongs to another job, and the error of a
+    rank that cannot take part.
 
     Attributes: `peers`; `attempt`, a random name that only the ranks of this attempt know; `key`, with
     which they prove that they belong to the job; `host`, the address of rank 0's host; `where`, rank 0's
@@ -48,16 +65,20 @@ class Rendezvous:
         sock: socket.socket | None,
         hang_after: float,
         job: JobDescription,
+        failure: tuple[str, str] | None = None,
     ) -> None:
         self._placement, self._size, self._job = placement, placement.size, job
         self._spawned = placement.launcher == "spawned"
         self._seconds = max(hang_after, _SPAWNED_SECONDS) if self._spawned else RENDEZVOUS_SECONDS
         self._began, self._silent_until = time.monotonic(), _SILENT_SECONDS
+        self._failure = failure
+        if failure:
+            self._seconds, self._silent_until = _FAREWELL_SECONDS, math.inf
         self.host = network.LOOPBACK if placement.one_host else placement.host
         self.key, is_secret = job_key(placement)
-        if not is_secret and placement.rank == 0:
+        if not is_secret and placement.rank == 0 and not failure:
             print_note(NO_SECRET, placement)
-        self._agent_store = AgentStore(placement) if placement.store_exists else None
+        self._agent_store = _agent_store(placement) if placement.store_exists else None
         self._ports = network.derived_ports(placement.job) if placement.store_exists else placement.ports
         self._connection: CoordinatorConnection | None = None
         self.listener: Listener | None = None
@@ -92,17 +113,28 @@ class Rendezvous:
         self.where = f"{self.host} port {me.port}"
         self.exchange: Callable[[Heartbeat], Mapping[int, Heartbeat]] = partial(coordinator.exchange, 0)
         published = -math.inf
-        if not one_host:
+        if not one_host and not self._failure:
             elsewhere = "" if network.is_here(self.host) else ", which is no address of this host"
             who = f"{self._placement.launcher}: rank 0 of {self._size} (pid {me.pid} on {me.host})"
             report(f"{who} waits for the others at {self.where}{elsewhere}")
-        while (membership := coordinator.join(me, self._job)).missing:
-            self._check_time(membership.missing)
+        refused: TurnedAway | None = None
+        while True:
+            try:
+                if self._failure and refused is None:
+                    coordinator.fail(me, self._failure)
+                membership = coordinator.join(me, self._job)
+                if not membership.missing:
+                    return membership
+                self._check_time(membership.missing)
+            except TurnedAway as error:  # a rank cannot take part: the others must know
+                if refused is None:
+                    refused, until = error, time.monotonic() + _FAREWELL_SECONDS
+                if coordinator.everyone_knows() or time.monotonic() > until:
+                    raise self._final(refused) from None
             if self._agent_store is not None and time.monotonic() > published + 1:
                 self._agent_store.publish(me.address, me.port)  # again, because others may overwrite it
                 published = time.monotonic()
             time.sleep(0.005)
-        return membership
 
     def _join(self) -> Membership:
         """Find rank 0, and ask it again and again until all ranks are present."""
@@ -121,14 +153,15 @@ class Rendezvous:
                     if is_loopback(address) and not self._placement.one_host:
                         address = ""  # it is on rank 0's host, and the others are not
                     me = self._listen(self._open(address), address)
-                membership = self._connection.join(me, self._job, seconds=min(left, _ANSWER_SECONDS))
+                seconds = min(left, _ANSWER_SECONDS)
+                membership = self._connection.join(me, self._job, self._failure, seconds=seconds)
                 if not membership.missing:
                     self.exchange = self._connection.exchange
                     return membership
                 missing, problem = membership.missing, ""
             except (OSError, ValueError) as error:
                 if isinstance(error, TurnedAway) and error.final:
-                    raise self._of_another_job(error) from None
+                    raise self._final(error) from None
                 missing, problem = [0], f" ({_why(error)})"
                 if self._connection is not None:
                     self._connection.close()
@@ -157,7 +190,11 @@ class Rendezvous:
                 print_note(f"waiting at {self.where} for {ranks}; {so_far}", self._placement)
         return self._seconds - waited
 
-    def _of_another_job(self, error: TurnedAway) -> UsageError:
+    def _final(self, error: TurnedAway) -> DmnistError:
+        if error.failure:
+            failed = recreate(*error.failure)
+            failed.on_one_rank = False  # rank 0 says it for all
+            return failed
         refused = UsageError(
             f"{error}; start all ranks of a job with the same flags, and give each job its own port "
             f"(rank 0 is at {self.where})"
@@ -203,6 +240,24 @@ class Rendezvous:
         self.listener = Listener(sock, self.key, coordinate=serve, report=report)
         known = "" if is_loopback(address) else address  # a rank on rank 0's host is reached as rank 0 is
         return Peer.here(self._placement, known, self.listener.port)
+
+
+def tell_failure(placement: Placement, error: Exception) -> None:
+    """Tell the other ranks why this one cannot take part, before it joins: they would wait for it.
+
+    They end with the same error. This takes at most `_FAREWELL_SECONDS`. It is not needed where the
+    launcher ends all ranks if one fails: ours, and torchrun on one host.
+    """
+    if placement.size == 1 or placement.launcher == "spawned" or (placement.parent and placement.one_host):
+        return
+    with contextlib.suppress(DmnistError, OSError):
+        Rendezvous(placement, None, 0.0, {}, described(error))
+
+
+def _agent_store(placement: Placement) -> "AgentStore":
+    from .agent_store import AgentStore  # noqa: PLC0415 - it imports torch
+
+    return AgentStore(placement)
 
 
 def _why(error: OSError | ValueError) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ranks import DMNIST, REPOSITORY, Finished, WarmProgram, run, train
+from ranks import DMNIST, REPOSITORY, Finished, WarmProgram, dmnist_ranks, free_port, run, train
 from warm import here
 
 from distributed_mnist.data import datasets, idx
@@ -48,6 +48,18 @@ def refused(ended: Finished, code: int, *words: str) -> str:
 def nothing_in(folder: Path) -> None:
     """Check that a run that never started has not created a folder."""
     assert [str(path.relative_to(folder)) for path in folder.rglob("*")] == []
+
+
+def test_a_wrong_flag_on_one_rank_ends_all() -> None:
+    """Started by a launcher that does not end the others itself. Before, they waited for five minutes."""
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    words = (*DMNIST, "train", "--dataset", "generated", "--device", "cpu")
+    with (
+        WarmProgram(words, RANK="0", **variables) as first,
+        WarmProgram((*words, "--epochs", "0"), RANK="1", **variables) as second,
+    ):
+        refused(second.finish(), USAGE, "--epochs", "at least 1")
+        refused(first.finish(), USAGE, "dmnist: rank 1 (pid ", " cannot take part: --epochs")
 
 
 # ---- Flags -----------------------------------------------------------------------------------------------
@@ -428,9 +440,10 @@ def test_half_an_environment(variables: dict[str, str], word: str, tmp_path: Pat
 
 
 def test_nproc_under_another_launcher(tmp_path: Path) -> None:
-    variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1234"}
-    ended = here("train", "--nproc", 2, "--out", tmp_path / "out", "--json", **variables)
-    refused(ended, USAGE, "--nproc 2")
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    ranks = [{**variables, "RANK": rank} for rank in ("0", "1")]
+    for ended in dmnist_ranks(ranks, "train", "--nproc", 2, "--out", tmp_path / "out", "--json"):
+        refused(ended, USAGE, "--nproc 2")
     nothing_in(tmp_path)
 
 

@@ -1,9 +1,13 @@
 """What a rank says while it waits for the others, and when it gives up at once."""
 
 import os
+import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -166,3 +170,48 @@ def test_a_rank_of_another_job_gives_up_at_once(
     (line,) = capsys.readouterr().err.splitlines()
     who = f"rank 1 (pid {os.getpid()} on {socket.gethostname()})"
     assert line == f"dmnist: {who} belongs to another job and was turned away: --lr 2 there and 0.1 here"
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_rank_that_cannot_take_part_ends_the_others(
+    failing: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Within moments, and with the same error. Before, they waited for five minutes."""
+    monkeypatch.setattr(rendezvous, "RENDEZVOUS_SECONDS", 60.0)
+    with socket.create_server((LOOPBACK, 0)) as server:
+        port = server.getsockname()[1]
+    began = time.monotonic()
+    others = [
+        in_background(partial(Rendezvous, placement(rank, port, size=3), None, 60.0, JOB))
+        for rank in range(3)
+        if rank != failing
+    ]
+    rendezvous.tell_failure(placement(failing, port, size=3), UsageError("--epochs must be at least 1"))
+    who = rf"rank {failing} \(pid \d+ on .*\) cannot take part: --epochs must be at least 1"
+    for thread, results in others:
+        thread.join(60)
+        assert isinstance(results[0], UsageError)
+        assert re.fullmatch(who, str(results[0]))
+        assert not results[0].on_one_rank  # rank 0 prints it
+    assert time.monotonic() - began < 15
+    assert "belongs to another job" not in capsys.readouterr().err
+
+
+def test_ranks_of_one_launcher_with_other_flags_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "RENDEZVOUS_SECONDS", 60.0)
+    with socket.create_server((LOOPBACK, 0)) as server:
+        port = server.getsockname()[1]
+    first, second = (replace(placement(rank, port), launcher_id="slurm 1.0") for rank in range(2))
+    thread, results = in_background(partial(Rendezvous, first, None, 60.0, JOB))
+    with pytest.raises(UsageError, match=r"rank 1 .*: it has other flags: --lr 0.1 there and 2 here"):
+        Rendezvous(second, None, 60.0, {**JOB, "--lr": "2"})
+    thread.join(60)
+    assert "cannot take part: it has other flags" in str(results[0])
+
+
+def test_nobody_is_told_where_the_launcher_notices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "Rendezvous", None)  # would fail
+    one_host = replace(placement(1, 1), local_size=2)
+    for alone in (replace(one_host, size=1), replace(one_host, launcher="spawned")):
+        rendezvous.tell_failure(alone, UsageError("no"))
+    rendezvous.tell_failure(replace(one_host, parent=os.getpid()), UsageError("no"))
