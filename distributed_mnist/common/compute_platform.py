@@ -18,9 +18,11 @@ _FAST = {
     "AVX2": {"avx2"},
     "AVX-512": {"avx512f"},
     "SVE": {"sve"},
-    "bf16": {"avx512_bf16", "avx_bf16", "amx_bf16", "bf16", "svebf16"},
+    "bf16": {"avx512_bf16", "amx_bf16", "bf16", "svebf16"},
     "AMX": {"amx_tile"},
 }
+_ALLOWS_BF16 = re.compile(r"ALL|DEFAULT|BF16|FP16|AMX|AVX10", re.IGNORECASE)
+"""oneDNN's instruction sets that contain products of bf16 numbers."""
 _ON_CPU = ("torch", "build", "machine", "device", "capability", "instructions", "settings")
 _ON_GPU = ("torch", "build", "machine", "device", "capability", "processor", "settings")
 
@@ -122,6 +124,14 @@ def fast_instructions() -> str:
     """Name what this processor has for fast arithmetic: `AVX2, AVX-512, bf16, AMX`. Empty if not known."""
     flags = set(_processor_flags())
     return ", ".join(name for name, needed in _FAST.items() if flags & needed)
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Return whether a device has instructions that multiply bf16 numbers. Otherwise they are emulated."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    limit = environment.kernel_settings().get("ONEDNN_MAX_CPU_ISA", "ALL")
+    return device.type == "cpu" and "bf16" in fast_instructions() and _ALLOWS_BF16.search(limit) is not None
 
 
 def _processor_flags() -> list[str]:

@@ -10,7 +10,7 @@ from ..errors import UsageError
 from .fields import check_type, flag, require, require_count
 
 Sync = Literal["tree", "ddp"]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16"]
 Schedule = Literal["constant", "step", "cosine", "one-cycle"]
 
 _KNOWN = {"loss": ("cross-entropy",), "optimizer": ("adam", "adamw", "sgd", "muon")}
@@ -84,7 +84,8 @@ class Recipe:
     shards: int = 8
     """Number of parts each global batch is split into. This is also the maximum number of processes."""
     precision: Precision = "fp32"
-    """Precision of the model's arithmetic: fp32, or bf16 via autocast (weights stay in fp32)."""
+    """Precision of the model's arithmetic: fp32, or bf16 via autocast (weights stay in fp32). auto chooses
+    bf16 if every process has hardware for it, otherwise fp32; a resumed run keeps the choice."""
 
     def __post_init__(self) -> None:
         """Raises `UsageError` for impossible values."""

@@ -120,10 +120,12 @@ def same_modes(model: nn.Module) -> Iterator[None]:
 
 
 def forward(model: nn.Module, images: Tensor, precision: Precision) -> Tensor:
-    """Return float32 logits `(n, classes)` of normalised images, computed in the given precision.
+    """Return float32 logits `(n, classes)` of normalised images, computed in fp32 or bf16.
 
     Raises `UsageError` if the model does not return a tensor.
     """
+    if precision == "auto":
+        raise ValueError("a precision must have been chosen")
     if precision == "fp32":
         logits = model(images)
     else:

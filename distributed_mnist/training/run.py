@@ -38,7 +38,7 @@ from .batches import Batches
 from .loop import require_same_weights, train
 from .notices import add_place, log_start, start_notices
 from .plan import make_plan
-from .platforms import require_same_platform, use_threads
+from .platforms import agree_on_platform, use_threads
 from .results import write_results
 from .resume import read_requested_checkpoint, resume, run_config
 from .state import State, TrainingContext
@@ -67,10 +67,10 @@ def run(
     """
     began = time.perf_counter()
     recipe.check_size(world.size)
-    unlike = require_same_platform(world, recipe.sync)
     # Cheap checks come first: reading the data takes long.
     world.on_every_rank(lambda: find_functions(recipe))
     requested = read_requested_checkpoint(world, options)
+    recipe, platform_notices = agree_on_platform(world, recipe, options, requested)
     threads = use_threads(world, recipe.sync)  # after a user's module is imported, which may set them too
     data = broadcast_dataset(world, read)
     batches = Batches(data.train, recipe, data.mean, data.std)
@@ -89,12 +89,12 @@ def run(
             requested,
             threads,
             partial(start_lines, world, recipe, data, properties, title, threads),
-            unlike,
+            platform_notices,
         )
     save_steps, save_seconds = checkpoint_interval(options.checkpoint_every, batches.steps_per_epoch)
     folder = open_folder(world, options, recipe, title)
     try:
-        notices = [*unlike, *start_notices(world, recipe, data, threads, folder)]
+        notices = [*platform_notices, *start_notices(world, recipe, data, threads, folder)]
         lines = start_lines(world, recipe, data, properties, title, threads, folder.path)
         store = open_store(world, options, folder, save_seconds)
         resumed = resume(

@@ -44,9 +44,34 @@ def test_the_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert x86.processor == "Intel(R) Xeon(R) Gold family 6 model 85"
     assert x86.instructions == "amx_tile, avx, avx2, avx512f, sse4_1"
     assert compute_platform.fast_instructions() == "AVX2, AVX-512, AMX"
+    assert not compute_platform.multiplies_bf16(torch.device("cpu"))
     arm = cpuinfo(monkeypatch, tmp_path, ARM)
     assert (arm.processor, arm.instructions) == ("0x41 part 0xd40", "asimd, asimddp, sve")
     assert compute_platform.fast_instructions() == "SVE"
+
+
+@pytest.mark.parametrize(
+    ("flags", "limit", "has_it"),
+    [
+        ("avx2 avx512f avx512_bf16", None, True),
+        ("avx2 avx512f avx512_bf16", "AVX512_CORE", False),
+        ("avx2 avx512f avx512_bf16", "avx2", False),
+        ("avx2 avx512f avx512_bf16", "AVX512_CORE_BF16", True),
+        ("avx2 avx512f avx512_bf16", "DEFAULT", True),
+        ("avx2 avx512f amx_bf16 amx_tile", "AVX512_CORE_AMX", True),
+        ("avx2 avx512f", None, False),
+        ("avx2", None, False),
+    ],
+)
+def test_bf16_in_hardware(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str, limit: str | None, has_it: bool
+) -> None:
+    cpuinfo(monkeypatch, tmp_path, f"flags\t\t: {flags}\n")
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if limit is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert compute_platform.multiplies_bf16(torch.device("cpu")) == has_it
 
 
 def test_without_proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

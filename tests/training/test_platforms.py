@@ -1,13 +1,22 @@
 """Ranks on unlike processors, or with unlike settings of the libraries, are told apart."""
 
 import dataclasses
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
 
+import fuzz
+import pytest
 import torch
 from ranks import run_ranks
 
 from distributed_mnist.common.compute_platform import ComputePlatform, this_platform
+from distributed_mnist.common.placement import ALONE
+from distributed_mnist.config import Recipe, Run
 from distributed_mnist.distributed.world import World
 from distributed_mnist.errors import UsageError
+from distributed_mnist.runs.checkpoint import encode
+from distributed_mnist.runs.run_files import write_config
 from distributed_mnist.training import platforms
 
 NOTE = ": the last bits may depend on which rank computes what"
@@ -36,8 +45,14 @@ def told(world: World, changes: dict[str, str], ranks: list[int], sync: str) -> 
         return f"refused: {error}"
 
 
-def compare(world: World) -> dict[str, str]:
-    found = {
+def precision_with(world: World, ranks: Collection[int]) -> str:
+    """The precision of a recipe that leaves it open, if these ranks have bf16 in hardware."""
+    platforms.multiplies_bf16 = lambda device: world.rank in ranks
+    return platforms.agree_on_platform(world, Recipe(precision="auto"), Run(), None)[0].precision
+
+
+def compare(world: World) -> dict[str, Any]:
+    found: dict[str, Any] = {
         f"{name} {sync}": told(world, {name: value}, [1], sync)
         for name, value in DIFFERENT.items()
         for sync in ("tree", "ddp")
@@ -47,6 +62,7 @@ def compare(world: World) -> dict[str, str]:
         "two": told(world, {"settings": "A=1"}, [1, 2], "tree"),
         "zero": told(world, {"settings": "A=1"}, [0], "tree"),
         "processor": told(world, {"processor": "another", "libraries": "musl"}, [2], "tree"),
+        "precisions": [precision_with(world, ranks) for ranks in ((), (1,), (0, 1, 2))],
         "limits": told(world, {"settings": "MKL_CBWR=AVX2, ONEDNN_MAX_CPU_ISA=AVX2"}, [2], "tree"),
     }  # fmt: skip
 
@@ -54,6 +70,7 @@ def compare(world: World) -> dict[str, str]:
 def test_ranks_are_compared() -> None:
     said, *others = run_ranks(compare, 3)
     assert others == [said, said]  # so all ranks raise the same error, and rank 0 prints it
+    assert said["precisions"] == ["fp32", "fp32", "bf16"]
     for name, value in DIFFERENT.items():
         assert said[f"{name} tree"].startswith("refused: rank 1 (pid ")
         assert f" does not compute like rank 0 ({name} {value} there, " in said[f"{name} tree"]
@@ -65,3 +82,32 @@ def test_ranks_are_compared() -> None:
     assert "processor another there, " in said["processor"]
     assert said["processor"].endswith(NOTE)
     assert "instructions only on one of them" in said["limits"]
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_a_resumed_run_keeps_its_precision(
+    has_bf16: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(platforms, "multiplies_bf16", lambda device: has_bf16)
+    world, options = World(ALONE, torch.device("cpu"), "none"), Run(out=tmp_path, resume="auto")
+    recipe = Recipe(precision="auto")
+    new = "bf16" if has_bf16 else "fp32"
+    assert platforms.agree_on_platform(world, recipe, options, None) == (Recipe(precision=new), [])
+    for kept in ("fp32", "bf16"):
+        checkpoint = encode({**fuzz.content(), "recipe": Recipe(precision=kept).to_dict()})
+        found, _ = platforms.agree_on_platform(world, recipe, Run(resume="it.pt"), checkpoint)
+        assert found.precision == kept
+        write_config(tmp_path, {"recipe": Recipe(precision=kept).to_dict(), "run": {}})
+        assert platforms.agree_on_platform(world, recipe, options, None)[0].precision == kept
+        if kept == new:  # without --resume, the old run's choice does not matter
+            continue
+        assert platforms.agree_on_platform(world, recipe, Run(out=tmp_path), None)[0].precision == new
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_emulated_bf16_is_told(has_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platforms, "multiplies_bf16", lambda device: has_bf16)
+    world, recipe = World(ALONE, torch.device("cpu"), "none"), Recipe(precision="bf16")
+    found, notices = platforms.agree_on_platform(world, recipe, Run(), None)
+    slow = ["this hardware emulates bf16: --precision fp32 would be faster"]
+    assert (found, notices) == (recipe, [] if has_bf16 else slow)
