@@ -14,7 +14,6 @@ from ..config import Recipe, Run
 from ..data.broadcast import Data
 from ..distributed.world import World
 from ..models.summary import layers_of
-from ..models.zoo import IMAGE_SHAPE
 from ..runs.checkpoint import decode, encode
 from ..runs.checkpoint_store import newest_checkpoint
 from ..runs.layout import new_folder
@@ -65,7 +64,7 @@ def make_plan(
         memory_bytes = _peak_memory()
         shown["disk"] = f"{_in_units(checkpoint_bytes)} for each checkpoint, {_in_units(free_bytes)} free"
         shown["memory"] = f"{_in_units(memory_bytes)} in each process, before the first step"
-        layers = layers_of(state.model, IMAGE_SHAPE, world.device)
+        layers = layers_of(state.model, data.image_shape, world.device)
         return {
             "lines": shown,
             "notices": messages,

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from distributed_mnist.config import MNIST_SHAPE
 from distributed_mnist.models.build import build
 from distributed_mnist.models.summary import Layer, layers_of
-from distributed_mnist.models.zoo import IMAGE_SHAPE, MODELS
+from distributed_mnist.models.zoo import MODELS
 
 
 class Odd(nn.Module):
@@ -30,7 +31,7 @@ class Odd(nn.Module):
 
 def test_a_model_with_odd_layers() -> None:
     model = Odd()
-    layers = layers_of(model, IMAGE_SHAPE, torch.device("cpu"))
+    layers = layers_of(model, MNIST_SHAPE, torch.device("cpu"))
     assert layers == [
         Layer("", "Odd", (None, 10), 3, 1),
         Layer("twice", "Linear", (None, 784), 784 * 785, 2),
@@ -47,6 +48,6 @@ def test_a_model_with_odd_layers() -> None:
 def test_the_parameters_of_our_models_add_up() -> None:
     for name in MODELS:
         model = build(name, 10, seed=0)
-        layers = layers_of(model, IMAGE_SHAPE, torch.device("cpu"))
+        layers = layers_of(model, MNIST_SHAPE, torch.device("cpu"))
         assert layers[0].output == (None, 10)
         assert sum(layer.parameters for layer in layers) == sum(p.numel() for p in model.parameters())
