@@ -5,7 +5,7 @@ that computed them. Its result has the same bits for every number of processes. 
 order of additions to DistributedDataParallel and its all-reduce. Its result is equal up to rounding.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -27,7 +27,17 @@ class Gradients(Protocol):
     """Computes the gradient of a whole global batch into every parameter's `grad`, on every rank."""
 
     def compute(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
-        """Compute the gradient of one step; `sizes` are the shards' sizes. Every rank must call it."""
+        """Compute the gradient of one step, and change running statistics; `sizes` are the shards' sizes.
+
+        Every rank must call it.
+        """
+        ...
+
+    def recompute_statistics(self, batches: Iterable[tuple[ForwardShards, Sequence[int]]]) -> None:
+        """Replace batch norms' running statistics by those of the present weights over these batches.
+
+        Does nothing for a model without running statistics. Every rank must call it.
+        """
         ...
 
     def prepare(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
@@ -82,6 +92,15 @@ class TreeGradients:
         for shard, gradient in enumerate(gradients, start=self._owned.start):
             counter.push(0, shard, gradient)
         self._gradient.copy_(self._exchange.all_reduce(counter))
+        self._local.statistics.add(self._gradient[self._local.gradients_length :])
+
+    @torch.no_grad()
+    def recompute_statistics(self, batches: Iterable[tuple[ForwardShards, Sequence[int]]]) -> None:
+        """Replace the batch norms' running statistics; see `Gradients`. Their gradients become zero."""
+        if self._local.statistics.length:
+            with self._local.statistics.recomputed():
+                for forward_shards, sizes in batches:
+                    self.compute(forward_shards, sizes)
 
     def _shard_gradients(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> Iterator[Tensor]:
         """Yield the flat gradient of each of this rank's shards, in order."""
@@ -104,7 +123,7 @@ class TreeGradients:
         if self._local.layers and shards not in self._layer_views:
             self._layer_views[shards] = self._local.layers.views(rows)
         views = self._layer_views.get(shards)
-        if self._local.write(forward_shards, shards, sizes[shards.start : shards.stop], rows, views):
+        if self._local.write(forward_shards, shards, sizes, rows, views):
             return rows
         self._invariant_sizes.clear()
         return None
@@ -135,7 +154,7 @@ class TreeGradients:
         for shards in self._passes(sizes):
             rows = torch.empty((len(shards), initial.length), device=self._world.device)
             alone = torch.stack([by_layers[shard] for shard in shards])
-            written = initial.write(forward_shards, shards, sizes[shards.start : shards.stop], rows)
+            written = initial.write(forward_shards, shards, sizes, rows)
             if not (written and torch.equal(rows, alone)):
                 self._invariant_sizes.clear()
         autograd = ShardGradients(initial.model)
@@ -208,6 +227,9 @@ class DdpGradients:
         last = self._surrogate_loss(forward_shards, self._passes[-1], sizes)
         with self._world.communicating("a gradient sum", also_computes=True):
             last.backward()
+
+    def recompute_statistics(self, batches: Iterable[tuple[ForwardShards, Sequence[int]]]) -> None:
+        """Do nothing: models with running statistics are refused."""
 
     def prepare(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
         """Do nothing: autograd computes these gradients."""

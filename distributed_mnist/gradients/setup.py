@@ -20,17 +20,37 @@ MAX_IMAGES_PER_PASS = 512
 
 
 def make_gradients(
-    recipe: Recipe, options: Run, world: World, model: nn.Module, properties: ModelProperties
+    recipe: Recipe,
+    options: Run,
+    world: World,
+    model: nn.Module,
+    properties: ModelProperties,
+    smallest_batch: int | None = None,
 ) -> Gradients:
     """Make the recipe's way to add gradients.
 
+    `smallest_batch` is the number of images in the run's smallest batch, by default `--batch-size`.
     Raises `UsageError` if a shard has more images than `--micro-batch`, or if `ddp` is asked for and the
-    logits do not depend on some parameter.
+    logits do not depend on some parameter or a layer uses batch statistics, or if a shard has one image
+    and batch norm needs more.
     """
+    if recipe.sync == "ddp" and properties.statistics_layers:
+        raise UsageError(
+            f"--model {recipe.model}: with --sync ddp the batch statistics of its layer "
+            f"{properties.statistics_layers[0]} would depend on the number of processes: use --sync tree, "
+            "with which they are those of a shard"
+        )
     if recipe.sync == "ddp" and properties.unused:
         raise UsageError(
             f"--model {recipe.model}: its {properties.unused[0]} is never used, but "
             "ddp needs every parameter to be used"
+        )
+    images = recipe.batch_size if smallest_batch is None else smallest_batch
+    if max(1, images // recipe.shards) < properties.min_images:
+        last = " (the last of an epoch)" if images < recipe.batch_size else ""
+        raise UsageError(
+            f"--model {recipe.model}: a batch of {images}{last} cut into {recipe.shards} shards leaves one "
+            "image in a shard, but batch norm needs two or more: use another --batch-size or fewer --shards"
         )
     shard_size = -(-recipe.batch_size // recipe.shards)
     if options.micro_batch is not None and options.micro_batch < shard_size:
@@ -53,7 +73,7 @@ def make_tree_gradients(
 
     Several shards share a forward pass if a test on this machine shows that each shard gets the same bits
     as in a pass of its own, with the same random numbers (see `ShardDraws`). Otherwise there is one shard
-    per pass.
+    per pass. The same is true for a model with batch statistics, which are those of a shard.
     """
     make = partial(
         TreeGradients,
@@ -66,7 +86,8 @@ def make_tree_gradients(
     )
     shape = properties.image_shape
     may_draw = ((), ("torch",)) if world.device.type == "cpu" else ((),)
-    shareable = properties.draws_from in may_draw and not _has_hooks(model)
+    by_shard = bool(properties.statistics_layers) or _has_hooks(model)
+    shareable = properties.draws_from in may_draw and not by_shard
     if not shareable or not matches_autograd(model, shape):
         return make()
     owned = owned_shards(world.rank, world.size, recipe.shards)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.generators import DrawsNotShared
+from ..models.running_statistics import RunningStatistics
 from .per_shard import GradientViews, HookedLayers, backpropagate
 
 ForwardShards = Callable[[nn.Module, range], tuple[Tensor, Tensor]]
@@ -17,7 +18,10 @@ and divided by the size of the global batch. A pass may be repeated; only its la
 
 
 class ShardGradients:
-    """Computes one flat gradient per shard, of a model's trained parameters.
+    """Computes one flat row per shard: the gradients of a model's trained parameters.
+
+    Behind them are the changes of its running statistics, times the shard's share of the global batch. So
+    their sum over all shards is the change of the step.
 
     With `layers`, the layers compute the gradients. Whether they can is decided anew in each pass, because
     what a model does may depend on its images. Without `layers`, or if they cannot, autograd does.
@@ -26,7 +30,9 @@ class ShardGradients:
     def __init__(self, model: nn.Module, layers: HookedLayers | None = None) -> None:
         self.model, self.layers = model, layers
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.length = sum(p.numel() for p in self.parameters)
+        self.statistics = RunningStatistics(model)
+        self.gradients_length = sum(p.numel() for p in self.parameters)
+        self.length = self.gradients_length + self.statistics.length
 
     def write(
         self,
@@ -36,15 +42,29 @@ class ShardGradients:
         rows: Tensor,
         views: Sequence[GradientViews] | None = None,
     ) -> bool:
-        """Write the gradients of consecutive shards, which share one pass, into `rows`.
+        """Write the rows of consecutive shards, which share one pass, into `rows`.
 
-        `sizes` are the sizes of these shards. `rows` is float32 `(shards, parameters)`, and `views` are
-        its `HookedLayers.views`, if the caller keeps them. Returns False if the shards have to go through
-        the model one by one.
+        `sizes` are the sizes of all shards of the batch. `rows` is float32 `(shards, length)`, and `views`
+        are its `HookedLayers.views`, if the caller keeps them. Returns False if the shards have to go
+        through the model one by one. Without autograd (`torch.no_grad`) the gradients are zero.
         """
+        count, sizes = sum(sizes), sizes[shards.start : shards.stop]
         if sum(sizes) == 0:  # a batch with fewer samples than shards
             rows.zero_()
             return True
+        changes = rows[0, self.gradients_length :]  # shards share a pass only where this is empty
+        with self.statistics.unchanged(sum(sizes) / count, changes):
+            return self._write_pass(forward_shards, shards, sizes, rows, views)
+
+    def _write_pass(
+        self,
+        forward_shards: ForwardShards,
+        shards: range,
+        sizes: Sequence[int],
+        rows: Tensor,
+        views: Sequence[GradientViews] | None,
+    ) -> bool:
+        """Make a pass over shards of these sizes and write their gradients; see `write`."""
         try:
             with self.layers.recording() if self.layers else nullcontext():
                 logits, grad_logits = forward_shards(self.model, shards)
@@ -57,6 +77,8 @@ class ShardGradients:
         if len(shards) > 1:
             return False
         rows.zero_()  # for parameters that are not used
+        if not torch.is_grad_enabled():
+            return True
         gradients = backpropagate(logits, self.parameters, grad_logits)
         parts = self.parameter_views(rows[0])
         used = [(part, g) for part, g in zip(parts, gradients, strict=True) if g is not None]
@@ -65,16 +87,16 @@ class ShardGradients:
         return True
 
     def of_shard(self, forward_shards: ForwardShards, shard: int, sizes: Sequence[int]) -> Tensor:
-        """Return the gradient of one shard in a pass of its own, `(parameters,)`.
+        """Return the row of one shard in a pass of its own, `(length,)`.
 
         `sizes` are the sizes of all shards.
         """
         row = torch.empty((1, self.length), device=self.parameters[0].device)
-        self.write(forward_shards, range(shard, shard + 1), sizes[shard : shard + 1], row)
+        self.write(forward_shards, range(shard, shard + 1), sizes, row)
         return row[0]
 
     def parameter_views(self, flat: Tensor) -> list[Tensor]:
-        """Cut a flat vector into one view per parameter, with the parameter's shape and memory layout."""
+        """Cut a row's gradients into one view per parameter, with its shape and memory layout."""
         views, offset = [], 0
         for p in self.parameters:
             views.append(flat.as_strided(p.shape, p.stride(), flat.storage_offset() + offset))

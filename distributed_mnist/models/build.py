@@ -2,7 +2,8 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,15 +95,18 @@ def _failure(model: nn.Module, device: torch.device, shape: ImageShape) -> BaseE
     The images are always the same. Modes and buffers are restored, and torch's generators too.
     """
     images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not is_lazy(buffer)]
+    buffers: dict[int, tuple[Tensor, Tensor]] = {}
     try:
         with torch.no_grad(), same_torch_state(device), same_modes(model):
             for training in (False, True):
+                for buffer in model.buffers():  # a lazy layer's are filled in its first pass
+                    if not is_lazy(buffer):
+                        buffers.setdefault(id(buffer), (buffer, buffer.clone()))
                 model.train(training)(images.clone())
     except (Exception, SystemExit) as error:
         return error
     finally:
-        for buffer, value in buffers:
+        for buffer, value in buffers.values():
             if not torch.equal(buffer, value):  # a buffer may be a view that cannot be written
                 buffer.copy_(value)
     return None
@@ -119,7 +123,7 @@ def same_modes(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def forward(model: nn.Module, images: Tensor, precision: Precision) -> Tensor:
+def forward(model: Callable[[Tensor], Any], images: Tensor, precision: Precision) -> Tensor:
     """Return float32 logits `(n, classes)` of normalised images, computed in fp32 or bf16.
 
     Raises `UsageError` if the model does not return a tensor.

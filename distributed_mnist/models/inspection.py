@@ -12,8 +12,9 @@ from ..common.process_state import changes, snapshot
 from ..config import MNIST_SHAPE, ImageShape
 from ..errors import UsageError
 from .factory import shape_hint
+from .running_statistics import RunningStatistics, neutralised, statistics_layers
 
-_BATCH_STATISTICS = "batch statistics cannot be trained exactly, use per-sample norms"
+_BATCH_STATISTICS = "only torch's layers BatchNorm1d to BatchNorm3d may do that, or use per-sample norms"
 _STATE = "what a pass leaves for the next one would depend on the number of processes"
 _HIDDEN_STATE = (
     "it keeps state between passes (a counter, an average in a plain attribute) or draws random numbers "
@@ -34,6 +35,10 @@ class ModelProperties:
     """The global generators from which it draws random numbers: "torch", "NumPy", "Python"."""
     image_shape: ImageShape = MNIST_SHAPE
     """The shape of the images with which it was run."""
+    statistics_layers: tuple[str, ...] = ()
+    """Names of the layers that take statistics over a shard, see `running_statistics`."""
+    min_images: int = 1
+    """The fewest images with which it can make a pass in training."""
 
 
 @torch.no_grad()
@@ -46,6 +51,8 @@ def inspect(
     its layers. So it also finds batch statistics or functional dropout in a user's own code.
     """
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    frozen = [key for key, module in model.named_modules() if model.training and not module.training]
+    model.train()
     trial, settings = _Trial(model, name, device, shape), snapshot()
     if not trained:
         trial.refuse("it has no parameters to train")
@@ -60,8 +67,8 @@ def inspect(
             )
 
     def differentiate() -> tuple[Tensor | None, ...]:
-        with torch.enable_grad():
-            total = trial.logits().float().sum()
+        with torch.enable_grad(), trial.statistics.unchanged():  # a backward pass may change them too
+            total = trial.run_pass().float().sum()
             if not total.requires_grad:
                 trial.refuse("its logits do not depend on its parameters")
             try:
@@ -69,6 +76,7 @@ def inspect(
             except (Exception, SystemExit) as error:
                 trial.refuse(f"its backward pass fails: {type(error).__name__}: {error}")
 
+    trial.test_layers(frozen)
     trial.test_training(classes)
     trial.test_evaluation()
     model.train()
@@ -82,17 +90,27 @@ def inspect(
         trial.refuse(
             f"its forward pass changes torch's {changed}, on which results depend: remove that call"
         )
-    return ModelProperties(sum(p.numel() for p in trained.values()), bool(draws), unused, draws, shape)
+    return ModelProperties(
+        parameters=sum(p.numel() for p in trained.values()),
+        draws_random_numbers=bool(draws),
+        unused=unused,
+        draws_from=draws,
+        image_shape=shape,
+        statistics_layers=tuple(trial.layers),
+        min_images=1 if trial.accepts_one_image() else 2,
+    )
 
 
 class _Trial:
-    """A model under test. Each pass is over two random images, `(2, *shape)`, by default the same ones.
+    """A model under test, in training mode at first.
 
-    Its methods raise `UsageError`.
+    Each pass is over two random images, `(2, *shape)`, by default the same ones. Its methods raise
+    `UsageError`.
     """
 
     def __init__(self, model: nn.Module, name: str, device: torch.device, shape: ImageShape) -> None:
         self._model, self._name, self._device, self._shape = model, name, device, shape
+        self.layers, self.statistics = statistics_layers(model), RunningStatistics(model)
         generator = torch.Generator().manual_seed(0)
         first, second, third = (torch.randn(1, *shape, generator=generator) for _ in range(3))
         self._images = torch.cat((first, second)).to(device)
@@ -102,6 +120,11 @@ class _Trial:
         raise UsageError(f"--model {self._name}: {problem}")
 
     def logits(self, images: Tensor | None = None) -> Tensor:
+        """Make a pass that changes no running statistics."""
+        with self.statistics.unchanged():
+            return self.run_pass(images)
+
+    def run_pass(self, images: Tensor | None = None) -> Tensor:
         """Make a pass, in which random numbers have always the same key."""
         seed_generators("inspect")
         images = self._images.clone() if images is None else images
@@ -127,12 +150,30 @@ class _Trial:
             )
         return draws
 
+    def test_layers(self, frozen: Collection[str]) -> None:
+        """Test the layers that take batch statistics; `frozen` modules had been set to evaluation."""
+        for key, layer in self.layers.items():
+            if key in frozen and layer.training:
+                self.refuse(f"train() has ended the evaluation mode of {key}: override train() to keep it")
+            if isinstance(layer, nn.SyncBatchNorm):
+                self.refuse(
+                    f"its layer {key} is a SyncBatchNorm, whose statistics would depend on the number of "
+                    "processes: use BatchNorm1d to BatchNorm3d, whose statistics are those of a shard"
+                )
+
+    def accepts_one_image(self) -> bool:
+        """Return whether a pass over one image works, which batch norm of single numbers refuses."""
+        try:
+            with self.statistics.unchanged():
+                self._model(self._images[:1].clone())
+        except (Exception, SystemExit):
+            return False
+        return True
+
     def test_training(self, classes: int) -> None:
         """Test passes in training mode."""
         model, refuse = self._model, self.refuse
         buffers = {key: value.clone() for key, value in model.named_buffers()}
-        frozen = [key for key, module in model.named_modules() if model.training and not module.training]
-        model.train()
         logits = self.logits()
         if not isinstance(logits, Tensor):
             refuse(f"it returns a {type(logits).__name__}, not a tensor of logits")
@@ -141,25 +182,30 @@ class _Trial:
             refuse(f"it returns shape {shapes}: the data has {classes} classes")
         changed = [key for key, value in model.named_buffers() if not torch.equal(value, buffers[key])]
         if changed:
-            refuse(_why_buffers_change(model, changed[0], frozen))
+            refuse(
+                f"its buffer {changed[0]} changes in the forward pass; {_STATE} (as a counter, a moving "
+                "average or spectral norm does)"
+            )
         unchanged = equal(logits, self.logits())  # before more passes, after which a state may have settled
         tries = 3 if self.drawn_from(self.logits) else 0  # another thread may draw from the same generators
         if not (unchanged or any(equal(self.logits(), self.logits()) for _ in range(tries))):
             refuse(f"it gives other logits when a pass is repeated; {_HIDDEN_STATE}")
-        # Kernels may round differently, for instance if the model sorts its images.
-        tolerance = 1e-5 * float(logits.abs().nan_to_num().max())
-        if not any(
-            torch.allclose(
-                self.logits()[0], self.logits(self._other_images)[0], rtol=0, atol=tolerance, equal_nan=True
-            )
-            for _ in range(max(1, tries))
-        ):
+        with neutralised(model):
+            mixes = not any(self._first_is_unchanged() for _ in range(max(1, tries)))
+        if mixes:
             if tries and self._state_after(self._images) != self._state_after(self._other_images):
                 refuse(
                     "how many random numbers it draws depends on what the images show: draw as many for "
                     "every image"
                 )
             refuse(f"one image's logits depend on the others in its batch; {_BATCH_STATISTICS}")
+
+    def _first_is_unchanged(self) -> bool:
+        """Return whether the first image has the same logits beside another second one."""
+        logits, others = self.logits(), self.logits(self._other_images)
+        # Kernels may round differently, for instance if the model sorts its images.
+        tolerance = 1e-5 * float(logits.abs().nan_to_num().max())
+        return torch.allclose(logits[0], others[0], rtol=0, atol=tolerance, equal_nan=True)
 
     def test_evaluation(self) -> None:
         """Test passes in evaluation mode."""
@@ -177,14 +223,3 @@ class _Trial:
 def equal(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors have the same values; NaN is equal to NaN."""
     return torch.equal(a, b) or torch.equal(a.nan_to_num(), b.nan_to_num())
-
-
-def _why_buffers_change(model: nn.Module, key: str, frozen: Collection[str]) -> str:
-    """Say what is wrong if buffer `key` changes; `frozen` modules had been set to evaluation."""
-    name = key.rpartition(".")[0]
-    problem = f"its buffer {key} changes in the forward pass"
-    if not isinstance(model.get_submodule(name), nn.modules.batchnorm._BatchNorm):
-        return f"{problem}; {_STATE} (as a counter, a moving average or spectral norm does)"
-    if name in frozen:
-        return f"{problem}; train() has ended the evaluation mode of {name}: override train() to keep it"
-    return f"{problem}; {_BATCH_STATISTICS}"

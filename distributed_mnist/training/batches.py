@@ -70,6 +70,10 @@ class Batches:
         """Return the number of samples in each shard of global batch `step`."""
         return shard_sizes(self.size(step), self._recipe.shards)
 
+    def smallest_size(self) -> int:
+        """Return the number of samples in the run's smallest global batch."""
+        return self.size(min(self.steps_per_epoch, self.total_steps) - 1)
+
     def take(self, step: int, shards: range) -> Batch:
         """Return the samples of contiguous shards of global batch `step`, in fresh tensors.
 

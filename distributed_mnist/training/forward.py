@@ -1,9 +1,11 @@
 """Run shards of a global batch through a model, with keyed random numbers, up to the loss's gradient."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..common.generators import (
     ShardDraws,
@@ -16,6 +18,7 @@ from ..common.random_keys import torch_seed
 from ..errors import TrainingError, UsageError
 from ..gradients.shard_gradients import ForwardShards
 from ..models.build import forward
+from ..models.running_statistics import running_statistics
 from .batches import Batch
 from .ledger import Ledger
 from .state import TrainingContext
@@ -65,10 +68,14 @@ def keyed_forward(
     watched = ":" in recipe.model and not one_pass_only and (shared or not draws)
     key, device = ("noise", recipe.seed, step, shards.start), context.world.device
 
+    start = {name: buffer.clone() for name, buffer in running_statistics(module).items()}
+
     def again() -> Tensor:
         images = context.batches.take(step, shards).images
+        values = {name: value.clone() for name, value in start.items()}
+        apart = partial(functional_call, module, values) if values else module
         with torch.no_grad():
-            return forward(module, images, recipe.precision)
+            return forward(apart, images, recipe.precision)
 
     def own_state() -> bytes:
         return own_torch_state(again, *key)[1]
@@ -85,7 +92,10 @@ def keyed_forward(
         if watched and generator_states(device) != before:
             _refuse_draws(context, again, *key)
         return batch, logits
-    for _ in range(_TRIES):
+    for attempt in range(_TRIES):
+        if attempt:
+            for name, buffer in running_statistics(module).items():
+                buffer.copy_(start[name])
         with timer.phase("data"):
             batch = context.batches.take(step, shards)
         if draws:

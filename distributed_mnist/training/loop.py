@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any, NoReturn
 
 from ..common.digest import digest
-from ..config import Recipe
 from ..distributed.world import World
 from ..errors import Interrupted, TrainingError, UsageError
 from ..optim import weight_average
 from ..optim.clipping import clip_gradients
 from ..optim.schedule import make_schedule, set_learning_rate
+from . import averages
 from .evaluate import Evaluation, evaluate, mistakes
 from .forward import make_forward
 from .ledger import IntervalRecord, Ledger
@@ -38,7 +38,7 @@ def train(state: State, context: TrainingContext) -> Evaluation:
     lr_at = make_schedule(recipe, batches.steps_per_epoch)
     averaging_start = total_steps - recipe.averaged_steps(total_steps)
     averages_weights = averaging_start < total_steps
-    resume_averages(state, recipe, averaging=averaging_start < state.step < total_steps)
+    averages.resume(state, recipe, averaging=averaging_start < state.step < total_steps)
 
     max_interval = max(1, min(256, 2**20 // batches.size(0)))  # steps: about 8 MiB of sample ids
     ledger = Ledger(max_interval, batches.size(0), world.device)
@@ -59,7 +59,7 @@ def train(state: State, context: TrainingContext) -> Evaluation:
             with timer.phase("optimizer"):
                 weight_average.update(state.optimizer, step - averaging_start)
         if is_last and averages_weights:
-            weight_average.apply_mean(state.optimizer)
+            averages.apply_mean(state, context, timer, averaging_start)
 
         must_evaluate = is_last or state.step % context.eval_every == 0
         must_save = is_last or (context.save_every is not None and state.step % context.save_every == 0)
@@ -90,18 +90,6 @@ def train(state: State, context: TrainingContext) -> Evaluation:
     evaluation = evaluation or evaluate_now(state, context)
     weight_average.exchange(state.optimizer)  # the moving average, if there is one, is the run's result
     return evaluation
-
-
-def resume_averages(state: State, recipe: Recipe, *, averaging: bool) -> None:
-    """Continue the averages of the weights in a checkpoint. Raises `CheckpointError` if it lacks them.
-
-    `averaging` is whether the run has begun to average its last steps.
-    """
-    if averaging:
-        weight_average.require_mean(state.optimizer)
-    if recipe.ema and state.step:
-        weight_average.require_mean(state.optimizer, moving=True)
-        weight_average.exchange(state.optimizer)  # in the checkpoint, the weights are the moving average
 
 
 def prepare(state: State, context: TrainingContext) -> None:

@@ -20,6 +20,7 @@ from ..distributed.world import World
 from ..errors import Interrupted, OutputError, WorkerLost, reason
 from ..gradients.loss import make_loss
 from ..gradients.setup import make_gradients
+from ..gradients.tree_sum import shard_sizes
 from ..launcher.signals import StopRequests
 from ..models.build import make_model
 from ..models.factory import find_factory
@@ -76,7 +77,7 @@ def run(
     batches = Batches(data.train, recipe, data.mean, data.std)
     state, properties = make_state(world, recipe, data)
     loss = world.on_every_rank(lambda: make_loss(recipe, len(data.class_names), world.device))
-    gradients = make_gradients(recipe, options, world, state.model, properties)
+    gradients = make_gradients(recipe, options, world, state.model, properties, batches.smallest_size())
     if dry_run:
         return make_plan(
             world,
@@ -267,11 +268,15 @@ def start_lines(
     length = _count(recipe.epochs, "epoch")
     if recipe.steps:
         length = f"at most {_count(recipe.steps, 'step')} or {length}"
+    norm = ""
+    if properties.statistics_layers:
+        sizes = sorted(set(shard_sizes(min(recipe.batch_size, len(data.train)), recipe.shards)))
+        norm = f" (batch norm over each shard of {' or '.join(map(str, sizes))} images)"
     per_process = f", {_count(threads, 'thread')} each" if world.device.type == "cpu" else ""
     return {
         "recipe": f"{title}: {recipe.model} with {properties.parameters:,} parameters, "
         f"{length} in batches of {recipe.batch_size}, "
-        f"{sync} over {_count(recipe.shards, 'shard')}, {recipe.precision}, seed {recipe.seed}",
+        f"{sync} over {_count(recipe.shards, 'shard')}{norm}, {recipe.precision}, seed {recipe.seed}",
         "data": f"{data.name}, {len(data.train):,} + {len(data.test):,} images, {data.source}",
         "world": f"{processes} on {world.device.type}{per_process}",
         "out": str(folder),

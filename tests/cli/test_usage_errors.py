@@ -130,7 +130,12 @@ FLAGS = [
     ("--model user_models:nonsense", ["user_models:nonsense"]),
     ("--model no.such.module:factory", ["no.such.module"]),
     ("--model user_models:nn", ["user_models:nn", "not callable"]),
-    ("--model user_models:batch_norm", ["user_models:batch_norm", "batch statistics"]),
+    ("--model user_models:BatchMean", ["user_models:BatchMean", "depend on the others in its batch"]),
+    ("--model user_models:batch_norm --sync ddp", ["user_models:batch_norm", "use --sync tree"]),
+    (
+        "--model user_models:batch_norm --batch-size 121",
+        ["a batch of 11 (the last of an epoch) cut into 8 shards", "--batch-size or fewer --shards"],
+    ),
     ("--model user_models:eleven_classes", ["user_models:eleven_classes", "11", "10"]),
     ("--model user_models:Leaving", ["the model ended the program with sys.exit(0)"]),
     ("--resume auto", ["--resume auto", "--out"]),

@@ -53,6 +53,8 @@ def save(folder: Path, model: str, *, classes: int = 10, precision: str = "fp32"
     noise = torch.Generator().manual_seed(5)
     for parameter in network.parameters():  # some start at zero, where a wrong weight would not show
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=noise)
+    for buffer in network.buffers():  # running statistics
+        buffer.add_(1)
     content: dict[str, Any] = {
         "format": 1,
         "model": network.state_dict(),
@@ -253,11 +255,11 @@ def test_the_original_scripts_checkpoint(tmp_path: Path) -> None:
 
 
 def test_an_own_model(tmp_path: Path) -> None:
-    trained = save(tmp_path, "user_models:dropout")
+    trained = save(tmp_path, "user_models:batch_norm")
     ended = here("export", tmp_path)
     assert ended.code == 4
-    assert "add --model user_models:dropout" in ended.stderr
-    export(tmp_path, model="user_models:dropout", format=FORMATS)
+    assert "add --model user_models:batch_norm" in ended.stderr
+    export(tmp_path, model="user_models:batch_norm", format=FORMATS)
     images = draw(20, "own")[0]
     wanted = trained.logits(torch.from_numpy(images)).numpy()
     np.testing.assert_allclose(onnx_logits(tmp_path / "model.onnx", images), wanted, atol=1e-4)

@@ -146,22 +146,92 @@ def test_the_linear_model_has_the_original_scripts_names() -> None:
     assert shapes == {"fc.weight": (10, 784), "fc.bias": (10,)}
 
 
+class Functional(Flat):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(F.batch_norm(images, torch.zeros(1), torch.ones(1), training=True).flatten(1))
+
+
 @pytest.mark.parametrize(
     "model",
     [
-        nn.Sequential(nn.Flatten(), nn.BatchNorm1d(784), nn.Linear(784, 10)),
-        nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(784, 10)),
-        nn.Sequential(nn.Flatten(), nn.BatchNorm1d(784, track_running_stats=False), nn.Linear(784, 10)),
-        nn.Sequential(nn.BatchNorm2d(1, affine=False), nn.Flatten(), nn.Linear(784, 10), nn.Dropout(0.1)),
         BatchMean(),
         Neighbour(),
+        Functional(),
+        nn.Sequential(nn.BatchNorm2d(1), BatchMean()),
+        nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False), Neighbour()),
     ],
-    ids=["norm1d", "norm2d", "no-buffers", "with-dropout", "mean", "neighbour"],
+    ids=["mean", "neighbour", "functional", "with-norm", "with-norm-without-buffers"],
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_mixing_samples_is_refused(model: nn.Module, training: bool) -> None:
     said = problem(model.train(training))
-    assert said.endswith("batch statistics cannot be trained exactly, use per-sample norms")
+    assert said.startswith("one image's logits depend on the others in its batch;")
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "min_images"),
+    [
+        (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(784), nn.Linear(784, 10)), ("1",), 2),
+        (nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(784, 10)), ("0",), 1),
+        (
+            nn.Sequential(nn.Flatten(), nn.BatchNorm1d(784, track_running_stats=False), nn.Linear(784, 10)),
+            ("1",),
+            2,
+        ),
+        (
+            nn.Sequential(nn.BatchNorm2d(1, momentum=None), nn.Flatten(), nn.Dropout(), nn.Linear(784, 10)),
+            ("0",),
+            1,
+        ),
+        (
+            nn.Sequential(nn.InstanceNorm2d(1, track_running_stats=True), nn.Flatten(), nn.Linear(784, 10)),
+            ("0",),
+            1,
+        ),
+    ],
+    ids=["1d", "2d", "no-buffers", "cumulative", "instance"],
+)
+def test_layers_with_batch_statistics_are_found_and_left_as_they_are(
+    model: nn.Module, layers: tuple[str, ...], min_images: int
+) -> None:
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    properties = inspect(place(model, CPU), "mine", 10, CPU)
+    assert (properties.statistics_layers, properties.min_images) == (layers, min_images)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert all(module.training for module in model.modules())
+
+
+class Frozen(Flat):
+    """Keeps its batch norm in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(1)
+
+    def train(self, mode: bool = True) -> "Frozen":
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(self.norm(images))
+
+
+def test_a_frozen_batch_norm_has_no_batch_statistics() -> None:
+    assert inspect(Frozen(), "mine", 10, CPU).statistics_layers == ()
+
+
+def test_a_lazy_batch_norm_starts_without_statistics() -> None:
+    def lazy(classes: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.LazyBatchNorm1d(), nn.Linear(784, classes))
+
+    with registered({"mine:lazy": lazy}):
+        state = build("mine:lazy", 10, 0).state_dict()
+    assert not state["1.running_mean"].any()
+    assert (state["1.running_var"] == 1).all()
+    assert state["1.num_batches_tracked"] == 0
 
 
 def test_the_reason_is_named() -> None:
@@ -178,6 +248,12 @@ def test_the_reason_is_named() -> None:
     frozen[0].eval()
     assert problem(frozen).endswith(
         "train() has ended the evaluation mode of 0: override train() to keep it"
+    )
+    norm = nn.BatchNorm2d(1)
+    assert problem(nn.Sequential(norm, Counter())).startswith("its buffer 1.calls changes in the forward")
+    assert problem(nn.Sequential(norm, Remembering(training=True))).startswith("it gives other logits when")
+    assert problem(nn.Sequential(nn.Flatten(), nn.SyncBatchNorm(784), nn.Linear(784, 10))).startswith(
+        "its layer 1 is a SyncBatchNorm, whose statistics would depend on the number of processes"
     )
 
 

@@ -402,9 +402,11 @@ def test_damaged_files_beside_the_checkpoints(
 
 
 def test_a_schedule_that_looks_ahead_resumes_too(digits: Path, tmp_path: Path) -> None:
-    """Resume from the middle of an epoch with one-cycle, Adam's two moments, augmentation and dropout."""
-    flags = ("--dataset", "idx", "--data", digits, "--model", "user_models:dropout", "--batch-size", 130)
+    """Resume from the middle of an epoch with one-cycle, Adam's two moments, an average of weights,
+    augmentation, dropout and batch norm's running statistics."""
+    flags = ("--dataset", "idx", "--data", digits, "--model", "user_models:batch_norm", "--batch-size", 130)
     flags += ("--epochs", 2, "--shift", 2, "--schedule", "one-cycle", "--checkpoint-every", 4)
+    flags += ("--average", 0.4)
     whole = train(*flags, nproc=2, out=tmp_path / "whole")
     start = tmp_path / "whole" / "checkpoints" / "step_00000012.pt"
     assert start.exists()

@@ -40,6 +40,10 @@ CASES = {
     "fast": "--recipe fast --steps 7 --batch-size 130",
     "accurate": "--recipe accurate --steps 4 --batch-size 130",
     "bf16": "--recipe classic --model mlp --epochs 1 --batch-size 130 --precision bf16",
+    "batch norm": "--recipe classic --model user_models:batch_norm --epochs 2 --batch-size 98 "
+    "--average 0.3",
+    "batch norm, bf16": "--recipe classic --model user_models:batch_norm --epochs 1 --batch-size 140 "
+    "--shards 11 --precision bf16",
 }
 
 # One case at every size, and each of the others where ranks own unequal or many parts of the batch.
@@ -51,6 +55,8 @@ SIZES = {
     "fast": (2, 3, 8),
     "accurate": (4,),
     "bf16": (3, 8),
+    "batch norm": (2, 3),
+    "batch norm, bf16": (8,),
 }
 
 
