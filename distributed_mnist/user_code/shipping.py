@@ -5,6 +5,7 @@ notebook's cell or inside of another function, is sent by value, with all that i
 the bytes to each worker with its other arguments. They are never read from a port.
 """
 
+import contextlib
 import functools
 import inspect
 import io
@@ -29,8 +30,8 @@ def pack(functions: Mapping[str, Callable[..., Any]]) -> bytes:
         with defined_state():
             return _to_bytes(dict(functions))
     except Exception as error:
-        name, function = next(entry for entry in functions.items() if _problem(entry[1]))
-        variable, value, problem = _cause(function)
+        name = next((name for name in functions if _problem(functions[name])), ", ".join(functions))
+        variable, value, problem = _cause(functions[name]) if name in functions else ("", None, error)
         uses = f"it uses {variable}, of type {type(value).__qualname__}: " if variable else ""
         reason = " ".join(str(problem).split()) or type(problem).__name__
         raise UsageError(
@@ -146,7 +147,9 @@ def _variables(code: Any) -> list[tuple[str, Any]]:
     for part in codes:
         names.update(part.co_names)
         codes += [constant for constant in part.co_consts if isinstance(constant, types.CodeType)]
-    uses = dict(inspect.getclosurevars(function).nonlocals)
-    uses |= {name: value for name, value in function.__globals__.items() if name in names}
+    uses = {name: value for name, value in function.__globals__.items() if name in names}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # it has no value yet
+            uses[name] = cell.cell_contents
     uses |= {name: given.default for name, given in inspect.signature(function).parameters.items()}
     return list(uses.items())

@@ -38,7 +38,7 @@ def test_the_first_saves_and_the_second_stops_at_once(nproc: int, digits: Path, 
                 raise KeyboardInterrupt
             return self.layer(images.flatten(1))
 
-    settings: dict[str, Any] = {"recipe": "fast", "epochs": 10, "steps": 40, "device": "cpu", "model": Net}
+    settings: dict[str, Any] = {"recipe": "fast", "epochs": 15, "steps": 40, "device": "cpu", "model": Net}
     settings |= {"dataset": digits, "nproc": nproc, "out": tmp_path / "run", "checkpoint_every": 1}
     threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
     once.touch()
