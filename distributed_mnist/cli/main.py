@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common import environment
-from ..common.installed import version
-from ..errors import LaunchError, UsageError, print_error, tidy_terminal, write_line
+from ..errors import Interrupted, LaunchError, UsageError, print_error, tidy_terminal, write_line
+from ..launcher.signals import StoppedEarly, signals_raise
 from . import surroundings
 
 if TYPE_CHECKING:
@@ -29,28 +29,41 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--debug" not in arguments:
         environment.keep_torch_quiet()
+    with signals_raise():
+        try:
+            code = _run(arguments)
+        except KeyboardInterrupt:
+            tidy_terminal(sys.stderr, cursor=True)
+            write_line("stopped at once")
+            code = 130
+        except StoppedEarly as early:
+            tidy_terminal(sys.stderr, cursor=True)
+            code = print_error(Interrupted(str(early)))
+    sys.exit(surroundings.finish(code))
+
+
+def _run(arguments: list[str]) -> int:
+    """Run a command, report its error, and return its exit code."""
     try:
         surroundings.prepare()
         if "--version" in arguments:
+            from ..common.installed import version
+
             sys.stdout.write(f"dmnist {version('distributed-mnist')}, torch {version('torch')}\n")
-            sys.exit(0)
+            return 0
         if arguments[:1] == ["train"] and not {"-h", "--help"} & set(arguments):
             _start_importing_torch()
         from .parser import parse  # imports tyro, which takes a while
 
         command = parse(arguments)
-        code = _COMMANDS[type(command).__name__](command)
+        return _COMMANDS[type(command).__name__](command)
     except SystemExit as end:  # after --help
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except KeyboardInterrupt:
-        tidy_terminal(sys.stderr, cursor=True)
-        write_line("stopped at once")
-        code = 130
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except Exception as error:
         code = print_error(error, debug="--debug" in arguments)
-        with contextlib.suppress(Exception, KeyboardInterrupt):  # the error has been told here
+        with contextlib.suppress(Exception):  # the error has been told here
             _tell_other_ranks(arguments, error)
-    sys.exit(surroundings.finish(code))
+        return code
 
 
 def _start_importing_torch() -> None:

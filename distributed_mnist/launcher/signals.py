@@ -5,11 +5,13 @@ SIGUSR1 and SIGUSR2 (Slurm's `--signal`) and SIGXCPU (a limit of processor time)
 checkpoint at one common step, and the exit code that means "start me again".
 """
 
+import contextlib
 import os
 import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import Protocol
 
@@ -41,6 +43,43 @@ class StoppedEarly(BaseException):
 
     It is not an `Exception`, so that no `except Exception` treats it as a failure.
     """
+
+
+class Interrupt(KeyboardInterrupt):
+    """Ctrl-C, where Python may not take note of it.
+
+    If a `KeyboardInterrupt` itself has once left code that was executed from a string, as `dataclasses`
+    does, Python ends the process by SIGINT instead of its exit code.
+    """
+
+
+@contextlib.contextmanager
+def signals_raise() -> Iterator[None]:
+    """In the body, let the first signal that asks to stop raise `StoppedEarly`, or `Interrupt` for Ctrl-C.
+
+    The body may install other handlers. Signals that are ignored stay ignored, and a program that has
+    handlers of its own keeps them. Has no effect outside of the main thread.
+    """
+    usual = (signal.SIG_DFL, signal.default_int_handler)
+    taken = {number: handler for number in SIGNALS if (handler := signal.getsignal(number)) in usual}
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in taken:
+            signal.signal(each, signal.SIG_DFL)  # a second one ends the process at once
+        if number == signal.SIGINT:
+            raise Interrupt
+        raise StoppedEarly(f"stopped by {signal.Signals(number).name} before there was anything to save")
+
+    if threading.current_thread() is not threading.main_thread():
+        taken.clear()
+    for number in taken:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in taken.items():
+            if signal.getsignal(number) in (stop, signal.SIG_DFL):  # not what the body has installed
+                signal.signal(number, handler)
 
 
 class StopRequests(Protocol):
