@@ -8,11 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
+
+from ..common.suggest import did_you_mean
 from ..config import Recipe, Run
 from ..data.arrays import checked
 from ..data.catalog import NAMES, require_name
 from ..data.datasets import Dataset
 from ..errors import DmnistError, UsageError
+from ..runs.run_files import find_recipe
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -61,6 +65,58 @@ def as_path(name: str, value: Any) -> Path:
     if not isinstance(value, str | os.PathLike):
         raise UsageError(f"{name} must be a path, not {_kind(value)}")
     return Path(os.path.expanduser(value))  # noqa: PTH111 - does not fail for `~` of an unknown user
+
+
+_FUNCTIONS = {
+    "model": "a function of the number of classes",
+    "loss": "a function of logits and labels",
+    "optimizer": "a function of parameters and lr",
+}
+"""What may be a user's own function, and of what."""
+
+
+def names_and_functions(**given: Any) -> tuple[dict[str, str], dict[str, Callable[..., Any]]]:
+    """Return the names of those of `_FUNCTIONS` that the user passed, and the functions by name.
+
+    Raises `UsageError` for what is neither a name nor a function.
+    """
+    names: dict[str, str] = {}
+    functions: dict[str, Callable[..., Any]] = {}
+    for argument, value in given.items():
+        if isinstance(value, str):
+            names[argument] = value
+        elif callable(value):
+            name = getattr(value, "__qualname__", type(value).__qualname__)
+            name = f"{getattr(value, '__module__', None) or '__main__'}:{name}"
+            # Two may have the same name, such as `<lambda>`.
+            names[argument] = name if functions.get(name, value) is value else f"{name}.{argument}"
+            functions[names[argument]] = value
+        elif value is not None:
+            raise UsageError(f"{argument} must be a name or {_FUNCTIONS[argument]}, not {_kind(value)}")
+    return names, functions
+
+
+def python_number(value: Any) -> Any:
+    """Convert a NumPy number, as from a loop over `np.linspace`, to a Python number."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def override_recipe(
+    recipe: str | Recipe, settings: dict[str, Any], names: dict[str, str]
+) -> tuple[Recipe, str]:
+    """Return the recipe with the user's settings applied, and its name for display. Raises `UsageError`."""
+    known = RECIPE_FIELDS | RUN_FIELDS
+    for name in settings:
+        if name not in known:
+            raise UsageError(f"there is no setting {name!r}{did_you_mean(name, sorted(known))}")
+    if not isinstance(recipe, str | Path | Recipe):
+        raise UsageError(
+            f"recipe must be a name, a TOML file, a run's folder or a Recipe, not {recipe!r:.80}"
+        )
+    title = "recipe" if isinstance(recipe, Recipe) else str(recipe)
+    base = recipe if isinstance(recipe, Recipe) else find_recipe(str(as_path("recipe", title)), **names)
+    changes = {key: value for key, value in settings.items() if key in RECIPE_FIELDS}
+    return Recipe.from_dict(base.to_dict() | changes | names, "settings"), title
 
 
 def resolve_dataset(dataset: Any, data: Any) -> tuple[Dataset | None, str, Path]:

@@ -11,14 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from ..common import environment
 from ..common.placement import ALONE, Placement
 from ..common.process_state import defined_state
-from ..common.suggest import did_you_mean
 from ..config import Recipe, Run
 from ..data import prefetch
 from ..data.broadcast import broadcast_dataset
@@ -31,13 +30,24 @@ from ..errors import CheckpointError, UsageError, write_line
 from ..inference.score import evaluate_trained, load_dataset
 from ..inference.trained import Trained, find_checkpoint, restore
 from ..reporting.console import in_notebook
+from ..reporting.html_report import Report, render
 from ..runs import layout
-from ..runs.run_files import find_recipe
+from ..runs.record import read as read_record
 from ..training import run as training
 from ..training.evaluate import Evaluation
 from ..training.evaluate import evaluate as evaluate_network
 from ..user_code.functions import registered
-from .arguments import RECIPE_FIELDS, RUN_FIELDS, as_path, resolve_dataset, speaks_python
+from .arguments import (
+    RUN_FIELDS,
+    as_path,
+    names_and_functions,
+    override_recipe,
+    python_number,
+    resolve_dataset,
+    speaks_python,
+)
+from .events import OnEvent
+from .history import history_of
 from .interrupts import StopOnInterrupt
 from .multi_process import console_for, train_in_processes
 
@@ -81,6 +91,15 @@ class Result:
         return load(final, model=self._model)
 
     @cached_property
+    def history(self) -> dict[str, NDArray[Any]]:
+        """The run from its first step on, as arrays by name, see `history_of`. Raises `UsageError`."""
+        return history_of(read_record(self.out))
+
+    def plot(self) -> Report:
+        """The run's report, with its curves, which a notebook shows. Raises `UsageError`."""
+        return Report(render([read_record(self.out)]))
+
+    @cached_property
     def model(self) -> nn.Module:
         """The network with its final weights, see `Trained.network`."""
         return self.load().network
@@ -99,6 +118,7 @@ def train(
     nproc: int | None = None,
     resume: str | Path | None = None,
     verbose: bool = False,
+    on_event: OnEvent | None = None,
     **settings: Any,
 ) -> Result:
     """Train like `dmnist train`, but by default in this process and without output.
@@ -115,16 +135,21 @@ def train(
     - `nproc`: above 1, start this many processes for the run.
     - `resume`: a checkpoint to resume from, or "auto" for the newest valid one in `out`.
     - `verbose`: print progress as the command does.
+    - `on_event`: a function that is called in this process with each event of the run, a dictionary: the
+      content of a line of `metrics.jsonl`, in order, once each. What it raises ends the run, after a
+      checkpoint if there are several processes, and is raised here. Under a launcher rank 0 calls it.
     - `settings`: fields of `Recipe`, which override the recipe, and fields of `Run`.
 
     Under torchrun, srun or mpirun, every rank calls this once and gets the result. Raises subclasses of
     `DmnistError`, such as `UsageError` for invalid settings. Ctrl-C saves a checkpoint and raises
     `Interrupted`; a second one raises `KeyboardInterrupt` at once.
     """
-    names, functions = _names_and_functions(model=model, loss=loss, optimizer=optimizer)
-    nproc = _python_number(nproc)
-    settings = {key: _python_number(value) for key, value in settings.items()}
-    recipe, title = _override_recipe(recipe, settings, names)
+    names, functions = names_and_functions(model=model, loss=loss, optimizer=optimizer)
+    if on_event is not None and not callable(on_event):
+        raise UsageError(f"on_event must be a function of an event, a dictionary, not {on_event!r:.80}")
+    nproc = python_number(nproc)
+    settings = {key: python_number(value) for key, value in settings.items()}
+    recipe, title = override_recipe(recipe, settings, names)
     given, dataset_name, folder = resolve_dataset(dataset, data)
     run_settings: dict[str, Any] = {
         key: str(value) if key in _INTERVALS and isinstance(value, int) else value
@@ -153,7 +178,7 @@ def train(
             "leave out nproc"
         )
     if placement is None and nproc not in (None, 1):
-        result = train_in_processes(nproc, recipe, run, title, verbose, functions, read)
+        result = train_in_processes(nproc, recipe, run, title, verbose, functions, read, on_event)
     else:
         with (
             defined_state(),
@@ -162,8 +187,9 @@ def train(
             _joined_group(placement or ALONE, recipe, run) as world,
         ):
             result = training.run(
-                world, recipe, run, title=title, console=console, signals=signals, read=read
-            )
+                world, recipe, run, title=title, console=console, signals=signals, read=read,
+                on_event=on_event,
+            )  # fmt: skip
     return Result(
         accuracy=result["test_accuracy"],
         loss=result["test_loss"],
@@ -182,7 +208,7 @@ def load(
     A checkpoint of your own model needs the `model` that you passed to `train`. Raises `CheckpointError`.
     """
     files = find_checkpoint(as_path("path", path))
-    names, functions = _names_and_functions(model=model)
+    names, functions = names_and_functions(model=model)
     with defined_state(), registered(functions):
         return restore(files, model=names.get("model"), device=torch.device(device))
 
@@ -247,52 +273,3 @@ def _joined_group(placement: Placement, recipe: Recipe, run: Run) -> Iterator[Wo
         world.leave()
         raise
     world.close()
-
-
-_ARGUMENTS = {
-    "model": "a function of the number of classes",
-    "loss": "a function of logits and labels",
-    "optimizer": "a function of parameters and lr",
-}
-"""What may be a user's own function, and of what."""
-
-
-def _names_and_functions(**given: Any) -> tuple[dict[str, str], dict[str, Callable[..., Any]]]:
-    """The names of those of `_ARGUMENTS` that the user passed; and by name those that are functions."""
-    names: dict[str, str] = {}
-    functions: dict[str, Callable[..., Any]] = {}
-    for argument, value in given.items():
-        if isinstance(value, str):
-            names[argument] = value
-        elif callable(value):
-            name = getattr(value, "__qualname__", type(value).__qualname__)
-            name = f"{getattr(value, '__module__', None) or '__main__'}:{name}"
-            # Two may have the same name, such as `<lambda>`.
-            names[argument] = name if functions.get(name, value) is value else f"{name}.{argument}"
-            functions[names[argument]] = value
-        elif value is not None:
-            raise UsageError(f"{argument} must be a name or {_ARGUMENTS[argument]}, not {value!r:.80}")
-    return names, functions
-
-
-def _python_number(value: Any) -> Any:
-    """Convert a NumPy number, as from a loop over `np.linspace`, to a Python number."""
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _override_recipe(
-    recipe: str | Recipe, settings: dict[str, Any], names: dict[str, str]
-) -> tuple[Recipe, str]:
-    """The recipe with the user's settings applied, and its name for display."""
-    known = RECIPE_FIELDS | RUN_FIELDS
-    for name in settings:
-        if name not in known:
-            raise UsageError(f"there is no setting {name!r}{did_you_mean(name, sorted(known))}")
-    if not isinstance(recipe, str | Path | Recipe):
-        raise UsageError(
-            f"recipe must be a name, a TOML file, a run's folder or a Recipe, not {recipe!r:.80}"
-        )
-    title = "recipe" if isinstance(recipe, Recipe) else str(recipe)
-    base = recipe if isinstance(recipe, Recipe) else find_recipe(str(as_path("recipe", title)), **names)
-    changes = {key: value for key, value in settings.items() if key in RECIPE_FIELDS}
-    return Recipe.from_dict(base.to_dict() | changes | names, "settings"), title

@@ -31,6 +31,7 @@ from ..runs.run_files import read_result
 from ..training import run as training
 from ..user_code.functions import registered
 from ..user_code.shipping import pack, unpack
+from .events import EventFollower, OnEvent
 
 STOPPED_AT_ONCE = 130
 """The exit code after a second Ctrl-C."""
@@ -106,11 +107,13 @@ def train_in_processes(
     verbose: bool,
     functions: Mapping[str, Callable[..., Any]],
     read: Callable[[Callable[[], bool]], Dataset],
+    on_event: OnEvent | None,
 ) -> dict[str, Any]:
     """Train in `nproc` processes started by our launcher. Returns the content of `result.json`.
 
     `functions` are the functions that the user passed, by name. `read(stopped)` loads the data set, see
-    `Prefetcher`. Raises the error that a process raised, or `WorkerLost` for one that died.
+    `Prefetcher`. `on_event` is called here with each event. Raises what it raises, the error that a process
+    raised, or `WorkerLost` for one that died.
     """
     if multiprocessing.current_process().daemon:
         raise UsageError(
@@ -135,9 +138,14 @@ def train_in_processes(
         restarts = spawn.Restarts(
             run.max_restarts, partial(layout.newest_step, out), layout.resume_flags(out)
         )
+        follow = EventFollower(out / "metrics.jsonl", on_event or (lambda _: None))
         code = spawn.spawn(
-            nproc, [spawn.Task(f"{__name__}:work", task, restarts, data.for_rank_zero, record_message)]
+            nproc,
+            [spawn.Task(f"{__name__}:work", task, restarts, data.for_rank_zero, record_message, follow)],
         )
+        follow()
+        if follow.error is not None:
+            raise follow.error
         if code:
             raise _make_error(code, messages, Path(error_folder))
     result = read_result(out)

@@ -59,6 +59,8 @@ class Task:
     """Called once per attempt; its result is one more argument of rank 0's target."""
     report: Callable[[str], object] = write_line
     """Called with a message when something happens to the processes."""
+    watch: Callable[[], bool] = lambda: True
+    """Called twice per second while the processes run. They are asked to stop if it returns False."""
 
 
 def start(placement: Placement | None, nproc: int | None, target: Target, argument: Any) -> int:
@@ -242,6 +244,8 @@ class _Group:
         running = dict(enumerate(self._workers))
         while running:
             ended = wait([worker.sentinel for worker in running.values()], _POLL_SECONDS)
+            if not self._task.watch() and not self._stop.requested():
+                self._stop.on_signal(signal.SIGTERM, None)
             for rank, worker in list(running.items()):
                 if worker.sentinel in ended:
                     worker.join()

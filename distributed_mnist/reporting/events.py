@@ -15,9 +15,11 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..distributed.heartbeat import RankStatus
 from ..errors import OutputError, reason, write_line
 from ..runs.layout import write_json
 
+_CALLBACK_PATIENCE_SECONDS = 3600.0
 _MAX_WAITING_BYTES = 16 << 20
 """The most that `metrics.jsonl` holds in memory while the disk is full: many minutes of a run."""
 
@@ -77,6 +79,25 @@ class MultiSink:
         """See `Sink`."""
         for sink in self._sinks:
             sink.close()
+
+
+class Callback:
+    """Calls a user's function with every event that `metrics.jsonl` gets, as read from there.
+
+    What the function raises ends the run. `status` is that of the world: a slow function is not a hang.
+    """
+
+    def __init__(self, function: Callable[[dict[str, Any]], object], status: RankStatus) -> None:
+        self._function, self._status = function, status
+
+    def log(self, event: str, **fields: Any) -> None:
+        """See `Sink`."""
+        if event != "mistakes":
+            with self._status.during("on_event", _CALLBACK_PATIENCE_SECONDS):
+                self._function(json.loads(json.dumps({"event": event, "time": time.time(), **fields})))
+
+    def close(self) -> None:
+        """Do nothing."""
 
 
 class JsonLines:

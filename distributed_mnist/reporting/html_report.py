@@ -4,10 +4,12 @@ import base64
 import functools
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import escape
 from PIL import Image
 
 from ..common.atomic_write import written_aside
@@ -40,6 +42,17 @@ def run(*, runs: Sequence[Path], out: Path | None, as_json: bool) -> int:
     else:
         make_console().print(str(out), soft_wrap=True)
     return 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """A report's page, which a notebook shows in a frame of its own."""
+
+    html: str = field(repr=False)
+
+    def _repr_html_(self) -> str:
+        style = "width: 100%; height: 600px; border: 0"
+        return f'<iframe srcdoc="{escape(self.html)}" style="{style}"></iframe>'
 
 
 def write(records: Sequence[Record], out: Path) -> None:

@@ -26,7 +26,7 @@ from ..models.build import make_model
 from ..models.factory import find_factory
 from ..models.inspection import ModelProperties
 from ..optim.schedule import make_optimizer
-from ..reporting.events import JsonLines, MistakesFile, MultiSink, NoticeSink, NullSink, Sink
+from ..reporting.events import Callback, JsonLines, MistakesFile, MultiSink, NoticeSink, NullSink, Sink
 from ..reporting.progress_bar import Terminal
 from ..runs import layout
 from ..runs.checkpoint_store import NullStore, Store
@@ -58,12 +58,14 @@ def run(
     resume_flags: str | None = None,
     tensorboard: bool = False,
     dry_run: bool = False,
+    on_event: Callable[[dict[str, Any]], object] | None = None,
 ) -> dict[str, Any]:
     """Train, and return what `--json` prints.
 
     `title` is the name of the recipe in messages. `read` returns the data set and is called on rank 0 only.
     `resume_flags` are the flags that resume the run; the default is `layout.resume_flags` for its folder.
     With `dry_run`, do all that comes before the first file is written, and return `plan.make_plan`.
+    `on_event` is called on rank 0, see `reporting.events.Callback`.
     Raises subclasses of `DmnistError`.
     """
     began = time.perf_counter()
@@ -112,6 +114,7 @@ def run(
                 store,
                 console,
                 partial(make_tensorboard, folder.path, recipe, data, state.step) if tensorboard else None,
+                on_event,
             )
         )
     except BaseException:
@@ -218,12 +221,13 @@ def make_sink(
     store: Store,
     console: Console,
     make_tensorboard_sink: Callable[[Callable[[str], None]], Sink] | None = None,
+    on_event: Callable[[dict[str, Any]], object] | None = None,
 ) -> Sink:
     """Make this rank's sink.
 
     On rank 0 the sink writes to the terminal, to the run's files, and to TensorBoard if
-    `make_tensorboard_sink` is given. On other ranks it prints notices if the rank keeps a copy of the
-    checkpoints, and nothing otherwise.
+    `make_tensorboard_sink` is given; then it calls `on_event`, if given. On other ranks it prints notices
+    if the rank keeps a copy of the checkpoints, and nothing otherwise.
     """
     if world.rank != 0:
         return NullSink() if isinstance(store, NullStore) else NoticeSink(str(world.peers[world.rank]))
@@ -236,6 +240,8 @@ def make_sink(
     sinks: list[Sink] = [lines, MistakesFile(folder / "mistakes.json", complain), terminal]
     if make_tensorboard_sink is not None:
         sinks.append(make_tensorboard_sink(complain))
+    if on_event is not None:
+        sinks.append(Callback(on_event, world.status))
     return MultiSink(*sinks)
 
 

@@ -84,13 +84,11 @@ CALLS: dict[str, tuple[Any, str]] = {
         "test_labels must be an array",
     ),
     "names": (lambda: from_arrays(**ARRAYS, class_names=10), "class_names must be a list of names, not 10"),
-    "optimizer class": (
-        lambda: train(optimizer=torch.optim.Adam),
-        "optimizer must be adam or adamw or sgd or muon, not <class 'torch.optim.adam.Adam'>",
-    ),
+    "loss": (lambda: train(loss=5), "loss must be a name or a function of logits and labels, not 5"),
+    "event": (lambda: train(on_event=5), "on_event must be a function of an event, a dictionary, not 5"),
     "optimizer": (
         lambda: train(optimizer=torch.optim.Adam(NETWORK.parameters())),
-        r"optimizer must be adam or adamw or sgd or muon, not Adam \( Parameter Group 0",
+        "optimizer must be a name or a function of parameters and lr, not a Adam",
     ),
     "recipe": (
         lambda: train({"lr": 1}),
