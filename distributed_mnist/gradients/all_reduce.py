@@ -193,12 +193,14 @@ class DdpGradients:
     """Sums gradients with DistributedDataParallel, the standard way. Results are equal up to rounding.
 
     A rank's shards go through the model together, up to `per_pass` of them in one pass. All passes but the
-    last only accumulate gradients.
+    last only accumulate gradients. For `name` and `tolerance` see `CrossCheck`.
     """
 
     def __init__(
-        self, model: nn.Module, world: World, shards: int, per_pass: int, image_shape: ImageShape
-    ) -> None:
+        self, model: nn.Module, world: World, shards: int, per_pass: int, image_shape: ImageShape,
+        *, name: str = "", tolerance: float = 1e-3,
+    ) -> None:  # fmt: skip
+        self._cross_check = CrossCheck(world, shards, ShardGradients(model), None, name, tolerance)
         self._world, self._image_shape = world, image_shape
         self._module: nn.Module = model
         if world.size > 1:
@@ -235,7 +237,8 @@ class DdpGradients:
         """Do nothing: autograd computes these gradients."""
 
     def check(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
-        """Do nothing: these gradients are equal only up to rounding, so a digest would tell nothing."""
+        """Compare gradients with other ranks, up to rounding; see `CrossCheck.check_closely`."""
+        self._cross_check.check_closely(forward_shards, sizes)
 
     def _surrogate_loss(self, forward_shards: ForwardShards, shards: range, sizes: Sequence[int]) -> Tensor:
         """Return a scalar whose gradient is that of the loss; see `backpropagate`."""

@@ -98,6 +98,32 @@ class CrossCheck:
                 f"nn.Module"
             )
 
+    def check_closely(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
+        """Compare gradients up to rounding, where ranks need not compute the same bits.
+
+        Every rank must call it. No weight and no generator of torch changes. Raises `TrainingError`.
+        """
+        world = self._world
+        if world.size == 1:
+            return
+        following, before = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+        with same_torch_state(world.device):
+            mine, expected = (
+                self._local.of_shard(forward_shards, self._shard_of(rank, sizes), sizes)
+                for rank in (world.rank, following)
+            )
+        theirs = torch.empty_like(mine)
+        world.send_recv({before: mine}, {following: theirs})
+        self._checks += 1
+        close = torch.tensor([self.is_close(theirs, expected, _WRONG)], device=world.device)
+        wrong = (~world.all_gather(close)).flatten().nonzero().flatten().tolist()
+        if wrong:
+            pairs = ", ".join(f"rank {rank} and rank {(rank + 1) % world.size}" for rank in wrong)
+            raise TrainingError(
+                f"--model {self._name}: {pairs} compute different gradients of the same images, far beyond "
+                "rounding: one of these hosts computes wrongly, or the model keeps state between passes"
+            )
+
     def is_close(self, gradient: Tensor, expected: Tensor, factor: float = 1.0) -> bool:
         """Return whether two rows `(length,)` have the same gradients, to `factor` times the tolerance."""
         tolerance = factor * self._tolerance

@@ -63,7 +63,15 @@ def make_gradients(
     per_pass = options.micro_batch // shard_size if options.micro_batch else recipe.shards
     if properties.draws_random_numbers:  # so that dropout masks do not depend on the number of processes
         per_pass = 1
-    return DdpGradients(model, world, recipe.shards, per_pass, properties.image_shape)
+    return DdpGradients(
+        model,
+        world,
+        recipe.shards,
+        per_pass,
+        properties.image_shape,
+        name=recipe.model,
+        tolerance=_tolerance(recipe, world),
+    )
 
 
 def make_tree_gradients(
@@ -82,7 +90,7 @@ def make_tree_gradients(
         recipe.shards,
         untouched=_copy(model),
         name=recipe.model,
-        tolerance=1e-3 if recipe.precision == "fp32" and world.device.type == "cpu" else 5e-2,
+        tolerance=_tolerance(recipe, world),
     )
     shape = properties.image_shape
     may_draw = ((), ("torch",)) if world.device.type == "cpu" else ((),)
@@ -98,6 +106,11 @@ def make_tree_gradients(
     forward_pass = partial(forward, precision=recipe.precision)
     invariant = [group for group in groups if is_batch_invariant(model, forward_pass, shape, group)]
     return make(HookedLayers(model), invariant)
+
+
+def _tolerance(recipe: Recipe, world: World) -> float:
+    """Return how much two right gradients may differ, as a fraction of the largest gradient."""
+    return 1e-3 if recipe.precision == "fp32" and world.device.type == "cpu" else 5e-2
 
 
 def _has_hooks(model: nn.Module) -> bool:

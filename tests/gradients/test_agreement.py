@@ -1,6 +1,7 @@
 """Test who is named when results differ, and that a check finds wrong gradients and changes nothing."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,11 @@ from distributed_mnist.data.split import Split
 from distributed_mnist.distributed.world import World
 from distributed_mnist.errors import DmnistError, TrainingError, UsageError
 from distributed_mnist.gradients.agreement import Disagreement, Results, judge
+from distributed_mnist.gradients.all_reduce import DdpGradients
+from distributed_mnist.gradients.cross_check import CrossCheck
 from distributed_mnist.gradients.loss import cross_entropy
 from distributed_mnist.gradients.setup import make_tree_gradients
+from distributed_mnist.gradients.shard_gradients import ShardGradients
 from distributed_mnist.gradients.tree_sum import shard_sizes
 from distributed_mnist.models.inspection import ModelProperties
 from distributed_mnist.training.evaluate import evaluate
@@ -174,6 +178,46 @@ def said(world: World, victim: int, fault: str) -> str:
 
 def each_said(world: World, victim: int) -> list[str]:
     return [said(world, victim, fault) for fault in ("", "gradient", "last bit", "a counter", "evaluation")]
+
+
+def said_closely(world: World, victim: int) -> list[str]:
+    """Return what a group is told that compares gradients up to rounding."""
+    torch.set_num_threads(1)
+    found = []
+    images = torch.randn(40, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+
+    def forward_shards(module: nn.Module, shards: range) -> tuple[Tensor, Tensor]:
+        logits = module(images[shards.start * 5 : shards.stop * 5])
+        return logits, cross_entropy(logits, logits.argmin(1))[1] / 40
+
+    for fault in ("", "last bit", "gradient", "a counter"):
+        model = Network(fault if world.rank == victim else "")
+        checks = CrossCheck(world, 8, ShardGradients(model), None, "mine")
+        try:
+            for _ in range(3):
+                checks.check_closely(forward_shards, shard_sizes(40, 8))
+            found.append("")
+        except TrainingError as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_gradients_are_compared_up_to_rounding(size: int) -> None:
+    everyone = run_ranks(said_closely, size, 1)
+    assert all(said == everyone[0] for said in everyone)
+    sound, last_bit, gradient, counter = everyone[0]
+    assert sound == last_bit == gradient == ""  # the last one is a thousandth
+    ranks, _, rest = counter.partition(" compute different gradients of the same images")
+    assert ranks == f"--model mine: rank 1 and rank {2 % size}" and rest
+
+
+def test_ddp_compares_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(CrossCheck, "check_closely", lambda *arguments: calls.append(arguments[2]))
+    ddp = DdpGradients(Network(), alone(), 8, 8, (1, 28, 28))
+    ddp.check(lambda module, shards: (torch.empty(0), torch.empty(0)), [5] * 8)
+    assert calls == [[5] * 8]
 
 
 @pytest.mark.parametrize(("size", "victim"), [(2, 1), (3, 2)])
