@@ -17,6 +17,7 @@ from ..data.catalog import NAMES, require_name
 from ..data.datasets import Dataset
 from ..errors import DmnistError, UsageError
 from ..runs.run_files import find_recipe
+from .torch_datasets import is_torch, read_pair
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -119,18 +120,23 @@ def override_recipe(
     return Recipe.from_dict(base.to_dict() | changes | names, "settings"), title
 
 
-def resolve_dataset(dataset: Any, data: Any) -> tuple[Dataset | None, str, Path]:
+def resolve_dataset(
+    dataset: Any, data: Any, *, test_only: bool = False
+) -> tuple[Dataset | None, str, Path]:
     """Return the data set if it is already in memory, otherwise None; its name; and where to load it from.
 
-    Raises `DataError` for a `Dataset` that cannot be used, and `UsageError` for anything but a data set.
+    With `test_only`, only the test images will be used, so one torch `Dataset` is enough. Raises
+    `DataError` for a `Dataset` that cannot be used, and `UsageError` for anything but a data set.
     """
     folder = as_path("data", data)
     if isinstance(dataset, Dataset):
         return checked(dataset), "idx", folder
+    if is_torch(dataset):
+        return read_pair(dataset, test_only=test_only), "idx", folder
     if not isinstance(dataset, str | os.PathLike):
         raise UsageError(
-            "dataset must be a name such as 'mnist', a folder with four IDX files, or the result of "
-            f"from_arrays, which takes arrays or tensors; not {_kind(dataset)}"
+            "dataset must be a name such as 'mnist', a folder with four IDX files, a pair of torch "
+            f"Datasets, or the result of from_arrays, which takes arrays or tensors; not {_kind(dataset)}"
         )
     path = as_path("dataset", dataset)
     if isinstance(dataset, str) and (dataset in NAMES or not path.is_dir()):

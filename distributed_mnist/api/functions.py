@@ -50,6 +50,7 @@ from .events import OnEvent
 from .history import history_of
 from .interrupts import StopOnInterrupt
 from .multi_process import console_for, train_in_processes
+from .torch_datasets import TorchData
 
 Factory = Callable[[int], nn.Module]
 """Makes a model, given the number of classes."""
@@ -112,7 +113,7 @@ def train(
     model: str | Factory | None = None,
     loss: str | Loss | None = None,
     optimizer: str | MakeOptimizer | None = None,
-    dataset: str | Path | Dataset = "mnist",
+    dataset: str | Path | Dataset | TorchData = "mnist",
     data: str | Path = "data",
     out: str | Path | None = None,
     nproc: int | None = None,
@@ -129,7 +130,7 @@ def train(
       `(n,)` that returns the loss of each sample, `(n,)`.
     - `optimizer`: a name, `package.module:function`, or a function of a list of parameters and of `lr` that
       returns a torch optimizer, such as `torch.optim.NAdam`.
-    - `dataset`: a name, a folder with four IDX files of your own, or the result of `from_arrays`.
+    - `dataset`: a name, a folder with four IDX files, a pair of torch Datasets, or a `from_arrays`.
     - `data`: the folder of named data sets. Missing files are downloaded into it.
     - `out`: the run's folder, by default a new one under `runs`.
     - `nproc`: above 1, start this many processes for the run.
@@ -216,17 +217,17 @@ def load(
 @speaks_python
 def evaluate(
     what: str | Path | Result | Trained | nn.Module,
-    dataset: str | Path | Dataset | None = None,
+    dataset: str | Path | Dataset | TorchData | None = None,
     *,
     data: str | Path | None = None,
     model: str | Factory | None = None,
 ) -> Evaluation:
     """Evaluate a run, a checkpoint or a network on a data set's test images, in this process.
 
-    `dataset` and `data` are as in `train`. Their default is the data set that the network was trained on. A
-    run's folder stands for its best checkpoint, a `Result` for the final weights. A bare torch module needs
-    `dataset`, and its inputs are normalised with the data set's mean and standard deviation. Raises
-    subclasses of `DmnistError`.
+    `dataset` and `data` are as in `train`, and `dataset` may be one torch `Dataset` of test images. Their
+    default is the data set that the network was trained on. A run's folder stands for its best checkpoint,
+    a `Result` for the final weights. A bare torch module needs `dataset`, and its inputs are normalised
+    with the data set's mean and standard deviation. Raises subclasses of `DmnistError`.
     """
     if isinstance(what, str | Path):
         what = load(what, model=model)
@@ -242,7 +243,7 @@ def evaluate(
         raise UsageError("a bare network does not know its data set: pass dataset")
     given, name, folder = None, None, None if data is None else as_path("data", data)
     if dataset is not None:
-        given, name, folder = resolve_dataset(dataset, data or "data")
+        given, name, folder = resolve_dataset(dataset, data or "data", test_only=isinstance(what, Trained))
     console = console_for(False)
     world = World(ALONE, next(network.parameters(), torch.empty(0)).device, "none")
     with defined_state():

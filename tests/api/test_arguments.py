@@ -27,7 +27,8 @@ ARRAYS: dict[str, Any] = {**GIVEN.arrays()}
 PAIRS = TensorDataset(torch.zeros(4, 1, 28, 28), torch.zeros(4))
 NETWORK = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
 WANTED = (
-    "dataset must be a name such as 'mnist', a folder with four IDX files, or the result of from_arrays, "
+    "dataset must be a name such as 'mnist', a folder with four IDX files, a pair of torch Datasets, or "
+    "the result of from_arrays, "
 )
 EVALUATES = (
     "evaluate takes a run's folder, a checkpoint, the result of train or load, or a torch module, not "
@@ -39,11 +40,12 @@ def changed(**fields: Any) -> Any:
 
 
 CALLS: dict[str, tuple[Any, str]] = {
-    "pairs": (lambda: train(dataset=PAIRS), WANTED + "which takes arrays or tensors; not a TensorDataset"),
+    "pairs": (lambda: train(dataset=PAIRS), r"dataset is one torch Dataset, .* pass a pair .*random_split"),
+    "a set": (lambda: train(dataset={1, 2}), WANTED + "which takes arrays or tensors; not a set"),
     "a class": (lambda: train(dataset=TensorDataset), WANTED + "which .*; not the class TensorDataset"),
     "no data": (lambda: train(dataset=None), WANTED + "which .*; not None"),
     "arrays": (lambda: train(dataset=(1, 2)), WANTED + "which .*; not a tuple"),
-    "pairs to evaluate": (lambda: evaluate(NETWORK, PAIRS), WANTED),
+    "pairs to evaluate": (lambda: evaluate(NETWORK, PAIRS), "is one torch Dataset"),
     "a number to evaluate": (lambda: evaluate(5, GIVEN), EVALUATES + "5"),
     "a class to evaluate": (lambda: evaluate(nn.Linear, GIVEN), EVALUATES + "<class 'torch.*Linear'>"),
     "no weights": (lambda: evaluate(nn.Flatten(), GIVEN), r"the model returns shape \(16, 784\)"),
