@@ -150,6 +150,8 @@ def train(
         raise UsageError(f"on_event must be a function of an event, a dictionary, not {on_event!r:.80}")
     nproc = python_number(nproc)
     settings = {key: python_number(value) for key, value in settings.items()}
+    if settings.get("init_from") is not None:
+        settings["init_from"] = str(as_path("init_from", settings["init_from"]))
     recipe, title = override_recipe(recipe, settings, names)
     given, dataset_name, folder = resolve_dataset(dataset, data)
     run_settings: dict[str, Any] = {

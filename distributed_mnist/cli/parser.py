@@ -27,6 +27,7 @@ _METAVARS_BY_NAME = {
     "checkpoint_every": "EVERY",
     "eval_every": "EVERY",
     "images": "IMAGE [IMAGE ...]",
+    "init_from": "PATH",
     "mirror": "URL",
     "recipe": "NAME|FILE|RUN",
     "resume": "PATH|auto",

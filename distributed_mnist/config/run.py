@@ -12,15 +12,16 @@ from .intervals import checkpoint_interval, steps_between
 
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 
-DATA_OPTIONS = ("dataset", "data", "train_size", "test_size", "data_seed")  # fields of `Run`
+DATA_OPTIONS = ("dataset", "data", "train_size", "test_size", "data_seed", "init_from")
+"""Fields of `Run` that decide the weights."""
 
 
 @dataclass(frozen=True)
 class Run:
     """Which data a run uses, where it runs and writes, and how.
 
-    Apart from the choice of data and the kind of device, nothing here changes the weights. (With `--sync
-    ddp`, the number of processes and `micro_batch` change the rounding.)
+    Apart from the choice of data, `init_from` and the kind of device, nothing here changes the weights.
+    (With `--sync ddp`, the number of processes and `micro_batch` change the rounding.)
     """
 
     dataset: str = "mnist"
@@ -34,6 +35,9 @@ class Run:
     """Number of test images to generate, with --dataset generated."""
     data_seed: int = 0
     """Seed for the digits, with --dataset generated."""
+    init_from: str | None = None
+    """Start from the weights in this checkpoint, run's folder (its newest checkpoint) or file of weights
+    (.pt or .safetensors) instead of random ones. The model must be the same."""
     out: Path | None = None
     """Folder for checkpoints and logs (default: a new folder under runs/)."""
     resume: str | None = None

@@ -87,24 +87,24 @@ def encode(content: Content) -> bytes:
     return buffer.getvalue()
 
 
+def decode_weights(data: bytes, name: str) -> dict[str, torch.Tensor]:
+    """Return the weights by name in a checkpoint file, or in a file that has only a state dict.
+
+    Raises `CheckpointError`.
+    """
+    loaded = _load(data, name)
+    if loaded and all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        return loaded
+    return decode(data, name)["model"]
+
+
 def decode(data: bytes, name: str) -> Content:
     """Return the content of a checkpoint file, with tensors on the CPU. `name` appears in error messages.
 
     It also reads the original script's checkpoints, see `original_format.from_original`.
     Raises `CheckpointError` for anything but a complete, undamaged checkpoint.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the one-line error below already describes the problem
-            loaded = torch.load(io.BytesIO(sanitize(data)), map_location="cpu", weights_only=True)
-        require_bounded(loaded, len(data))
-    except Exception as error:  # torch raises many types for damaged files
-        problem = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            problem = "it holds more than tensors and plain values, and loading those could run code"
-        raise CheckpointError(f"{name} is damaged or not a checkpoint: {problem}") from error
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{name} is not a checkpoint: it holds a {type(loaded).__name__}")
+    loaded = _load(data, name)
     claimed = loaded.pop("content_sha256", None)
     if original_format.is_original(loaded) and claimed is None and "dmnist" not in loaded:
         return original_format.from_original(loaded, name)
@@ -145,6 +145,23 @@ def _require_dataset(dataset: dict[Any, Any], name: str) -> None:
     shape = dataset["image_shape"]
     if len(shape) != 3 or not all(type(size) is int and 0 < size <= _MAX_SIDE for size in shape):
         raise CheckpointError(f"{name} has an invalid shape of the images")
+
+
+def _load(data: bytes, name: str) -> dict[Any, Any]:
+    """Load a file from an untrusted source, with tensors on the CPU. Raises `CheckpointError`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the one-line error below already describes the problem
+            loaded = torch.load(io.BytesIO(sanitize(data)), map_location="cpu", weights_only=True)
+        require_bounded(loaded, len(data))
+    except Exception as error:  # torch raises many types for damaged files
+        problem = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            problem = "it holds more than tensors and plain values, and loading those could run code"
+        raise CheckpointError(f"{name} is damaged or not a checkpoint: {problem}") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{name} is not a checkpoint: it holds a {type(loaded).__name__}")
+    return loaded
 
 
 def _require_types(values: dict[Any, Any], types: dict[str, type | tuple[type, ...]], name: str) -> None:

@@ -30,6 +30,7 @@ from ..reporting.events import Callback, JsonLines, MistakesFile, MultiSink, Not
 from ..reporting.progress_bar import Terminal
 from ..runs import layout
 from ..runs.checkpoint_store import NullStore, Store
+from ..runs.initial_weights import load_initial_weights, read_initial_weights
 from ..runs.lock import RunLock
 from ..runs.run_files import write_config
 from ..runs.run_folder import open_folder, open_store
@@ -77,7 +78,7 @@ def run(
     threads = use_threads(world, recipe.sync)  # after a user's module is imported, which may set them too
     data = broadcast_dataset(world, read)
     batches = Batches(data.train, recipe, data.mean, data.std)
-    state, properties = make_state(world, recipe, data)
+    state, properties = make_state(world, recipe, data, options)
     loss = world.on_every_rank(lambda: make_loss(recipe, len(data.class_names), world.device))
     gradients = make_gradients(recipe, options, world, state.model, properties, batches.smallest_size())
     if dry_run:
@@ -166,12 +167,18 @@ def find_functions(recipe: Recipe) -> None:
         find(flag(field), name)
 
 
-def make_state(world: World, recipe: Recipe, data: Data) -> tuple[State, ModelProperties]:
+def make_state(world: World, recipe: Recipe, data: Data, options: Run) -> tuple[State, ModelProperties]:
     """Make the model with its initial weights, and the optimizer. Return also the model's properties."""
     classes, shape = len(data.class_names), data.image_shape
     model, properties = world.on_every_rank(lambda: make_model(recipe, classes, world.device, shape))
+    initial_sha256 = ""
+    if options.init_from is not None:
+        name, raw = world.on_rank_zero(
+            partial(read_initial_weights, Path(options.init_from)), tuple[str, bytes]
+        )
+        initial_sha256 = world.on_every_rank(lambda: load_initial_weights(model, name, raw))
     optimizer = world.on_every_rank(lambda: make_optimizer(recipe, model))
-    return State(model, optimizer), properties
+    return State(model, optimizer, initial_sha256=initial_sha256), properties
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from ..common.generators import ModelDraws
 from ..config import Recipe, Run
 from ..data.broadcast import Data
 from ..distributed.world import World
+from ..errors import CheckpointError
 from ..gradients.all_reduce import Gradients
 from ..gradients.loss import Loss
 from ..reporting.events import Sink
@@ -34,6 +35,8 @@ class State:
     best_accuracy: float = -1.0
     samples_sha256: str = START_OF_CHAIN
     """Digest of all sample ids used so far, in order."""
+    initial_sha256: str = ""
+    """Digest of the weights that the run started from; empty if they were random."""
     train_seconds: float = 0.0
     """Time spent in steps, without evaluation and saving."""
     unsaved: str | None = None
@@ -48,10 +51,17 @@ class State:
             "optimizer": self.optimizer.state_dict(),
             **{scalar: getattr(self, scalar) for scalar in _SCALARS},
             "totals": dict(self.totals),
+            "initial_sha256": self.initial_sha256,
         }
 
     def restore(self, content: Content, name: str) -> None:
-        """Load the state from a checkpoint. Raises `CheckpointError` if it is from a different model."""
+        """Load the state from a checkpoint.
+
+        Raises `CheckpointError` if it is from a different model, or started from other weights.
+        """
+        if content.get("initial_sha256", "") != self.initial_sha256:
+            here = "those of --init-from" if self.initial_sha256 else "random ones, without --init-from"
+            raise CheckpointError(f"{name} is from a run that started from other weights than {here}")
         load_weights(self.model, content["model"], name)
         load_optimizer(self.optimizer, content["optimizer"], name, steps=content["step"])
         for scalar in _SCALARS:

@@ -1,0 +1,52 @@
+"""Read the weights from which a run starts (`--init-from`)."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..common.digest import digest
+from ..common.installed import install
+from ..errors import CheckpointError, UsageError
+from .checkpoint import decode_weights, load_weights, read_bytes
+from .layout import CHECKPOINTS, checkpoints_in
+
+
+def read_initial_weights(path: Path) -> tuple[str, bytes]:
+    """Return the path and the content of the file with the weights. Raises `CheckpointError`.
+
+    `path` is a file, or the folder of a run, which stands for its newest checkpoint.
+    """
+    if path.is_dir():
+        found = checkpoints_in(path / CHECKPOINTS)
+        if not found:
+            raise CheckpointError(f"--init-from {path}: the folder has no checkpoint of a run in it")
+        path = found[-1]
+    return str(path), read_bytes(path)
+
+
+def load_initial_weights(model: nn.Module, name: str, data: bytes) -> str:
+    """Load the content of a file called `name` into a model, and return the digest of the weights.
+
+    The file is a checkpoint, or has only the weights by name, as `torch.save` or safetensors writes them.
+    Raises `CheckpointError` for a file that has not exactly the weights of this model.
+    """
+    is_safetensors = name.endswith(".safetensors")
+    weights = _of_safetensors(data, name) if is_safetensors else decode_weights(data, name)
+    load_weights(model, weights, f"--init-from {name}")
+    return digest(dict(model.state_dict()))
+
+
+def _of_safetensors(data: bytes, name: str) -> dict[str, torch.Tensor]:
+    try:
+        from safetensors.torch import load  # noqa: PLC0415 - an optional dependency
+    except ImportError:
+        raise UsageError(
+            f"--init-from {name} needs the package safetensors: {install('safetensors')}"
+        ) from None
+    try:
+        return load(data)
+    except Exception as error:
+        raise CheckpointError(
+            f"--init-from {name} is damaged or not a safetensors file: {error}"
+        ) from error
