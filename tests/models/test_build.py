@@ -691,7 +691,7 @@ def test_small_images_are_enlarged_by_repeating_pixels() -> None:
     ("factory", "given"),
     [
         (lambda classes, shape: Flat(len(shape)), 3),
-        (lambda classes, *, shape=None: Flat(shape[0]), 1),
+        (lambda classes, *, shape: Flat(shape[0]), 1),
         (lambda classes, width=4: Flat(width), 4),
         (lambda classes, **others: Flat(7 + len(others)), 7),
     ],

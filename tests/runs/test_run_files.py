@@ -114,6 +114,7 @@ def test_events_whose_fields_do_not_fit_are_damaged(wrong: dict[str, Any]) -> No
 def test_pictures_of_another_size_are_damage(pixels: int, tmp_path: Path) -> None:
     path = run_folders.write(tmp_path) / "mistakes.json"
     mistakes = run_files.read_mistakes(tmp_path)
+    assert mistakes is not None
     assert mistakes == {**json.loads(path.read_text()), "image_shape": (1, 28, 28)}
     mistakes["mistakes"][1]["image"] = base64.b64encode(bytes(pixels)).decode()
     path.write_text(json.dumps(mistakes))
