@@ -22,7 +22,8 @@ class Recipe:
 
     model: str = "cnn"
     """linear, mlp, cnn, cnn-small, cnn-large, or your own as package.module:factory, where factory(classes)
-    returns a torch module. The package may be in the current directory or installed."""
+    or factory(classes, shape) returns a torch module. The package may be in the current directory or
+    installed."""
     epochs: int = 3
     """Number of passes over the training images."""
     steps: int = 0

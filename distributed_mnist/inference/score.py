@@ -124,14 +124,14 @@ def evaluate_trained(
             f"{trained.path} was trained on different data from what is here now (sha256 {expected[:12]}, "
             f"not {data.sha256[:12]}): name the data set or the folder to evaluate on"
         )
-    if len(data.class_names) > classes:
-        raise CheckpointError(
-            f"{trained.path} has {classes} classes, but {data.name} has {len(data.class_names)}"
-        )
     if data.image_shape != trained.image_shape:
         shapes = describe_shape(trained.image_shape), describe_shape(data.image_shape)
         problem = f"takes images of {shapes[0]}, but those of {data.name} are {shapes[1]}"
         raise CheckpointError(f"{trained.path} {problem}")
+    if len(data.class_names) > classes:
+        raise CheckpointError(
+            f"{trained.path} has {classes} classes, but {data.name} has {len(data.class_names)}"
+        )
     as_trained = replace(data, class_names=trained.class_names, mean=trained.mean, std=trained.std)
     recipe = trained.recipe
     with model_failures(recipe.model):
