@@ -16,6 +16,7 @@ from ..common.installed import install
 from ..errors import OutputError, UsageError, reason
 from ..inference.trained import Trained, find_checkpoint, restore
 from ..inference.vote import Vote
+from ..models.running_statistics import statistics_layers
 from ..reporting.console import make_console, print_json
 from ..runs.layout import require_overwritable
 from . import onnx, pt2, safetensors
@@ -50,6 +51,11 @@ def run(
         raise UsageError(
             "--format safetensors holds one network, not an ensemble: name one of its networks, or use "
             "--format onnx or torch"
+        )
+    if layers := statistics_layers(trained.network):  # in evaluation, those without running statistics
+        raise UsageError(
+            f"--model {trained.recipe.model}: its layer {next(iter(layers))} keeps no running statistics "
+            "(track_running_stats=False), so in an exported file one image's logits would depend on others"
         )
     module = InferenceModule(trained.network, trained.mean, trained.std, trained.image_shape)
     metadata = make_metadata(trained)

@@ -265,6 +265,12 @@ def test_an_own_model(tmp_path: Path) -> None:
     np.testing.assert_allclose(onnx_logits(tmp_path / "model.onnx", images), wanted, atol=1e-4)
 
 
+def test_a_network_that_mixes_images_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, "user_models:untracked")
+    with pytest.raises(UsageError, match="its layer 1 keeps no running statistics"):
+        export(tmp_path, model="user_models:untracked")
+
+
 @pytest.mark.parametrize(("model", "why"), [("branches", "control flow|data-dependent|Dynamo|branching")])
 @pytest.mark.parametrize("form", ["onnx", "torch"])
 def test_a_model_that_is_no_graph(
