@@ -118,6 +118,7 @@ class Rendezvous:
             who = f"{self._placement.launcher}: rank 0 of {self._size} (pid {me.pid} on {me.host})"
             report(f"{who} waits for the others at {self.where}{elsewhere}")
         refused: TurnedAway | None = None
+        until = math.inf  # when this rank stops telling the others
         while True:
             try:
                 if self._failure and refused is None:

@@ -55,8 +55,8 @@ def test_a_wrong_flag_on_one_rank_ends_all() -> None:
     variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     words = (*DMNIST, "train", "--dataset", "generated", "--device", "cpu")
     with (
-        WarmProgram(words, RANK="0", **variables) as first,
-        WarmProgram((*words, "--epochs", "0"), RANK="1", **variables) as second,
+        WarmProgram(words, cwd=None, RANK="0", **variables) as first,
+        WarmProgram((*words, "--epochs", "0"), cwd=None, RANK="1", **variables) as second,
     ):
         refused(second.finish(), USAGE, "--epochs", "at least 1")
         refused(first.finish(), USAGE, "dmnist: rank 1 (pid ", " cannot take part: --epochs")
