@@ -45,6 +45,11 @@ def make_gradients(
             f"--model {recipe.model}: its {properties.unused[0]} is never used, but "
             "ddp needs every parameter to be used"
         )
+    if recipe.ema and properties.statistics_layers:
+        raise UsageError(
+            f"--model {recipe.model}: with --ema the running statistics of its layer "
+            f"{properties.statistics_layers[0]} would not fit the averaged weights: use --average"
+        )
     images = recipe.batch_size if smallest_batch is None else smallest_batch
     if max(1, images // recipe.shards) < properties.min_images:
         last = " (the last of an epoch)" if images < recipe.batch_size else ""

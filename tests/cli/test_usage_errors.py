@@ -131,6 +131,7 @@ FLAGS = [
     ("--model no.such.module:factory", ["no.such.module"]),
     ("--model user_models:nn", ["user_models:nn", "not callable"]),
     ("--model user_models:BatchMean", ["user_models:BatchMean", "depend on the others in its batch"]),
+    ("--model user_models:batch_norm --ema 0.9", ["user_models:batch_norm", "use --average"]),
     ("--model user_models:batch_norm --sync ddp", ["user_models:batch_norm", "use --sync tree"]),
     (
         "--model user_models:batch_norm --batch-size 121",
