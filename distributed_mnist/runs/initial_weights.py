@@ -22,7 +22,10 @@ def read_initial_weights(path: Path) -> tuple[str, bytes]:
         if not found:
             raise CheckpointError(f"--init-from {path}: the folder has no checkpoint of a run in it")
         path = found[-1]
-    return str(path), read_bytes(path)
+    try:
+        return str(path), read_bytes(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"--init-from {error}") from None
 
 
 def load_initial_weights(model: nn.Module, name: str, data: bytes) -> str:
@@ -32,7 +35,7 @@ def load_initial_weights(model: nn.Module, name: str, data: bytes) -> str:
     Raises `CheckpointError` for a file that has not exactly the weights of this model.
     """
     is_safetensors = name.endswith(".safetensors")
-    weights = _of_safetensors(data, name) if is_safetensors else decode_weights(data, name)
+    weights = _of_safetensors(data, name) if is_safetensors else decode_weights(data, f"--init-from {name}")
     load_weights(model, weights, f"--init-from {name}")
     return digest(dict(model.state_dict()))
 

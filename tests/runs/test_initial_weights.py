@@ -56,7 +56,7 @@ def test_any_file_with_the_weights(first: tuple[Path, dict[str, Any]], tmp_path:
 )
 def test_a_file_with_other_weights(tmp_path: Path, name: str, content: Any, problem: str) -> None:
     torch.save(content, tmp_path / name)
-    with pytest.raises(CheckpointError, match=f"{name}.*{problem}"):
+    with pytest.raises(CheckpointError, match=f"--init-from .*{name}.*{problem}"):
         load_initial_weights(build("linear", 10, 0), *read_initial_weights(tmp_path / name))
 
 
@@ -65,6 +65,8 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         CheckpointError, match=r"--init-from .*: the folder has no checkpoint of a run in it"
     ):
         read_initial_weights(tmp_path)
+    with pytest.raises(CheckpointError, match=r"^--init-from .*/none.pt: no such file"):
+        read_initial_weights(tmp_path / "none.pt")
     (tmp_path / "damaged.safetensors").write_bytes(b"no")
     with pytest.raises(CheckpointError, match="is damaged or not a safetensors file"):
         load_initial_weights(
