@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.idx import one_line
 from ..errors import DataError
 
 _OPERATIONS = re.compile(
@@ -33,7 +34,9 @@ def load(data: bytes, where: str) -> dict[str, Any]:
         _require_known_operations(data)
         loaded = _Unpickler(io.BytesIO(data), encoding="latin1").load()
     except Exception as error:  # a damaged pickle raises almost anything
-        raise DataError(f"{where}: no file of CIFAR's: {' '.join(str(error).split())[:120]}") from None
+        raise DataError(
+            f"{where}: no file of CIFAR's: {one_line(' '.join(str(error).split())[:120])}"
+        ) from None
     if not isinstance(loaded, dict):
         raise DataError(f"{where}: no file of CIFAR's: holds no dictionary")
     return {

@@ -36,7 +36,7 @@ def read(paths: tuple[Path, ...], part: PartName, progress: Progress) -> Part | 
     except OSError as error:
         raise DataError(f"{where}: {reason(error)}") from error
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise DataError(f"{where}: damaged ({error})") from error
+        raise DataError(f"{where}: damaged ({one_line(str(error))})") from error
     if part == "train":
         raise DataError(
             f"{where}: has {', '.join(map(one_line, sorted(members)[:8]))}, but no x_train and y_train, "
@@ -59,7 +59,9 @@ def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> NDArr
             )
             shape, fortran, dtype = read_header(file)
         except ValueError as error:
-            raise DataError(f"{where}: not a NumPy array ({' '.join(str(error).split())[:80]})") from error
+            raise DataError(
+                f"{where}: not a NumPy array ({one_line(' '.join(str(error).split())[:80])})"
+            ) from error
         if dtype.hasobject:
             raise DataError(f"{where}: holds Python objects, which are not read: they can run code")
         data = file.read()  # at most `file_size` bytes; checks the checksum

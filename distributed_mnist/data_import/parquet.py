@@ -119,4 +119,4 @@ def _image(value: Any, where: str) -> NDArray[np.uint8]:
 
 def _told(error: Exception) -> str:
     text = reason(error) if isinstance(error, OSError) and error.strerror else str(error)
-    return f"damaged, or not readable: {' '.join(text.split())[:120]}"
+    return f"damaged, or not readable: {one_line(' '.join(text.split())[:120])}"

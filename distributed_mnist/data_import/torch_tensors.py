@@ -2,7 +2,6 @@
 
 import io
 import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ def read(paths: tuple[Path, ...], part: PartName, progress: Progress) -> Part:
         raise DataError(f"{where}: damaged, or holds more than tensors, which could run code") from None
     except ValueError as error:  # `sanitize` and `require_bounded` say what is wrong
         raise DataError(f"{where}: {error}") from None
-    except (RuntimeError, EOFError, OSError, LookupError, TypeError, zipfile.BadZipFile) as error:
-        raise DataError(f"{where}: damaged ({' '.join(str(error).split())[:120]})") from None
+    except Exception as error:  # torch raises almost anything for a damaged file
+        raise DataError(f"{where}: damaged ({one_line(' '.join(str(error).split())[:120])})") from None
     pair = loaded[:2] if isinstance(loaded, tuple | list) else ()
     if len(pair) != 2 or not all(isinstance(value, torch.Tensor) for value in pair):
         raise DataError(f"{where}: is no pair of tensors, images and labels")

@@ -365,6 +365,10 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "code in a pt": (torch_file(Harmful()), r"training.pt: it holds more than tensors"),
     "no pair": (torch_file({"a": torch.zeros(2)}), r"training.pt: is no pair of tensors"),
+    "old pt cut": (
+        changed(foreign.old_torchvision, "training.pt", lambda data: data[:-9000]),
+        r"training.pt: damaged",
+    ),
     "pt cut": (
         changed(foreign.torchvision, "training.pt", lambda data: data[:9000]),
         r"training.pt: damaged",
