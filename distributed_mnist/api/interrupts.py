@@ -13,6 +13,9 @@ class StopOnInterrupt:
     Outside of the main thread, which alone receives signals, nothing changes.
     """
 
+    process: int | None = None
+    """SIGTERM would end the caller's process without a checkpoint."""
+
     def __init__(self) -> None:
         self._armed = self._requested = self._installed = False
 

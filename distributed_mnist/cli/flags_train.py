@@ -43,6 +43,9 @@ class Train(CommonFlags):
     tensorboard: tyro.conf.FlagCreatePairsOff[bool] = False
     """Also write TensorBoard event files to the run's folder."""
 
+    detach: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Run in the background, also after the terminal has closed. dmnist watch shows the run, and dmnist
+    stop ends it."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Check everything and show what the run would do, without training, downloading or writing."""
     summary: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -52,6 +55,8 @@ class Train(CommonFlags):
         """Raise `UsageError` for an unknown data set, invalid values, or flags that cannot be combined."""
         if self.tensorboard and find_spec("tensorboard") is None:
             raise UsageError(f"--tensorboard needs the package tensorboard: {install('tensorboard')}")
+        if self.detach and (self.dry_run or self.summary):
+            raise UsageError("--detach is for a run: --dry-run and --summary end by themselves")
         require_name(self.run.dataset)
         require_count(self, "ensemble")
         out = self.run.out

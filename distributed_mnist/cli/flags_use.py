@@ -91,6 +91,20 @@ class Watch(CommonFlags):
 
 
 @dataclass(frozen=True)
+class Stop(CommonFlags):
+    """Stop a run, also one in the background: it saves a checkpoint and ends. It can be resumed."""
+
+    run: tyro.conf.Positional[Path]
+    """The run's folder."""
+    timeout: float = 30.0
+    """How many seconds to wait for the run to end."""
+
+    def __post_init__(self) -> None:
+        """Raise `UsageError` for invalid values."""
+        require(0 < self.timeout <= 3600, "timeout", "above zero and at most 3600", self)
+
+
+@dataclass(frozen=True)
 class Doctor(CommonFlags):
     """Check this machine or, under torchrun, srun or mpirun, this job: versions, devices, host names,
     collectives, disk and data. Suggests a fix for each problem it finds."""

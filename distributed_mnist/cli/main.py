@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .flags_use import Doctor, Evaluate
 
 _WORKERS = "distributed_mnist.cli.workers"
-_ALONE = ("predict", "report", "watch", "export", "bench", "data")
+_ALONE = ("predict", "report", "watch", "stop", "export", "bench", "data")
 """Commands that run in one process under any launcher."""
 
 
@@ -51,7 +51,8 @@ def _run(arguments: list[str]) -> int:
 
             sys.stdout.write(f"dmnist {version('distributed-mnist')}, torch {version('torch')}\n")
             return 0
-        if arguments[:1] == ["train"] and not {"-h", "--help"} & set(arguments):
+        # With --detach, the server must start in the background, after the flags are parsed.
+        if arguments[:1] == ["train"] and not {"-h", "--help", "--detach"} & set(arguments):
             _start_importing_torch()
         from .parser import parse  # imports tyro, which takes a while
 
@@ -95,23 +96,30 @@ def _train(command: "Train") -> int:
 
     placement = _detect_placement(command.run.nproc)
     if placement is not None:
-        if command.ensemble > 1:
+        if command.ensemble > 1 or command.detach:
+            name = "--detach" if command.detach else "--ensemble"
             raise UsageError(
-                f"--ensemble starts its own processes: run it alone, not under {placement.launcher}"
+                f"{name} starts its own processes: run it alone, not under {placement.launcher}"
             )
         return spawn.start(placement, None, f"{_WORKERS}:train", command)
-    nproc = command.run.nproc or default_nproc(command.settings, command.run)
-    command.settings.check_size(nproc)
     # Choose the folder here, so that all restarts use the same one.
     out = command.run.out or layout.new_folder(command.recipe)
     command = dataclasses.replace(command, run=dataclasses.replace(command.run, out=out))
+    members = _split_into_members(command, out)
+    if command.detach:
+        from .detach import detach
+
+        if (code := detach(out, members[0].run.out or out, as_json=command.json)) is not None:
+            return code
+    nproc = command.run.nproc or default_nproc(command.settings, command.run)
+    command.settings.check_size(nproc)
     resume_flags = layout.resume_flags(out, command.ensemble)
     if command.dry_run or command.summary:
-        return spawn.spawn(nproc, [spawn.Task(f"{_WORKERS}:train", _split_into_members(command, out)[0])])
+        return spawn.spawn(nproc, [spawn.Task(f"{_WORKERS}:train", members[0])])
     read = partial(prefetch.read, command.run, make_console(stderr=command.json))
     with prefetch.Prefetcher(read) as data:
         tasks = []
-        for member in _split_into_members(command, out):
+        for member in members:
             reached = partial(layout.newest_step, member.run.out or out)
             restarts = spawn.Restarts(command.run.max_restarts, reached, resume_flags)
             tasks.append(spawn.Task(f"{_WORKERS}:train", member, restarts, data.for_rank_zero))
@@ -204,6 +212,7 @@ def _detect_placement(nproc: int | None) -> "Placement | None":
 _COMMANDS: dict[str, Callable[[Any], int]] = {
     "Train": _train,
     "Evaluate": _evaluate,
+    "Stop": partial(_call, "cli.stop", "run"),
     "Watch": partial(_call, "reporting.watch", "run"),
     "Predict": partial(_call, "inference.predict", "run"),
     "Report": partial(_call, "reporting.html_report", "run"),

@@ -16,7 +16,7 @@ from ..errors import UsageError
 from ..runs.run_files import config_in, find_recipe
 from .flags_data import Check, Fetch, Generate, Import
 from .flags_train import Bench, Train, Verify
-from .flags_use import Doctor, Evaluate, Export, Predict, Report, Watch
+from .flags_use import Doctor, Evaluate, Export, Predict, Report, Stop, Watch
 from .home import expand_home
 from .usage_errors import explain_usage_error, plain_types
 
@@ -43,6 +43,7 @@ COMMANDS: dict[str, Any] = {
     "predict": Predict,
     "report": Report,
     "watch": Watch,
+    "stop": Stop,
     "export": Export,
     "verify": Verify,
     "doctor": Doctor,

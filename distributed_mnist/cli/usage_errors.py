@@ -18,6 +18,7 @@ _REQUIRED = {
     "evaluate": "a CHECKPOINT or a run's folder",
     "predict": "a CHECKPOINT or a run's folder, and pictures",
     "watch": "a run's folder",
+    "stop": "a run's folder",
     "export": "a CHECKPOINT or a run's folder",
     "data import": "a file or folder to import",
     "data generate": "a folder to write to",

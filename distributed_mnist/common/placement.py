@@ -26,6 +26,8 @@ class Placement:
     launcher. Empty if the launcher does not restart processes."""
     parent: int = 0
     """Id of the process whose end stops this process; 0 if there is none."""
+    launcher_pid: int = 0
+    """Id of our own launcher's process, which forwards signals to all ranks; 0 under any other."""
     restarts: int = 0
     """How many times the launcher has restarted this group, according to the launcher."""
     own_device: bool = False

@@ -83,7 +83,10 @@ def signals_raise() -> Iterator[None]:
 
 
 class StopRequests(Protocol):
-    """Reports whether a run was asked to stop. `StopSignals` documents the methods."""
+    """Reports whether a run was asked to stop. `StopSignals` documents the members."""
+
+    @property
+    def process(self) -> int | None: ...  # noqa: D102
 
     def arm(self, resume_flags: str = ...) -> None: ...  # noqa: D102
     def requested(self) -> bool: ...  # noqa: D102
@@ -102,6 +105,8 @@ class StopSignals:
 
     def __init__(self, placement: Placement) -> None:
         self._placement = placement
+        self.process = placement.launcher_pid or placement.parent or os.getpid()
+        """Id of the process that ends all ranks on SIGTERM, with a checkpoint; None if there is none."""
         self._armed, self._resume_flags = False, "--resume auto"
         self._received: str | None = None
         self._interrupts = 0

@@ -213,6 +213,7 @@ class _Group:
             local_size=self._nproc,
             ports=(listener.getsockname()[1],),
             launcher_id=self._launcher_id,
+            launcher_pid=os.getpid(),
             launcher="spawned",
             secret=self._secret,
         )

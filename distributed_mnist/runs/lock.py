@@ -8,9 +8,13 @@ import re
 import shutil
 import socket
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import psutil
+
+from ..common.regular_file import read_regular
 from ..errors import OutputError, reason
 from .layout import CHECKPOINTS, FIRST_FILES, TENSORBOARD
 
@@ -21,8 +25,22 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 _PROBE_SECONDS = 0.1  # `is_live` in another process holds the lock for a moment
 _POLL_SECONDS = 0.05
-_OWNER = re.compile(rb"pid \d{1,10} on [!-~]{1,255}")
-"""The content of `.lock`. It is shown to the user, and decides nothing."""
+_HOLDER = re.compile(r"pid (\d{1,10}) on ([!-~]{1,255}?)(?:, started (\d{1,12}\.\d\d))?")
+"""The content of `.lock`. It does not decide whether the folder is locked."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """What `.lock` says about the run that holds the lock."""
+
+    pid: int
+    """Id of the process to which SIGTERM is sent to stop the run: its launcher, or else rank 0."""
+    host: str
+    started: float | None
+    """When it started, in seconds since 1970; None if SIGTERM would end it without a checkpoint."""
+
+    def __str__(self) -> str:
+        return f"pid {self.pid} on {self.host}"
 
 
 class RunLock:
@@ -31,10 +49,11 @@ class RunLock:
     The kernel releases the lock even if the process is killed, so there are no stale locks. After a
     restart, the last processes of the old group may still be exiting. So the new owner waits for the lock
     for up to `timeout` seconds. Some network file systems have no locks; then `note` says so, and nothing
-    is locked. Raises `OutputError` if the folder is in use or cannot be written.
+    is locked. `process` is the process that stops the run on SIGTERM, if any. Raises `OutputError` if the
+    folder is in use or cannot be written.
     """
 
-    def __init__(self, folder: Path, *, timeout: float = 0.0) -> None:
+    def __init__(self, folder: Path, *, timeout: float = 0.0, process: int | None = None) -> None:
         self._folder = folder
         self.note: str | None = None
         """What the user should know about the lock; None if it works."""
@@ -47,7 +66,9 @@ class RunLock:
         try:
             os.ftruncate(self._file.fileno(), 0)
             # Bypass the file's buffer: after an error, `close` would try to write it again and fail again.
-            os.write(self._file.fileno(), f"pid {os.getpid()} on {socket.gethostname()}".encode())
+            started = f", started {_start_time(process):.2f}" if process else ""
+            text = f"pid {process or os.getpid()} on {socket.gethostname()}{started}"
+            os.write(self._file.fileno(), text.encode())
         except OSError as error:
             self.abandon()
             raise OutputError(f"--out {folder}: {reason(error)}") from None
@@ -78,9 +99,9 @@ class RunLock:
                 return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    owner = self._owner()
                     self._file.close()
-                    text = f"--out {self._folder} is in use by a live run ({owner})"
+                    holder = holder_of(self._folder) or "an unknown process"
+                    text = f"--out {self._folder} is in use by a live run ({holder})"
                     raise OutputError(text) from None
             except OSError as error:
                 if error.errno not in NO_LOCKS:
@@ -92,12 +113,6 @@ class RunLock:
                 )
                 return None
             time.sleep(_POLL_SECONDS)
-
-    def _owner(self) -> str:
-        """Return what the lock's file says about the process that holds the lock."""
-        self._file.seek(0)
-        content = self._file.read(1000)
-        return content.decode() if _OWNER.fullmatch(content) else "an unknown process"
 
     def release(self) -> None:
         """Release the lock."""
@@ -144,6 +159,22 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
+
+
+def _start_time(pid: int) -> float:
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.Error:  # it has just ended
+        return 0.0
+
+
+def holder_of(folder: Path) -> Holder | None:
+    """Return what the run's lock says about its holder, which may have ended; None if it is not known."""
+    try:
+        match = _HOLDER.fullmatch(read_regular(folder / _NAME, 1 << 20).decode("ascii"))
+    except (OSError, ValueError):
+        return None
+    return match and Holder(int(match[1]), match[2], float(match[3]) if match[3] else None)
 
 
 def is_live(folder: Path) -> bool:

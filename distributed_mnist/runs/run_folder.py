@@ -20,7 +20,7 @@ from ..distributed.world import World
 from ..errors import OutputError, reason
 from .checkpoint_store import NullStore, RunStore, Store
 from .layout import RUNS, checkpoints_in, new_folder, write_json
-from .lock import RunLock, is_live
+from .lock import RunLock, holder_of, is_live
 from .run_files import read_group
 
 _LOCK_TIMEOUT = 30.0  # seconds for the last processes of a restarted group to end
@@ -41,8 +41,10 @@ class RunFolder:
     """The lock on the folder; None on ranks other than 0."""
 
 
-def open_folder(world: World, options: Run, recipe: Recipe, title: str) -> RunFolder:
-    """Return the run's folder, the same on every rank, locked by rank 0.
+def open_folder(
+    world: World, options: Run, recipe: Recipe, title: str, process: int | None = None
+) -> RunFolder:
+    """Return the run's folder, the same on every rank, locked by rank 0. `process` is as in `RunLock`.
 
     Raises `OutputError` if the folder cannot be used, or if it contains a different run.
     """
@@ -52,7 +54,7 @@ def open_folder(world: World, options: Run, recipe: Recipe, title: str) -> RunFo
 
     def choose_and_lock() -> RunFolder:
         path = earlier or options.out or new_folder(title)
-        lock = RunLock(path, timeout=_LOCK_TIMEOUT if earlier else 0.0)
+        lock = RunLock(path, timeout=_LOCK_TIMEOUT if earlier else 0.0, process=process)
         folder = RunFolder(path, earlier is not None, secrets.token_hex(8), run_id)
         try:
             if not earlier:
@@ -128,7 +130,9 @@ def require_usable(path: Path, options: Run) -> None:
     except OSError as error:
         raise OutputError(f"--out {path}: {reason(error)}") from None
     if is_live(path):
-        raise OutputError(f"--out {path} is in use by a live run")
+        raise OutputError(
+            f"--out {path} is in use by a live run ({holder_of(path) or 'an unknown process'})"
+        )
     _refuse_used(path, options)
 
 

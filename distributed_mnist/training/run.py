@@ -96,7 +96,7 @@ def run(
             platform_notices,
         )
     save_steps, save_seconds = checkpoint_interval(options.checkpoint_every, batches.steps_per_epoch)
-    folder = open_folder(world, options, recipe, title)
+    folder = open_folder(world, options, recipe, title, signals.process)
     try:
         notices = [*platform_notices, *start_notices(world, recipe, data, threads, folder)]
         lines = start_lines(world, recipe, data, properties, title, threads, folder.path)
