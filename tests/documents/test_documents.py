@@ -87,7 +87,15 @@ def complete(words: list[str]) -> list[str]:
     words = ["2" if before in NUMBERS and word == "N" else word for before, word in pairs]
     if words[0].startswith("-"):  # `dmnist ... --debug`
         return ["train", *words]
-    alone = (["evaluate"], ["export"], ["report"], ["watch"], ["data", "generate"], ["data", "import"])
+    alone = (
+        ["evaluate"],
+        ["export"],
+        ["report"],
+        ["watch"],
+        ["stop"],
+        ["data", "generate"],
+        ["data", "import"],
+    )
     return (
         [*words, "HERE"] if words in alone else [*words, "HERE", "a.png"] if words == ["predict"] else words
     )
