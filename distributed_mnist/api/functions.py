@@ -28,7 +28,7 @@ from ..distributed.peer import describe_training
 from ..distributed.world import World
 from ..errors import CheckpointError, UsageError, write_line
 from ..inference.score import evaluate_trained, load_dataset
-from ..inference.trained import Trained, find_checkpoint, restore
+from ..inference.trained import CheckpointFiles, Trained, find_checkpoint, restore
 from ..reporting.console import in_notebook
 from ..reporting.html_report import Report, render
 from ..runs import layout
@@ -63,18 +63,27 @@ _INTERVALS = ("checkpoint_every", "eval_every")  # here they may also be integer
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a training run."""
+    """The result of a training run.
+
+    The final weights are those after the last step or, with `validation`, those with the best validation
+    accuracy.
+    """
 
     accuracy: float
     """Fraction of the test images that the final weights classify correctly."""
     loss: float
     """Mean cross-entropy on the test images, in nats."""
     steps: int
+    """Number of steps taken."""
     weights_sha256: str
     samples_sha256: str
     data_sha256: str
     out: Path
     """The run's folder."""
+    validation_accuracy: float | None = None
+    """Fraction of the validation images that the final weights classify correctly; None without any."""
+    best_step: int | None = None
+    """The step after which the network had the final weights; None without validation images."""
     _model: str | Factory | None = field(default=None, repr=False, compare=False)
 
     def __repr__(self) -> str:
@@ -83,13 +92,14 @@ class Result:
             f"weights {self.weights_sha256[:8]}…, in {self.out}>"
         )
 
+    @speaks_python
     def load(self) -> Trained:
         """The network with its final weights. Raises `CheckpointError` if they are no longer in `out`."""
         checkpoints = layout.checkpoints_in(self.out / "checkpoints")
         final = next((path for path in reversed(checkpoints) if layout.step_of(path) == self.steps), None)
         if final is None:
             raise CheckpointError(f"the checkpoint of step {self.steps} is no longer in {self.out}")
-        return load(final, model=self._model)
+        return _load(CheckpointFiles.of_run(final), self._model, "cpu")
 
     @cached_property
     def history(self) -> dict[str, NDArray[Any]]:
@@ -152,13 +162,10 @@ def train(
     settings = {key: python_number(value) for key, value in settings.items()}
     if settings.get("init_from") is not None:
         settings["init_from"] = str(as_path("init_from", settings["init_from"]))
+    settings |= {key: str(settings[key]) for key in _INTERVALS if isinstance(settings.get(key), int)}
     recipe, title = override_recipe(recipe, settings, names)
     given, dataset_name, folder = resolve_dataset(dataset, data)
-    run_settings: dict[str, Any] = {
-        key: str(value) if key in _INTERVALS and isinstance(value, int) else value
-        for key, value in settings.items()
-        if key in RUN_FIELDS
-    }
+    run_settings: dict[str, Any] = {key: value for key, value in settings.items() if key in RUN_FIELDS}
     run = Run(
         dataset=dataset_name,
         data=folder,
@@ -197,6 +204,8 @@ def train(
         accuracy=result["test_accuracy"],
         loss=result["test_loss"],
         out=Path(result["out"]),
+        validation_accuracy=result.get("validation_accuracy"),
+        best_step=result.get("best_step"),
         _model=model,
         **{key: result[key] for key in ("steps", "weights_sha256", "samples_sha256", "data_sha256")},
     )
@@ -206,11 +215,16 @@ def train(
 def load(
     path: str | Path, *, model: str | Factory | None = None, device: torch.device | str = "cpu"
 ) -> Trained:
-    """Load the network in a checkpoint, or the best one in a run's folder, ready to use on `device`.
+    """Load the network in a checkpoint or in a run's folder, ready to use on `device`.
 
-    A checkpoint of your own model needs the `model` that you passed to `train`. Raises `CheckpointError`.
+    A run's folder stands for its last weights or, with `validation`, for those with the best validation
+    accuracy. A checkpoint of your own model needs the `model` that you passed to `train`. Raises
+    `CheckpointError`.
     """
-    files = find_checkpoint(as_path("path", path))
+    return _load(find_checkpoint(as_path("path", path)), model, device)
+
+
+def _load(files: CheckpointFiles, model: str | Factory | None, device: torch.device | str) -> Trained:
     names, functions = names_and_functions(model=model)
     with defined_state(), registered(functions):
         return restore(files, model=names.get("model"), device=torch.device(device))
@@ -227,9 +241,9 @@ def evaluate(
     """Evaluate a run, a checkpoint or a network on a data set's test images, in this process.
 
     `dataset` and `data` are as in `train`, and `dataset` may be one torch `Dataset` of test images. Their
-    default is the data set that the network was trained on. A run's folder stands for its best checkpoint,
-    a `Result` for the final weights. A bare torch module needs `dataset`, and its inputs are normalised
-    with the data set's mean and standard deviation. Raises subclasses of `DmnistError`.
+    default is the data set that the network was trained on. A run's folder stands for the same weights as
+    in `load`, a `Result` for the final weights. A bare torch module needs `dataset`, and its inputs are
+    normalised with the data set's mean and standard deviation. Raises subclasses of `DmnistError`.
     """
     if isinstance(what, str | Path):
         what = load(what, model=model)

@@ -19,7 +19,8 @@ class Evaluate(CommonFlags):
     """Evaluate a checkpoint on the test images, each exactly once, with any number of processes."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint (from dmnist or the original script), or a run's folder, to use its best checkpoint."""
+    """A checkpoint (from dmnist or the original script), or a run's folder: its last weights or, with
+    --validation, those with the best validation accuracy."""
     model: str | None = None
     """For a checkpoint of your own model: the package.module:factory it was trained with."""
     dataset: str | None = None
@@ -44,7 +45,8 @@ class Predict(CommonFlags):
     """Classify pictures of digits, including photos: any size, dark on light or light on dark."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint (from dmnist or the original script), or a run's folder, to use its best checkpoint."""
+    """A checkpoint (from dmnist or the original script), or a run's folder: its last weights or, with
+    --validation, those with the best validation accuracy."""
     images: tyro.conf.Positional[tuple[Path, ...]]
     """Image files with one digit each, folders of such files, or IDX files of images, raw or .gz."""
     top: int = 1
@@ -133,7 +135,8 @@ class Export(CommonFlags):
     """Export a checkpoint to a file that runs without dmnist, and check its outputs against torch's."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint (from dmnist or the original script), or a run's folder, to use its best checkpoint."""
+    """A checkpoint (from dmnist or the original script), or a run's folder: its last weights or, with
+    --validation, those with the best validation accuracy."""
     model: str | None = None
     """For a checkpoint of your own model: the package.module:factory it was trained with."""
     format: tuple[Format, ...] = ("onnx",)

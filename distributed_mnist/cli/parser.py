@@ -35,6 +35,7 @@ _METAVARS_BY_NAME = {
     "runs": "RUN [RUN ...]",
     "sections": "[SECTION ...]",
     "source": "SOURCE",
+    "validation": "N|FRACTION",
 }
 
 COMMANDS: dict[str, Any] = {

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from ..common.suggest import did_you_mean, unknown
 from ..errors import UsageError
 from .fields import check_type, flag, require, require_count
+from .intervals import steps_between
 
 Sync = Literal["tree", "ddp"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -68,6 +69,15 @@ class Recipe:
     0.99. Not together with --average. 0 means no moving average."""
     clip: float = 0.0
     """Scale the gradient of each step down so that its global norm is at most this. 0 means no clipping."""
+    validation: int | float = 0
+    """Keep the last training images for validation: this many, or this fraction of them. The weights with
+    the best validation accuracy are then the result, and only they are scored on the test images."""
+    patience: int = 0
+    """With --validation, stop after this many evaluations in a row without a better validation accuracy. 0
+    means never."""
+    eval_every: str = "1 epoch"
+    """How often to evaluate, on the validation images if there are any, otherwise on the test images: in
+    steps (500) or epochs ('2 epochs')."""
     label_smoothing: float = 0.0
     """Fraction of each target's probability to spread evenly over all classes. Only with the loss
     cross-entropy."""
@@ -96,7 +106,7 @@ class Recipe:
         for field in dataclasses.fields(self):
             check_type(flag(field.name), field, getattr(self, field.name))
         require_count(self, "epochs", "batch_size", "decay_every", "shards")
-        for name in ("steps", "weight_decay", "clip", "shift", "rotate"):
+        for name in ("steps", "validation", "patience", "weight_decay", "clip", "shift", "rotate"):
             require(0 <= getattr(self, name) < math.inf, name, "zero or more", self)
         for name in ("beta1", "beta2", "momentum", "ema", "label_smoothing", "scale"):
             require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", self)
@@ -110,6 +120,15 @@ class Recipe:
         smoothed = self.label_smoothing and self.loss != "cross-entropy"
         require(not smoothed, "label_smoothing", "0 with a loss of your own", self)
         require(not (self.average and self.ema), "ema", f"0 with --average {self.average}", self)
+        is_count = self.validation < 1 or isinstance(self.validation, int)
+        require(is_count, "validation", "a whole number of images, or a fraction below 1", self)
+        steps_between(self.eval_every, 1, "eval_every")
+        if self.patience and not self.validation:
+            raise UsageError("--patience needs --validation: it waits for a better validation accuracy")
+        if self.patience and self.average:
+            raise UsageError(
+                "--patience does not go with --average: the mean of the weights exists only at the end"
+            )
         require(0 <= self.seed < 2**63, "seed", "between 0 and 2^63 - 1", self)
 
     def __repr__(self) -> str:
@@ -128,6 +147,23 @@ class Recipe:
     def averaged_steps(self, total: int) -> int:
         """Return how many of the last of `total` steps the weights are averaged over; 0 for no average."""
         return max(1, round(self.average * total)) if self.average else 0
+
+    def validation_images(self, images: int) -> int:
+        """Return how many of `images` training images are kept for validation.
+
+        Raises `UsageError` if none is left for training, or if the fraction is less than one image.
+        """
+        count = round(self.validation * images) if self.validation < 1 else int(self.validation)
+        if count >= images:
+            raise UsageError(
+                f"--validation {self.validation} leaves nothing to train on: there are {images:,} training "
+                "images"
+            )
+        if self.validation and not count:
+            raise UsageError(
+                f"--validation {self.validation} is less than one of {images:,} training images"
+            )
+        return count
 
     def check_size(self, world_size: int) -> None:
         """Raise `UsageError` if there are more ranks than shards: some would have nothing to do."""
@@ -167,10 +203,15 @@ class Recipe:
     def differences(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:
         """Return the differences that change the weights: for each field name, the values (self, other).
 
-        With a constant or stepwise learning rate and no average, a longer run begins exactly like a shorter
-        one. Then the numbers of epochs and steps are ignored.
+        With a constant or stepwise learning rate, no average and no validation, a longer run begins exactly
+        like a shorter one. Then the numbers of epochs and steps are ignored. With validation they count,
+        because a run is also evaluated after its last step. Without validation, `eval_every` is ignored.
         """
         mine, theirs = self.to_dict(), other.to_dict()
-        if self.schedule in ("constant", "step") and not self.average:
-            theirs |= {name: mine[name] for name in ("epochs", "steps")}
+        ignored: list[str] = []
+        if not self.validation:
+            ignored.append("eval_every")
+            if self.schedule in ("constant", "step") and not self.average:
+                ignored += ["epochs", "steps"]
+        theirs |= {name: mine[name] for name in ignored}
         return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}

@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..errors import UsageError
 from .fields import check_type, flag, require, require_count
-from .intervals import checkpoint_interval, steps_between
+from .intervals import checkpoint_interval
 
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 
@@ -45,10 +45,8 @@ class Run:
     checkpoint_every: str = "5 seconds"
     """How often to save a checkpoint, in the background: in seconds or minutes ('5 seconds'), steps (500)
     or epochs ('2 epochs')."""
-    eval_every: str = "1 epoch"
-    """How often to evaluate on the test images: in steps (500) or epochs ('2 epochs')."""
     keep: int = 3
-    """How many of the newest checkpoints to keep, in addition to the best one."""
+    """How many of the newest checkpoints to keep, in addition to best.pt."""
     max_restarts: int = 3
     """If a process dies, restart all processes from the last checkpoint. Give up after this many restarts
     in a row without a new checkpoint. (Other launchers have their own restart settings.)"""
@@ -72,7 +70,6 @@ class Run:
         require(self.max_restarts >= 0, "max_restarts", "zero or more", self)
         require(1 <= self.hang_after < math.inf, "hang_after", "at least 1", self)
         checkpoint_interval(self.checkpoint_every, 1)
-        steps_between(self.eval_every, 1, "eval_every")
         if self.dataset not in ("generated", "auto"):
             for name in ("train_size", "test_size", "data_seed"):
                 if getattr(self, name) != getattr(Run, name):

@@ -4,7 +4,7 @@ No other rank uses files or the network, so downloads cannot race, and the hosts
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..common.digest import digest
-from ..config import ImageShape
+from ..config import ImageShape, Recipe
 from ..distributed.world import World
 from ..errors import DataError
 from .datasets import Dataset
@@ -34,6 +34,21 @@ class Data:
     source: str
     sha256: str
     """SHA-256 of all images and labels."""
+    validation: Split | None = None
+    """Images that are not trained on, to choose the weights by; None without `--validation`."""
+
+    def with_validation(self, recipe: Recipe) -> "Data":
+        """Return the data with the last training images for validation, as many as the recipe says.
+
+        Raises `UsageError` if the recipe leaves none for training.
+        """
+        count = recipe.validation_images(len(self.train))
+        if not count:
+            return self
+        first = len(self.train) - count
+        train = Split(self.train.images[:first], self.train.labels[:first])
+        validation = Split(self.train.images[first:], self.train.labels[first:])
+        return replace(self, train=train, validation=validation)
 
     @property
     def image_shape(self) -> ImageShape:

@@ -19,7 +19,7 @@ JobDescription = Mapping[str, str]
 """What must be equal on all ranks: for each flag or other name, its value as text."""
 
 
-_OPTIONS = ("eval_every", "checkpoint_every", "hang_after")
+_OPTIONS = ("checkpoint_every", "hang_after")
 """Options that decide when the ranks call collectives, and how long they wait there."""
 
 

@@ -33,7 +33,7 @@ def evaluate_checkpoint(
     folder: Path | None,
     console: Console,
 ) -> dict[str, Any]:
-    """Evaluate the checkpoint at `path`, or the best one of the run there. Returns what `--json` prints.
+    """Evaluate the checkpoint at `path`, or the last one of the run there. Returns what `--json` prints.
 
     Rank 0 reads the checkpoint and the data and sends them to the other ranks. `dataset` and `folder` are
     as in `load_dataset`, `model` is as in `restore`.
@@ -53,7 +53,7 @@ def evaluate_checkpoint(
         for notice in notices:
             console.print(f"note: {notice}", soft_wrap=True)
         line = Text.assemble(
-            (trained.path, "bold"),
+            (trained.title, "bold"),
             ": test accuracy ",
             (f"{result.accuracy:.2%}", "bold green"),
             f", loss {result.loss:.6f} on {result.images:,} images of {data.name}",
@@ -67,7 +67,7 @@ def evaluate_checkpoint(
         "world_size": world.size,
         # What the original script does not record is None.
         "epochs": trained.recipe.epochs if is_ours else content["epoch"],
-        "steps": content["step"] if is_ours else None,
+        "steps": (trained.best_step or content["step"]) if is_ours else None,
         "samples_sha256": content["samples_sha256"],
         "train_seconds": content.get("train_seconds"),
         **result.figures(),

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,13 @@ from ..errors import CheckpointError, UsageError
 from ..models.build import build, forward, place
 from ..models.zoo import MODELS
 from ..runs.checkpoint import Content, decode, load_weights, read_bytes, require_weights
-from ..runs.layout import checkpoint_path, checkpoints_in, member_folder, members_in
+from ..runs.layout import (
+    checkpoint_path,
+    checkpoints_in,
+    member_folder,
+    members_in,
+    original_checkpoints_in,
+)
 from ..runs.run_files import read_ensemble_result, read_result
 from ..user_code.failures import model_failures
 from .pixels import as_pixels
@@ -54,6 +60,13 @@ class Trained:
     """The checkpoint's path. For an ensemble, its folder."""
     image_shape: ImageShape = MNIST_SHAPE
     """Channels (1 or 3), height and width of the images that it takes."""
+    best_step: int | None = None
+    """If these are the checkpoint's weights with the best validation accuracy, the step they are from."""
+
+    @property
+    def title(self) -> str:
+        """The path, and which of its weights these are if they are not those of the checkpoint's step."""
+        return self.path if self.best_step is None else f"{self.path}, best weights (step {self.best_step})"
 
     def __repr__(self) -> str:
         classes = len(self.class_names)
@@ -110,6 +123,13 @@ class CheckpointFiles:
     """Path and content of each checkpoint."""
     member_weights: Sequence[str] = ()
     """For an ensemble, the SHA-256 digest of each member's weights when it was evaluated."""
+    is_run: bool = False
+    """Whether they stand for whole runs. With a validation split the best weights are then used."""
+
+    @classmethod
+    def of_run(cls, last: Path) -> Self:
+        """Read the last checkpoint of a run, which stands for the run. Raises `CheckpointError`."""
+        return cls(str(last), [(str(last), read_bytes(last))], is_run=True)
 
 
 Members = tuple[CheckpointFiles, list[dict[str, Any]]]
@@ -117,20 +137,21 @@ Members = tuple[CheckpointFiles, list[dict[str, Any]]]
 
 
 def find_checkpoint(path: Path) -> CheckpointFiles:
-    """Read the checkpoint at `path`. For a run's folder it is the best one, for an ensemble's its members'.
+    """Read the checkpoint at `path`. For a run's folder it is the last one, for an ensemble's its members'.
 
     Raises `CheckpointError` if there is none.
     """
-    for best in (path / "checkpoints" / "best.pt", path / "best.pt", path / "model_best.pth.tar"):
-        if best.is_file():
-            return CheckpointFiles(str(best), [(str(best), read_bytes(best))])
+    for folder in (path / "checkpoints", path):
+        if checkpoints := checkpoints_in(folder) or original_checkpoints_in(folder):
+            last = checkpoints[-1]
+            return CheckpointFiles.of_run(last)
     if members := members_in(path):
         return _find_members(path, example=members[0])
-    if steps := checkpoints_in(path / "checkpoints"):
-        raise CheckpointError(
-            f"{path} has no best checkpoint, because it stopped before its first evaluation: name a "
-            f"checkpoint, such as {steps[-1]}"
-        )
+    for best in (path / "checkpoints" / "best.pt", path / "best.pt", path / "model_best.pth.tar"):
+        if best.is_file():
+            raise CheckpointError(
+                f"{path} does not have its last checkpoint: name another one, such as {best}"
+            )
     if path.is_dir():
         raise CheckpointError(f"{path} has no checkpoint in it")
     return CheckpointFiles(str(path), [(str(path), read_bytes(path))])
@@ -165,7 +186,8 @@ def read_members(path: Path, seeds: Sequence[int]) -> Members | None:
         for folder, result in zip(folders, results, strict=True)
     ]
     weights = [result["weights_sha256"] for result in results]
-    return CheckpointFiles(str(path), [(str(file), read_bytes(file)) for file in files], weights), results
+    contents = [(str(file), read_bytes(file)) for file in files]
+    return CheckpointFiles(str(path), contents, weights, is_run=True), results
 
 
 def restore(checkpoint: CheckpointFiles, *, model: str | None, device: torch.device) -> Trained:
@@ -175,7 +197,9 @@ def restore(checkpoint: CheckpointFiles, *, model: str | None, device: torch.dev
     because a file from a stranger must not choose what is imported. Raises `CheckpointError` if `model`
     differs, for a damaged file, and for an ensemble whose members have changed since it was evaluated.
     """
-    members = [_restore_one(path, raw, model, device) for path, raw in checkpoint.files]
+    members = [
+        _restore_one(path, raw, model, device, best=checkpoint.is_run) for path, raw in checkpoint.files
+    ]
     if len(members) == 1:
         return members[0]
     for member, expected in zip(members, checkpoint.member_weights, strict=True):
@@ -185,11 +209,14 @@ def restore(checkpoint: CheckpointFiles, *, model: str | None, device: torch.dev
                 "the ensemble with --resume auto to evaluate it again"
             )
     vote = Vote([member.network for member in members]).eval()
-    return dataclasses.replace(members[0], network=vote, path=checkpoint.path)
+    return dataclasses.replace(members[0], network=vote, path=checkpoint.path, best_step=None)
 
 
-def _restore_one(path: str, raw: bytes, model: str | None, device: torch.device) -> Trained:
-    """Load one network from a checkpoint's content `raw`; `path` is for errors."""
+def _restore_one(path: str, raw: bytes, model: str | None, device: torch.device, *, best: bool) -> Trained:
+    """Load one network from a checkpoint's content `raw`; `path` is for errors.
+
+    With `best`, and with a validation split, it gets the weights with the best validation accuracy so far.
+    """
     content = decode(raw, path)
     try:
         recipe = Recipe.from_dict(content["recipe"], path) if content["recipe"] else Recipe(model="linear")
@@ -204,11 +231,13 @@ def _restore_one(path: str, raw: bytes, model: str | None, device: torch.device)
     class_names = tuple(dataset["class_names"])
     channels, height, width = dataset["image_shape"]
     shape = channels, height, width
+    best_weights = content.get("best_weights") if best else None
+    weights = best_weights or content["model"]
     if recipe.model in MODELS:
         with torch.device("meta"):  # without memory, because a damaged shape could fill it
-            require_weights(MODELS[recipe.model](len(class_names), shape), content["model"], path)
+            require_weights(MODELS[recipe.model](len(class_names), shape), weights, path)
     network = build(recipe.model, len(class_names), recipe.seed, shape)
-    load_weights(network, content["model"], path)
+    load_weights(network, weights, path)
     network = place(network, device, shape).eval()
     return Trained(
         network=network,
@@ -220,4 +249,5 @@ def _restore_one(path: str, raw: bytes, model: str | None, device: torch.device)
         content=content,
         path=path,
         image_shape=shape,
+        best_step=content["best_step"] if best_weights else None,
     )

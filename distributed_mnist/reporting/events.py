@@ -1,7 +1,8 @@
 """Send the events of a run to sinks: a file, a terminal, several of them, or none.
 
 An event is a name and plain fields. The names are `start`, `notice`, `steps`, `evaluation`, `mistakes`,
-`checkpoint`, `stop` and `end`. The training loop logs on every rank; only rank 0 has a sink that records.
+`checkpoint`, `test`, `stop` and `end`. The training loop logs on every rank; only rank 0 has a sink that
+records.
 """
 
 import contextlib

@@ -16,7 +16,7 @@ from ..common.atomic_write import written_aside
 from ..config import MNIST_SHAPE, ImageShape
 from ..errors import OutputError, reason, write_line
 from ..runs.layout import require_overwritable
-from ..runs.record import Record, read
+from ..runs.record import Record, images_of, read
 from ..runs.timeline import timeline
 from . import report_data
 from .console import make_console, print_json
@@ -93,25 +93,31 @@ def _template() -> Template:
 
 def _template_values(record: Record) -> dict[str, Any]:
     """Return the values that the template shows for a run."""
-    last = record.evaluations[-1] if record.evaluations else None
+    last = record.scored
+    images = images_of(last) if last else "test"
     result = record.result if record.state == "finished" else None
     parts = report_data.parts_of_a_step(record)
     mistakes = record.mistakes
-    if mistakes is None or last is None or mistakes["step"] != last["step"]:
+    if not (mistakes and last and (mistakes["step"], mistakes["images"]) == (last["step"], images)):
         mistakes = {"mistakes": [], "image_shape": MNIST_SHAPE}  # none yet, or those of repeated steps
+    validated = [event for event in record.evaluations if "validation_accuracy" in event]
     return {
         "name": report_data.name_of(record),
         "state": record.state,
         "step": record.steps[-1]["step"] if record.steps else 0,
         "total": record.starts[-1]["steps"] if record.starts else 0,
-        "evaluation": last,
+        "images": images,
+        "scores": {
+            name: last[f"{images}_{name}"] if last else None for name in ("accuracy", "loss", "images")
+        },
+        "best": max(validated, key=lambda event: event["validation_accuracy"], default=None),
         "result": result,
         "starts": len(record.starts),
         "charts": report_data.charts([record]),
         "parts": parts,
         "whole_step": sum(value for _, value in parts) or 1.0,
         "classes": report_data.classes(record),
-        "wrong": round(last["test_images"] * (1 - last["test_accuracy"])) if last else 0,
+        "wrong": round(last[f"{images}_images"] * (1 - last[f"{images}_accuracy"])) if last else 0,
         "mistakes": [
             {
                 "picture": data_url(base64.b64decode(mistake["image"]), mistakes["image_shape"]),

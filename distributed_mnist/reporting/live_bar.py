@@ -92,11 +92,11 @@ def _columns(width: int, epochs: int, steps: int) -> list[ProgressColumn]:
         "bar": (BarColumn(bar_width=None), 10),
         "step": (TextColumn("step {task.completed:.0f}/{task.total:.0f}"), len(f"step {steps}/{steps}")),
         "loss": (TextColumn("loss {task.fields[loss]}"), len("loss 0.1234")),
-        "test": (TextColumn("test {task.fields[test]}"), len("test 99.99%")),
+        "scored": (TextColumn("{task.fields[scored]}"), len("test 99.99%")),
         "speed": (TextColumn("{task.fields[speed]}"), len("123,456 images/s")),
         "left": (TimeRemainingColumn(compact=True, elapsed_when_finished=True), len("0:00:00")),
     }
-    for name in ("speed", "epoch", "test", "loss", "bar"):
+    for name in ("speed", "epoch", "scored", "loss", "bar"):
         if sum(size + 1 for _, size in parts.values()) - 1 <= width:
             break
         del parts[name]

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import reason, write_line
+from ..runs.record import images_of
 from .console import print_labelled, silence
 from .live_bar import Bar, make_bar
 from .stragglers import EVEN_SHARE, StragglerTracker
@@ -83,8 +84,8 @@ class Terminal:
         if self._console.is_terminal or getattr(self._console, "rewrites_lines", False):
             self._stop_bar()  # the bar of the group before the restart
             self._bar = make_bar(self._console, epochs, steps)
-            test = self._bar_fields.get("test", "–")  # noqa: RUF001
-            self._bar_fields = {"epoch": f"1/{epochs}", "loss": "–", "test": test, "speed": "–"}  # noqa: RUF001
+            scored = self._bar_fields.get("scored", "test –")  # noqa: RUF001
+            self._bar_fields = {"epoch": f"1/{epochs}", "loss": "–", "scored": scored, "speed": "–"}  # noqa: RUF001
             self._task = self._bar.add_task("", total=steps, completed=step, **self._bar_fields)
             self._bar.start()
 
@@ -109,22 +110,28 @@ class Terminal:
         epoch: float,
         train_loss: float,
         train_accuracy: float,
-        test_loss: float,
-        test_accuracy: float,
-        **_: Any,
+        **scores: Any,
     ) -> None:
+        images = images_of(scores)
+        loss, accuracy = scores[f"{images}_loss"], scores[f"{images}_accuracy"]
         if self._bar is not None:
-            self._bar_fields["test"] = f"{test_accuracy:.2%}"
+            short = {"test": "test", "validation": "val."}[images]
+            self._bar_fields["scored"] = f"{short} {accuracy:.2%}"
             self._bar.update(self._task, **self._bar_fields)
         self._line(
             f"epoch {round(epoch, 1):g}",
             f"train loss {train_loss:.4f}, accuracy {train_accuracy:.2%}; "
-            f"test loss {test_loss:.4f}, accuracy {test_accuracy:.2%}",
+            f"{images} loss {loss:.4f}, accuracy {accuracy:.2%}",
         )
 
     def _on_end(self, *, result: dict[str, Any], **_: Any) -> None:
         self._stop_bar()
-        rows: dict[str, Text | str] = {
+        rows: dict[str, Text | str] = {}
+        if "best_step" in result:
+            images = _count(result["validation_images"], "validation image")
+            accuracy = f"{result['validation_accuracy']:.2%} of {images}"
+            rows["best"] = f"the weights after step {result['best_step']}: {accuracy}"
+        rows |= {
             "test accuracy": _accuracy(result),
             "test loss": f"{result['test_loss']:.6f}",
             "training": _duration(result),

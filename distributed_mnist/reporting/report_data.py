@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ..runs.record import Record
+from ..runs.record import Event, Record, images_of
 from ..runs.timeline import hosts_of
 from .charts import Line, line_chart, smoothed
 from .confusion import per_class
@@ -41,24 +41,31 @@ def charts(records: Sequence[Record]) -> list[Chart]:
         return Chart(title, svg, legend)
 
     loss, accuracy, rate, speed = [], [], [], []
+    evaluated = list[str]()
     for i, record in enumerate(records):
         raw, color = _losses(record), i
         mean = smoothed(raw, max(1, len(raw) // 60))
         loss.append(Line("each step", raw, color, faint=True))
         loss.append(Line("train" if single else names[i], mean, color))
-        test_loss = _evaluated(record, "test_loss")
-        loss.append(Line("test", test_loss, color + single, dots=True, faint=not single))
+        evaluations = record.evaluations
+        images = images_of(evaluations[-1]) if evaluations else "test"
+        evaluated.append(images)
+        points = _evaluated(evaluations, f"{images}_loss")
+        loss.append(Line(images, points, color + single, dots=True, faint=not single))
         if single:
-            accuracy.append(Line("train", _evaluated(record, "train_accuracy"), color, dots=True))
-        test_accuracy = _evaluated(record, "test_accuracy")
-        accuracy.append(Line("test" if single else names[i], test_accuracy, color + single, dots=True))
+            accuracy.append(Line("train", _evaluated(evaluations, "train_accuracy"), color, dots=True))
+        points = _evaluated(evaluations, f"{images}_accuracy")
+        accuracy.append(Line(images if single else names[i], points, color + single, dots=True))
+        if single and record.test:
+            loss.append(Line("test", _evaluated([record.test], "test_loss"), color + 2, dots=True))
+            accuracy.append(Line("test", _evaluated([record.test], "test_accuracy"), color + 2, dots=True))
         rate.append(Line(names[i], _stepped(record, "lr"), color))
         speed.append(Line(names[i], _stepped(record, "images_per_second"), color))
+    which = " or ".join(dict.fromkeys(evaluated))
+    loss_title = "Loss" if single else f"Training loss ({which}: faint dots)"
     drawn = [
-        make_chart(
-            "Loss" if single else "Training loss (test: faint dots)", loss, "{:.3g}".format, log=True
-        ),
-        make_chart("Accuracy" if single else "Test accuracy", accuracy, "{:.4g} %".format),
+        make_chart(loss_title, loss, "{:.3g}".format, log=True),
+        make_chart("Accuracy" if single else f"{which.capitalize()} accuracy", accuracy, "{:.4g} %".format),
         make_chart("Learning rate", rate, "{:.2g}".format),
         make_chart("Images per second", speed, _thousands),
     ]
@@ -94,9 +101,9 @@ def parts_of_a_step(record: Record) -> list[tuple[str, float]]:
 
 def classes(record: Record) -> list[dict[str, Any]]:
     """Return for each class the fields of `confusion.per_class`, and its `row` of the confusion matrix."""
-    if not record.evaluations or "confusion" not in record.evaluations[-1]:
+    if record.scored is None or "confusion" not in record.scored:
         return []
-    confusion = record.evaluations[-1]["confusion"]
+    confusion = record.scored["confusion"]
     names = [record.class_name(i) for i in range(len(confusion))]
     rows = zip(per_class(confusion, names), confusion, strict=True)
     return [{**scores, "row": row} for scores, row in rows]
@@ -144,9 +151,9 @@ def _stepped(record: Record, field: str) -> list[tuple[float, float]]:
     return [(event["epoch"], event[field]) for event in record.steps]
 
 
-def _evaluated(record: Record, field: str) -> list[tuple[float, float]]:
+def _evaluated(events: Sequence[Event], field: str) -> list[tuple[float, float]]:
     factor = 100 if field.endswith("accuracy") else 1
-    return [(event["epoch"], factor * event[field]) for event in record.evaluations]
+    return [(event["epoch"], factor * event[field]) for event in events if field in event]
 
 
 def _ranks(record: Record, field: str) -> list[Line]:

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from ..config import ImageShape, Recipe
 from ..errors import reason
+from ..runs.record import images_of
 from .html_report import picture_of
 
 _IMAGE_PIXELS, _CAPTION_PIXELS, _COLUMNS, _MAX_IMAGES = 56, 14, 8, 64
@@ -70,21 +71,27 @@ class TensorBoard:
         *,
         step: int,
         train_accuracy: float,
-        test_loss: float,
-        test_accuracy: float,
-        **_: Any,
+        **scores: Any,
     ) -> None:
-        self._writer.add_scalar("loss/test", test_loss, step)
+        images = images_of(scores)
+        self._writer.add_scalar(f"loss/{images}", scores[f"{images}_loss"], step)
         self._writer.add_scalar("accuracy/train", train_accuracy, step)
+        self._writer.add_scalar(f"accuracy/{images}", scores[f"{images}_accuracy"], step)
+
+    def _on_test(self, *, step: int, test_loss: float, test_accuracy: float, **_: Any) -> None:
+        self._writer.add_scalar("loss/test", test_loss, step)
         self._writer.add_scalar("accuracy/test", test_accuracy, step)
 
-    def _on_mistakes(self, *, step: int, image_shape: ImageShape, mistakes: list[dict[str, Any]]) -> None:
+    def _on_mistakes(
+        self, *, step: int, image_shape: ImageShape, mistakes: list[dict[str, Any]], **_: Any
+    ) -> None:
         if mistakes:
             sheet = contact_sheet(mistakes, image_shape, self._names)
             self._writer.add_image("mistakes", sheet, step, dataformats="HWC" if sheet.ndim == 3 else "HW")
 
     def _on_end(self, *, result: dict[str, Any]) -> None:
-        metrics = {f"end/{name}": result[name] for name in ("test_accuracy", "test_loss", "train_seconds")}
+        names = ("test_accuracy", "test_loss", "validation_accuracy", "train_seconds")
+        metrics = {f"end/{name}": result[name] for name in names if name in result}
         self._writer.add_hparams(self._recipe.to_dict(), metrics, run_name=".")
 
 

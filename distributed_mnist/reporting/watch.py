@@ -130,6 +130,7 @@ def state(folder: Path) -> dict[str, Any]:
             stragglers.add(event["ranks"])
     last = record.steps[-1] if record.steps else {}
     evaluation = record.evaluations[-1] if record.evaluations else {}
+    test = record.test or evaluation
     return {
         "run": str(folder),
         "state": record.state,
@@ -137,7 +138,8 @@ def state(folder: Path) -> dict[str, Any]:
         "steps": record.starts[-1]["steps"] if record.starts else None,
         "epoch": last.get("epoch", 0.0),
         "loss": last.get("loss"),
-        "test_accuracy": evaluation.get("test_accuracy"),
+        "test_accuracy": test.get("test_accuracy"),
+        "validation_accuracy": evaluation.get("validation_accuracy"),
         "images_per_second": last.get("images_per_second"),
         "starts": len(record.starts),
         "seconds_since_news": time.time() - record.events[-1]["time"] if record.events else None,

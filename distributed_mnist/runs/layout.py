@@ -19,6 +19,7 @@ FIRST_FILES = (".group", "config.json", "metrics.jsonl")
 """The files that a run writes before its first step."""
 _MEMBER = re.compile(r"seed-(\d+)")
 _CHECKPOINT = re.compile(r"step_(\d+)\.pt")
+_ORIGINAL = re.compile(r"checkpoint_(\d+)(?:_(\d+))?\.pth\.tar")
 
 
 def write_json(path: Path, value: object) -> None:
@@ -86,6 +87,18 @@ def checkpoints_in(folder: Path) -> list[Path]:
         return sorted((path for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name)), key=step_of)
     except OSError:
         return []
+
+
+def original_checkpoints_in(folder: Path) -> list[Path]:
+    """Return the original script's checkpoints in a folder, oldest first, without `model_best.pth.tar`.
+
+    `checkpoint_3_50.pth.tar` is from within epoch 3, so it is older than `checkpoint_3.pth.tar`.
+    """
+    found: list[tuple[int, float, Path]] = []
+    for path in folder.glob("checkpoint_*.pth.tar"):
+        if match := _ORIGINAL.fullmatch(path.name):
+            found.append((int(match[1]), float(match[2] or "inf"), path))
+    return [path for _, _, path in sorted(found)]
 
 
 def step_of(checkpoint: Path) -> int:

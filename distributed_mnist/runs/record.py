@@ -32,10 +32,12 @@ class Record:
     """The `steps` events in order of steps. For repeated steps only the latest."""
     evaluations: list[Event]
     """The `evaluation` events in order of steps. For repeated steps only the latest."""
+    test: Event | None
+    """The `test` event of a finished run with a validation split: the scores of its result."""
     result: dict[str, Any] | None
     """`result.json`; None for a run that has not finished."""
     mistakes: dict[str, Any] | None
-    """`mistakes.json`: the `step` of the latest evaluation and its `mistakes`."""
+    """`mistakes.json`: the `step` of the latest evaluation, its kind of `images`, and its `mistakes`."""
     problems: Sequence[str] = ()
     """What could not be read, in one line each: damaged files, which count as absent, and damaged lines."""
 
@@ -53,7 +55,14 @@ class Record:
             return "running"
         # A full disk can end metrics.jsonl before the run ends.
         complete = self.result and self.starts and self.result.get("steps") == self.starts[-1].get("steps")
+        # A run with a validation split may end early, and cannot be continued with more steps.
+        complete = complete or (self.result and "best_step" in self.result)
         return "finished" if complete else "stopped"
+
+    @property
+    def scored(self) -> Event | None:
+        """The latest `evaluation` or `test` event; None before the first."""
+        return self.test or (self.evaluations[-1] if self.evaluations else None)
 
     @property
     def starts(self) -> list[Event]:
@@ -92,10 +101,21 @@ def read(folder: Path) -> Record:
         events=events,
         steps=_without_repeated_steps(events, "steps"),
         evaluations=_without_repeated_steps(events, "evaluation"),
+        test=_test_since_last_start(events),
         result=readable(read_result),
         mistakes=readable(read_mistakes),
         problems=problems,
     )
+
+
+def images_of(event: Event) -> str:
+    """Return which images an `evaluation` or `test` event is about: "validation" or "test"."""
+    return "validation" if "validation_accuracy" in event else "test"
+
+
+def _test_since_last_start(events: list[Event]) -> Event | None:
+    last = next((event for event in reversed(events) if event["event"] in ("start", "test")), None)
+    return last if last and last["event"] == "test" else None
 
 
 def _without_repeated_steps(events: list[Event], kind: str) -> list[Event]:

@@ -71,6 +71,8 @@ def config_in(out: Path, advice: str = _CONFIG_ADVICE) -> Config | None:
         return None
     try:
         known = {field.name: str(field.type) for field in dataclasses.fields(Run)}
+        if "eval_every" in config["run"]:  # earlier versions counted it among the options
+            config["recipe"]["eval_every"] = config["run"].pop("eval_every")
         if unknown := sorted(config["run"].keys() - known.keys()):
             raise UsageError(f"there is no setting {unknown[0]!r}")
         run: dict[str, Any] = {

@@ -6,7 +6,7 @@ is imported.
 """
 
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
@@ -75,6 +75,9 @@ class ResultFields(Struct):
     world_size: Positive
     images_per_second: Amount | None
     out: str
+    best_step: Count | UnsetType = UNSET
+    validation_accuracy: Share | UnsetType = UNSET
+    validation_images: Count | UnsetType = UNSET
     sync: str | UnsetType = UNSET
     device: str | UnsetType = UNSET
     steps_here: Count | UnsetType = UNSET
@@ -84,6 +87,9 @@ class ResultFields(Struct):
     def __post_init__(self) -> None:
         if (self.steps_here is UNSET) != (self.seconds_here is UNSET):
             raise ValueError("Expected both `steps_here` and `seconds_here`, or neither")
+        chosen = (self.best_step, self.validation_accuracy, self.validation_images)
+        if len({value is UNSET for value in chosen}) > 1:
+            raise ValueError("Expected `best_step` and the validation fields, or none of them")
 
 
 class ScoreFields(Struct):
@@ -122,6 +128,8 @@ class MistakesFields(Struct):
 
     step: Count
     mistakes: list[MistakeFields]
+    images: Literal["test", "validation"] = "test"
+    """Earlier versions had no other."""
     image_shape: Shape = MNIST_SHAPE
     """Earlier versions did not write it."""
 
@@ -198,20 +206,52 @@ class _Steps(_Event, tag="steps"):
             raise ValueError("Expected a loss for each step")
 
 
+Confusion = Annotated[list[list[Count]], Meta(min_length=1)]
+Evaluated = Annotated[float, Meta(ge=0, le=1e9)]
+"""The epoch of an evaluation."""
+
+
 class _Evaluation(_Event, tag="evaluation"):
+    """Of the test images or of the validation images."""
+
     step: Count
-    epoch: Annotated[float, Meta(ge=0, le=1e9)]
+    epoch: Evaluated
     train_loss: Number
     train_accuracy: Share
+    best: bool
+    test_loss: Number | UnsetType = UNSET
+    test_accuracy: Share | UnsetType = UNSET
+    test_images: Count | UnsetType = UNSET
+    validation_loss: Number | UnsetType = UNSET
+    validation_accuracy: Share | UnsetType = UNSET
+    validation_images: Count | UnsetType = UNSET
+    confusion: Confusion | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        test = (self.test_loss, self.test_accuracy, self.test_images)
+        validation = (self.validation_loss, self.validation_accuracy, self.validation_images)
+        if [UNSET in test, UNSET in validation].count(False) != 1:
+            raise ValueError("Expected the scores on the test images or those on the validation images")
+        _require_square(self.confusion)
+
+
+class _Test(_Event, tag="test"):
+    """The scores of the result on the test images, if the evaluations before were of validation images."""
+
+    step: Count
+    epoch: Evaluated
     test_loss: Number
     test_accuracy: Share
     test_images: Count
-    best: bool
-    confusion: Annotated[list[list[Count]], Meta(min_length=1)] | UnsetType = UNSET
+    confusion: Confusion
 
     def __post_init__(self) -> None:
-        if self.confusion and any(len(row) != len(self.confusion) for row in self.confusion):
-            raise ValueError("Expected a square matrix in `confusion`")
+        _require_square(self.confusion)
+
+
+def _require_square(confusion: Confusion | UnsetType) -> None:
+    if confusion and any(len(row) != len(confusion) for row in confusion):
+        raise ValueError("Expected a square matrix in `confusion`")
 
 
 class _Checkpoint(_Event, tag="checkpoint"):
@@ -228,4 +268,4 @@ class _End(_Event, tag="end"):
     result: ResultFields
 
 
-Event = _Start | _Notice | _Steps | _Evaluation | _Checkpoint | _Stop | _End
+Event = _Start | _Notice | _Steps | _Evaluation | _Test | _Checkpoint | _Stop | _End

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .layout import resume_flags
-from .record import Event, Record
+from .record import Event, Record, images_of
 
 _MAX_SINGLE_EVALUATIONS = 20
 """If a run has more evaluations than this, they are summarised."""
@@ -66,6 +66,9 @@ def _describe(event: Event, seconds: float, step: int) -> TimelineEvent:
             text = f"restarted after step {step}: {group}, from step {first}"
             return TimelineEvent(seconds, "fault", text)
         return TimelineEvent(seconds, kind, f"started: {group}" + (f", from step {first}" if first else ""))
+    if kind == "test":
+        text = f"result, from step {event['step']}: test accuracy {event['test_accuracy']:.2%}"
+        return TimelineEvent(seconds, "evaluation", text)
     if kind == "stop":
         return TimelineEvent(seconds, "fault", f"stop requested, after step {event['step']}")
     if kind == "end":
@@ -74,7 +77,8 @@ def _describe(event: Event, seconds: float, step: int) -> TimelineEvent:
 
 
 def _describe_evaluation(event: Event) -> str:
-    text = f"step {event['step']}: test accuracy {event['test_accuracy']:.2%}"
+    images = images_of(event)
+    text = f"step {event['step']}: {images} accuracy {event[f'{images}_accuracy']:.2%}"
     return text + (", the best so far" if event["best"] else "")
 
 
@@ -92,10 +96,11 @@ def _summarise_evaluations(events: Sequence[Event]) -> str:
     if len(events) == 1:
         return _describe_evaluation(events[0])
     steps = f"at steps {events[0]['step']} to {events[-1]['step']}"
-    best = max(event["test_accuracy"] for event in events)
+    images = images_of(events[-1])
+    accuracies = [event[f"{images_of(event)}_accuracy"] for event in events]
     return (
         f"{len(events)} evaluations, {steps}: "
-        f"last test accuracy {events[-1]['test_accuracy']:.2%}, best {best:.2%}"
+        f"last {images} accuracy {accuracies[-1]:.2%}, best {max(accuracies):.2%}"
     )
 
 

@@ -53,23 +53,38 @@ class Evaluation:
         """The fraction of images that are classified correctly."""
         return self.correct / self.images
 
-    def figures(self) -> dict[str, float]:
-        """Return accuracy, loss and number of images under the names that they have in every result."""
-        return {"test_accuracy": self.accuracy, "test_loss": self.loss, "test_images": self.images}
+    def figures(self, images: str = "test") -> dict[str, float]:
+        """Return accuracy, loss and number of images under the names that they have in every result.
+
+        `images` says which images they are: test or validation.
+        """
+        return {
+            f"{images}_accuracy": self.accuracy,
+            f"{images}_loss": self.loss,
+            f"{images}_images": self.images,
+        }
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: Data, world: World, precision: Precision, name: str = "", *, exact: bool = True
+    model: nn.Module,
+    data: Data,
+    world: World,
+    precision: Precision,
+    name: str = "",
+    *,
+    exact: bool = True,
+    split: Split | None = None,
 ) -> Evaluation:
-    """Evaluate the model on the test images, which every rank holds; every rank returns the same metrics.
+    """Evaluate the model on `split`, by default the test images, which every rank holds.
 
-    The model runs in evaluation mode; afterwards its previous mode is restored. `name` is the model's, for
-    messages. Raises `UsageError` if it does not return logits `(n, classes)`. If `exact`, one chunk of each
-    rank is repeated on another one: raises `UsageError` if the model's logits are not the same when it is
-    repeated, and `TrainingError` if a rank computes different logits from the others.
+    Every rank returns the same metrics. The model runs in evaluation mode; afterwards its previous mode is
+    restored. `name` is the model's, for messages. Raises `UsageError` if it does not return logits
+    `(n, classes)`. If `exact`, one chunk of each rank is repeated on another one: raises `UsageError` if
+    the model's logits are not the same when it is repeated, and `TrainingError` if a rank computes
+    different logits from the others.
     """
-    split, classes = data.test, len(data.class_names)
+    split, classes = split or data.test, len(data.class_names)
     chunks = -(-len(split) // CHUNK)
     losses = torch.zeros(chunks, device=world.device)
     predicted = torch.zeros(len(split), dtype=torch.int64, device=world.device)
@@ -137,11 +152,12 @@ def _require_same_logits(
         raise found.error(world, name, "logits in evaluation")
 
 
-def mistakes(result: Evaluation, split: Split) -> list[dict[str, Any]]:
+def mistakes(result: Evaluation, split: Split, first: int = 0) -> list[dict[str, Any]]:
     """Return the mistakes of an evaluation of `split` as plain values, the most confident ones first.
 
-    There are at most `MAX_MISTAKES`, or fewer if the images are large. Each has `index` (in the split),
-    `label`, `predicted`, `confidence` (in the wrong class, 0 to 1) and `image` (its bytes, in base64).
+    There are at most `MAX_MISTAKES`, or fewer if the images are large. Each has `index` (in the split,
+    counted from `first`), `label`, `predicted`, `confidence` (in the wrong class, 0 to 1) and `image` (its
+    bytes, in base64).
     """
     most = max(1, min(MAX_MISTAKES, _MAX_PICTURE_BYTES // math.prod(split.image_shape)))
     labels = split.labels.cpu().long()
@@ -149,7 +165,7 @@ def mistakes(result: Evaluation, split: Split) -> list[dict[str, Any]]:
     order = torch.argsort(result.confidence[wrong], descending=True, stable=True)
     return [
         {
-            "index": index,
+            "index": first + index,
             "label": int(labels[index]),
             "predicted": int(result.predicted[index]),
             "confidence": float(result.confidence[index]),

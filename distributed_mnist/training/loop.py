@@ -5,9 +5,8 @@ first step. Read `train` first. It takes one step after another and pauses at sy
 the ranks combine their metrics, evaluate the model, save checkpoints, and agree whether to stop.
 """
 
-import math
 from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from ..common.digest import digest
 from ..distributed.world import World
@@ -16,19 +15,19 @@ from ..optim import weight_average
 from ..optim.clipping import clip_gradients
 from ..optim.schedule import make_schedule, set_learning_rate
 from . import averages
-from .evaluate import Evaluation, evaluate, mistakes
+from .evaluate import Evaluation
 from .forward import make_forward
 from .ledger import IntervalRecord, Ledger
-from .state import ZERO_TOTALS, State, TrainingContext, pack
+from .selection import evaluate_and_choose, patience_is_over, result_of, steps_left
+from .state import State, TrainingContext, pack, report
 from .sync_points import PhaseTimer, SyncPoints
 
 _DISK_PATIENCE_SECONDS = 300.0  # a slow disk is not a hang
-_OUTPUT_PATIENCE_SECONDS = 3600.0  # a terminal paused with Ctrl-S is not a hang either
 _MIN_STEPS_TO_JUDGE_SPEED = 20
 
 
 def train(state: State, context: TrainingContext) -> Evaluation:
-    """Train to the end of the recipe and return the last evaluation.
+    """Train to the end of the recipe and return the scores of the result on the test images.
 
     Raises `Interrupted`, after saving a checkpoint, if any rank was asked to stop. Raises `TrainingError`
     if the loss or the weights are not finite, or if the weights differ between ranks.
@@ -49,7 +48,7 @@ def train(state: State, context: TrainingContext) -> Evaluation:
 
     prepare(state, context)
     sync_points.start()
-    for step in range(state.step, total_steps):
+    for step in steps_left(state, context):
         world.status.begin_step(step + 1)
         set_learning_rate(state.optimizer, lr_at(step))
         train_step(state, context, ledger, timer, step)
@@ -69,7 +68,6 @@ def train(state: State, context: TrainingContext) -> Evaluation:
         stop_requested, save_due = sync_points.sync(
             state.step, stop=context.stop_requested(), save=context.store.due()
         )
-        stopping = stop_requested and not is_last
         close_interval(state, context, ledger, sync_points, timer, lr_at(step))
         if not speed_judged and sync_points.steps >= _MIN_STEPS_TO_JUDGE_SPEED:
             speed_judged = True
@@ -77,31 +75,30 @@ def train(state: State, context: TrainingContext) -> Evaluation:
                 report(context, "notice", text=hint)
         is_best = False
         if must_evaluate:
-            world.status.enter("evaluating")
-            evaluation = evaluate_now(state, context)
-            is_best = report_evaluation(state, context, evaluation) or (is_last and averages_weights)
-        if must_save or save_due or stopping or is_best:
+            evaluation, is_best = evaluate_and_choose(state, context)
+            is_last = is_last or patience_is_over(state, context)
+        stopping = stop_requested and not is_last
+        if must_save or save_due or stopping or is_best or is_last:
             save(state, context, best=is_best)
         report_saved(state, context, wait=stopping or is_last)
         if stopping:
             stop(state, world, total_steps)
+        if is_last:
+            break
         world.status.enter("training")
         sync_points.start()
-    evaluation = evaluation or evaluate_now(state, context)
-    weight_average.exchange(state.optimizer)  # the moving average, if there is one, is the run's result
-    return evaluation
+    return result_of(state, context, evaluation)
 
 
 def prepare(state: State, context: TrainingContext) -> None:
     """Choose how to compute gradients, and check them before the first step."""
     state.model.train()
-    if state.step == context.batches.total_steps:
+    if not steps_left(state, context):
         return
     context.world.status.enter("comparing gradients")
     forward_shards = make_forward(context, PhaseTimer(context.world), 0)
     context.gradients.prepare(forward_shards, context.batches.shard_sizes(0))
-    if state.step < context.batches.total_steps:
-        check_gradients(state, context, state.step)
+    check_gradients(state, context, state.step)
     context.world.status.enter("training")
 
 
@@ -238,46 +235,3 @@ def stop(state: State, world: World, total_steps: int) -> NoReturn:
     world.barrier()
     outcome = f"but {state.unsaved}" if state.unsaved else "checkpoint saved"
     raise Interrupted(f"stopped by a signal after step {state.step} of {total_steps}, {outcome}")
-
-
-def evaluate_now(state: State, context: TrainingContext) -> Evaluation:
-    """Evaluate the model; with `tree`, ranks must compute the same bits."""
-    recipe, exact = context.recipe, context.recipe.sync == "tree"
-    with weight_average.moving_average_in_place(state.optimizer):
-        return evaluate(
-            state.model, context.data, context.world, recipe.precision, recipe.model, exact=exact
-        )
-
-
-def report_evaluation(state: State, context: TrainingContext, result: Evaluation) -> bool:
-    """Report an evaluation, reset the totals, and return whether the accuracy is the best so far.
-
-    Raises `TrainingError` if the test loss is not finite.
-    """
-    if not math.isfinite(result.loss):
-        raise TrainingError(f"the test loss is not finite after step {state.step}: a smaller --lr may help")
-    is_best = result.accuracy > state.best_accuracy
-    state.best_accuracy = max(state.best_accuracy, result.accuracy)
-    totals, state.totals = state.totals, dict(ZERO_TOTALS)
-    report(
-        context,
-        "evaluation",
-        step=state.step,
-        epoch=state.step / context.batches.steps_per_epoch,
-        train_loss=totals["loss"] / totals["images"],
-        train_accuracy=totals["correct"] / totals["images"],
-        test_loss=result.loss,
-        test_accuracy=result.accuracy,
-        test_images=result.images,
-        confusion=result.confusion,
-        best=is_best,
-    )
-    found = mistakes(result, context.data.test)
-    report(context, "mistakes", step=state.step, image_shape=context.data.image_shape, mistakes=found)
-    return is_best
-
-
-def report(context: TrainingContext, event: str, **fields: Any) -> None:
-    """Send an event to the sink, which may be a terminal that blocks."""
-    with context.world.status.during("reporting", _OUTPUT_PATIENCE_SECONDS):
-        context.sink.log(event, **fields)

@@ -45,25 +45,30 @@ def start_notices(world: World, recipe: Recipe, data: Data, threads: int, folder
         notices.append(folder.lock.note)
     if world.restarts and not folder.restarted:
         notices.append(f"{world.launcher} has restarted this run, but its folder was not found")
-    if text := empty_classes(data):
-        notices.append(text)
+    kinds = ("training", "validation") if data.validation else ("training",)
+    notices += [text for kind in kinds if (text := empty_classes(data, kind))]
+    if recipe.patience and recipe.schedule not in ("constant", "step"):
+        notices.append(
+            f"--patience may stop the run before --schedule {recipe.schedule} has lowered the learning rate"
+        )
     if recipe.batch_size > len(data.train):
         images = f"the {len(data.train):,} training images"
         notices.append(f"--batch-size {recipe.batch_size} is more than {images}")
     return notices
 
 
-def empty_classes(data: Data) -> str | None:
-    """Return a notice about classes without training images, which are never predicted; None if none is.
+def empty_classes(data: Data, kind: str = "training") -> str | None:
+    """Return a notice about classes without training or validation images; None if there are none.
 
     They are usual where digits are generated, but few.
     """
-    counts = torch.bincount(data.train.labels.cpu().long(), minlength=len(data.class_names))
+    split = data.validation if kind == "validation" and data.validation else data.train
+    counts = torch.bincount(split.labels.cpu().long(), minlength=len(data.class_names))
     empty = [data.class_names[label] for label in (counts == 0).nonzero().flatten().tolist()]
     if not empty or data.name == "generated":
         return None
     shown = ", ".join(empty[:4]) + (f" and {len(empty) - 4} more" if len(empty) > 4 else "")
-    return f"no training image has the class {shown} (classes are counted from 0)"
+    return f"no {kind} image has the class {shown} (classes are counted from 0)"
 
 
 def oversubscription_warnings(world: World, threads: int) -> list[str]:

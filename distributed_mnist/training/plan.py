@@ -71,6 +71,7 @@ def make_plan(
             "recipe": recipe.to_dict(),
             "dataset": data.name,
             "train_images": len(data.train),
+            "validation_images": len(data.validation or ()),
             "test_images": len(data.test),
             "step": state.step,
             "steps": batches.total_steps,
@@ -114,7 +115,8 @@ def _checkpoint_bytes(state: State, recipe: Recipe) -> int:
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     state.optimizer.step()
     weights = sum(p.numel() * p.element_size() for p in state.model.parameters() if p.requires_grad)
-    return len(encode(state.to_content())) + (weights if recipe.average or recipe.ema else 0)
+    copies = bool(recipe.average or recipe.ema) + bool(recipe.validation)
+    return len(encode(state.to_content())) + copies * weights
 
 
 def _peak_memory() -> int:

@@ -116,7 +116,8 @@ def require_same_run(content: Content, name: str, recipe: Recipe, data: Data) ->
         shown = ", ".join(f"{flag(key)} {old} there, {new} here" for key, (old, new) in differences.items())
         hint = ""
         if {"epochs", "steps"} & differences.keys():
-            hint = "; this recipe's learning rate or average of weights depends on the length of the run"
+            depends = "choice" if recipe.validation else "average"
+            hint = f"; this recipe's learning rate or {depends} of weights depends on the length of the run"
         raise CheckpointError(
             f"{name} was trained with a different recipe: {shown}{hint}; resume it with its own flags, or "
             "choose another --out"

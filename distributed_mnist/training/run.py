@@ -76,7 +76,7 @@ def run(
     requested = read_requested_checkpoint(world, options)
     recipe, platform_notices = agree_on_platform(world, recipe, options, requested)
     threads = use_threads(world, recipe.sync)  # after a user's module is imported, which may set them too
-    data = broadcast_dataset(world, read)
+    data = broadcast_dataset(world, read).with_validation(recipe)
     batches = Batches(data.train, recipe, data.mean, data.std)
     state, properties = make_state(world, recipe, data, options)
     loss = world.on_every_rank(lambda: make_loss(recipe, len(data.class_names), world.device))
@@ -137,7 +137,7 @@ def run(
                 sink=sink,
                 stop_requested=signals.requested,
                 save_every=save_steps,
-                eval_every=steps_between(options.eval_every, batches.steps_per_epoch, "eval_every"),
+                eval_every=steps_between(recipe.eval_every, batches.steps_per_epoch, "eval_every"),
             )
             if resumed:
                 notices.append(f"resumed from {resumed} at step {state.step} of {batches.total_steps}")
@@ -201,6 +201,10 @@ def train_and_summarise(
     recipe, data = context.recipe, context.data
     images = context.batches.images_before(state.step) - context.batches.images_before(steps_before)
     seconds_here = state.train_seconds - seconds_before
+    chosen: dict[str, Any] = {}
+    if data.validation is not None:
+        chosen = {"best_step": state.best_step, "validation_accuracy": state.best_accuracy}
+        chosen["validation_images"] = len(data.validation)
     return {
         "dataset": data.name,
         "model": recipe.model,
@@ -208,6 +212,7 @@ def train_and_summarise(
         "epochs": recipe.epochs,
         "steps": state.step,
         **evaluation.figures(),
+        **chosen,
         "weights_sha256": digest(dict(state.model.state_dict())),
         "samples_sha256": state.samples_sha256,
         "data_sha256": data.sha256,
@@ -285,12 +290,14 @@ def start_lines(
     if properties.statistics_layers:
         sizes = sorted(set(shard_sizes(min(recipe.batch_size, len(data.train)), recipe.shards)))
         norm = f" (batch norm over each shard of {' or '.join(map(str, sizes))} images)"
+    counts = " + ".join(f"{len(split):,}" for split in (data.train, data.validation, data.test) if split)
+    counts += " images (training, validation, test)" if data.validation is not None else " images"
     per_process = f", {_count(threads, 'thread')} each" if world.device.type == "cpu" else ""
     return {
         "recipe": f"{title}: {recipe.model} with {properties.parameters:,} parameters, "
         f"{length} in batches of {recipe.batch_size}, "
         f"{sync} over {_count(recipe.shards, 'shard')}{norm}, {recipe.precision}, seed {recipe.seed}",
-        "data": f"{data.name}, {len(data.train):,} + {len(data.test):,} images, {data.source}",
+        "data": f"{data.name}, {counts}, {data.source}",
         "world": f"{processes} on {world.device.type}{per_process}",
         "out": str(folder),
     }

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..common.digest import START_OF_CHAIN
 from ..common.generators import ModelDraws
@@ -15,12 +16,20 @@ from ..errors import CheckpointError
 from ..gradients.all_reduce import Gradients
 from ..gradients.loss import Loss
 from ..reporting.events import Sink
-from ..runs.checkpoint import FORMAT, Content, load_optimizer, load_weights, versions
+from ..runs.checkpoint import ADDED_LATER, FORMAT, Content, load_optimizer, load_weights, versions
 from ..runs.checkpoint_store import Store
 from .batches import Batches
 
-_SCALARS = ("step", "best_accuracy", "samples_sha256", "train_seconds")
+_SCALARS = (
+    "step",
+    "best_accuracy",
+    "best_step",
+    "evaluations_since_best",
+    "samples_sha256",
+    "train_seconds",
+)
 """Fields of `State` that a checkpoint stores as they are."""
+_OUTPUT_PATIENCE_SECONDS = 3600.0  # a terminal paused with Ctrl-S is not a hang
 ZERO_TOTALS: dict[str, float] = {"loss": 0.0, "correct": 0, "images": 0}
 
 
@@ -33,6 +42,12 @@ class State:
     step: int = 0
     """Number of completed steps."""
     best_accuracy: float = -1.0
+    """The best accuracy so far, on the validation images if there are any, else on the test images."""
+    best_step: int = 0
+    """The step after which it was reached first."""
+    evaluations_since_best: int = 0
+    best_weights: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """The weights that had it, on the CPU; empty without a validation split."""
     samples_sha256: str = START_OF_CHAIN
     """Digest of all sample ids used so far, in order."""
     initial_sha256: str = ""
@@ -50,6 +65,7 @@ class State:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             **{scalar: getattr(self, scalar) for scalar in _SCALARS},
+            "best_weights": self.best_weights,
             "totals": dict(self.totals),
             "initial_sha256": self.initial_sha256,
         }
@@ -59,13 +75,17 @@ class State:
 
         Raises `CheckpointError` if it is from a different model, or started from other weights.
         """
+        content = {**ADDED_LATER, **content}
         if content.get("initial_sha256", "") != self.initial_sha256:
             here = "those of --init-from" if self.initial_sha256 else "random ones, without --init-from"
             raise CheckpointError(f"{name} is from a run that started from other weights than {here}")
+        if content["best_weights"]:
+            load_weights(self.model, content["best_weights"], name)  # checks them
         load_weights(self.model, content["model"], name)
         load_optimizer(self.optimizer, content["optimizer"], name, steps=content["step"])
         for scalar in _SCALARS:
             setattr(self, scalar, content[scalar])
+        self.best_weights = content["best_weights"]
         self.totals = dict(content["totals"])
 
 
@@ -103,3 +123,9 @@ def pack(state: State, context: TrainingContext) -> Content:
         "steps_per_epoch": context.batches.steps_per_epoch,
         "versions": versions(context.world.device),
     }
+
+
+def report(context: TrainingContext, event: str, **fields: Any) -> None:
+    """Send an event to the sink, which may be a terminal that blocks."""
+    with context.world.status.during("reporting", _OUTPUT_PATIENCE_SECONDS):
+        context.sink.log(event, **fields)
