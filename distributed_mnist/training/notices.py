@@ -1,5 +1,7 @@
 """What a run says when it starts, and when the user's model fails."""
 
+from pathlib import Path
+
 import torch
 
 from ..common import environment
@@ -7,6 +9,8 @@ from ..common.placement import usable_cores
 from ..config import Recipe
 from ..data.broadcast import Data
 from ..distributed.world import World
+from ..gradients.tree_sum import shard_sizes
+from ..models.inspection import ModelProperties
 from ..runs.run_folder import RunFolder
 from .state import State, TrainingContext
 
@@ -79,3 +83,41 @@ def oversubscription_warnings(world: World, threads: int) -> list[str]:
     if (names := environment.thread_binding()) and cores == 1:
         return [f"{' and '.join(names)} may bind all processes to one core: unset it to use more cores"]
     return [f"{world.local_size} processes share {cores} cores: same answer, slower than --nproc {cores}"]
+
+
+def start_lines(
+    world: World,
+    recipe: Recipe,
+    data: Data,
+    properties: ModelProperties,
+    title: str,
+    threads: int,
+    folder: Path,
+) -> dict[str, str]:
+    """Return the labelled lines that a run prints when it starts."""
+    sync = "tree" if recipe.sync == "tree" else "DistributedDataParallel"
+    processes = _count(world.size, "process", "processes")
+    if world.size > 1:
+        processes += f" ({world.launcher}, {world.backend})"
+    length = _count(recipe.epochs, "epoch")
+    if recipe.steps:
+        length = f"at most {_count(recipe.steps, 'step')} or {length}"
+    norm = ""
+    if properties.statistics_layers:
+        sizes = sorted(set(shard_sizes(min(recipe.batch_size, len(data.train)), recipe.shards)))
+        norm = f" (batch norm over each shard of {' or '.join(map(str, sizes))} images)"
+    counts = " + ".join(f"{len(split):,}" for split in (data.train, data.validation, data.test) if split)
+    counts += " images (training, validation, test)" if data.validation is not None else " images"
+    per_process = f", {_count(threads, 'thread')} each" if world.device.type == "cpu" else ""
+    return {
+        "recipe": f"{title}: {recipe.model} with {properties.parameters:,} parameters, "
+        f"{length} in batches of {recipe.batch_size}, "
+        f"{sync} over {_count(recipe.shards, 'shard')}{norm}, {recipe.precision}, seed {recipe.seed}",
+        "data": f"{data.name}, {counts}, {data.source}",
+        "world": f"{processes} on {world.device.type}{per_process}",
+        "out": str(folder),
+    }
+
+
+def _count(number: int, singular: str, plural: str = "") -> str:
+    return f"{number} {singular if number == 1 else plural or singular + 's'}"

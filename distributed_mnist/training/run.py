@@ -20,7 +20,6 @@ from ..distributed.world import World
 from ..errors import Interrupted, OutputError, WorkerLost, reason
 from ..gradients.loss import make_loss
 from ..gradients.setup import make_gradients
-from ..gradients.tree_sum import shard_sizes
 from ..launcher.signals import StopRequests
 from ..models.build import make_model
 from ..models.factory import find_factory
@@ -38,7 +37,7 @@ from ..user_code.failures import model_failures
 from ..user_code.functions import find
 from .batches import Batches
 from .loop import require_same_weights, train
-from .notices import add_place, log_start, start_notices
+from .notices import add_place, log_start, start_lines, start_notices
 from .plan import make_plan
 from .platforms import agree_on_platform, use_threads
 from .results import write_results
@@ -267,41 +266,3 @@ def make_tensorboard(
         return TensorBoard(folder / layout.TENSORBOARD, recipe, data.class_names, step, complain)
     except OSError as error:
         raise OutputError(f"{folder}: {reason(error)}") from None
-
-
-def start_lines(
-    world: World,
-    recipe: Recipe,
-    data: Data,
-    properties: ModelProperties,
-    title: str,
-    threads: int,
-    folder: Path,
-) -> dict[str, str]:
-    """Return the labelled lines that a run prints when it starts."""
-    sync = "tree" if recipe.sync == "tree" else "DistributedDataParallel"
-    processes = _count(world.size, "process", "processes")
-    if world.size > 1:
-        processes += f" ({world.launcher}, {world.backend})"
-    length = _count(recipe.epochs, "epoch")
-    if recipe.steps:
-        length = f"at most {_count(recipe.steps, 'step')} or {length}"
-    norm = ""
-    if properties.statistics_layers:
-        sizes = sorted(set(shard_sizes(min(recipe.batch_size, len(data.train)), recipe.shards)))
-        norm = f" (batch norm over each shard of {' or '.join(map(str, sizes))} images)"
-    counts = " + ".join(f"{len(split):,}" for split in (data.train, data.validation, data.test) if split)
-    counts += " images (training, validation, test)" if data.validation is not None else " images"
-    per_process = f", {_count(threads, 'thread')} each" if world.device.type == "cpu" else ""
-    return {
-        "recipe": f"{title}: {recipe.model} with {properties.parameters:,} parameters, "
-        f"{length} in batches of {recipe.batch_size}, "
-        f"{sync} over {_count(recipe.shards, 'shard')}{norm}, {recipe.precision}, seed {recipe.seed}",
-        "data": f"{data.name}, {counts}, {data.source}",
-        "world": f"{processes} on {world.device.type}{per_process}",
-        "out": str(folder),
-    }
-
-
-def _count(number: int, singular: str, plural: str = "") -> str:
-    return f"{number} {singular if number == 1 else plural or singular + 's'}"

@@ -42,6 +42,9 @@ OTHER: dict[str, Any] = {
     "final_div": 20.0,
     "average": 0.5,
     "ema": 0.9,
+    "validation": 0.1,
+    "patience": 3,
+    "eval_every": "500",
     "clip": 0.5,
     "label_smoothing": 0.5,
     "shift": 2.0,
@@ -53,7 +56,7 @@ OTHER: dict[str, Any] = {
     "precision": "bf16",
 }
 """For each field a value that is not the default."""
-TOGETHER: dict[str, Any] = {**OTHER, "ema": 0.0, "label_smoothing": 0.0}
+TOGETHER: dict[str, Any] = {**OTHER, "ema": 0.0, "patience": 0, "label_smoothing": 0.0}
 """Such values that go together."""
 
 
@@ -99,6 +102,9 @@ def test_whole_numbers_are_allowed_for_floats() -> None:
         ("shift", [-1.0, NAN, INF], "zero or more"),
         ("rotate", [-1.0, NAN, INF], "zero or more"),
         ("scale", [-0.1, 1.0, NAN], "at least 0 and below 1"),
+        ("validation", [-1, -0.1, NAN, INF], "zero or more"),
+        ("validation", [1.0, 2.5, 5000.0], "a whole number of images, or a fraction below 1"),
+        ("patience", [-1], "zero or more"),
         ("beta1", [-0.1, 1.0, NAN], "at least 0 and below 1"),
         ("beta2", [-0.1, 1.0, NAN], "at least 0 and below 1"),
         ("momentum", [-0.1, 1.0, NAN], "at least 0 and below 1"),
@@ -194,7 +200,7 @@ def test_impossible_intervals(name: str, text: str) -> None:
     )
     values: dict[str, Any] = {name: text}
     with pytest.raises(UsageError, match=message):
-        Run(**values)
+        Run(**values) if name == "checkpoint_every" else Recipe(**values)
     if name == "eval_every":
         with pytest.raises(UsageError, match=message):
             steps_between(text, 10, name)
@@ -351,7 +357,7 @@ def test_no_such_recipe(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(OTHER))
 def test_each_field_counts_as_a_difference(name: str) -> None:
-    base = Recipe(schedule="one-cycle")
+    base = Recipe(schedule="one-cycle", validation=100)
     other = base.replace(**{name: OTHER[name]})
     assert base.differences(base) == {}
     assert base.differences(other) == {name: (getattr(base, name), OTHER[name])}
@@ -473,3 +479,43 @@ def test_types_are_checked_from_python_too() -> None:
     values: dict[str, Any] = {"batch_size": "x"}
     with pytest.raises(UsageError, match=r"^--batch-size must be a whole number, not 'x'$"):
         Recipe(**values)
+
+
+def test_evaluations_count_only_if_they_choose_the_weights() -> None:
+    often, seldom = Recipe(eval_every="10"), Recipe(eval_every="2 epochs")
+    assert often.differences(seldom) == {}
+    often, seldom = often.replace(validation=100), seldom.replace(validation=100)
+    assert often.differences(seldom) == {"eval_every": ("10", "2 epochs")}
+    assert often.differences(often.replace(epochs=9)) == {
+        "epochs": (3, 9)
+    }  # the last step is evaluated too
+
+
+@pytest.mark.parametrize(
+    ("validation", "images", "kept"),
+    [(0, 1_100, 0), (100, 1_100, 100), (1_099, 1_100, 1_099), (0.1, 1_100, 110), (0.5, 3, 2), (1, 2, 1)],
+)
+def test_images_for_validation(validation: float, images: int, kept: int) -> None:
+    assert Recipe(validation=validation).validation_images(images) == kept
+
+
+@pytest.mark.parametrize(
+    ("validation", "message"),
+    [
+        (1_100, "--validation 1100 leaves nothing to train on: there are 1,100 training images"),
+        (10**30, f"--validation {10**30} leaves nothing to train on: there are 1,100 training images"),
+        (0.9999, "--validation 0.9999 leaves nothing to train on: there are 1,100 training images"),
+        (0.0001, "--validation 0.0001 is less than one of 1,100 training images"),
+    ],
+)
+def test_a_split_that_leaves_nothing(validation: float, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Recipe(validation=validation).validation_images(1_100)
+    assert str(caught.value) == message
+
+
+def test_patience_needs_a_split_and_no_average() -> None:
+    with pytest.raises(UsageError, match=r"^--patience needs --validation: "):
+        Recipe(patience=2)
+    with pytest.raises(UsageError, match=r"^--patience does not go with --average: "):
+        Recipe(patience=2, validation=100, average=0.5)

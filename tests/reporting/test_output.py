@@ -271,6 +271,19 @@ def terminal(
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue()).replace("\r", "\n")
 
 
+def test_a_run_with_a_validation_split_says_so() -> None:
+    shown = io.StringIO()
+    sink = Terminal(Console(file=shown, width=1000))
+    scores = {"validation_loss": 0.0793, "validation_accuracy": 0.97641}
+    sink.log("evaluation", epoch=1.0, train_loss=0.21, train_accuracy=0.93, **scores)
+    chosen = {"best_step": 300, "validation_accuracy": 0.98, "validation_images": 5_000}
+    sink.log("end", result={**RESULT, **chosen})
+    lines = shown.getvalue().splitlines()
+    assert lines[0].endswith("accuracy 93.00%; validation loss 0.0793, accuracy 97.64%")
+    assert "best            the weights after step 300: 98.00% of 5,000 validation images" in lines
+    assert "test accuracy   99.26% of 10,000 images" in lines
+
+
 def write_to_a_full_disk() -> None:
     """Let this process's standard output be one that cannot be written."""
     os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
@@ -324,7 +337,7 @@ def test_a_folder_may_have_any_name(finished: tuple[Path, Finished], tmp_path: P
     odd.symlink_to(finished[0])
     assert here("report", odd).stdout == f"{odd / 'report.html'}\n"
     output = here("evaluate", odd, "--device", "cpu").stdout
-    assert output.startswith(f"{odd / 'checkpoints' / 'best.pt'}: test accuracy ")
+    assert output.startswith(f"{odd / 'checkpoints' / 'step_00000054.pt'}: test accuracy ")
 
 
 def test_a_pipe_gets_whole_lines_without_trailing_spaces() -> None:

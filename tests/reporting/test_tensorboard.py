@@ -2,17 +2,19 @@
 
 import contextlib
 import json
+import sys
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ranks import DMNIST, Program, dmnist, free_port
 
 from distributed_mnist.cli.parser import parse
-from distributed_mnist.config import MNIST_SHAPE
+from distributed_mnist.config import MNIST_SHAPE, Recipe
 from distributed_mnist.errors import UsageError
-from distributed_mnist.reporting.tensorboard import contact_sheet
+from distributed_mnist.reporting.tensorboard import TensorBoard, contact_sheet
 from distributed_mnist.runs.record import read
 
 accumulators = pytest.importorskip(
@@ -64,6 +66,31 @@ def test_the_weights_do_not_depend_on_tensorboard(digits: Path, tmp_path: Path) 
     without = dmnist("train", *data, "--out", tmp_path / "b")
     assert json.loads(with_it.stdout)["weights_sha256"] == json.loads(without.stdout)["weights_sha256"]
     assert not (tmp_path / "b" / "tensorboard").exists()
+
+
+def test_scores_have_the_names_of_their_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: dict[str, Any] = {}
+
+    class Writer:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written[name] = (value, step)
+
+        def add_hparams(self, _: Any, metrics: dict[str, float], **__: Any) -> None:
+            written.update(metrics)
+
+    module = SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    board = TensorBoard(tmp_path, Recipe(), ["0", "1"], 0, print)
+    scores = {"validation_loss": 0.3, "validation_accuracy": 0.8}
+    board.log("evaluation", step=7, train_accuracy=0.9, **scores)
+    board.log("test", step=5, test_loss=0.4, test_accuracy=0.7)
+    result = {"test_accuracy": 0.7, "test_loss": 0.4, "validation_accuracy": 0.8, "train_seconds": 1.0}
+    board.log("end", result=result)
+    expected = {"loss/validation": (0.3, 7), "accuracy/train": (0.9, 7), "accuracy/validation": (0.8, 7)}
+    expected |= {"loss/test": (0.4, 5), "accuracy/test": (0.7, 5)}
+    assert written == {**expected, **{f"end/{name}": value for name, value in result.items()}}
 
 
 def test_a_sheet_of_mistakes(digits: Path, tmp_path: Path) -> None:

@@ -103,6 +103,8 @@ def test_unknown_fields_are_dropped(tmp_path: Path) -> None:
         run_folders.evaluation(10, confusion=[]),
         run_folders.evaluation(10, confusion=[[3, 1], [1]]),
         run_folders.evaluation(10, confusion=[[3, -1], [1, 3]]),
+        {key: v for key, v in run_folders.evaluation(10).items() if not key.startswith("test_")},
+        run_folders.evaluation(10, validation_loss=0.4, validation_accuracy=0.7, validation_images=8),
         run_folders.start(0, time=1e12),
     ],
 )
@@ -115,7 +117,8 @@ def test_pictures_of_another_size_are_damage(pixels: int, tmp_path: Path) -> Non
     path = run_folders.write(tmp_path) / "mistakes.json"
     mistakes = run_files.read_mistakes(tmp_path)
     assert mistakes is not None
-    assert mistakes == {**json.loads(path.read_text()), "image_shape": (1, 28, 28)}
+    added = {"images": "test", "image_shape": (1, 28, 28)}
+    assert mistakes is not None and mistakes == {**json.loads(path.read_text()), **added}
     mistakes["mistakes"][1]["image"] = base64.b64encode(bytes(pixels)).decode()
     path.write_text(json.dumps(mistakes))
     with pytest.raises(CheckpointError, match=r"damaged \(Expected images of the shape in `image_shape`\)"):
@@ -294,3 +297,13 @@ def test_a_runs_recipe_that_cannot_be_used(tmp_path: Path) -> None:
         UsageError, match=r"the optimizer is your own, so give it too: --optimizer mine:opt"
     ):
         run_files.find_recipe(str(folder), model="mine:net", loss="mine:loss")
+
+
+def test_how_often_to_evaluate_was_an_option(tmp_path: Path) -> None:
+    """Earlier versions wrote `eval_every` to the options, and now it is in the recipe."""
+    config = run_folders.config()
+    del config["recipe"]["eval_every"]
+    config["run"]["eval_every"] = "9 steps"
+    run_files.write_config(tmp_path, config)
+    found = run_files.config_in(tmp_path)
+    assert found is not None and found.recipe == Recipe(epochs=2, seed=3, eval_every="9 steps")

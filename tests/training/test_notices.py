@@ -24,7 +24,10 @@ from distributed_mnist.training.notices import empty_classes
 )
 def test_classes_without_training_images_are_told(labels: list[int], names: str, said: str | None) -> None:
     train = Split(torch.zeros(len(labels), 28, 28), torch.tensor(labels, dtype=torch.uint8))
-    data: Any = SimpleNamespace(train=train, class_names=tuple(names), name="idx")
+    data: Any = SimpleNamespace(train=train, validation=None, class_names=tuple(names), name="idx")
     assert empty_classes(data) == said
+    data.train, data.validation = data.validation, data.train
+    assert empty_classes(data, "validation") == (said and said.replace("training", "validation"))
+    data.train = train
     data.name = "generated"
     assert empty_classes(data) is None
