@@ -6,6 +6,7 @@ import shutil
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,7 +53,11 @@ def nothing_in(folder: Path) -> None:
 
 def test_a_wrong_flag_on_one_rank_ends_all() -> None:
     """Started by a launcher that does not end the others itself. Before, they waited for five minutes."""
-    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    variables: dict[str, Any] = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(free_port()),
+    }
     words = (*DMNIST, "train", "--dataset", "generated", "--device", "cpu")
     with (
         WarmProgram(words, cwd=None, RANK="0", **variables) as first,
@@ -446,7 +451,11 @@ def test_half_an_environment(variables: dict[str, str], word: str, tmp_path: Pat
 
 
 def test_nproc_under_another_launcher(tmp_path: Path) -> None:
-    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    variables: dict[str, Any] = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(free_port()),
+    }
     ranks = [{**variables, "RANK": rank} for rank in ("0", "1")]
     for ended in dmnist_ranks(ranks, "train", "--nproc", 2, "--out", tmp_path / "out", "--json"):
         refused(ended, USAGE, "--nproc 2")
