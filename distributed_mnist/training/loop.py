@@ -9,12 +9,12 @@ from functools import partial
 from typing import NoReturn
 
 from ..common.digest import digest
+from ..config import Recipe
 from ..distributed.world import World
 from ..errors import Interrupted, TrainingError, UsageError
 from ..optim import weight_average
 from ..optim.clipping import clip_gradients
 from ..optim.schedule import make_schedule, set_learning_rate
-from . import averages
 from .evaluate import Evaluation
 from .forward import make_forward
 from .ledger import IntervalRecord, Ledger
@@ -37,7 +37,7 @@ def train(state: State, context: TrainingContext) -> Evaluation:
     lr_at = make_schedule(recipe, batches.steps_per_epoch)
     averaging_start = total_steps - recipe.averaged_steps(total_steps)
     averages_weights = averaging_start < total_steps
-    averages.resume(state, recipe, averaging=averaging_start < state.step < total_steps)
+    resume_averages(state, recipe, averaging=averaging_start < state.step < total_steps)
 
     max_interval = max(1, min(256, 2**20 // batches.size(0)))  # steps: about 8 MiB of sample ids
     ledger = Ledger(max_interval, batches.size(0), world.device)
@@ -58,7 +58,7 @@ def train(state: State, context: TrainingContext) -> Evaluation:
             with timer.phase("optimizer"):
                 weight_average.update(state.optimizer, step - averaging_start)
         if is_last and averages_weights:
-            averages.apply_mean(state, context, timer, averaging_start)
+            apply_mean(state, context, timer, averaging_start)
 
         must_evaluate = is_last or state.step % context.eval_every == 0
         must_save = is_last or (context.save_every is not None and state.step % context.save_every == 0)
@@ -88,6 +88,31 @@ def train(state: State, context: TrainingContext) -> Evaluation:
         world.status.enter("training")
         sync_points.start()
     return result_of(state, context, evaluation)
+
+
+def resume_averages(state: State, recipe: Recipe, *, averaging: bool) -> None:
+    """Continue the averages of the weights in a checkpoint. Raises `CheckpointError` if it lacks them.
+
+    `averaging` is whether the run has begun to average its last steps.
+    """
+    if averaging:
+        weight_average.require_mean(state.optimizer)
+    if recipe.ema and state.step:
+        weight_average.require_mean(state.optimizer, moving=True)
+        weight_average.exchange(state.optimizer)  # in the checkpoint, the weights are the moving average
+
+
+def apply_mean(state: State, context: TrainingContext, timer: PhaseTimer, start: int) -> None:
+    """Replace the weights with their mean since step `start`, and compute its batch norm statistics.
+
+    These are over the batches of the same steps, or of the last epoch if those are more.
+    """
+    weight_average.apply_mean(state.optimizer)
+    first = max(start, state.step - context.batches.steps_per_epoch)
+    context.gradients.recompute_statistics(
+        (make_forward(context, timer, step), context.batches.shard_sizes(step))
+        for step in range(first, state.step)
+    )
 
 
 def prepare(state: State, context: TrainingContext) -> None:
