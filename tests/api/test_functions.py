@@ -215,9 +215,9 @@ def test_a_network_with_other_outputs(digits: Path) -> None:
     ("settings", "message"),
     [
         ({"keep": "3"}, "keep must be a whole number, not '3'"),
-        ({"device": torch.device("cpu")}, "device must be auto or cpu, not device"),
+        ({"device": torch.device("cpu")}, "device must be auto or cpu or cuda or mps or xpu, not device"),
         ({"checkpoint_every": 2.5}, "checkpoint_every must be text, not 2.5"),
-        ({"device": "cuda:9"}, "device must be auto or cpu, not 'cuda:9'"),
+        ({"device": "cuda:9"}, "device must be auto or cpu or cuda or mps or xpu, not 'cuda:9'"),
         ({"hang_after": True}, "hang_after must be a number, not True"),
     ],
 )
@@ -316,7 +316,7 @@ def test_own_arrays(nproc: int, tmp_path: Path) -> None:
     [
         ({"train_images": np.zeros((64, 28, 28), np.float32)}, "train_images must be uint8"),
         (
-            {"test_images": np.zeros((64, 1, 28, 28), np.uint8)},
+            {"test_images": np.zeros((64, 2, 28, 28, 1), np.uint8)},
             r"test_images must be of shape \(n,",
         ),
         ({"train_labels": np.zeros(63, np.uint8)}, "64 images, train_labels 63 labels"),

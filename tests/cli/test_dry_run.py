@@ -71,7 +71,7 @@ def test_the_size_of_a_checkpoint_is_right(digits: Path, good: Path) -> None:
         (("--out", "{good}/metrics.jsonl/x"), 6, "not a directory"),
         (("--out", "{good}", "--resume", "auto", "--lr", 1), 4, "--lr 0.001 there, 1.0 here"),
         (("--resume", "{good}/nothing.pt"), 4, "no such file or directory"),
-        (("--model", "user_models:batch_norm"), 2, "user_models:batch_norm"),
+        (("--model", "user_models:eleven_classes"), 2, "user_models:eleven_classes"),
         (("--dataset", "idx", "--data", "{good}"), 3, "{good}"),
     ],
 )

@@ -90,7 +90,7 @@ FLAGS = [
     ("--nproc two", ["--nproc", "two"]),
     ("--sync ring", ["--sync must be tree or ddp, not 'ring'"]),
     ("--precision fp8", ["--precision", "fp8"]),
-    ("--optimizer lion", ["--optimizer", "lion"]),
+    ("--optimizer lion", ["there is no optimizer 'lion'"]),
     ("--schedule linear", ["--schedule", "linear"]),
     ("--device tpu", ["--device", "tpu"]),
     ("--beta1 1", ["--beta1", "below 1"]),
@@ -174,7 +174,13 @@ def test_a_folder_whose_name_is_too_long(digits: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], ["train, evaluate, predict, report, watch, export, verify, doctor, bench or data", "--help"]),
+        (
+            [],
+            [
+                "train, evaluate, predict, report, watch, stop, export, verify, doctor, bench or data",
+                "--help",
+            ],
+        ),
         (
             ["trian"],
             ["there is no command 'trian'; did you mean train? there are train, evaluate, predict"],

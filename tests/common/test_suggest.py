@@ -7,7 +7,7 @@ from distributed_mnist.cli.usage_errors import _flag_types
 from distributed_mnist.common.suggest import _CALLED_HERE, did_you_mean
 from distributed_mnist.config import Recipe, Run
 
-COMMANDS = ["train", "evaluate", "predict", "bench", "doctor", "fetch"]
+COMMANDS = ["train", "evaluate", "predict", "stop", "bench", "doctor", "fetch"]
 
 
 def test_each_word_leads_to_something_that_exists() -> None:

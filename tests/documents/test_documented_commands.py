@@ -31,6 +31,10 @@ ELSEWHERE = {
     ),
     r"make \w+( \w+=\S+)?": "documents/test_documents.py::test_make_targets_exist",
     r"pip install .*": "test_packaging.py::test_installed_alone_it_trains",
+    r"dmnist (train .* --detach|watch runs/background|stop .*)": (
+        "cli/test_stop.py::test_a_run_in_the_background_is_stopped_and_comes_to_the_same"
+    ),
+    r"dmnist data import .*": "data_import/test_import.py::test_a_format_gives_what_was_written",
     r"kill -9 PID": "launcher/test_restart.py::test_one_rank_is_killed",
     r"dmnist bench": "bench/test_bench.py::test_startup",
     r"dmnist bench scaling": "bench/test_bench.py::test_scaling",

@@ -75,9 +75,9 @@ def save(folder: Path, model: str, *, classes: int = 10, precision: str = "fp32"
         "steps_per_epoch": 1,
         "versions": {},
     }
-    best = folder / "checkpoints" / "best.pt"
-    best.parent.mkdir(parents=True)
-    best.write_bytes(encode(content))
+    path = folder / "checkpoints" / "step_00000001.pt"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(encode(content))
     return restore(find_checkpoint(folder), model=model, device=torch.device("cpu"))
 
 

@@ -150,14 +150,10 @@ def saved(out: Path) -> list[int]:
 
 
 def workers(program: Program, out: Path) -> list[int]:
-    """Return the workers' pids by rank: rank 0's is in the lock file, the others' are later siblings'."""
-    first = re.match(r"pid (\d+)", (out / ".lock").read_text())
-    assert first
-    alive = processes(program.pid)
-    parent = alive[int(first[1])]
-    siblings = sorted(pid for pid, its_parent in alive.items() if its_parent == parent)
-    found = [int(first[1]), *(pid for pid in siblings if pid > int(first[1]))]
-    assert len(found) == 2, alive
+    """Return the workers' pids by rank."""
+    started = [event for event in events(out) if event["event"] == "start"][-1]
+    found = [rank["pid"] for rank in started["ranks"]]
+    assert len(found) == 2 and set(found) <= processes(program.pid).keys()
     return found
 
 

@@ -284,7 +284,7 @@ def test_json_has_what_the_table_shows(capsys: pytest.CaptureFixture[str]) -> No
         ("--nproc 0", "--nproc must be at least 1"),
         ("--nproc 9", "--nproc must be between 1 and 8, not 9"),
         ("surplus", "verify got an unexpected argument 'surplus'"),
-        ("--device tpu", "--device must be auto or cpu"),
+        ("--device tpu", "--device must be auto, cpu, cuda, mps or xpu"),
     ],
 )
 def test_bad_flags(flags: str, line: str) -> None:
