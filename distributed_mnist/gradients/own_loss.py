@@ -41,10 +41,10 @@ class OwnLoss:
         copy = logits.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
         count = len(labels)
         try:
-            with torch.enable_grad():
+            with torch.enable_grad():  # batch norms' statistics are recomputed without it
                 losses = self._function(copy, labels.clone())
-            self._require_losses(losses, count)
-            gradient = torch.autograd.grad(losses.sum(), copy, allow_unused=True)[0]
+                self._require_losses(losses, count)
+                gradient = torch.autograd.grad(losses.sum(), copy, allow_unused=True)[0]
         except UsageError:
             raise
         except (Exception, SystemExit) as error:

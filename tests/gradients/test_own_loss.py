@@ -33,6 +33,14 @@ def test_the_bits_of_a_shard_do_not_depend_on_the_others() -> None:
         assert torch.equal(together, torch.cat((a, b)))
 
 
+def test_it_is_the_same_where_nothing_else_has_gradients() -> None:
+    logits, labels = batch(20)  # as when batch norms' statistics are computed again
+    own = make_loss(Recipe(loss="user_functions:focal"), 10, CPU)
+    with torch.no_grad():
+        found = own(logits, labels, [20])
+    torch.testing.assert_close(found, own(logits, labels, [20]), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
