@@ -36,8 +36,8 @@ class Run:
     data_seed: int = 0
     """Seed for the digits, with --dataset generated."""
     init_from: str | None = None
-    """Start from the weights in this checkpoint, run's folder (its newest checkpoint) or file of weights
-    (.pt or .safetensors) instead of random ones. The model must be the same."""
+    """Start from the weights in this checkpoint, file of weights (.pt or .safetensors) or run's folder (the
+    last weights, or the best with --validation) instead of random ones. The model must be the same."""
     out: Path | None = None
     """Folder for checkpoints and logs (default: a new folder under runs/)."""
     resume: str | None = None

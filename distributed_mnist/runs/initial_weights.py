@@ -1,5 +1,6 @@
 """Read the weights from which a run starts (`--init-from`)."""
 
+import io
 from pathlib import Path
 
 import torch
@@ -8,24 +9,31 @@ from torch import nn
 from ..common.digest import digest
 from ..common.installed import install
 from ..errors import CheckpointError, UsageError
-from .checkpoint import decode_weights, load_weights, read_bytes
+from .checkpoint import decode, decode_weights, load_weights, read_bytes
 from .layout import CHECKPOINTS, checkpoints_in
 
 
 def read_initial_weights(path: Path) -> tuple[str, bytes]:
-    """Return the path and the content of the file with the weights. Raises `CheckpointError`.
+    """Return the name and the content of a file with the weights. Raises `CheckpointError`.
 
-    `path` is a file, or the folder of a run, which stands for its newest checkpoint.
+    `path` is a file, or the folder of a run, which stands for the weights in its newest checkpoint or, with
+    a validation split, for the best ones so far, as everywhere else.
     """
-    if path.is_dir():
+    is_run = path.is_dir()
+    if is_run:
         found = checkpoints_in(path / CHECKPOINTS)
         if not found:
             raise CheckpointError(f"--init-from {path}: the folder has no checkpoint of a run in it")
         path = found[-1]
     try:
-        return str(path), read_bytes(path)
+        data = read_bytes(path)
     except CheckpointError as error:
         raise CheckpointError(f"--init-from {error}") from None
+    if is_run and (best := decode(data, f"--init-from {path}").get("best_weights")):
+        file = io.BytesIO()
+        torch.save(best, file)
+        return f"{path} (its best weights)", file.getvalue()
+    return str(path), data
 
 
 def load_initial_weights(model: nn.Module, name: str, data: bytes) -> str:

@@ -9,9 +9,10 @@ from ranks import train
 from safetensors.torch import save_file
 from warm import here
 
+from distributed_mnist.common.digest import digest
 from distributed_mnist.errors import CheckpointError
 from distributed_mnist.models.build import build
-from distributed_mnist.runs.checkpoint import decode
+from distributed_mnist.runs.checkpoint import decode, encode
 from distributed_mnist.runs.initial_weights import load_initial_weights, read_initial_weights
 
 FLAGS = ("--recipe", "classic", "--steps", 4, "--device", "cpu")
@@ -34,6 +35,18 @@ def test_any_file_with_the_weights(first: tuple[Path, dict[str, Any]], tmp_path:
         model = build("linear", 10, 0)
         assert load_initial_weights(model, *read_initial_weights(path)) == result["weights_sha256"]
         assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_a_run_with_a_validation_split_stands_for_its_best_weights(
+    first: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    content = decode((first[0] / "checkpoints" / "step_00000004.pt").read_bytes(), "it")
+    best = {name: torch.full_like(value, 0.5) for name, value in content["model"].items()}
+    (tmp_path / "checkpoints").mkdir()
+    last = tmp_path / "checkpoints" / "step_00000004.pt"
+    last.write_bytes(encode({**content, "best_weights": best}))
+    for path, expected in ((tmp_path, best), (last, content["model"])):
+        assert load_initial_weights(build("linear", 10, 0), *read_initial_weights(path)) == digest(expected)
 
 
 @pytest.mark.parametrize(
