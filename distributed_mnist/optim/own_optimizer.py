@@ -13,6 +13,7 @@ from ..common.digest import digest
 from ..common.process_state import changes, defined_state, snapshot
 from ..errors import UsageError
 from ..user_code.functions import current_folder_last, find
+from . import weight_average
 
 _STEPS = 8
 """Steps of the trial before its checkpoint, and after it."""
@@ -37,6 +38,7 @@ class _Maker:
 
     def make(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
         """Make the optimizer. Each group gets `lr_ratio`: its learning rate divided by the recipe's."""
+        before = [p.detach().clone() for p in parameters]
         try:
             with defined_state(), current_folder_last():
                 optimizer = self._function(list(parameters), lr=self._lr)
@@ -46,6 +48,8 @@ class _Maker:
             )
         if not isinstance(optimizer, torch.optim.Optimizer):
             self._refuse(f"it returns a {type(optimizer).__name__}, not a torch.optim.Optimizer")
+        if digest(before) != digest([p.detach() for p in parameters]):
+            self._refuse("it changes the weights before the first step")
         groups = optimizer.param_groups
         if {id(p) for group in groups for p in group["params"]} != {id(p) for p in parameters}:
             self._refuse("it does not have all parameters that it was given, or it has others")
@@ -70,6 +74,9 @@ class _Maker:
         settings = snapshot()
         whole = self._start(parameters)
         self._take(*whole, range(2 * _STEPS))
+        for key in weight_average.KEYS:
+            if any(key in state for state in whole[1].state.values()):
+                self._refuse(f"its state has the name {key!r}, which is that of an average of the weights")
         weights, optimizer = self._start(parameters)
         self._take(weights, optimizer, range(_STEPS))
         saved = self._through_a_file(optimizer.state_dict())

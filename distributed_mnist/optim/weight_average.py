@@ -17,8 +17,10 @@ from ..errors import CheckpointError
 
 # In the optimizer's state of a parameter, and so in a checkpoint.
 _MEAN = "average"
-_EMA = "ema"
+_EMA = "weights_ema"
 """The moving average. In a checkpoint it is exchanged with the weights, see `moving_average_in_place`."""
+KEYS = (_MEAN, _EMA)
+"""No optimizer may use them: `exchange` takes every tensor of this name for an average of the weights."""
 
 
 @torch.no_grad()

@@ -105,11 +105,28 @@ class Clearing(Lion):
         self.zero_grad()
 
 
+class Averaging(Lion):
+    """Has a name in its state with which this program marks a mean of the weights."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p].setdefault("average", torch.zeros_like(p))
+
+
 class Odd(Lion):
     """Has something in its state that no checkpoint can hold."""
 
     def state_dict(self) -> Any:
         return {**super().state_dict(), "dtype": torch.float32}
+
+
+def doubling(parameters: list[Tensor], lr: float) -> torch.optim.Optimizer:
+    for p in parameters:
+        p.data.mul_(2)
+    return Lion(parameters, lr)
 
 
 def without_the_first(parameters: list[Tensor], lr: float) -> torch.optim.Optimizer:

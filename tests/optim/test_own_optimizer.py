@@ -55,6 +55,8 @@ def test_torchs_adam_is_the_built_in() -> None:
         ("user_functions:Odd", "a checkpoint cannot hold its state_dict"),
         ("user_functions:without_the_first", "does not have all parameters"),
         ("user_functions:without_a_rate", r"f\(parameters, lr=0.001\), it fails: TypeError"),
+        ("user_functions:Averaging", "its state has the name 'average'"),
+        ("user_functions:doubling", "changes the weights before the first step"),
         ("user_functions:nothing", "returns a NoneType, not a torch.optim.Optimizer"),
         ("torch.optim:LBFGS", r"step\(\) needs a closure"),
         ("torch.optim:SparseAdam", r"step\(\) fails: RuntimeError: SparseAdam does not support dense"),

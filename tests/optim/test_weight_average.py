@@ -216,7 +216,7 @@ def test_a_moving_average_is_evaluated_and_kept(moving: tuple[Path, dict[str, An
     contents = [decode(path.read_bytes(), "it") for path in saved]
     assert [content["step"] for content in contents] == [1, 2, 3, 4, 5, 6]
     for i, name in enumerate(contents[0]["model"]):
-        weights = [content["optimizer"]["state"][i]["ema"].double() for content in contents]
+        weights = [content["optimizer"]["state"][i]["weights_ema"].double() for content in contents]
         average = weights[0]
         for content, now in zip(contents[1:], weights[1:], strict=True):
             average = average * 0.8 + now * 0.2
