@@ -86,9 +86,11 @@ class OwnLoss:
             self.refuse("a loss or its gradient is not finite for random logits")
         if digest(found) != digest(self.of_shard(logits, labels)):
             self.refuse("it gives other losses when it is repeated: it draws random numbers or keeps state")
-        for more in (self.of_shard(others, other_labels), self.of_shard(logits[:1], labels[:1])):
+        alone = [self.of_shard(logits[i : i + 1], labels[i : i + 1]) for i in range(count)]
+        each = tuple(torch.cat(parts) for parts in zip(*alone, strict=True))
+        for n, more in ((1, self.of_shard(others, other_labels)), (count, each)):
             if not all(
-                torch.allclose(first[0], second[0], rtol=1e-4, atol=1e-6)
+                torch.allclose(first[:n], second[:n], rtol=1e-4, atol=1e-6)
                 for first, second in zip(found, more, strict=True)
             ):
                 self.refuse(

@@ -47,6 +47,7 @@ def test_it_is_the_same_where_nothing_else_has_gradients() -> None:
         ("mean", r'returns shape \(\) for 23 samples, .* as with reduction="none"'),
         ("divided", "one sample's loss depends on the other samples or on their number"),
         ("centred", "one sample's loss depends on the other samples or on their number"),
+        ("hardest", "one sample's loss depends on the other samples or on their number"),
         ("noisy", "it draws random numbers or keeps state"),
         ("infinite", "not finite for random logits"),
         ("constant", "cannot be differentiated"),

@@ -32,6 +32,11 @@ def centred(logits: Tensor, labels: Tensor) -> Tensor:
     return smoothed(logits - logits.mean(0), labels)
 
 
+def hardest(logits: Tensor, labels: Tensor) -> Tensor:
+    losses = smoothed(logits, labels)
+    return losses * (losses >= losses.median())
+
+
 def noisy(logits: Tensor, labels: Tensor) -> Tensor:
     return smoothed(logits + torch.randn_like(logits), labels)
 
