@@ -10,7 +10,7 @@ import pickle
 import pickletools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -118,7 +118,31 @@ _GLOBALS: dict[tuple[str, str], _Replacement | None] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+def _without_tuples_as_keys(load: Callable[[Any], None], keys: slice) -> Callable[[Any], None]:
+    """Return an operation that first checks the keys, at these places of the stack.
+
+    To hash a tuple that contains one other twice, and so on, takes forever. If they are nested too deeply,
+    it ends the process.
+    """
+
+    def checked(unpickler: Any) -> None:
+        if any(isinstance(key, tuple) for key in unpickler.stack[keys]):
+            raise ValueError("it has a tuple as a key")
+        load(unpickler)
+
+    return checked
+
+
+_SET = {pickle.SETITEM: slice(-2, -1), pickle.SETITEMS: slice(0, None, 2), pickle.DICT: slice(0, None, 2)}
+"""Operations that take keys from the stack, where `pickle._Unpickler` keeps what follows the last mark."""
+
+
+class _Unpickler(pickle._Unpickler):
+    dispatch: ClassVar = pickle._Unpickler.dispatch | {
+        operation[0]: _without_tuples_as_keys(pickle._Unpickler.dispatch[operation[0]], keys)
+        for operation, keys in _SET.items()
+    }
+
     def find_class(self, module: str, name: str) -> Any:
         """Return this module's replacement for a global. Raises ValueError for one that has none."""
         if (module, name) not in _GLOBALS:

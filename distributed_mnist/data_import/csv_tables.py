@@ -129,7 +129,7 @@ class _Table:
             if len(cells) != columns:
                 raise DataError(f"{self._where}: row {row} has {len(cells)} values, row 1 has {columns}")
             for column, cell in enumerate(cells, 1):
-                if not re.fullmatch(rb"\s*\d+\s*", cell) or int(cell) > 255:
+                if not re.fullmatch(rb"\s*\d{1,9}\s*", cell) or int(cell) > 255:
                     shown = ascii(cell.decode("ascii", "replace"))[:40]
                     raise DataError(
                         f"{self._where}: row {row}, column {column} is {shown}, "

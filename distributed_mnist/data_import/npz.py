@@ -58,7 +58,7 @@ def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> NDArr
                 else np.lib.format.read_array_header_2_0
             )
             shape, fortran, dtype = read_header(file)
-        except ValueError as error:
+        except Exception as error:  # NumPy evaluates the header, which raises almost anything
             raise DataError(
                 f"{where}: not a NumPy array ({one_line(' '.join(str(error).split())[:80])})"
             ) from error
@@ -68,4 +68,7 @@ def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> NDArr
     count = int(np.prod(shape, dtype=object))
     if len(data) != count * dtype.itemsize:
         raise DataError(f"{where}: {len(data)} bytes, its header declares {count * dtype.itemsize}")
-    return np.frombuffer(data, dtype, count).reshape(shape, order="F" if fortran else "C")
+    try:
+        return np.frombuffer(data, dtype, count).reshape(shape, order="F" if fortran else "C")
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{where}: not a NumPy array ({one_line(str(error))})") from error

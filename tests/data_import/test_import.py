@@ -322,6 +322,25 @@ def cifar_pickle(value: Any) -> Callable[[Path], object]:
     return lambda folder: (folder / "data_batch_1").write_bytes(pickle.dumps({"labels": value}, 2))
 
 
+def nested_cifar(end: bytes) -> Callable[[Path], object]:
+    """A dictionary with a tuple of a tuple, a million times, as a key. Its hash ended the process."""
+    labels = b"X\x06\x00\x00\x00labelsK\x01s"
+    start = b"\x80\x02}" + labels + (b"(" if end in b"ud" else b"")
+    return lambda folder: (folder / "a").write_bytes(
+        start + b"K\x01" + b"\x85" * 10**6 + b"K\x01" + end + b"."
+    )
+
+
+def npz_header(header: str) -> Callable[[Path], object]:
+    def write(folder: Path) -> None:
+        text = header.encode() + b"\n"
+        start = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little")
+        with zipfile.ZipFile(folder / "a.npz", "w") as archive:
+            archive.writestr("x_train.npy", start + text + b"a")
+
+    return write
+
+
 def zipped(folder: Path) -> None:
     foreign.kaggle_csv(folder, foreign.digits())
     with zipfile.ZipFile(folder / "archive.zip", "w") as archive:
@@ -341,6 +360,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         r"train.csv: row 3, column 2 is 'five', not a whole number",
     ),
     "large number in a csv": (csv_with(",5,", ",256,"), r"train.csv: row 3, column 2 is '256', not"),
+    "very large number in a csv": (csv_with(",5,", f",{'9' * 5000},"), r"row 3, column 2 is '9+, not"),
     "short row in a csv": (csv_with(",5,", ","), r"train.csv: row 3 has 784 values, row 1 has 785"),
     "csv.gz cut": (
         changed(foreign.bare_csv, "train.csv.gz", lambda data: data[:-900]),
@@ -358,6 +378,15 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         r"images have 28 x 27 pixels, the test im",
     ),
     "huge npz": (lying_npz, r"x_train: 2352. bytes, its header declares 783999999216"),
+    "size of nothing in an npz": (
+        npz_header("{'descr': '|V0', 'fortran_order': False, 'shape': (1,)}"),
+        r"x_train: (not a NumPy array|1 bytes)",
+    ),
+    "negative size in an npz": (
+        npz_header("{'descr': '|u1', 'fortran_order': False, 'shape': (-1, -1)}"),
+        r"x_train: not a NumPy array \(can only",
+    ),
+    "unfinished header of an npz": (npz_header("(" * 5000), r"x_train: not a NumPy array"),
     "npz cut": (changed(foreign.keras, "*.npz", lambda data: data[:5000]), r"mnist.npz: damaged"),
     "bad checksum": (
         changed(foreign.keras, "*.npz", lambda d: d[:9000] + b"abc" + d[9003:]),
@@ -397,6 +426,10 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: (folder / "a").write_bytes(b"\x80\x02}r\xff\xff\xff\x7f(U\x06labelsK\x01u."),
         r"a: no file of CIFAR's: damaged",
     ),
+    **{
+        f"nested key {end!r}": (nested_cifar(end), "no file of CIFAR's: it has a tuple as a key")
+        for end in (b"s", b"u", b"d")
+    },
     "cifar cut": (
         changed(foreign.cifar_python, "data_batch_1", lambda data: data[:-500]),
         r"no file of CIFAR's",
