@@ -109,7 +109,7 @@ def _pixels(where: str, image: Any) -> NDArray[np.uint8]:
     wanted = f"{where}: its image must be a PIL image, or pixels (h, w), (1, h, w) or (3, h, w)"
     if not isinstance(image, torch.Tensor | np.ndarray):
         raise DataError(f"{wanted}, not a {type(image).__name__}")
-    values = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else image
+    values = _as_numpy(where, image) if isinstance(image, torch.Tensor) else image
     if values.ndim == 3 and values.shape[2] != 3 and values.shape[0] in (1, 3):
         values = values[0] if len(values) == 1 else values.transpose(1, 2, 0)
     if values.ndim == 3 and values.shape[2] == 1:
@@ -119,15 +119,25 @@ def _pixels(where: str, image: Any) -> NDArray[np.uint8]:
     if values.dtype == np.uint8:
         return values
     is_float = values.dtype.kind == "f"
+    ranges = "pixels must be integers from 0 to 255, or floats from 0 to 1"
+    if values.dtype.kind not in "iuf":
+        raise DataError(f"{where}: {ranges}, not {values.dtype}")
     low, high = values.min(), values.max()
-    if values.dtype.kind not in "iuf" or not (low >= 0 and high <= (1 if is_float else 255)):  # also NaN
+    if not (low >= 0 and high <= (1 if is_float else 255)):  # also NaN
         hint = "; do not normalise them, because training does" if is_float and low < 0 else ""
-        ranges = "pixels must be integers from 0 to 255, or floats from 0 to 1"
         raise DataError(f"{where}: {ranges}, not {values.dtype} from {low:g} to {high:g}{hint}")
     # As torch rounds, so that ToTensor and back changes nothing.
     return (
         (values.astype(np.float32) * 255).round().astype(np.uint8) if is_float else values.astype(np.uint8)
     )
+
+
+def _as_numpy(where: str, image: torch.Tensor) -> NDArray[Any]:
+    try:
+        image = image.detach().cpu()
+        return (image.float() if image.is_floating_point() else image).numpy()  # NumPy has no bfloat16
+    except (TypeError, RuntimeError) as error:  # a sparse tensor, or one without values
+        raise DataError(f"{where}: its image cannot be read: {error}") from None
 
 
 def _class_names(dataset: Any) -> list[str] | None:

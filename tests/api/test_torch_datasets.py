@@ -139,6 +139,8 @@ WRONG: dict[str, tuple[Any, str]] = {
     "0 to 255 as floats": (one(torch.full((28, 28), 255.0)), "floats from 0 to 1, not float32 from 255 to"),
     "NaN": (one(torch.full((28, 28), torch.nan)), "not float32 from nan"),
     "bool": (one(torch.zeros(28, 28, dtype=torch.bool)), "not bool"),
+    "sparse": (one(torch.zeros(28, 28).to_sparse()), "sample 0: its image cannot be read: can't convert"),
+    "words": (one(np.zeros((28, 28), "U3")), "not <U3"),
     "mode": (one(Image.new("RGBA", (28, 28))), "a picture of mode RGBA: convert it to L or RGB"),
     "text": (one("a.png"), "its image must be a PIL image, or pixels .*, not a str"),
     "flat": (one(torch.zeros(784)), r"its image must be .*, not of shape \(784,\)"),
