@@ -123,11 +123,15 @@ class Coordinator:
     def fail(self, peer: Peer, failure: tuple[str, str]) -> NoReturn:
         """Record that a rank cannot take part. Raises `TurnedAway`, as `join` does from now on.
 
-        A group that is complete does not fail any more.
+        A group that is complete does not fail any more. Nor does it because of a process whose rank another
+        process has taken: that one belongs to another job.
         """
         name, message = failure
         text = f"{peer} cannot take part: {message}"
         with self._lock:
+            taken = self._present.get(peer.rank, peer)
+            if (taken.host, taken.pid) != (peer.host, peer.pid):
+                raise TurnedAway(Refusal(f"{taken} takes part in its place", final=True))
             if self._failure is None and len(self._present) < self._size:
                 self._failure = Refusal(text, final=True, failure=(name, text))
         raise TurnedAway(self._failure or Refusal(f"the group of {self._who} is complete", final=True))

@@ -15,7 +15,9 @@ from ranks import SECRET
 
 from distributed_mnist.common.placement import Placement
 from distributed_mnist.distributed import rendezvous
+from distributed_mnist.distributed.coordinator import Coordinator, TurnedAway
 from distributed_mnist.distributed.network import LOOPBACK, is_here
+from distributed_mnist.distributed.peer import Peer
 from distributed_mnist.distributed.rendezvous import Rendezvous
 from distributed_mnist.errors import LaunchError, UsageError
 
@@ -195,6 +197,19 @@ def test_a_rank_that_cannot_take_part_ends_the_others(
         assert not results[0].on_one_rank  # rank 0 prints it
     assert time.monotonic() - began < 15
     assert "belongs to another job" not in capsys.readouterr().err
+
+
+def test_a_failing_rank_of_another_job_ends_nobody() -> None:
+    """Its rank is taken here, so this group does not wait for it."""
+    group = Coordinator(3, JOB, print)
+    ranks = [Peer(rank, "host", 100 + rank) for rank in range(3)]
+    for peer in ranks[:2]:
+        group.join(peer, JOB)
+    with pytest.raises(TurnedAway, match=r"rank 1 \(pid 101 on host\) takes part in its place") as refused:
+        group.fail(Peer(1, "host", 200), ("UsageError", "--epochs must be at least 1"))
+    assert refused.value.final
+    assert refused.value.failure is None
+    assert not group.join(ranks[2], JOB).missing
 
 
 def test_ranks_of_one_launcher_with_other_flags_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
