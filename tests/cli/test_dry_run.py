@@ -100,6 +100,8 @@ def test_a_data_set_that_is_not_there(tmp_path: Path) -> None:
             "--json",
             "--nproc",
             1,
+            "--validation",
+            5000,
         )
     ).json()
     assert plan["download"].startswith(f"mnist, not in {tmp_path}: a run would download it from https://")
