@@ -15,6 +15,7 @@ from ..errors import OutputError, UsageError, WorkerLost, reason
 from ..launcher.signals import OBEY_SECONDS, StoppedEarly
 from ..reporting.console import make_console, print_json, print_labelled
 from ..reporting.watch import Tail
+from ..runs.lock import holder_of
 
 _POLL_SECONDS = 0.1
 
@@ -44,7 +45,7 @@ def detach(folder: Path, first: Path, *, as_json: bool) -> int | None:
     os.close(descriptor)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the log must get into the run's folder
     try:
-        code = _wait_for_start(pid, tail)
+        code = _wait_for_start(pid, first, tail)
     except (KeyboardInterrupt, StoppedEarly):
         _stop(pid)
         log.unlink()
@@ -84,13 +85,19 @@ def _leave_the_terminal(log: int) -> None:
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
 
-def _wait_for_start(pid: int, tail: Tail) -> int | None:
-    """Wait until the run has started, and return None; or until it has ended, and return its exit code."""
+def _wait_for_start(pid: int, folder: Path, tail: Tail) -> int | None:
+    """Wait until the run has started, and return None; or until it has ended, and return its exit code.
+
+    Another process may start a run in the same folder meanwhile. The lock's file tells whose it is.
+    """
+    started = False
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)
         with contextlib.suppress(UsageError):  # there is no file yet
-            if any(event["event"] == "start" for event in tail.new_events()):
-                return None
+            started |= any(event["event"] == "start" for event in tail.new_events())
+        holder = holder_of(folder)
+        if started and holder is not None and holder.pid == pid:
+            return None
         if ended:
             return os.waitstatus_to_exitcode(status)
         time.sleep(_POLL_SECONDS)

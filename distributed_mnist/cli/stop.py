@@ -27,8 +27,7 @@ def run(*, run: Path, timeout: float, as_json: bool) -> int:
     Raises `UsageError` if no run is in progress there, or if it cannot be stopped from here, `Hang` if it
     does not end within `timeout` seconds, and `WorkerLost` if it ended without a checkpoint.
     """
-    folder = next((member for member in layout.members_in(run) if is_live(member)), run)
-    holder = _wait_for_holder(folder)
+    folder, holder = _wait_for_holder(run)
     process = _process(folder, holder)
     if not is_live(folder) or holder_of(folder) != holder:  # the process may have ended meanwhile
         raise UsageError(f"the run in {run} is just ending or restarting: try again")
@@ -54,13 +53,24 @@ def run(*, run: Path, timeout: float, as_json: bool) -> int:
     return 0
 
 
-def _wait_for_holder(folder: Path) -> Holder:
-    """Return the holder of a run's lock. If the run is restarting, wait for it. Raises `UsageError`."""
+def _wait_for_holder(run: Path) -> tuple[Path, Holder]:
+    """Return the folder of a run, or of an ensemble's member that is training, and the lock's holder.
+
+    If the run is restarting, or the ensemble is about to begin its next member, wait. Raises `UsageError`.
+    """
     deadline = time.monotonic() + _RESTART_SECONDS
     while True:
+        members = layout.members_in(run)
+        folder = next((member for member in members if is_live(member)), run)
         live, holder = is_live(folder), holder_of(folder)
         if live and holder is not None:
-            return holder
+            return folder, holder
+        if (
+            any(_is_running(last) for last in map(holder_of, members) if last)
+            and time.monotonic() < deadline
+        ):
+            time.sleep(_POLL_SECONDS)
+            continue
         record = read(folder)
         ended = record.state == "finished" or not record.events or record.events[-1]["event"] == "stop"
         if live or (holder and not ended and _is_running(holder) and time.monotonic() < deadline):

@@ -6,6 +6,8 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from paced import Job
 from ranks import DMNIST, WarmProgram, dmnist
 from warm import here
 
-from distributed_mnist.cli import stop
+from distributed_mnist.cli import detach, stop
 from distributed_mnist.errors import UsageError
+from distributed_mnist.reporting.watch import Tail
 from distributed_mnist.runs.lock import Holder, RunLock, holder_of, is_live
 
 
@@ -115,3 +118,25 @@ def test_a_run_that_has_stopped_or_never_was(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=message):
             stop.run(run=path, timeout=1, as_json=False)
+
+
+def test_the_start_of_another_run_in_the_folder_is_not_that_of_this_one(tmp_path: Path) -> None:
+    """Two are started into one folder at the same moment. The second ends because it is in use."""
+    folder = run_folders.write(tmp_path / "run")
+    held = RunLock(folder, process=os.getpid())
+    with subprocess.Popen(["sleep", "0.3"]) as second:
+        assert detach._wait_for_start(second.pid, folder, Tail(folder)) == 0
+    held.release()
+
+
+def test_an_ensemble_is_stopped_also_between_two_members(tmp_path: Path) -> None:
+    """Its launcher runs, but no member holds a lock yet."""
+    done = run_folders.write(tmp_path / "seed-0")
+    RunLock(done, process=os.getpid()).release()
+    held: list[RunLock] = []
+    begin = threading.Timer(0.3, lambda: held.append(RunLock(tmp_path / "seed-1", process=os.getpid())))
+    begin.start()
+    folder, holder = stop._wait_for_holder(tmp_path)
+    assert (folder, holder.pid) == (tmp_path / "seed-1", os.getpid())
+    begin.join()
+    held[0].release()
