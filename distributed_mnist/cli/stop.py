@@ -48,7 +48,7 @@ def run(*, run: Path, timeout: float, as_json: bool) -> int:
     if as_json:
         print_json({"run": str(run), **result})
     else:
-        hint = f"; resume with dmnist train {result['resume']}" if result["resume"] else ""
+        hint = f"\nresume   dmnist train {result['resume']}" if result["resume"] else ""
         make_console().print(f"{result['text']}{hint}", soft_wrap=True)
     return 0
 

@@ -85,7 +85,8 @@ def _report(
     for role, file in zip(ROLES, files, strict=True):
         count, *sides = imported.arrays[role].shape
         size = f" of {sides[1]} x {sides[0]}{' in colour' if len(sides) > 2 else ''}" if sides else ""
-        lines.append(f"{file['path']}  {count:,} {role.partition('_')[2]}{size}  sha256 {file['sha256']}")
+        lines.append(f"{file['path']}  {count:,} {role.partition('_')[2]}{size}")
+        lines.append(f"  sha256 {file['sha256']}")
     names = imported.class_names
     shown = ", ".join(names if len(names) < 12 else (*names[:10], "..."))
     lines.append(f"{len(names)} classes: {shown}")

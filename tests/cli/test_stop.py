@@ -46,9 +46,7 @@ def test_a_run_in_the_background_is_stopped_and_comes_to_the_same(
         started = psutil.Process(pid).create_time()
         assert holder_of(job.out) == Holder(pid, socket.gethostname(), round(started, 2))
         ended = here("stop", job.out)
-        text = (
-            r"stopped after step \d+ of 100, checkpoint saved; resume with dmnist train --resume auto --out"
-        )
+        text = r"stopped after step \d+ of 100, checkpoint saved\nresume   dmnist train --resume auto --out"
         assert (ended.code, ended.stderr) == (0, "")
         assert re.match(text, ended.stdout)
         assert not is_live(job.out)
