@@ -205,6 +205,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert [file["shape"] for file in told["files"]] == [[30, 28, 28], [30], [20, 28, 28], [20]]
     for file in told["files"]:
         assert idx.digest(idx.read(Path(file["path"]))) == file["sha256"]
+    with pytest.raises(SystemExit) as end:  # the same again, for people
+        main(["data", "import", f"{tmp_path}/mnist.npz", "--data", f"{tmp_path}/out"])
+    lines = capsys.readouterr().out.splitlines()
+    assert (end.value.code, lines[1]) == (0, f"{told['files'][0]['path']}  30 images of 28 x 28")
+    assert lines[2] == f"  sha256 {told['files'][0]['sha256']}"  # fits into a terminal of 80 columns
     for wrong in (["--test-fraction", "1"], ["--test-fraction", "0.1", "--test", "x"]):
         with pytest.raises(SystemExit) as end:
             main(["data", "import", f"{tmp_path}/mnist.npz", "--data", f"{tmp_path}/out", *wrong])
