@@ -6,12 +6,11 @@ import torch
 
 from ..common import environment
 from ..common.placement import usable_cores
-from ..config import Recipe
 from ..data.broadcast import Data
 from ..distributed.world import World
 from ..gradients.tree_sum import shard_sizes
-from ..models.inspection import ModelProperties
 from ..runs.run_folder import RunFolder
+from .preparation import Preparation
 from .state import State, TrainingContext
 
 
@@ -42,8 +41,9 @@ def add_place(state: State, context: TrainingContext, resume_flags: str, problem
     )
 
 
-def start_notices(world: World, recipe: Recipe, data: Data, threads: int, folder: RunFolder) -> list[str]:
+def start_notices(world: World, prepared: Preparation, folder: RunFolder) -> list[str]:
     """Return the notices to print before training starts."""
+    recipe, data, threads = prepared.recipe, prepared.data, prepared.threads
     notices = [] if folder.restarted else oversubscription_warnings(world, threads)
     if folder.lock is not None and folder.lock.note is not None:
         notices.append(folder.lock.note)
@@ -85,16 +85,9 @@ def oversubscription_warnings(world: World, threads: int) -> list[str]:
     return [f"{world.local_size} processes share {cores} cores: same answer, slower than --nproc {cores}"]
 
 
-def start_lines(
-    world: World,
-    recipe: Recipe,
-    data: Data,
-    properties: ModelProperties,
-    title: str,
-    threads: int,
-    folder: Path,
-) -> dict[str, str]:
+def start_lines(world: World, prepared: Preparation, folder: Path) -> dict[str, str]:
     """Return the labelled lines that a run prints when it starts."""
+    recipe, data, properties = prepared.recipe, prepared.data, prepared.properties
     sync = "tree" if recipe.sync == "tree" else "DistributedDataParallel"
     processes = _count(world.size, "process", "processes")
     if world.size > 1:
@@ -108,9 +101,9 @@ def start_lines(
         norm = f" (batch norm over each shard of {' or '.join(map(str, sizes))} images)"
     counts = " + ".join(f"{len(split):,}" for split in (data.train, data.validation, data.test) if split)
     counts += " images (training, validation, test)" if data.validation is not None else " images"
-    per_process = f", {_count(threads, 'thread')} each" if world.device.type == "cpu" else ""
+    per_process = f", {_count(prepared.threads, 'thread')} each" if world.device.type == "cpu" else ""
     return {
-        "recipe": f"{title}: {recipe.model} with {properties.parameters:,} parameters, "
+        "recipe": f"{prepared.title}: {recipe.model} with {properties.parameters:,} parameters, "
         f"{length} in batches of {recipe.batch_size}, "
         f"{sync} over {_count(recipe.shards, 'shard')}{norm}, {recipe.precision}, seed {recipe.seed}",
         "data": f"{data.name}, {counts}, {data.source}",

@@ -4,14 +4,12 @@ import dataclasses
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..config import Recipe, Run
-from ..data.broadcast import Data
+from ..config import Recipe
 from ..distributed.world import World
 from ..models.summary import layers_of
 from ..runs.checkpoint import decode, encode
@@ -19,36 +17,27 @@ from ..runs.checkpoint_store import newest_checkpoint
 from ..runs.layout import new_folder
 from ..runs.run_folder import RunFolder, require_usable
 from .batches import Batches
-from .notices import start_notices
+from .notices import start_lines, start_notices
+from .preparation import Preparation
 from .resume import require_same_run
 from .state import State
 
 
-def make_plan(
-    world: World,
-    options: Run,
-    title: str,
-    state: State,
-    batches: Batches,
-    data: Data,
-    recipe: Recipe,
-    requested: bytes | None,
-    threads: int,
-    lines_for: Callable[[Path], dict[str, str]],
-    notices: Sequence[str],
-) -> dict[str, Any]:
+def make_plan(world: World, prepared: Preparation) -> dict[str, Any]:
     """Check the folder and the checkpoint to resume from, and return what the run would do.
 
-    All ranks must call it. It changes the state. `requested` is as in `resume.resume`. `lines_for` returns
-    the lines to show for a folder. Raises `OutputError` and `CheckpointError`, as the run would.
+    All ranks must call it. It changes the state. Raises `OutputError` and `CheckpointError`, as the run
+    would.
     """
+    recipe, options, requested = prepared.recipe, prepared.options, prepared.requested
+    data, batches, state = prepared.data, prepared.batches, prepared.state
 
     def make() -> dict[str, Any]:
-        folder = options.out or new_folder(title)
+        folder = options.out or new_folder(prepared.title)
         require_usable(folder, options)
         found = (options.resume or "", requested) if requested is not None else None
         opened = RunFolder(folder, restarted=False, token="", run_id="")
-        messages = [*notices, *start_notices(world, recipe, data, threads, opened)]
+        messages = [*prepared.notices, *start_notices(world, prepared, opened)]
         if options.resume == "auto":
             newest = newest_checkpoint(folder, messages.append)
             found = (str(newest[0]), newest[1]) if newest else None
@@ -56,7 +45,8 @@ def make_plan(
             content = decode(found[1], found[0])
             require_same_run(content, found[0], recipe, data)
             state.restore(content, found[0])
-        shown = {**lines_for(folder), "steps": _steps(state, batches, found[0] if found else None)}
+        shown = start_lines(world, prepared, folder)
+        shown["steps"] = _steps(state, batches, found[0] if found else None)
         checkpoint_bytes, free_bytes = _checkpoint_bytes(state, recipe), _free_bytes(folder)
         if free_bytes < (most := checkpoint_bytes * (options.keep + 2)):
             room = f"{_in_units(free_bytes)} are free, but its checkpoints may take {_in_units(most)}"
@@ -81,7 +71,7 @@ def make_plan(
             "world_size": world.size,
             "launcher": world.launcher,
             "device": world.device.type,
-            "threads": threads,
+            "threads": prepared.threads,
             "checkpoint_bytes": checkpoint_bytes,
             "free_bytes": free_bytes,
             "memory_bytes": memory_bytes,

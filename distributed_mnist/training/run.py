@@ -11,37 +11,24 @@ from typing import Any
 from rich.console import Console
 
 from ..common.digest import digest
-from ..common.generators import ModelDraws
 from ..common.process_state import defined_state
-from ..config import Recipe, Run, checkpoint_interval, flag, steps_between
-from ..data.broadcast import Data, broadcast_dataset
+from ..config import Recipe, Run, checkpoint_interval, steps_between
 from ..data.datasets import Dataset
 from ..distributed.world import World
-from ..errors import Interrupted, OutputError, WorkerLost, reason
-from ..gradients.loss import make_loss
-from ..gradients.setup import make_gradients
+from ..errors import Interrupted, WorkerLost
 from ..launcher.signals import StopRequests
-from ..models.build import make_model
-from ..models.factory import find_factory
-from ..models.inspection import ModelProperties
-from ..optim.schedule import make_optimizer
-from ..reporting.events import Callback, JsonLines, MistakesFile, MultiSink, NoticeSink, NullSink, Sink
-from ..reporting.progress_bar import Terminal
+from ..reporting.results import write_results
+from ..reporting.run_sinks import make_sink, make_tensorboard
 from ..runs import layout
-from ..runs.checkpoint_store import NullStore, Store
-from ..runs.initial_weights import load_initial_weights, read_initial_weights
 from ..runs.lock import RunLock
 from ..runs.run_files import write_config
 from ..runs.run_folder import open_folder, open_store
 from ..user_code.failures import model_failures
-from ..user_code.functions import find
-from .batches import Batches
 from .loop import require_same_weights, train
 from .notices import add_place, log_start, start_lines, start_notices
 from .plan import make_plan
-from .platforms import agree_on_platform, use_threads
-from .results import write_results
-from .resume import read_requested_checkpoint, resume, run_config
+from .preparation import prepare
+from .resume import resume, run_config
 from .state import State, TrainingContext
 
 
@@ -69,39 +56,26 @@ def run(
     Raises subclasses of `DmnistError`.
     """
     began = time.perf_counter()
-    recipe.check_size(world.size)
-    # Cheap checks come first: reading the data takes long.
-    world.on_every_rank(lambda: find_functions(recipe))
-    requested = read_requested_checkpoint(world, options)
-    recipe, platform_notices = agree_on_platform(world, recipe, options, requested)
-    threads = use_threads(world, recipe.sync)  # after a user's module is imported, which may set them too
-    data = broadcast_dataset(world, read).with_validation(recipe)
-    batches = Batches(data.train, recipe, data.mean, data.std)
-    state, properties = make_state(world, recipe, data, options)
-    loss = world.on_every_rank(lambda: make_loss(recipe, len(data.class_names), world.device))
-    gradients = make_gradients(recipe, options, world, state.model, properties, batches.smallest_size())
+    prepared = prepare(world, recipe, options, title, read)
     if dry_run:
-        return make_plan(
-            world,
-            options,
-            title,
-            state,
-            batches,
-            data,
-            recipe,
-            requested,
-            threads,
-            partial(start_lines, world, recipe, data, properties, title, threads),
-            platform_notices,
-        )
+        return make_plan(world, prepared)
+    recipe, data, batches, state = prepared.recipe, prepared.data, prepared.batches, prepared.state
     save_steps, save_seconds = checkpoint_interval(options.checkpoint_every, batches.steps_per_epoch)
     folder = open_folder(world, options, recipe, title, signals.process)
     try:
-        notices = [*platform_notices, *start_notices(world, recipe, data, threads, folder)]
-        lines = start_lines(world, recipe, data, properties, title, threads, folder.path)
+        notices = [*prepared.notices, *start_notices(world, prepared, folder)]
+        lines = start_lines(world, prepared, folder.path)
         store = open_store(world, options, folder, save_seconds)
         resumed = resume(
-            world, options, folder, store, requested, state, recipe, data, complain=notices.append
+            world,
+            options,
+            folder,
+            store,
+            prepared.requested,
+            state,
+            recipe,
+            data,
+            complain=notices.append,
         )
         require_same_weights(state, world)
         world.on_rank_zero(
@@ -113,7 +87,9 @@ def run(
                 folder.path,
                 store,
                 console,
-                partial(make_tensorboard, folder.path, recipe, data, state.step) if tensorboard else None,
+                partial(make_tensorboard, folder.path, recipe, data.class_names, state.step)
+                if tensorboard
+                else None,
                 on_event,
             )
         )
@@ -129,9 +105,9 @@ def run(
                 world=world,
                 data=data,
                 batches=batches,
-                gradients=gradients,
-                loss=loss,
-                draws=ModelDraws(properties.draws_from) if properties.draws_from else None,
+                gradients=prepared.gradients,
+                loss=prepared.loss,
+                draws=prepared.draws,
                 store=store,
                 sink=sink,
                 stop_requested=signals.requested,
@@ -155,29 +131,9 @@ def run(
             store.finished(wait=True)  # however the run ends, keep the checkpoint that is being written
             sink.close()
     if folder.lock is not None:  # only rank 0 has it
-        write_results(folder.path, folder.lock, state, result, partial(console.print, soft_wrap=True))
+        say = partial(console.print, soft_wrap=True)
+        write_results(folder.path, folder.lock, result, state.unsaved, say)
     return result
-
-
-def find_functions(recipe: Recipe) -> None:
-    """Import the user's own functions. Raises `UsageError` if there is no function of a name."""
-    find_factory(recipe.model)
-    for field, name in recipe.code().items():
-        find(flag(field), name)
-
-
-def make_state(world: World, recipe: Recipe, data: Data, options: Run) -> tuple[State, ModelProperties]:
-    """Make the model with its initial weights, and the optimizer. Return also the model's properties."""
-    classes, shape = len(data.class_names), data.image_shape
-    model, properties = world.on_every_rank(lambda: make_model(recipe, classes, world.device, shape))
-    initial_sha256 = ""
-    if options.init_from is not None:
-        name, raw = world.on_rank_zero(
-            partial(read_initial_weights, Path(options.init_from)), tuple[str, bytes]
-        )
-        initial_sha256 = world.on_every_rank(lambda: load_initial_weights(model, name, raw))
-    optimizer = world.on_every_rank(lambda: make_optimizer(recipe, model))
-    return State(model, optimizer, initial_sha256=initial_sha256), properties
 
 
 @contextlib.contextmanager
@@ -224,45 +180,3 @@ def train_and_summarise(
         "total_seconds": time.perf_counter() - began,
         "out": str(folder),
     }
-
-
-def make_sink(
-    world: World,
-    folder: Path,
-    store: Store,
-    console: Console,
-    make_tensorboard_sink: Callable[[Callable[[str], None]], Sink] | None = None,
-    on_event: Callable[[dict[str, Any]], object] | None = None,
-) -> Sink:
-    """Make this rank's sink.
-
-    On rank 0 the sink writes to the terminal, to the run's files, and to TensorBoard if
-    `make_tensorboard_sink` is given; then it calls `on_event`, if given. On other ranks it prints notices
-    if the rank keeps a copy of the checkpoints, and nothing otherwise.
-    """
-    if world.rank != 0:
-        return NullSink() if isinstance(store, NullStore) else NoticeSink(str(world.peers[world.rank]))
-    terminal = Terminal(console)
-
-    def complain(text: str) -> None:
-        terminal.log("notice", text=text)
-
-    lines = JsonLines(folder / "metrics.jsonl", complain)
-    sinks: list[Sink] = [lines, MistakesFile(folder / "mistakes.json", complain), terminal]
-    if make_tensorboard_sink is not None:
-        sinks.append(make_tensorboard_sink(complain))
-    if on_event is not None:
-        sinks.append(Callback(on_event, world.status))
-    return MultiSink(*sinks)
-
-
-def make_tensorboard(
-    folder: Path, recipe: Recipe, data: Data, step: int, complain: Callable[[str], None]
-) -> Sink:
-    """Make a sink for TensorBoard. Raises `OutputError`."""
-    from ..reporting.tensorboard import TensorBoard  # noqa: PLC0415 - an optional dependency
-
-    try:
-        return TensorBoard(folder / layout.TENSORBOARD, recipe, data.class_names, step, complain)
-    except OSError as error:
-        raise OutputError(f"{folder}: {reason(error)}") from None

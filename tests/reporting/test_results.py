@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,15 +9,14 @@ import run_folders
 
 from distributed_mnist.errors import OutputError
 from distributed_mnist.reporting import html_report
+from distributed_mnist.reporting.results import write_results
 from distributed_mnist.runs.lock import RunLock
-from distributed_mnist.training.results import write_results
 
 
 def end(folder: Path, result: dict[str, Any], unsaved: str | None = None) -> list[str]:
     """Write the results of a run, and return what it says."""
     said: list[str] = []
-    state: Any = SimpleNamespace(unsaved=unsaved)
-    write_results(folder, RunLock(folder), state, result, said.append)
+    write_results(folder, RunLock(folder), result, unsaved, said.append)
     return said
 
 
@@ -56,7 +54,7 @@ def test_an_output_that_is_gone(tmp_path: Path) -> None:
 
     run_folders.write(tmp_path)
     (tmp_path / "mistakes.json").write_text("{")
-    write_results(tmp_path, RunLock(tmp_path), SimpleNamespace(unsaved=None), run_folders.result(), gone)  # type: ignore[arg-type]
+    write_results(tmp_path, RunLock(tmp_path), run_folders.result(), None, gone)
     assert (tmp_path / "report.html").exists()
 
 

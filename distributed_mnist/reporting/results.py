@@ -10,18 +10,18 @@ from ..runs import layout
 from ..runs.lock import RunLock
 from ..runs.record import read as read_record
 from ..runs.run_files import read_result
-from .state import State
 
 _ANSWER = ("steps", "weights_sha256", "samples_sha256", "data_sha256")
 """The fields that are the same whenever and wherever a finished run is resumed."""
 
 
 def write_results(
-    path: Path, lock: RunLock, state: State, result: dict[str, Any], say: Callable[[str], None]
+    path: Path, lock: RunLock, result: dict[str, Any], unsaved: str | None, say: Callable[[str], None]
 ) -> None:
     """Write `result.json` and `report.html`, and release the lock of the run's folder.
 
-    If the report cannot be written, `say` is called and the run still succeeds. Raises `OutputError` if the
+    `unsaved` says why the final weights are not on disk; None if they are. If the report cannot be written,
+    `say` is called and the run still succeeds. Raises `OutputError` if the
     result cannot be written, or if the final weights are not on disk.
     """
     try:
@@ -35,8 +35,8 @@ def write_results(
     with contextlib.suppress(OSError):  # the output may be a full disk too
         for text in _write_report(path):
             say(text)
-    if state.unsaved:
-        raise OutputError(f"trained, but {state.unsaved}")
+    if unsaved:
+        raise OutputError(f"trained, but {unsaved}")
 
 
 def _is_written(path: Path, result: dict[str, Any]) -> bool:
@@ -54,7 +54,7 @@ def _write_report(path: Path) -> list[str]:
     A report is for people to look at: no failure in it may fail a run that has trained.
     """
     try:
-        from ..reporting import html_report  # noqa: PLC0415 - only the end of a run needs what it imports
+        from . import html_report  # noqa: PLC0415 - only the end of a run needs what it imports
 
         record = read_record(path)
         html_report.write([record], path / "report.html")
