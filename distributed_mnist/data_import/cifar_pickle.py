@@ -32,7 +32,7 @@ def load(data: bytes, where: str) -> dict[str, Any]:
     """
     try:
         _require_known_operations(data)
-        loaded = _Unpickler(io.BytesIO(data), encoding="latin1").load()
+        loaded = _Unpickler(data).load()
     except Exception as error:  # a damaged pickle raises almost anything
         raise DataError(
             f"{where}: no file of CIFAR's: {one_line(' '.join(str(error).split())[:120])}"
@@ -61,11 +61,14 @@ class _Array:
 
     array: np.ndarray
 
+    def __init__(self, encode: Callable[[str, str], bytes]) -> None:
+        self._encode = encode
+
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, fortran, content = state
         if dtype is not _UINT8 or fortran or not isinstance(content, bytes | str):
             raise ValueError("it has an array of another type than uint8")
-        content = content.encode("latin1") if isinstance(content, str) else content
+        content = self._encode(content, "latin1") if isinstance(content, str) else content
         self.array = np.frombuffer(content, np.uint8).reshape(shape)
 
 
@@ -85,17 +88,6 @@ def _dtype(name: str, *_: object) -> _Type:
     return _UINT8
 
 
-def _reconstruct(*_: object) -> _Array:
-    return _Array()
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    """Python 3 writes bytes in this way for the protocols of Python 2."""
-    if encoding != "latin1":
-        raise ValueError(f"it uses the encoding {encoding}")
-    return text.encode("latin1")
-
-
 class _Replacement:
     """A function that a pickle may call, but not change: `BUILD` sets attributes of what it is given."""
 
@@ -107,15 +99,6 @@ class _Replacement:
 
     def __setstate__(self, state: object) -> None:
         raise ValueError("damaged")
-
-
-_GLOBALS: dict[tuple[str, str], _Replacement | None] = {
-    ("numpy.core.multiarray", "_reconstruct"): _Replacement(_reconstruct),
-    ("numpy._core.multiarray", "_reconstruct"): _Replacement(_reconstruct),
-    ("numpy", "ndarray"): None,  # the first argument of `_reconstruct`, which ignores it
-    ("numpy", "dtype"): _Replacement(_dtype),
-    ("_codecs", "encode"): _Replacement(_encode),
-}
 
 
 def _without_tuples_as_keys(load: Callable[[Any], None], keys: slice) -> Callable[[Any], None]:
@@ -143,8 +126,32 @@ class _Unpickler(pickle._Unpickler):
         for operation, keys in _SET.items()
     }
 
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data), encoding="latin1")
+        self._left = len(data)
+        reconstruct = _Replacement(lambda *_: _Array(self._encode))
+        self._globals: dict[tuple[str, str], _Replacement | None] = {
+            ("numpy.core.multiarray", "_reconstruct"): reconstruct,
+            ("numpy._core.multiarray", "_reconstruct"): reconstruct,
+            ("numpy", "ndarray"): None,  # the first argument of `_reconstruct`, which ignores it
+            ("numpy", "dtype"): _Replacement(_dtype),
+            ("_codecs", "encode"): _Replacement(self._encode),
+        }
+
     def find_class(self, module: str, name: str) -> Any:
         """Return this module's replacement for a global. Raises ValueError for one that has none."""
-        if (module, name) not in _GLOBALS:
+        if (module, name) not in self._globals:
             raise ValueError(f"it names {module}.{name}, which could run code")
-        return _GLOBALS[module, name]
+        return self._globals[module, name]
+
+    def _encode(self, text: str, encoding: str) -> bytes:
+        """Return text as bytes, as Python 3 writes bytes for the protocols of Python 2.
+
+        Raises ValueError if a file has the same text encoded again and again, to fill the memory.
+        """
+        if encoding != "latin1":
+            raise ValueError(f"it uses the encoding {encoding}")
+        self._left -= len(text)
+        if self._left < 0:
+            raise ValueError("it makes more bytes than it has")
+        return text.encode("latin1")

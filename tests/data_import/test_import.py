@@ -336,6 +336,13 @@ def nested_cifar(end: bytes) -> Callable[[Path], object]:
     )
 
 
+def repeated_cifar(folder: Path) -> None:
+    """The same text encoded a thousand times."""
+    start = b"\x80\x02}X\x06\x00\x00\x00labels](c_codecs\nencode\nq\x01X\xe8\x03\x00\x00" + b"a" * 1000
+    again = b"h\x01h\x02h\x03\x86R" * 1000
+    (folder / "a").write_bytes(start + b"q\x02X\x06\x00\x00\x00latin1q\x03\x86R" + again + b"es.")
+
+
 def npz_header(header: str) -> Callable[[Path], object]:
     def write(folder: Path) -> None:
         text = header.encode() + b"\n"
@@ -435,6 +442,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         f"nested key {end!r}": (nested_cifar(end), "no file of CIFAR's: it has a tuple as a key")
         for end in (b"s", b"u", b"d")
     },
+    "repeated text": (repeated_cifar, "no file of CIFAR's: it makes more bytes than it has"),
     "cifar cut": (
         changed(foreign.cifar_python, "data_batch_1", lambda data: data[:-500]),
         r"no file of CIFAR's",
