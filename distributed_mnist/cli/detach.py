@@ -34,7 +34,10 @@ def detach(folder: Path, first: Path, *, as_json: bool) -> int | None:
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
+        os.write(descriptor, bytes(4096))  # on a full disk the reason of a failure could not be read there
+        os.ftruncate(descriptor, 0)
     except OSError as error:
+        log.unlink(missing_ok=True)
         raise OutputError(f"--out {folder}: {reason(error)}") from None
     sys.stdout.flush()
     sys.stderr.flush()

@@ -40,11 +40,14 @@ def load_initial_weights(model: nn.Module, name: str, data: bytes) -> str:
     """Load the content of a file called `name` into a model, and return the digest of the weights.
 
     The file is a checkpoint, or has only the weights by name, as `torch.save` or safetensors writes them.
-    Raises `CheckpointError` for a file that has not exactly the weights of this model.
+    Raises `CheckpointError` for a file that has not exactly the weights of this model, or weights that are not
+    finite.
     """
     is_safetensors = name.endswith(".safetensors")
     weights = _of_safetensors(data, name) if is_safetensors else decode_weights(data, f"--init-from {name}")
     load_weights(model, weights, f"--init-from {name}")
+    if bad := [key for key, value in model.state_dict().items() if not bool(value.isfinite().all())]:
+        raise CheckpointError(f"--init-from {name}: its {bad[0]} has values that are not finite")
     return digest(dict(model.state_dict()))
 
 

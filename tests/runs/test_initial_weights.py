@@ -63,6 +63,11 @@ def test_a_run_with_a_validation_split_stands_for_its_best_weights(
             {"fc.weight": torch.ones(10, 784).half(), "fc.bias": torch.ones(10)},
             "is torch.float16",
         ),
+        (
+            "nan.pt",
+            {"fc.weight": torch.full((10, 784), torch.nan), "fc.bias": torch.ones(10)},
+            "its fc.weight has values that are not finite",
+        ),
         ("empty.pt", {}, "is not a checkpoint of dmnist"),
         ("list.pt", [1], "it holds a list"),
     ],
