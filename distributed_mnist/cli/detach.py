@@ -34,10 +34,8 @@ def detach(folder: Path, first: Path, *, as_json: bool) -> int | None:
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
-        os.write(descriptor, bytes(4096))  # on a full disk the reason of a failure could not be read there
-        os.ftruncate(descriptor, 0)
+        _require_room(descriptor, log)
     except OSError as error:
-        log.unlink(missing_ok=True)
         raise OutputError(f"--out {folder}: {reason(error)}") from None
     sys.stdout.flush()
     sys.stderr.flush()
@@ -74,6 +72,17 @@ def detach(folder: Path, first: Path, *, as_json: bool) -> int | None:
     ):
         print_labelled(console, Text(f"{label:<8} ", "bold"), Text(line), 9)
     return 0
+
+
+def _require_room(descriptor: int, log: Path) -> None:
+    """Raise `OSError` and delete the log if nothing can be written to it: no error could be read there."""
+    try:
+        os.write(descriptor, bytes(4096))
+        os.ftruncate(descriptor, 0)
+    except OSError:
+        os.close(descriptor)
+        log.unlink()
+        raise
 
 
 def _leave_the_terminal(log: int) -> None:

@@ -40,8 +40,8 @@ def load_initial_weights(model: nn.Module, name: str, data: bytes) -> str:
     """Load the content of a file called `name` into a model, and return the digest of the weights.
 
     The file is a checkpoint, or has only the weights by name, as `torch.save` or safetensors writes them.
-    Raises `CheckpointError` for a file that has not exactly the weights of this model, or weights that are not
-    finite.
+    Raises `CheckpointError` for a file that has not exactly the weights of this model, or if they are
+    not finite.
     """
     is_safetensors = name.endswith(".safetensors")
     weights = _of_safetensors(data, name) if is_safetensors else decode_weights(data, f"--init-from {name}")

@@ -1,5 +1,6 @@
 """`dmnist train --detach` and `dmnist stop`."""
 
+import errno
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from ranks import DMNIST, WarmProgram, dmnist
 from warm import here
 
 from distributed_mnist.cli import detach, stop
-from distributed_mnist.errors import UsageError
+from distributed_mnist.errors import OutputError, UsageError
 from distributed_mnist.reporting.watch import Tail
 from distributed_mnist.runs.lock import Holder, RunLock, holder_of, is_live
 
@@ -138,3 +139,13 @@ def test_an_ensemble_is_stopped_also_between_two_members(tmp_path: Path) -> None
     assert (folder, holder.pid) == (tmp_path / "seed-1", os.getpid())
     begin.join()
     held[0].release()
+
+
+def test_a_run_in_the_background_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OutputError, match=r"--out .*out: no space left on device"):
+        detach.detach(tmp_path / "out", tmp_path / "out", as_json=False)
+    assert not list(tmp_path.iterdir())
