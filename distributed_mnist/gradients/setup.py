@@ -10,6 +10,7 @@ from ..distributed.world import World
 from ..errors import UsageError
 from ..models.build import forward
 from ..models.inspection import ModelProperties
+from ..models.running_statistics import running_statistics
 from .all_reduce import DdpGradients, Gradients, TreeGradients
 from .batch_invariance import is_batch_invariant, matches_autograd
 from .per_shard import HookedLayers
@@ -31,8 +32,8 @@ def make_gradients(
 
     `smallest_batch` is the number of images in the run's smallest batch, by default `--batch-size`.
     Raises `UsageError` if a shard has more images than `--micro-batch`, or if `ddp` is asked for and the
-    logits do not depend on some parameter or a layer uses batch statistics, or if a shard has one image
-    and batch norm needs more.
+    logits do not depend on some parameter or a layer uses batch statistics, or if `ema` is and a layer
+    keeps running statistics, or if a shard has one image and batch norm needs more.
     """
     if recipe.sync == "ddp" and properties.statistics_layers:
         raise UsageError(
@@ -45,7 +46,7 @@ def make_gradients(
             f"--model {recipe.model}: its {properties.unused[0]} is never used, but "
             "ddp needs every parameter to be used"
         )
-    if recipe.ema and properties.statistics_layers:
+    if recipe.ema and running_statistics(model):
         raise UsageError(
             f"--model {recipe.model}: with --ema the running statistics of its layer "
             f"{properties.statistics_layers[0]} would not fit the averaged weights: use --average"

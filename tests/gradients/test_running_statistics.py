@@ -216,3 +216,15 @@ def test_sizes_too_small_for_batch_norm() -> None:
     make(conv(), 7)
     with pytest.raises(UsageError, match="a batch of 7 cut into 4 shards leaves one image"):
         make(flat(), 7)
+
+
+def test_a_moving_average_of_weights_needs_a_model_without_running_statistics() -> None:
+    def make_averaged(model: nn.Module) -> Gradients:
+        properties = inspect(model, "mine", 10, CPU)
+        return make_gradients(
+            Recipe(batch_size=16, shards=SHARDS, ema=0.9), Run(), WORLD, model, properties
+        )
+
+    make_averaged(flat(track_running_stats=False))
+    with pytest.raises(UsageError, match="--ema the running statistics of its layer 2 would not fit"):
+        make_averaged(flat())
