@@ -231,7 +231,7 @@ def _restore_one(path: str, raw: bytes, model: str | None, device: torch.device,
     class_names = tuple(dataset["class_names"])
     channels, height, width = dataset["image_shape"]
     shape = channels, height, width
-    best_weights = content.get("best_weights") if best else None
+    best_weights = content["best_weights"] if best else None
     weights = best_weights or content["model"]
     if recipe.model in MODELS:
         with torch.device("meta"):  # without memory, because a damaged shape could fill it

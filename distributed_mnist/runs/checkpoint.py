@@ -38,8 +38,9 @@ _ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}  # Adam's state for one paramete
 
 Content = dict[str, Any]
 """A checkpoint in memory. Keys: `format`, `model` (raw state dict), `optimizer`, `step`, `best_accuracy`,
-`best_step`, `evaluations_since_best`, `best_weights`, `samples_sha256`, `totals`, `train_seconds`,
-`recipe`, `dataset` (name, class_names, image_shape, mean, std, sha256), `steps_per_epoch`, `versions`."""
+`best_step`, `evaluations_since_best`, `best_weights`, `initial_sha256` (empty without `--init-from`),
+`samples_sha256`, `totals`, `train_seconds`, `recipe`, `dataset` (name, class_names, image_shape, mean,
+std, sha256), `steps_per_epoch`, `versions`."""
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "model": dict,
@@ -49,6 +50,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "best_step": int,
     "evaluations_since_best": int,
     "best_weights": dict,
+    "initial_sha256": str,
     "samples_sha256": str,
     "totals": dict,
     "train_seconds": (int, float),
@@ -57,7 +59,8 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "steps_per_epoch": int,
     "versions": dict,
 }
-ADDED_LATER: Content = {"best_step": 0, "evaluations_since_best": 0, "best_weights": {}}
+_ADDED_LATER: Content = {"best_step": 0, "evaluations_since_best": 0, "best_weights": {}}
+_ADDED_LATER["initial_sha256"] = ""
 """What a checkpoint of an earlier version, or of the original script, lacks."""
 _DATASET_TYPES: dict[str, type | tuple[type, ...]] = {
     "name": str,
@@ -112,7 +115,7 @@ def decode(data: bytes, name: str) -> Content:
     loaded = _load(data, name)
     claimed = loaded.pop("content_sha256", None)
     if original_format.is_original(loaded) and claimed is None and "dmnist" not in loaded:
-        return original_format.from_original(loaded, name)
+        return {**_ADDED_LATER, **original_format.from_original(loaded, name)}
     if claimed is None and not {"format", "samples_sha256", "dmnist"} & loaded.keys():
         raise CheckpointError(f"{name} is not a checkpoint of dmnist: another program wrote it")
     try:
@@ -128,7 +131,8 @@ def decode(data: bytes, name: str) -> Content:
         printable = version is None or isinstance(version, int | str)
         shown = repr(version) if printable else f"a {type(version).__name__}"
         raise CheckpointError(f"{name} has format {shown}; this version reads {FORMAT}")
-    _require_types({**ADDED_LATER, **loaded}, _TYPES, name)
+    loaded = {**_ADDED_LATER, **loaded}
+    _require_types(loaded, _TYPES, name)
     loaded["dataset"].setdefault("image_shape", list(MNIST_SHAPE))  # earlier versions had no other
     _require_dataset(loaded["dataset"], name)
     _require_types(loaded["totals"], _TOTALS_TYPES, name)

@@ -29,7 +29,7 @@ def read_initial_weights(path: Path) -> tuple[str, bytes]:
         data = read_bytes(path)
     except CheckpointError as error:
         raise CheckpointError(f"--init-from {error}") from None
-    if is_run and (best := decode(data, f"--init-from {path}").get("best_weights")):
+    if is_run and (best := decode(data, f"--init-from {path}")["best_weights"]):
         file = io.BytesIO()
         torch.save(best, file)
         return f"{path} (its best weights)", file.getvalue()

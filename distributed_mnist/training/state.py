@@ -16,7 +16,7 @@ from ..errors import CheckpointError
 from ..gradients.all_reduce import Gradients
 from ..gradients.loss import Loss
 from ..reporting.events import Sink
-from ..runs.checkpoint import ADDED_LATER, FORMAT, Content, load_optimizer, load_weights, versions
+from ..runs.checkpoint import FORMAT, Content, load_optimizer, load_weights, versions
 from ..runs.checkpoint_store import Store
 from .batches import Batches
 
@@ -75,8 +75,7 @@ class State:
 
         Raises `CheckpointError` if it is from a different model, or started from other weights.
         """
-        content = {**ADDED_LATER, **content}
-        if content.get("initial_sha256", "") != self.initial_sha256:
+        if content["initial_sha256"] != self.initial_sha256:
             here = "those of --init-from" if self.initial_sha256 else "random ones, without --init-from"
             raise CheckpointError(f"{name} is from a run that started from other weights than {here}")
         if content["best_weights"]:

@@ -58,6 +58,10 @@ def content(**changes: Any) -> dict[str, Any]:
         "optimizer": optimizer.state_dict(),
         "step": 2,
         "best_accuracy": 0.1 + 0.2,
+        "best_step": 1,
+        "evaluations_since_best": 1,
+        "best_weights": model.state_dict(),
+        "initial_sha256": "",
         "samples_sha256": "ab" * 32,
         "totals": {"loss": 1.5, "correct": 3, "images": 8},
         "train_seconds": 0.25,
@@ -494,3 +498,10 @@ def test_a_checkpoint_of_another_program(content: dict[str, Any]) -> None:
         CheckpointError, match=r"x\.pt is not a checkpoint of dmnist: another program wrote it"
     ):
         decode(buffer.getvalue(), "x.pt")
+
+
+def test_a_checkpoint_of_an_earlier_version_gets_what_it_lacks() -> None:
+    names = ("best_step", "evaluations_since_best", "best_weights", "initial_sha256")
+    earlier = {key: value for key, value in content().items() if key not in names}
+    after = decode(encode(earlier), "file.pt")
+    assert [after[name] for name in names] == [0, 0, {}, ""]
