@@ -65,23 +65,21 @@ def _wait_for_holder(run: Path) -> tuple[Path, Holder]:
         live, holder = is_live(folder), holder_of(folder)
         if live and holder is not None:
             return folder, holder
-        if (
-            any(_is_running(last) for last in map(holder_of, members) if last)
-            and time.monotonic() < deadline
-        ):
-            time.sleep(_POLL_SECONDS)
-            continue
-        record = read(folder)
-        ended = record.state == "finished" or not record.events or record.events[-1]["event"] == "stop"
-        if live or (holder and not ended and _is_running(holder) and time.monotonic() < deadline):
-            time.sleep(_POLL_SECONDS)
-            continue
-        state = (
-            "it has finished"
-            if record.state == "finished"
-            else f"it has stopped; resume with dmnist train {layout.resume_flags(folder)}"
-        )
-        raise UsageError(f"no run is in progress in {folder}: {state}")
+        launchers = [each for each in (holder, *map(holder_of, members)) if each and _is_running(each)]
+        between = bool(launchers) and (bool(members) or not _has_ended(folder))
+        if not (live or between) or time.monotonic() > deadline:
+            break
+        time.sleep(_POLL_SECONDS)
+    if live:
+        raise UsageError(f"the run in {folder} does not say which process it is: send SIGTERM to it")
+    resume = f"it has stopped; resume with dmnist train {layout.resume_flags(folder)}"
+    state = "it has finished" if read(folder).state == "finished" else resume
+    raise UsageError(f"no run is in progress in {folder}: {state}")
+
+
+def _has_ended(folder: Path) -> bool:
+    record = read(folder)
+    return record.state == "finished" or not record.events or record.events[-1]["event"] == "stop"
 
 
 def _process(folder: Path, holder: Holder) -> psutil.Process:
@@ -93,12 +91,16 @@ def _process(folder: Path, holder: Holder) -> psutil.Process:
         )
     if holder.started is None:
         raise UsageError(f"the run in {folder} is part of a Python program ({holder}): stop it there")
-    if not _is_running(holder):
+    try:
+        process = psutil.Process(holder.pid)
+    except psutil.NoSuchProcess:
+        process = None
+    if process is None or not _is_running(holder):
         raise UsageError(
             f"the run in {folder} is on this host, but its process cannot be seen from here ({holder}): "
             "type dmnist stop in its container"
         )
-    return psutil.Process(holder.pid)
+    return process
 
 
 def _is_running(holder: Holder) -> bool:

@@ -87,6 +87,7 @@ def test_what_keeps_a_run_from_starting_is_told_on_the_terminal(tmp_path: Path) 
         ("pid {pid} on {host}", "is part of a Python program .*: stop it there"),
         ("pid {pid} on elsewhere, started 12.00", "on another host: type on elsewhere dmnist stop /"),
         ("pid 1 on {host}, started 12.00", "cannot be seen from here"),
+        ("nothing that it knows", "does not say which process it is"),
     ],
 )
 def test_no_other_process_is_signalled(
@@ -94,6 +95,7 @@ def test_no_other_process_is_signalled(
 ) -> None:
     """The lock is held, but its file does not name a process that can be stopped from here."""
     monkeypatch.setattr(psutil.Process, "send_signal", lambda *_: pytest.fail("signalled"))
+    monkeypatch.setattr(stop, "_RESTART_SECONDS", 0.0)
     run_folders.write(tmp_path / "run")
     held = RunLock(tmp_path / "run", process=os.getpid())
     text = content.format(pid=os.getpid(), host=socket.gethostname())
