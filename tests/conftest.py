@@ -20,6 +20,8 @@ torch.set_num_threads(1)  # as in training; more threads can change the last bit
 for _number in (signal.SIGHUP, signal.SIGQUIT):
     if signal.getsignal(_number) == signal.SIG_IGN:  # under nohup: what tests start would ignore it too
         signal.signal(_number, lambda *_: None)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # the same after `&` in a script
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST = (
     *("launcher/test_restart", "launchers/test_hosts", "launchers/test_slurm", "documents/test_notebook"),

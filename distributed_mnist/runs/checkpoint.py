@@ -38,9 +38,8 @@ _ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}  # Adam's state for one paramete
 
 Content = dict[str, Any]
 """A checkpoint in memory. Keys: `format`, `model` (raw state dict), `optimizer`, `step`, `best_accuracy`,
-`best_step`, `evaluations_since_best`, `best_weights`, `initial_sha256` (empty without `--init-from`),
-`samples_sha256`, `totals`, `train_seconds`, `recipe`, `dataset` (name, class_names, image_shape, mean,
-std, sha256), `steps_per_epoch`, `versions`."""
+`best_step`, `evaluations_since_best`, `best_weights`, `samples_sha256`, `totals`, `train_seconds`,
+`recipe`, `dataset` (name, class_names, image_shape, mean, std, sha256), `steps_per_epoch`, `versions`."""
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "model": dict,
@@ -50,7 +49,6 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "best_step": int,
     "evaluations_since_best": int,
     "best_weights": dict,
-    "initial_sha256": str,
     "samples_sha256": str,
     "totals": dict,
     "train_seconds": (int, float),
@@ -60,7 +58,6 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "versions": dict,
 }
 _ADDED_LATER: Content = {"best_step": 0, "evaluations_since_best": 0, "best_weights": {}}
-_ADDED_LATER["initial_sha256"] = ""
 """What a checkpoint of an earlier version, or of the original script, lacks."""
 _DATASET_TYPES: dict[str, type | tuple[type, ...]] = {
     "name": str,

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..common.digest import digest
 from ..common.installed import install
 from ..errors import CheckpointError, UsageError
 from .checkpoint import decode, decode_weights, load_weights, read_bytes
@@ -36,8 +35,8 @@ def read_initial_weights(path: Path) -> tuple[str, bytes]:
     return str(path), data
 
 
-def load_initial_weights(model: nn.Module, name: str, data: bytes) -> str:
-    """Load the content of a file called `name` into a model, and return the digest of the weights.
+def load_initial_weights(model: nn.Module, name: str, data: bytes) -> None:
+    """Load the content of a file called `name` into a model.
 
     The file is a checkpoint, or has only the weights by name, as `torch.save` or safetensors writes them.
     Raises `CheckpointError` for a file that has not exactly the weights of this model, or if they are
@@ -48,7 +47,6 @@ def load_initial_weights(model: nn.Module, name: str, data: bytes) -> str:
     load_weights(model, weights, f"--init-from {name}")
     if bad := [key for key, value in model.state_dict().items() if not bool(value.isfinite().all())]:
         raise CheckpointError(f"--init-from {name}: its {bad[0]} has values that are not finite")
-    return digest(dict(model.state_dict()))
 
 
 def _of_safetensors(data: bytes, name: str) -> dict[str, torch.Tensor]:

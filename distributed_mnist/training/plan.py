@@ -14,6 +14,7 @@ from ..distributed.world import World
 from ..models.summary import layers_of
 from ..runs.checkpoint import decode, encode
 from ..runs.checkpoint_store import newest_checkpoint
+from ..runs.initial_weights import load_initial_weights, read_initial_weights
 from ..runs.layout import new_folder
 from ..runs.run_folder import RunFolder, require_usable
 from .batches import Batches
@@ -45,6 +46,8 @@ def make_plan(world: World, prepared: Preparation) -> dict[str, Any]:
             content = decode(found[1], found[0])
             require_same_run(content, found[0], recipe, data)
             state.restore(content, found[0])
+        elif options.init_from is not None:
+            load_initial_weights(state.model, *read_initial_weights(Path(options.init_from)))
         shown = start_lines(world, prepared, folder)
         shown["steps"] = _steps(state, batches, found[0] if found else None)
         checkpoint_bytes, free_bytes = _checkpoint_bytes(state, recipe), _free_bytes(folder)

@@ -2,8 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
 from ..common.generators import ModelDraws
 from ..config import Recipe, Run, flag
@@ -17,7 +15,6 @@ from ..models.build import make_model
 from ..models.factory import find_factory
 from ..models.inspection import ModelProperties
 from ..optim.schedule import make_optimizer
-from ..runs.initial_weights import load_initial_weights, read_initial_weights
 from ..user_code.functions import find
 from .batches import Batches
 from .platforms import agree_on_platform, use_threads
@@ -66,7 +63,7 @@ def prepare(
     threads = use_threads(world, recipe.sync)  # after a user's module is imported, which may set them too
     data = broadcast_dataset(world, read).with_validation(recipe)
     batches = Batches(data.train, recipe, data.mean, data.std)
-    state, properties = make_state(world, recipe, data, options)
+    state, properties = make_state(world, recipe, data)
     loss = world.on_every_rank(lambda: make_loss(recipe, len(data.class_names), world.device))
     gradients = make_gradients(recipe, options, world, state.model, properties, batches.smallest_size())
     return Preparation(
@@ -93,15 +90,9 @@ def find_functions(recipe: Recipe) -> None:
         find(flag(field), name)
 
 
-def make_state(world: World, recipe: Recipe, data: Data, options: Run) -> tuple[State, ModelProperties]:
-    """Make the model with its initial weights, and the optimizer. Return also the model's properties."""
+def make_state(world: World, recipe: Recipe, data: Data) -> tuple[State, ModelProperties]:
+    """Make the model with random weights, and the optimizer. Return also the model's properties."""
     classes, shape = len(data.class_names), data.image_shape
     model, properties = world.on_every_rank(lambda: make_model(recipe, classes, world.device, shape))
-    initial_sha256 = ""
-    if options.init_from is not None:
-        name, raw = world.on_rank_zero(
-            partial(read_initial_weights, Path(options.init_from)), tuple[str, bytes]
-        )
-        initial_sha256 = world.on_every_rank(lambda: load_initial_weights(model, name, raw))
     optimizer = world.on_every_rank(lambda: make_optimizer(recipe, model))
-    return State(model, optimizer, initial_sha256=initial_sha256), properties
+    return State(model, optimizer), properties

@@ -5,6 +5,7 @@ Rank 0 reads the files and sends the checkpoint to the other ranks.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..distributed.world import World
 from ..errors import CheckpointError
 from ..runs.checkpoint import Content, decode, read_bytes, versions
 from ..runs.checkpoint_store import Store
+from ..runs.initial_weights import load_initial_weights, read_initial_weights
 from ..runs.layout import resume_flags
 from ..runs.run_folder import RunFolder
 from .state import State
@@ -76,6 +78,15 @@ def resume(
     if notice := platform_notice(content, name, world.device):
         complain(notice)
     return name
+
+
+def start_from(world: World, state: State, path: Path) -> None:
+    """Load the weights that `--init-from` names. Only rank 0's host needs the file.
+
+    A run that is resumed has all that it needs in its checkpoint. Raises `CheckpointError`.
+    """
+    name, raw = world.on_rank_zero(partial(read_initial_weights, path), tuple[str, bytes])
+    world.on_every_rank(lambda: load_initial_weights(state.model, name, raw))
 
 
 def platform_notice(content: Content, name: str, device: torch.device) -> str | None:

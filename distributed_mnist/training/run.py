@@ -28,7 +28,7 @@ from .loop import require_same_weights, train
 from .notices import add_place, log_start, start_lines, start_notices
 from .plan import make_plan
 from .preparation import prepare
-from .resume import resume, run_config
+from .resume import resume, run_config, start_from
 from .state import State, TrainingContext
 
 
@@ -77,6 +77,8 @@ def run(
             data,
             complain=notices.append,
         )
+        if resumed is None and options.init_from is not None:
+            start_from(world, state, Path(options.init_from))
         require_same_weights(state, world)
         world.on_rank_zero(
             lambda: write_config(folder.path, run_config(recipe, options, data, world.device)), NoneType

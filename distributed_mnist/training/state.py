@@ -12,7 +12,6 @@ from ..common.generators import ModelDraws
 from ..config import Recipe, Run
 from ..data.broadcast import Data
 from ..distributed.world import World
-from ..errors import CheckpointError
 from ..gradients.all_reduce import Gradients
 from ..gradients.loss import Loss
 from ..reporting.events import Sink
@@ -50,8 +49,6 @@ class State:
     """The weights that had it, on the CPU; empty without a validation split."""
     samples_sha256: str = START_OF_CHAIN
     """Digest of all sample ids used so far, in order."""
-    initial_sha256: str = ""
-    """Digest of the weights that the run started from; empty if they were random."""
     train_seconds: float = 0.0
     """Time spent in steps, without evaluation and saving."""
     unsaved: str | None = None
@@ -67,17 +64,13 @@ class State:
             **{scalar: getattr(self, scalar) for scalar in _SCALARS},
             "best_weights": self.best_weights,
             "totals": dict(self.totals),
-            "initial_sha256": self.initial_sha256,
         }
 
     def restore(self, content: Content, name: str) -> None:
         """Load the state from a checkpoint.
 
-        Raises `CheckpointError` if it is from a different model, or started from other weights.
+        Raises `CheckpointError` if it is from a different model.
         """
-        if content["initial_sha256"] != self.initial_sha256:
-            here = "those of --init-from" if self.initial_sha256 else "random ones, without --init-from"
-            raise CheckpointError(f"{name} is from a run that started from other weights than {here}")
         if content["best_weights"]:
             load_weights(self.model, content["best_weights"], name)  # checks them
         load_weights(self.model, content["model"], name)

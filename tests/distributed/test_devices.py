@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from distributed_mnist.common.placement import ALONE, Placement
+from distributed_mnist.distributed import devices
 from distributed_mnist.distributed.devices import choose_device
 from distributed_mnist.errors import LaunchError
 
@@ -33,10 +34,13 @@ def test_a_device_is_demanded_or_left_to_the_host(accelerator: str | None) -> No
             choose_device(ALONE, demanded)
 
 
-def test_one_rank_of_each_host_reports_it(accelerator: str | None) -> None:
-    """Rank 0 may be on another host, which has an accelerator."""
+def test_one_rank_of_each_host_reports_it(accelerator: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 may be on another host, which has an accelerator. It is told."""
+    told: list[str] = []
+    monkeypatch.setattr(devices, "tell_failure", lambda placement, error: told.append(str(error)))
     for local_rank in range(2):
         placement = Placement(rank=2 + local_rank, size=4, local_rank=local_rank, local_size=2)
         with pytest.raises(LaunchError) as caught:
             choose_device(placement, "cuda")
         assert caught.value.on_one_rank == (local_rank == 0)
+        assert told.pop() == str(caught.value)

@@ -88,7 +88,6 @@ def ours() -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Any]]:
         "best_step": 0,
         "evaluations_since_best": 0,
         "best_weights": {},
-        "initial_sha256": "",
         "samples_sha256": "ab" * 32,
         "totals": {"loss": 0.0, "correct": 0, "images": 0},
         "train_seconds": 1.5,
