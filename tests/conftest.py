@@ -31,6 +31,7 @@ LONGEST = (
     *("reporting/test_output", "distributed/test_socket_collectives", "runs/test_storage"),
     *("launchers/test_strangers", "api/test_functions", "distributed/test_watchdog"),
     *("cli/test_original_script", "inference/test_ensemble", "gradients/test_per_shard"),
+    *("api/test_interrupts", "api/test_on_event", "cli/test_stop", "cli/test_dry_run", "test_packaging"),
 )
 """The files that take longest, 20 to 100 seconds, the longest first (see `pytest --durations 100`)."""
 
