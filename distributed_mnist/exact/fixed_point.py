@@ -1,0 +1,84 @@
+"""Fixed-point numbers: integers times a power of two.
+
+A tensor `x` becomes integers `q = round(x * 2**k)`. The product with a power of two is exact, and IEEE 754
+defines the rounding, so `q` is the same on every machine. Sums and products of such integers are exact, in
+any order, as long as no partial sum reaches `2**53` in float64 or `2**31` in int32.
+"""
+
+import torch
+from torch import Tensor
+
+LIMIT = 127 * 256 + 127
+"""The largest magnitude of an operand, 32,639: it has two slices of 8 bits, see `products`."""
+OPERAND_BITS = 14
+"""A tensor whose largest magnitude is known becomes integers of at most `2**OPERAND_BITS`."""
+HEADROOM = 1
+"""Bits that are given up if only the largest magnitude of the step before is known. What is more than
+`LIMIT / 2**(OPERAND_BITS - HEADROOM)` times, about four times, as large as that saturates."""
+_LARGEST_EXPONENT = 100  # 2**k is a normal float32, and so are the products with all but tiny values
+_FLOAT64_BITS = 53  # of a float64's significand
+_FLOAT32_BIAS, _FLOAT64_BIAS = 127, 1023
+
+
+def power_of_two(exponents: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return `2**exponents` exactly, made from bits, because `torch.ldexp` and `pow` may round.
+
+    `exponents` is int64 of any shape, with values of normal numbers of `dtype`: float64 or float32.
+    """
+    if dtype == torch.float64:
+        return (exponents + _FLOAT64_BIAS).bitwise_left_shift(52).view(torch.float64)
+    return (exponents + _FLOAT32_BIAS).bitwise_left_shift(23).to(torch.int32).view(torch.float32)
+
+
+def exponent_above(magnitudes: Tensor) -> Tensor:
+    """Return int64 `e` with `magnitudes < 2**e`; the smallest one for normal numbers, -126 for zero.
+
+    `magnitudes` are float32, at least zero and finite.
+    """
+    return magnitudes.view(torch.int32).bitwise_right_shift(23).to(torch.int64) - (_FLOAT32_BIAS - 1)
+
+
+def scale_exponent(largest: Tensor, bits: int) -> Tensor:
+    """Return int64 `k` such that `x * 2**k <= 2**bits` for every `x` of at most `largest`, float32."""
+    return (bits - exponent_above(largest)).clamp_(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
+
+
+def largest_magnitude(x: Tensor) -> Tensor:
+    """Return the largest `|x|` as a scalar tensor; zero for an empty tensor, NaN if there is one."""
+    if not x.numel():
+        return x.new_zeros(())
+    low, high = torch.aminmax(x.detach())
+    return torch.maximum(high, -low)
+
+
+def quantise(x: Tensor, exponent: Tensor) -> Tensor:
+    """Return `round(x * 2**exponent)`, at most `LIMIT` in magnitude, as int16 in the shape of `x`.
+
+    `x` is float32, and `exponent` int64, a scalar or of a shape that broadcasts.
+    """
+    scaled = x.detach() * power_of_two(exponent, torch.float32)
+    return scaled.round_().clamp_(-LIMIT, LIMIT).to(torch.int16)
+
+
+def quantise_finely(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return `x` as integers in float64 of at most `2**bits`, and their exponent: `x` is about `q * 2**-k`.
+
+    `x` is float32 or float64. The exponent comes from its largest magnitude.
+    """
+    x = x.detach()
+    largest = largest_magnitude(x.to(torch.float32))  # rounding up to the next power of two does no harm
+    exponent = scale_exponent(largest, bits)
+    return (x.to(torch.float64) * power_of_two(exponent)).round_(), exponent
+
+
+def bits_for(terms: int, products: bool = True) -> int:
+    """Return the most bits of operands for which a sum of `terms` of their products is exact in float64.
+
+    Every partial sum is at most `terms * 2**(2 * bits)`, which must be at most `2**53`. Without `products`,
+    the sum is one of the operands themselves. Raises `ValueError` if fewer than 8 bits are left.
+    """
+    bits = _FLOAT64_BITS - max(terms - 1, 0).bit_length()
+    bits = bits // 2 if products else bits
+    if bits < 8:
+        raise ValueError(f"a sum of {terms} products is not exact")
+    return bits

@@ -1,0 +1,1 @@
+"""Layers of networks in exact arithmetic: what each torch function becomes, forward and backward."""

@@ -1,0 +1,173 @@
+"""Exact products of matrices of integers, in whichever way a machine does them fastest.
+
+The operands are int16 of at most `fixed_point.LIMIT`, and the results are exact, so the way changes
+nothing:
+
+- `Float64Products` converts the operands to float64. A product of `K` terms is exact if
+  `K * LIMIT**2 < 2**53`, which holds for `K` up to `MOST_TERMS`.
+- `Int8Products` cuts each operand into two slices of 8 bits, `256 * high + low`, and multiplies these with
+  int32 sums, for which many processors have instructions. It is exact if `2 * K * 2**14 < 2**31`.
+
+Some libraries and processors saturate sums of products of int8 at 16 bits. Therefore a machine uses
+`Int8Products` only if a test with the largest operands shows that it is exact there.
+"""
+
+import functools
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .fixed_point import LIMIT, bits_for, power_of_two, quantise_finely
+
+MOST_TERMS = 2**23
+"""The most terms of a sum of products of two operands: `2**23 * LIMIT**2 < 2**53`."""
+_MOST_INT8_TERMS = 2**16 - 1
+"""The most terms of a sum of int8 products: two of at most `2**14` for each, below `2**31`."""
+
+
+class Products(Protocol):
+    """A way to multiply. Operands are first packed; packing, copying and padding with zeros commute."""
+
+    def pack(self, q: Tensor) -> Tensor:
+        """Return int16 integers in the form in which this class takes rows. It may overwrite `q`."""
+        ...
+
+    def prepare(self, matrix: Tensor) -> Tensor:
+        """Return an int16 matrix `(K, N)`, not packed, in the form in which this class multiplies by it."""
+        ...
+
+    def rows_times(self, rows: Tensor, prepared: Tensor) -> Tensor:
+        """Return packed rows `(M, K)` times a prepared matrix `(K, N)`, float64 `(M, N)`."""
+        ...
+
+    def transposed_times(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return the sum over rows, `left.T @ right`, of packed `(M, N)` and `(M, K)`: float64 `(N, K)`."""
+        ...
+
+
+class Float64Products:
+    """Products in float64, on any device that has it."""
+
+    def pack(self, q: Tensor) -> Tensor:
+        """Return `q` itself."""
+        return q
+
+    def prepare(self, matrix: Tensor) -> Tensor:
+        """Return the transpose: some libraries are several times as fast with few rows on the left."""
+        require_exact(matrix.shape[0])
+        return matrix.t().to(torch.float64).contiguous()
+
+    def rows_times(self, rows: Tensor, prepared: Tensor) -> Tensor:
+        """Return `rows @ matrix`; see `Products`."""
+        return (prepared @ rows.to(torch.float64).t()).t()
+
+    def transposed_times(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return `left.T @ right`; see `Products`."""
+        require_exact(left.shape[0])
+        return left.to(torch.float64).t() @ right.to(torch.float64)
+
+
+class Int8Products:
+    """Products of int8 slices with int32 sums.
+
+    A packed row holds, for each integer, the byte of its low slice (-128 to 127) and that of its high
+    slice. So it is, without a copy, a row of int8 of twice the length.
+    """
+
+    def pack(self, q: Tensor) -> Tensor:
+        """Return int16 whose two bytes are the slices of `q`; zero stays zero."""
+        return q.add_(128).bitwise_xor_(128)
+
+    def prepare(self, matrix: Tensor) -> Tensor:
+        """Return int8 `(2 * K, 3 * N)`: the products of high slices, of mixed ones, and of low ones."""
+        terms, columns = matrix.shape
+        _require_int8(terms)
+        low = matrix.to(torch.int8)  # keeps the lowest 8 bits
+        high = (matrix.to(torch.int32) + 128).bitwise_right_shift(8).to(torch.int8)
+        prepared = torch.zeros((terms, 2, 3, columns), dtype=torch.int8, device=matrix.device)
+        prepared[:, 1, 0] = prepared[:, 0, 1] = high
+        prepared[:, 1, 1] = prepared[:, 0, 2] = low
+        return prepared.view(2 * terms, 3 * columns)
+
+    def rows_times(self, rows: Tensor, prepared: Tensor) -> Tensor:
+        """Return `rows @ matrix`; see `Products`."""
+        sums = torch._int_mm(rows.contiguous().view(torch.int8), prepared)
+        high, mixed, low = sums.view(len(rows), 3, -1).unbind(1)
+        return _combined(high, mixed, low)
+
+    def transposed_times(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return `left.T @ right`; see `Products`."""
+        parts = zip(left.split(_MOST_INT8_TERMS), right.split(_MOST_INT8_TERMS), strict=True)
+        total, *others = (self._transposed_times(*part) for part in parts)
+        for other in others:
+            total += other
+        return total
+
+    def _transposed_times(self, left: Tensor, right: Tensor) -> Tensor:
+        columns = left.shape[1], right.shape[1]
+        slices = left.contiguous().view(torch.int8).t(), right.contiguous().view(torch.int8)
+        sums = torch._int_mm(*slices).view(columns[0], 2, columns[1], 2)
+        return _combined(sums[:, 1, :, 1], sums[:, 1, :, 0] + sums[:, 0, :, 1], sums[:, 0, :, 0])
+
+
+def _combined(high: Tensor, mixed: Tensor, low: Tensor) -> Tensor:
+    """Return `2**16 * high + 2**8 * mixed + low` in float64, exactly: products with powers of two."""
+    total = high.to(torch.float64).mul_(2.0**16)
+    return total.add_(mixed.to(torch.float64).mul_(2.0**8)).add_(low)
+
+
+@functools.cache
+def products_for(device: torch.device) -> Products:
+    """Return the fastest exact way to multiply on a device."""
+    int8 = Int8Products()
+    return int8 if device.type == "cpu" and _is_exact(int8, device) else Float64Products()
+
+
+def _is_exact(products: Products, device: torch.device) -> bool:
+    """Return whether products with the largest operands of every sign are right, compared with float64."""
+    values = torch.tensor(
+        [LIMIT, -LIMIT, LIMIT - 127, 127 - LIMIT, 128, -128, 127, -127], dtype=torch.int16
+    )
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for terms, rows, columns in ((8, 33, 8), (75, 70, 17), (640, 40, 64)):
+            rows_, matrix, left = (
+                values[torch.randint(len(values), shape, generator=generator)].to(device)
+                for shape in ((rows, terms), (terms, columns), (rows, columns))
+            )
+            rows_[0], matrix[:, 0] = LIMIT, -LIMIT
+            expected = rows_.double() @ matrix.double(), left.double().t() @ rows_.double()
+            packed = products.pack(rows_.clone())
+            found = (
+                products.rows_times(packed, products.prepare(matrix)),
+                products.transposed_times(products.pack(left.clone()), packed),
+            )
+            if not all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)):
+                return False
+    except RuntimeError:  # this build of torch lacks the operation
+        return False
+    return True
+
+
+def require_exact(terms: int) -> None:
+    """Raise `ValueError` if a sum of this many products of two operands need not be exact in float64."""
+    if terms > MOST_TERMS:
+        raise ValueError(f"a sum of {terms:,} products may round; the most are {MOST_TERMS:,}")
+
+
+def _require_int8(terms: int) -> None:
+    if terms > _MOST_INT8_TERMS:
+        raise ValueError(f"a sum of {terms:,} products of int8 slices may exceed int32")
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Return the product of float matrices `(M, K)` and `(K, N)`, float64 `(M, N)`.
+
+    Each is first rounded to a multiple of a power of two, which depends on its largest magnitude, with as
+    many bits as make the sum of `K` products exact: 22 for `K` = 512. The product of the rounded matrices
+    is exact.
+    """
+    bits = bits_for(a.shape[1])
+    (left, left_exponent), (right, right_exponent) = quantise_finely(a, bits), quantise_finely(b, bits)
+    return (left @ right).mul_(power_of_two(-left_exponent - right_exponent))
