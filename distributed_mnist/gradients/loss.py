@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from ..config import Recipe
+from ..errors import UsageError
+from ..exact import loss as exact_loss
 from ..user_code.functions import find
 from .own_loss import OwnLoss
 
@@ -16,6 +18,15 @@ _ROW_MULTIPLE = 64  # samples: a multiple of the vector length of any processor
 
 def make_loss(recipe: Recipe, classes: int, device: torch.device) -> Loss:
     """Return the recipe's loss. Raises `UsageError` for a loss of the user's own that cannot be used."""
+    if recipe.precision == "exact":
+        if ":" in recipe.loss:
+            raise UsageError(
+                f"--loss {recipe.loss} does not go with --precision exact, which computes the "
+                "cross-entropy only: use another precision"
+            )
+        return lambda logits, labels, sizes: exact_loss.cross_entropy(
+            logits, labels, recipe.label_smoothing
+        )
     if ":" in recipe.loss:
         own = OwnLoss(recipe.loss, find("--loss", recipe.loss))
         own.require_exact(classes, device)

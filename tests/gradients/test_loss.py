@@ -1,13 +1,22 @@
-"""Test the cross-entropy formula against torch's and autograd in float64, and row by row."""
+"""Test the cross-entropy formula, fast and exact, against autograd in float64, and row by row."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distributed_mnist.gradients.loss import cross_entropy
+from distributed_mnist.config import Recipe
+from distributed_mnist.errors import UsageError
+from distributed_mnist.exact import loss as exact_loss
+from distributed_mnist.gradients import loss
+
+Function = Callable[..., tuple[Tensor, Tensor]]
+BOTH = [loss.cross_entropy, exact_loss.cross_entropy]
+pytestmark = pytest.mark.parametrize("cross_entropy", BOTH, ids=["fast", "exact"])
 
 CLASSES = (2, 10, 47)
 SMOOTHING = (0.0, 0.1, 0.5, 1.0)
@@ -36,7 +45,9 @@ def reference(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor,
 @pytest.mark.parametrize("smoothing", SMOOTHING)
 @pytest.mark.parametrize("classes", CLASSES)
 @pytest.mark.parametrize("n", [1, 7, 256])
-def test_value_and_gradient_are_torchs(n: int, classes: int, smoothing: float) -> None:
+def test_value_and_gradient_are_torchs(
+    cross_entropy: Function, n: int, classes: int, smoothing: float
+) -> None:
     logits, labels = drawn(n, classes)
     losses, gradient = cross_entropy(logits, labels, smoothing)
     expected, slope = reference(logits, labels, smoothing)
@@ -47,7 +58,7 @@ def test_value_and_gradient_are_torchs(n: int, classes: int, smoothing: float) -
     torch.testing.assert_close(gradient.double(), slope, rtol=2e-6, atol=2e-7)
 
 
-def test_without_smoothing_unless_asked() -> None:
+def test_without_smoothing_unless_asked(cross_entropy: Function) -> None:
     logits, labels = drawn(9, 10)
     plain, none = cross_entropy(logits, labels), cross_entropy(logits, labels, 0.0)
     assert all(map(torch.equal, plain, none))
@@ -56,7 +67,9 @@ def test_without_smoothing_unless_asked() -> None:
 
 @pytest.mark.parametrize("smoothing", SMOOTHING)
 @pytest.mark.parametrize("scale", [200.0, 1e4])
-def test_extreme_logits_are_finite_and_right(scale: float, smoothing: float) -> None:
+def test_extreme_logits_are_finite_and_right(
+    cross_entropy: Function, scale: float, smoothing: float
+) -> None:
     """Here `exp` alone would overflow, or its `log` would be minus infinity."""
     labels = torch.arange(10).repeat(3)
     logits = torch.full((30, 10), -scale)
@@ -76,7 +89,7 @@ def test_extreme_logits_are_finite_and_right(scale: float, smoothing: float) -> 
 
 @pytest.mark.parametrize("smoothing", SMOOTHING)
 @pytest.mark.parametrize("classes", CLASSES)
-def test_even_odds(classes: int, smoothing: float) -> None:
+def test_even_odds(cross_entropy: Function, classes: int, smoothing: float) -> None:
     """These are the first logits of a last layer of zeros."""
     losses, gradient = cross_entropy(torch.zeros(3, classes), torch.tensor([0, 1, classes - 1]), smoothing)
     assert losses.tolist() == pytest.approx([math.log(classes)] * 3, rel=1e-6)
@@ -89,9 +102,10 @@ def test_even_odds(classes: int, smoothing: float) -> None:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("classes", CLASSES)
-def test_a_row_is_the_same_in_any_company(classes: int, smoothing: float) -> None:
+def test_a_row_is_the_same_in_any_company(cross_entropy: Function, classes: int, smoothing: float) -> None:
     """To the bit: a shard in a larger batch must have the gradient that it has alone."""
-    logits, labels = drawn(1_000, classes)
+    # The exact function has no kernels that differ by the number of rows.
+    logits, labels = drawn(1_000 if cross_entropy is loss.cross_entropy else 70, classes)
     losses, gradient = cross_entropy(logits, labels, smoothing)
     for size in (1, 2, 3, 5, 8, 13, 16, 17, 31, 32, 33, 64, 65, 100, 250):
         parts = zip(logits.split(size), labels.split(size), strict=True)
@@ -101,7 +115,7 @@ def test_a_row_is_the_same_in_any_company(classes: int, smoothing: float) -> Non
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_row_that_is_not_finite_spoils_no_other(bad: float) -> None:
+def test_a_row_that_is_not_finite_spoils_no_other(cross_entropy: Function, bad: float) -> None:
     logits, labels = drawn(20, 10)
     losses, gradient = cross_entropy(logits, labels, 0.1)
     spoilt = logits.clone()
@@ -113,7 +127,7 @@ def test_a_row_that_is_not_finite_spoils_no_other(bad: float) -> None:
     assert torch.equal(with_it[1][others], gradient[others])
 
 
-def test_logits_are_left_alone_and_there_is_no_graph() -> None:
+def test_logits_are_left_alone_and_there_is_no_graph(cross_entropy: Function) -> None:
     logits, labels = drawn(6, 10)
     before = logits.clone()
     losses, gradient = cross_entropy(logits.requires_grad_(), labels, 0.1)
@@ -123,8 +137,28 @@ def test_logits_are_left_alone_and_there_is_no_graph() -> None:
     assert gradient.is_contiguous()
 
 
-def test_logits_may_lie_in_memory_as_they_like() -> None:
+def test_logits_may_lie_in_memory_as_they_like(cross_entropy: Function) -> None:
     logits, labels = drawn(12, 10)
     lying = logits.t().contiguous().t()
     assert lying.stride() != logits.stride()
     assert all(map(torch.equal, cross_entropy(lying, labels, 0.1), cross_entropy(logits, labels, 0.1)))
+
+
+def recipe_for(cross_entropy: Function, **fields: Any) -> Recipe:
+    recipe = Recipe(**fields)
+    if cross_entropy is exact_loss.cross_entropy:
+        object.__setattr__(recipe, "precision", "exact")
+    return recipe
+
+
+def test_the_recipe_chooses_the_function(cross_entropy: Function) -> None:
+    made = loss.make_loss(recipe_for(cross_entropy, label_smoothing=0.1), 10, torch.device("cpu"))
+    logits, labels = drawn(64, 10)
+    assert all(map(torch.equal, made(logits, labels, [64]), cross_entropy(logits, labels, 0.1)))
+
+
+def test_a_loss_of_ones_own_is_not_exact(cross_entropy: Function) -> None:
+    recipe = recipe_for(cross_entropy, loss="user_functions:no_such_loss")
+    expected = "--precision exact" if recipe.precision == "exact" else "no_such_loss"  # it looks for it
+    with pytest.raises(UsageError, match=expected):
+        loss.make_loss(recipe, 10, torch.device("cpu"))

@@ -1,0 +1,98 @@
+"""Exponential, logarithm, sine, cosine and their like, with the same bits on every machine.
+
+A library's `exp` differs between processors and versions in its last bit. These functions consist of single
+additions, subtractions, multiplications and divisions of whole tensors, each correctly rounded everywhere.
+Two are never fused, because each is a call of its own.
+
+All take and return float64 tensors of any shape and device, and leave their argument unchanged. Each
+reduces its argument to a small interval and evaluates a polynomial there (Muller, "Elementary Functions",
+2016). The constants are split in two (Cody and Waite): the first part has so few bits that its products are
+exact. The stated errors were measured in units in the last place (ulp) on a million random arguments;
+`tests/exact/test_elementary.py` repeats the measurement with fewer.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Adding it to a float64 of magnitude below 2^51 rounds to an integer, which is then in the lowest bits.
+_ROUND = 1.5 * 2.0**52
+_LOG2_E = float.fromhex("0x1.71547652b82fep+0")  # 1 / ln 2
+_LN2 = (float.fromhex("0x1.62e42feep-1"), float.fromhex("0x1.a39ef35793c76p-33"))  # 32 bits, and the rest
+_HALF_PI = (float.fromhex("0x1.921fb544p+0"), float.fromhex("0x1.0b4611a626331p-34"))  # 33 bits, the rest
+_TWO_OVER_PI = float.fromhex("0x1.45f306dc9c883p-1")
+_SQRT_HALF_BITS = 0x3FE6A09E667F3BCD  # the bits of sqrt(1/2)
+LARGEST_ANGLE = 2.0**20
+"""Sine and cosine are not a number for angles of larger magnitude."""
+
+# Taylor series; Python divides integers correctly rounded. The first term left out is below 2^-57.
+_TWICE_EXP = [2 / math.factorial(k) for k in range(14)]
+_SIN = [(-1) ** k / math.factorial(2 * k + 1) for k in range(9)]  # in the square, over the argument
+_COS = [(-1) ** k / math.factorial(2 * k) for k in range(9)]  # in the square
+_LOG = [2 / (2 * k + 3) for k in range(10)]  # atanh(s) = s + s^3 / 3 + s^5 / 5 + ..., twice, without s
+
+
+def exp(x: Tensor) -> Tensor:
+    """Return e to the power of `x`. The error is at most 1.2 ulp.
+
+    The result is 0 below -708.05, where it would be less than 2^-1021.5, so no result is subnormal. It is
+    infinite above 709.78.
+    """
+    rest = x.clamp(-708.3, 710.3)  # the whole powers of two are then between -1022 and 1025
+    shifted = (rest * _LOG2_E).add_(_ROUND)
+    whole = shifted - _ROUND
+    rest -= whole * _LN2[0]
+    rest -= whole.mul_(_LN2[1])
+    # Twice the power of the rest, times half the power of two: so -1022 gives zero, and 1025 infinity.
+    half_power = shifted.view(torch.int64).add_(1022).bitwise_left_shift_(52).view(torch.float64)
+    return _polynomial(_TWICE_EXP, rest).mul_(half_power)
+
+
+def log(x: Tensor) -> Tensor:
+    """Return the natural logarithm. The error is at most 1.0 ulp.
+
+    It is minus infinity for 0 and for subnormal numbers, and not a number below 0.
+    """
+    bits = x.view(torch.int64)
+    exponent = (bits - _SQRT_HALF_BITS).bitwise_right_shift_(52)
+    mantissa = (bits - (exponent << 52)).view(torch.float64)  # from sqrt(1/2) to sqrt(2)
+    exponent = exponent.to(torch.float64)
+    f = mantissa.sub_(1)
+    s = f / (f + 2)  # log(1 + f) = 2 atanh(s) = f - s (f - series)
+    square = s * s
+    series = _polynomial(_LOG, square).mul_(square)
+    low = (f - series).mul_(s).sub_(exponent * _LN2[1])
+    result = (exponent * _LN2[0]).add_(f - low)
+    result = torch.where(x < 2.0**-1022, -math.inf, result)
+    return torch.where((x < 0) | ~(x < math.inf), x * math.inf * (x >= 0), result)
+
+
+def sin_and_cos(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sine and cosine of angles in radians. The absolute error is at most 1.6e-16.
+
+    Both are not a number for angles beyond `LARGEST_ANGLE`.
+    """
+    rest = torch.where(x.abs() <= LARGEST_ANGLE, x, math.nan)
+    shifted = (rest * _TWO_OVER_PI).add_(_ROUND)
+    whole = shifted - _ROUND
+    rest -= whole * _HALF_PI[0]  # exact: 33 and 20 bits
+    rest -= whole.mul_(_HALF_PI[1])
+    square = rest * rest
+    sine = _polynomial(_SIN[1:], square).mul_(square).mul_(rest).add_(rest)
+    cosine = _polynomial(_COS, square)
+    quarter = shifted.view(torch.int64)
+    odd = (quarter & 1) != 0
+    sign = 1 - (quarter & 2).to(torch.float64)
+    other_sign = 1 - ((quarter + 1) & 2).to(torch.float64)
+    return torch.where(odd, cosine, sine).mul_(sign), torch.where(odd, sine, cosine).mul_(other_sign)
+
+
+def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
+    """Return the sum of `coefficients[k] * x**k`, by Horner's rule."""
+    *lower, second, highest = coefficients
+    total = (x * highest).add_(second)
+    for coefficient in reversed(lower):
+        total.mul_(x).add_(coefficient)
+    return total

@@ -1,0 +1,36 @@
+"""Sums along one dimension of a tensor in a fixed order, and the softmax made of them.
+
+torch's `sum` adds in an order that depends on the processor, on strides and on the other dimensions. Here
+the second half of the terms is added to the first, element by element, until one term is left. The order
+depends on the number of terms alone, so a sample's result does not depend on the other samples. This is
+for sums within a sample; sums over the samples of a batch are sums of integers, see `products`.
+"""
+
+from torch import Tensor
+
+from .elementary import exp, log
+
+
+def sum_over(terms: Tensor, dim: int) -> Tensor:
+    """Add floating-point terms along a dimension, which the result does not have.
+
+    There must be at least one term. The rounding error grows with the logarithm of their number.
+    """
+    size, total = terms.shape[dim], terms.clone()
+    while size > 1:
+        half = size // 2
+        total.narrow(dim, 0, half).add_(total.narrow(dim, size - half, half))
+        size -= half
+    return total.select(dim, 0)
+
+
+def softmax(logits: Tensor, dim: int) -> Tensor:
+    """Return probabilities, float64, from float64 logits. They add up to 1 along the dimension."""
+    weights = exp(logits - logits.amax(dim, keepdim=True))
+    return weights.div_(sum_over(weights, dim).unsqueeze(dim))
+
+
+def log_softmax(logits: Tensor, dim: int) -> Tensor:
+    """Return the logarithms of `softmax`, float64, from float64 logits."""
+    shifted = logits - logits.amax(dim, keepdim=True)
+    return shifted.sub_(log(sum_over(exp(shifted), dim)).unsqueeze(dim))

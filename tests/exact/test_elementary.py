@@ -1,0 +1,108 @@
+"""Test elementary functions against numbers of 50 decimal digits, and pin some bits for every machine."""
+
+import hashlib
+import math
+from collections.abc import Callable
+from decimal import Decimal, localcontext
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import Tensor
+
+from distributed_mnist.common.random_keys import random_bits, uniform
+from distributed_mnist.exact.elementary import LARGEST_ANGLE, exp, log, sin_and_cos
+
+DIGITS = 50
+PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899")
+
+
+def drawn(low: float, high: float, count: int = 400) -> Tensor:
+    """Return numbers between two bounds, the same on every machine."""
+    fractions = torch.from_numpy(uniform(random_bits(count, "elementary", str(low), str(high))))
+    return fractions * (high - low) + low
+
+
+def sine_and_cosine(x: float) -> tuple[Decimal, Decimal]:
+    """Sum the Taylor series, for the angle less whole turns."""
+    angle = Decimal(x)
+    angle -= 2 * PI * (angle / (2 * PI)).to_integral_value()
+    term, sums = Decimal(1), [Decimal(0), Decimal(0)]
+    for k in range(60):
+        sums[k % 2] += term if k % 4 < 2 else -term
+        term *= angle / (k + 1)
+    return sums[1], sums[0]
+
+
+def worst(got: Tensor, arguments: Tensor, reference: Callable[[float], Decimal], relative: bool) -> float:
+    """Return the largest error, in ulp of the right result or absolute."""
+    with localcontext(prec=DIGITS):
+        errors = []
+        for value, x in zip(got.tolist(), arguments.tolist(), strict=True):
+            right = reference(x)
+            unit = Fraction(math.ulp(float(right))) if relative else Fraction(1)
+            errors.append(abs(Fraction(value) - Fraction(right)) / unit)
+        return float(max(errors))
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1e-3, 1e-3), (-1.0, 1.0), (-40.0, 0.0), (-708.0, 709.7)])
+def test_exp(low: float, high: float) -> None:
+    x = drawn(low, high)
+    assert worst(exp(x), x, lambda value: Decimal(value).exp(), relative=True) <= 1.2
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 1.0), (0.5, 2.0), (0.999, 1.001), (1.0, 1e300), (1e-300, 1e-299)]
+)
+def test_log(low: float, high: float) -> None:
+    x = drawn(low, high)
+    assert worst(log(x), x, lambda value: Decimal(value).ln(), relative=True) <= 1.0
+
+
+@pytest.mark.parametrize("bound", [0.8, 7.0, 1e3, LARGEST_ANGLE])
+def test_sine_and_cosine(bound: float) -> None:
+    x = drawn(-bound, bound, 200)
+    for part, got in enumerate(sin_and_cos(x)):
+        assert (
+            worst(got, x, lambda value, part=part: sine_and_cosine(value)[part], relative=False) <= 1.6e-16
+        )
+
+
+def test_edges() -> None:
+    inf, nan = math.inf, math.nan
+    x = torch.tensor([0.0, inf, -inf, 1e308, -1e308, 709.79, 709.7, -708.06, -708.0], dtype=torch.float64)
+    e = exp(x)
+    assert e[:6].tolist() == [1, inf, 0, inf, 0, inf]
+    assert e[6].isfinite()
+    assert e[7] == 0
+    assert e[8] >= 2.0**-1022
+    positive = torch.tensor([0.0, -0.0, 5e-324, inf, 1.0], dtype=torch.float64)
+    assert log(positive).tolist() == [-inf, -inf, -inf, inf, 0]
+    for function in (exp, log):
+        assert function(torch.tensor([nan], dtype=torch.float64)).isnan().all()
+    assert log(torch.tensor([-1.0, -inf], dtype=torch.float64)).isnan().all()
+    outside = torch.tensor([nan, inf, -inf, 2**20 + 1], dtype=torch.float64)
+    assert all(part.isnan().all() for part in sin_and_cos(outside))
+    sine, cosine = sin_and_cos(torch.zeros(1, dtype=torch.float64))
+    assert (sine.item(), cosine.item()) == (0, 1)
+
+
+def test_an_element_depends_on_no_other_and_not_on_strides() -> None:
+    x = drawn(0.1, 5.0, 90).view(9, 10)
+    before = x.clone()
+    functions = (exp, log, lambda t: sin_and_cos(t)[0], lambda t: sin_and_cos(t)[1])
+    for function in functions:
+        whole = function(x)
+        assert torch.equal(function(x.t()), whole.t())
+        assert torch.equal(function(x[3:4, 5]), whole[3:4, 5])
+        assert torch.equal(function(x[2, 2]), whole[2, 2])
+        assert function(x[:0]).shape == (0, 10)
+    assert torch.equal(x, before)
+
+
+def test_the_bits_are_the_same_on_every_machine() -> None:
+    """These bits were computed once; a machine, or a version of torch, with others breaks the promise."""
+    x = drawn(0.01, 30.0, 1000)
+    results = (exp(x), exp(-x), log(x), *sin_and_cos(x))
+    found = hashlib.sha256(torch.cat(results).numpy().astype("<f8").tobytes()).hexdigest()
+    assert found == "bddff570077513bcb2cce82f774b0d5558f761a30c775d591aa0ef11095cc885"
