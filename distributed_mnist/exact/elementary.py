@@ -1,19 +1,20 @@
-"""Exponential, logarithm, sine, cosine and their like, with the same bits on every machine.
+"""Exponential, logarithm, sine, cosine and square root, with the same bits on every machine.
 
 A library's `exp` differs between processors and versions in its last bit. These functions consist of single
 additions, subtractions, multiplications and divisions of whole tensors, each correctly rounded everywhere.
 Two are never fused, because each is a call of its own.
 
-All take and return float64 tensors of any shape and device, and leave their argument unchanged. Each
-reduces its argument to a small interval and evaluates a polynomial there (Muller, "Elementary Functions",
-2016). The constants are split in two (Cody and Waite): the first part has so few bits that its products are
-exact. The stated errors were measured in units in the last place (ulp) on a million random arguments;
-`tests/exact/test_elementary.py` repeats the measurement with fewer.
+All but `sqrt` take and return float64 tensors of any shape and device, and leave their argument
+unchanged. Each reduces its argument to a small interval and evaluates a polynomial there (Muller,
+"Elementary Functions", 2016). The constants are split in two (Cody and Waite): the first part has so few
+bits that its products are exact. The stated errors were measured in units in the last place (ulp) on a
+million random arguments; `tests/exact/test_elementary.py` repeats the measurement with fewer.
 """
 
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,6 +88,20 @@ def sin_and_cos(x: Tensor) -> tuple[Tensor, Tensor]:
     sign = 1 - (quarter & 2).to(torch.float64)
     other_sign = 1 - ((quarter + 1) & 2).to(torch.float64)
     return torch.where(odd, cosine, sine).mul_(sign), torch.where(odd, sine, cosine).mul_(other_sign)
+
+
+def sqrt(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return the square root of float32 or float64 numbers, correctly rounded, in `out` if it is given.
+
+    On a CPU, `torch.sqrt` may call Intel's MKL, which rounds one float32 in ten the wrong way. NumPy uses
+    the processor's own instruction, which IEEE 754 defines to the last bit, as CUDA does.
+    """
+    if x.device.type != "cpu":
+        return torch.sqrt(x, out=out)
+    out = torch.empty_like(x) if out is None else out
+    with np.errstate(invalid="ignore"):
+        np.sqrt(x.detach().numpy(), out=out.detach().numpy())
+    return out
 
 
 def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from decimal import Decimal, localcontext
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from distributed_mnist.common.random_keys import random_bits, uniform
-from distributed_mnist.exact.elementary import LARGEST_ANGLE, exp, log, sin_and_cos
+from distributed_mnist.exact.elementary import LARGEST_ANGLE, exp, log, sin_and_cos, sqrt
 
 DIGITS = 50
 PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899")
@@ -66,6 +67,23 @@ def test_sine_and_cosine(bound: float) -> None:
         assert (
             worst(got, x, lambda value, part=part: sine_and_cosine(value)[part], relative=False) <= 1.6e-16
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_square_root_is_correctly_rounded(dtype: torch.dtype) -> None:
+    """Compare squares: the right result is within half an ulp. `torch.sqrt` often fails this."""
+    x = drawn(1e-3, 4.0, 3000).to(dtype)
+    roots = sqrt(x)
+    ulp = np.spacing(roots.numpy()).tolist()
+    for value, root, unit in zip(x.tolist(), roots.tolist(), ulp, strict=True):
+        half = Fraction(unit) / 2
+        assert (Fraction(root) - half) ** 2 <= Fraction(value) <= (Fraction(root) + half) ** 2
+    assert sqrt(x, out=x) is x
+    assert torch.equal(x, roots)
+    edges = torch.tensor([0.0, math.inf, -1.0, math.nan, 2.0], dtype=dtype)
+    assert sqrt(edges)[:2].tolist() == [0, math.inf]
+    assert sqrt(edges)[2:4].isnan().all()
+    assert sqrt(edges[0]).shape == ()
 
 
 def test_edges() -> None:
