@@ -11,7 +11,7 @@ from .fields import check_type, flag, require, require_count
 from .intervals import steps_between
 
 Sync = Literal["tree", "ddp"]
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "exact"]
 Schedule = Literal["constant", "step", "cosine", "one-cycle"]
 
 _KNOWN = {"loss": ("cross-entropy",), "optimizer": ("adam", "adamw", "sgd", "muon")}
@@ -95,7 +95,8 @@ class Recipe:
     shards: int = 8
     """Number of parts each global batch is split into. This is also the maximum number of processes."""
     precision: Precision = "fp32"
-    """Precision of the model's arithmetic: fp32, or bf16 via autocast (weights stay in fp32). auto chooses
+    """Precision of the model's arithmetic: fp32, bf16 via autocast (weights stay in fp32), or exact, with
+    the same bits on every machine (not with an optimizer or a loss of your own). auto chooses
     bf16 if every process has hardware for it, otherwise fp32; a resumed run keeps the choice."""
 
     def __post_init__(self) -> None:
@@ -119,6 +120,8 @@ class Recipe:
         require(fits, "average", f"below 1 - --warmup {self.warmup}, where one-cycle falls", self)
         smoothed = self.label_smoothing and self.loss != "cross-entropy"
         require(not smoothed, "label_smoothing", "0 with a loss of your own", self)
+        same_everywhere = self.precision != "exact" or ":" not in self.optimizer
+        require(same_everywhere, "optimizer", "adam, adamw, sgd or muon with --precision exact", self)
         require(not (self.average and self.ema), "ema", f"0 with --average {self.average}", self)
         is_count = self.validation < 1 or isinstance(self.validation, int)
         require(is_count, "validation", "a whole number of images, or a fraction below 1", self)

@@ -14,27 +14,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from .kernels import FUSED, Kernels
 from .optimizers import Group, Optimizer
-
-# The coefficients of a quintic that maps singular values between 0 and 1 to about one, from the source
-# above. There it is applied five times. The small networks here learn as well with three, see
-# docs/explanation/performance.md.
-_A, _B, _C = 3.4445, -4.7750, 2.0315
-_ITERATIONS = 3
-
-
-def orthogonalise(matrix: Tensor) -> Tensor:
-    """Return float32 `(rows, columns)` with the same singular vectors and all singular values about one.
-
-    This is Newton-Schulz iteration, which needs only products of matrices. A zero matrix stays zero.
-    """
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / (x.norm() + 1e-7)
-    for _ in range(_ITERATIONS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
-    return x.T if tall else x
 
 
 class Muon(Optimizer):
@@ -57,6 +38,7 @@ class Muon(Optimizer):
         adam_ratio: float,
         betas: tuple[float, float],
         weight_decay: float,
+        kernels: Kernels = FUSED,
     ) -> None:
         parameters = list(parameters)
         matrices = [p for p in parameters if p.ndim >= 2][:-1]
@@ -66,28 +48,28 @@ class Muon(Optimizer):
         groups: list[Group] = [{"params": rest, "matrices": False, **adam}]
         if matrices:
             groups.append({"params": matrices, "matrices": True, "momentum": momentum, "lr": lr})
-        super().__init__(groups, {})
+        super().__init__(groups, {}, kernels)
 
     def update(self, parameters: list[Tensor], gradients: list[Tensor], group: Group) -> None:
         """Update the parameters of one group; see `Optimizer`."""
         if group["matrices"]:
             self._orthogonal_step(parameters, gradients, group)
         else:
-            self.adam_step(torch._fused_adamw_, parameters, gradients, group)
+            self.adam_step(self.kernels.adamw_, parameters, gradients, group)
 
     def _orthogonal_step(self, parameters: list[Tensor], gradients: list[Tensor], group: Group) -> None:
-        lr, momentum = group["lr"], group["momentum"]
+        kernels, lr, momentum = self.kernels, group["lr"], group["momentum"]
         for p in parameters:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in parameters]
-        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        directions = torch._foreach_lerp(gradients, buffers, momentum)  # Nesterov's momentum
-        norms = torch.stack(torch._foreach_norm(parameters))
+        kernels.lerp_(buffers, gradients, 1 - momentum)
+        directions = kernels.lerp(gradients, buffers, momentum)  # Nesterov's momentum
+        norms = torch.stack(kernels.norms(parameters))
         for p, direction in zip(parameters, directions, strict=True):
-            step = orthogonalise(direction.flatten(1))
+            step = kernels.orthogonalise(direction.flatten(1))
             rows, columns = step.shape
-            p.add_(step.reshape(p.shape), alpha=-lr * math.sqrt(max(1, rows / columns)))
-        scales = norms / torch.stack(torch._foreach_norm(parameters))
+            kernels.add_scaled_(p, step.reshape(p.shape), -lr * math.sqrt(max(1, rows / columns)))
+        scales = norms / torch.stack(kernels.norms(parameters))
         scales = torch.where(norms > 0, scales, 1)  # a weight that is all zeros may become nonzero
         torch._foreach_mul_(parameters, list(scales.unbind()))

@@ -1,4 +1,4 @@
-"""Adam, AdamW and SGD with torch's fused kernels, in the state format of torch's own optimizers.
+"""Adam, AdamW and SGD, in the state format of torch's own optimizers.
 
 torch's own optimizers import torch's compiler when they are made, only to exclude themselves from it. This
 takes a second or more of every start (docs/explanation/performance.md). The three steps are short enough to
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .kernels import EXACT, FUSED, Kernels
 
 Group = dict[str, Any]
 """A group of parameters with their hyperparameters."""
@@ -30,6 +32,10 @@ class Optimizer(torch.optim.Optimizer):
     state_dict = _unwrapped(torch.optim.Optimizer.state_dict)
     load_state_dict = _unwrapped(torch.optim.Optimizer.load_state_dict)
     zero_grad = _unwrapped(torch.optim.Optimizer.zero_grad)
+
+    def __init__(self, parameters: Any, defaults: Group, kernels: Kernels) -> None:
+        self.kernels = kernels
+        super().__init__(parameters, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -53,7 +59,8 @@ class Optimizer(torch.optim.Optimizer):
         state = self.state
         for p in parameters:
             if "step" not in state[p]:
-                state[p]["step"] = torch.zeros((), device=p.device)
+                # Fused kernels read it on the device, the exact ones on the CPU.
+                state[p]["step"] = torch.zeros((), device="cpu" if self.kernels is EXACT else p.device)
                 state[p]["exp_avg"], state[p]["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         means, squares, steps = (
             [state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq", "step")
@@ -82,10 +89,13 @@ class Adam(Optimizer):
         betas: tuple[float, float],
         weight_decay: float,
         decoupled: bool = False,
+        kernels: Kernels = FUSED,
     ) -> None:
         fixed = {"eps": 1e-8, "amsgrad": False, "maximize": False}
-        super().__init__(parameters, {"lr": lr, "betas": betas, "weight_decay": weight_decay, **fixed})
-        self._kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
+        super().__init__(
+            parameters, {"lr": lr, "betas": betas, "weight_decay": weight_decay, **fixed}, kernels
+        )
+        self._kernel = kernels.adamw_ if decoupled else kernels.adam_
 
     def update(self, parameters: list[Tensor], gradients: list[Tensor], group: Group) -> None:
         """Update the parameters of one group; see `Optimizer`."""
@@ -96,9 +106,17 @@ class SGD(Optimizer):
     """Stochastic gradient descent with Nesterov momentum (Sutskever and others, 2013)."""
 
     def __init__(
-        self, parameters: Iterable[Tensor], *, lr: float, momentum: float, weight_decay: float
+        self,
+        parameters: Iterable[Tensor],
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        kernels: Kernels = FUSED,
     ) -> None:
-        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(
+            parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, kernels
+        )
 
     def update(self, parameters: list[Tensor], gradients: list[Tensor], group: Group) -> None:
         """Update the parameters of one group; see `Optimizer`."""
@@ -107,7 +125,7 @@ class SGD(Optimizer):
             for p in parameters:
                 self.state[p]["momentum_buffer"] = torch.empty_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in parameters] if group["momentum"] else []
-        torch._fused_sgd_(
+        self.kernels.sgd_(
             parameters, gradients, buffers, weight_decay=group["weight_decay"], momentum=group["momentum"],
             lr=group["lr"], dampening=0.0, nesterov=group["momentum"] > 0, maximize=False,
             is_first_step=is_first_step,

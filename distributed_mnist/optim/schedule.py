@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..config import Recipe
 from . import own_optimizer
+from .kernels import EXACT, FUSED
 from .muon import Muon
 from .optimizers import SGD, Adam
 
@@ -17,15 +19,18 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if ":" in recipe.optimizer:
         return own_optimizer.make(recipe.optimizer, parameters, recipe.lr)
-    lr, betas, decay = recipe.lr, (recipe.beta1, recipe.beta2), recipe.weight_decay
+    common: dict[str, Any] = {
+        "lr": recipe.lr,
+        "weight_decay": recipe.weight_decay,
+        "kernels": EXACT if recipe.precision == "exact" else FUSED,
+    }
+    betas = (recipe.beta1, recipe.beta2)
     if recipe.optimizer == "sgd":
-        return SGD(parameters, lr=lr, momentum=recipe.momentum, weight_decay=decay)
+        return SGD(parameters, momentum=recipe.momentum, **common)
     if recipe.optimizer == "muon":
-        ratio = recipe.adam_lr / lr
-        return Muon(
-            parameters, lr=lr, momentum=recipe.momentum, adam_ratio=ratio, betas=betas, weight_decay=decay
-        )
-    return Adam(parameters, lr=lr, betas=betas, weight_decay=decay, decoupled=recipe.optimizer == "adamw")
+        ratio = recipe.adam_lr / recipe.lr
+        return Muon(parameters, momentum=recipe.momentum, adam_ratio=ratio, betas=betas, **common)
+    return Adam(parameters, betas=betas, decoupled=recipe.optimizer == "adamw", **common)
 
 
 def make_schedule(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:

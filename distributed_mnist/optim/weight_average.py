@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .kernels import FUSED
+from .optimizers import Optimizer
 
 # In the optimizer's state of a parameter, and so in a checkpoint.
 _MEAN = "average"
@@ -85,7 +87,8 @@ def _move(optimizer: torch.optim.Optimizer, key: str, share: float, *, first: bo
         for p in weights:
             optimizer.state[p][key] = p.detach().clone()
     else:
-        torch._foreach_lerp_([optimizer.state[p][key] for p in weights], weights, share)
+        kernels = optimizer.kernels if isinstance(optimizer, Optimizer) else FUSED
+        kernels.lerp_([optimizer.state[p][key] for p in weights], weights, share)
 
 
 def _weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -140,7 +140,8 @@ def train_step(
         context.gradients.compute(forward_shards, context.batches.shard_sizes(step))
     with timer.phase("optimizer"):
         if context.recipe.clip:
-            clip_gradients(state.model.parameters(), context.recipe.clip)
+            exact = context.recipe.precision == "exact"
+            clip_gradients(state.model.parameters(), context.recipe.clip, exact=exact)
         state.optimizer.step()
         if context.recipe.ema:
             weight_average.update_moving_average(state.optimizer, context.recipe.ema, step)

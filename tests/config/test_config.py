@@ -278,7 +278,7 @@ def test_intervals(text: str, steps: int) -> None:
             "here: there is no optimizer 'adan'; did you mean adam? there are adam, adamw, sgd, muon, or "
             "package.module:function",
         ),
-        ({"precision": "fp8"}, "here: precision must be auto or fp32 or bf16, not 'fp8'"),
+        ({"precision": "fp8"}, "here: precision must be auto or fp32 or bf16 or exact, not 'fp8'"),
         ({"schedule": 1}, "here: schedule must be constant or step or cosine or one-cycle, not 1"),
     ],
 )

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from distributed_mnist.config import Recipe
 from distributed_mnist.errors import CheckpointError
-from distributed_mnist.optim.muon import Muon, orthogonalise
+from distributed_mnist.optim.muon import Muon
+from distributed_mnist.optim.newton_schulz import orthogonalise
 from distributed_mnist.optim.schedule import make_optimizer, set_learning_rate
 from distributed_mnist.runs.checkpoint import load_optimizer
 
