@@ -165,14 +165,16 @@ def _position(name: str, state: Any) -> Any:
     return state[1] if name == "NumPy" else state[1][-1]
 
 
-class _DispatchMode(TorchDispatchMode):
+class DispatchMode(TorchDispatchMode):
+    """A mode that sees every operation of torch in this thread."""
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """Return False: torch would import its compiler to keep it away, which takes more than a second."""
         return False
 
 
-class PrivateDraws(_DispatchMode):
+class PrivateDraws(DispatchMode):
     """Draws on the CPU as if torch's global generator had this seed, but from a generator of its own.
 
     So another thread that draws from the global one changes nothing. Code that seeds the global generator
@@ -210,7 +212,7 @@ class DrawsNotShared(Exception):
     """A pass of several shards draws random numbers in a way that cannot be cut into shards."""
 
 
-class ShardDraws(_DispatchMode):
+class ShardDraws(DispatchMode):
     """In a pass of several shards on the CPU, draws for each what it would draw in a pass of its own.
 
     `seeds` are those of torch's global generator in the shards' own passes, `sizes` the numbers of their

@@ -16,12 +16,17 @@ def sum_over(terms: Tensor, dim: int) -> Tensor:
 
     There must be at least one term. The rounding error grows with the logarithm of their number.
     """
-    size, total = terms.shape[dim], terms.clone()
+    return sum_over_(terms.clone(), dim)
+
+
+def sum_over_(terms: Tensor, dim: int) -> Tensor:
+    """Do what `sum_over` does in the memory of the terms. The result is a view of them."""
+    size = terms.shape[dim]
     while size > 1:
         half = size // 2
-        total.narrow(dim, 0, half).add_(total.narrow(dim, size - half, half))
+        terms.narrow(dim, 0, half).add_(terms.narrow(dim, size - half, half))
         size -= half
-    return total.select(dim, 0)
+    return terms.select(dim, 0)
 
 
 def softmax(logits: Tensor, dim: int) -> Tensor:

@@ -37,7 +37,11 @@ def decode(data: bytes, trained: Trained) -> tuple[Callable[[Tensor], Tensor], M
     metadata = _split(data)[0]["__metadata__"]
     # Another seed gives other initial weights, so that a weight missing from the file changes the outputs.
     network = build(
-        metadata["model"], len(trained.class_names), trained.recipe.seed + 1, trained.image_shape
+        metadata["model"],
+        len(trained.class_names),
+        trained.recipe.seed + 1,
+        trained.image_shape,
+        trained.recipe.precision == "exact",
     )
     network.load_state_dict(load(data))
     network = place(network, torch.device("cpu"), trained.image_shape)

@@ -236,7 +236,7 @@ def _restore_one(path: str, raw: bytes, model: str | None, device: torch.device,
     if recipe.model in MODELS:
         with torch.device("meta"):  # without memory, because a damaged shape could fill it
             require_weights(MODELS[recipe.model](len(class_names), shape), weights, path)
-    network = build(recipe.model, len(class_names), recipe.seed, shape)
+    network = build(recipe.model, len(class_names), recipe.seed, shape, recipe.precision == "exact")
     load_weights(network, weights, path)
     network = place(network, device, shape).eval()
     return Trained(

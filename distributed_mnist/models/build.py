@@ -14,6 +14,7 @@ from ..common.process_state import defined_state
 from ..common.random_keys import torch_seed
 from ..config import MNIST_SHAPE, ImageShape, Precision, Recipe
 from ..errors import UsageError
+from ..exact.initialisation import ExactInitialisation, InexactOperation
 from ..user_code.functions import current_folder_last
 from .factory import find_factory, shape_hint
 from .inspection import ModelProperties, equal, inspect
@@ -26,32 +27,44 @@ def make_model(
 
     Raises `UsageError` if it cannot be trained exactly.
     """
-    model = build(recipe.model, classes, recipe.seed, shape)
+    exact = recipe.precision == "exact"
+    model = build(recipe.model, classes, recipe.seed, shape, exact)
     if ":" in recipe.model:  # a user's own
-        problem = _difference(model, build(recipe.model, classes, recipe.seed, shape))
+        problem = _difference(model, build(recipe.model, classes, recipe.seed, shape, exact))
         if problem:
             raise UsageError(f"--model {recipe.model}: its factory {problem}")
     model = place(model, device, shape)
     return model, inspect(model, recipe.model, classes, device, shape)
 
 
-def build(name: str, classes: int, seed: int, shape: ImageShape = MNIST_SHAPE) -> nn.Module:
+def build(
+    name: str, classes: int, seed: int, shape: ImageShape = MNIST_SHAPE, exact: bool = False
+) -> nn.Module:
     """Build a model on the CPU. Its initial weights depend on `seed` alone.
 
     What it draws from the global generators is keyed. The settings of torch that it changes are restored.
     Lazy layers get their shapes. `name` is one of `MODELS` or `package.module:factory`, where
-    `factory(classes)` or `factory(classes, shape)` returns a module. Raises `UsageError` if there is no
-    such factory or if it fails.
+    `factory(classes)` or `factory(classes, shape)` returns a module. If `exact`, the weights
+    have the same bits on every machine (see `ExactInitialisation`). Raises `UsageError` if there is no such
+    factory or if it fails.
     """
     factory = find_factory(name)
+    draws = ExactInitialisation() if exact else PrivateDraws(torch_seed("init", seed))
     problem: BaseException | None = None
     try:
         with defined_state(), current_folder_last():
             seed_generators("init", seed)
-            with PrivateDraws(torch_seed("init", seed)):
+            with draws:
                 model = factory(classes, shape)
                 if isinstance(model, nn.Module) and _uninitialised(model):
+                    if isinstance(draws, ExactInitialisation):
+                        draws.may_be_inexact = True  # this pass only finds out shapes
                     problem = _failure(model, torch.device("cpu"), shape)
+    except InexactOperation as error:
+        raise UsageError(
+            f"--model {name}: its factory uses {error} of torch, whose result may differ between machines, "
+            "so it does not go with --precision exact"
+        ) from error
     except (Exception, SystemExit) as error:
         raise UsageError(f"--model {name}: its factory failed: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
