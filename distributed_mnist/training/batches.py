@@ -17,6 +17,7 @@ from torch import Tensor
 from ..common.random_keys import permutation
 from ..config import Recipe
 from ..data.split import Split, as_stored, channels_first, normalise
+from ..exact.resampling import resample
 from ..gradients.tree_sum import shard_sizes
 from .augment import apply_transforms, draw_transforms
 
@@ -90,7 +91,8 @@ class Batches:
         labels = self._split.labels.index_select(0, indices).long()
         if self._transforms is not None:
             transforms = self._transforms[start:stop].clone()
-            images = as_stored(apply_transforms(channels_first(images).float(), transforms))
+            distort = resample if self._recipe.precision == "exact" else apply_transforms
+            images = as_stored(distort(channels_first(images).float(), transforms))
         images = normalise(images, self._mean, self._std)
         return Batch(images, labels, self._order[rows], start)
 

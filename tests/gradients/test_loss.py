@@ -145,10 +145,8 @@ def test_logits_may_lie_in_memory_as_they_like(cross_entropy: Function) -> None:
 
 
 def recipe_for(cross_entropy: Function, **fields: Any) -> Recipe:
-    recipe = Recipe(**fields)
-    if cross_entropy is exact_loss.cross_entropy:
-        object.__setattr__(recipe, "precision", "exact")
-    return recipe
+    exact = cross_entropy is exact_loss.cross_entropy
+    return Recipe(**fields, precision="exact" if exact else "fp32")
 
 
 def test_the_recipe_chooses_the_function(cross_entropy: Function) -> None:

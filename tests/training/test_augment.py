@@ -1,16 +1,26 @@
 """Test shifts, rotations and zooms against pixels moved by hand; they depend on (seed, step) alone."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from distributed_mnist.common.digest import digest
+from distributed_mnist.common.random_keys import random_bits, uniform
 from distributed_mnist.config import MNIST_SHAPE, ImageShape, Recipe
+from distributed_mnist.data.split import Split
+from distributed_mnist.exact.resampling import resample
 from distributed_mnist.training.augment import apply_transforms, draw_transforms
+from distributed_mnist.training.batches import Batches
 
 NOISE = torch.from_numpy(np.random.default_rng(0).uniform(0, 255, (3, 1, 28, 28)).astype(np.float32))
+
+
+Apply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+BOTH_WAYS = pytest.mark.parametrize("apply", [apply_transforms, resample])
 
 
 def affine(*rows: list[float]) -> torch.Tensor:
@@ -30,30 +40,34 @@ def test_nothing_is_drawn_where_nothing_is_asked_for() -> None:
     assert draw_transforms(Recipe(), 0, 10, MNIST_SHAPE) is None
 
 
-def test_the_identity_changes_nothing() -> None:
-    same = apply_transforms(NOISE, affine([1, 0, 0], [0, 1, 0]))
+@BOTH_WAYS
+def test_the_identity_changes_nothing(apply: Apply) -> None:
+    same = apply(NOISE, affine([1, 0, 0], [0, 1, 0]))
     assert torch.allclose(same, NOISE, atol=1e-2)  # a coordinate's rounding, times 255
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize(("right", "down"), [(3, 0), (0, 2), (-4, 5), (0, -1), (28, 0)])
-def test_a_shift_moves_pixels(right: int, down: int) -> None:
+def test_a_shift_moves_pixels(right: int, down: int, apply: Apply) -> None:
     """The map goes from output to input: the pixel at x comes from x + the shift."""
     expected = torch.zeros_like(NOISE)
     for y in range(28):
         for x in range(28):
             if 0 <= y + down < 28 and 0 <= x + right < 28:
                 expected[:, 0, y, x] = NOISE[:, 0, y + down, x + right]
-    moved = apply_transforms(NOISE, affine([1, 0, right * 2 / 28], [0, 1, down * 2 / 28]))
+    moved = apply(NOISE, affine([1, 0, right * 2 / 28], [0, 1, down * 2 / 28]))
     assert torch.allclose(moved, expected, atol=1e-2)
 
 
-def test_half_a_pixel_is_the_mean_of_two() -> None:
-    moved = apply_transforms(NOISE, affine([1, 0, 1 / 28], [0, 1, 0]))
+@BOTH_WAYS
+def test_half_a_pixel_is_the_mean_of_two(apply: Apply) -> None:
+    moved = apply(NOISE, affine([1, 0, 1 / 28], [0, 1, 0]))
     assert torch.allclose(moved[..., :27], (NOISE[..., :27] + NOISE[..., 1:]) / 2, atol=1e-2)
 
 
-def test_a_quarter_turn_turns() -> None:
-    turned = apply_transforms(NOISE, affine([0, -1, 0], [1, 0, 0]))
+@BOTH_WAYS
+def test_a_quarter_turn_turns(apply: Apply) -> None:
+    turned = apply(NOISE, affine([0, -1, 0], [1, 0, 0]))
     assert torch.allclose(turned, torch.rot90(NOISE, k=1, dims=(2, 3)), atol=1e-2)
 
 
@@ -120,8 +134,44 @@ def test_pixels_move_alike_in_images_of_any_shape() -> None:
     np.testing.assert_allclose(tall[:, :, 2] / per_pixel, square[:, :, 2] * 14, atol=1e-5)
 
 
-def test_colours_move_together() -> None:
+@BOTH_WAYS
+def test_colours_move_together(apply: Apply) -> None:
     colours = NOISE[:, :, :20].expand(3, 3, 20, 28) * torch.tensor([1.0, 0.5, 0.25]).view(3, 1, 1)
-    moved = apply_transforms(colours, affine([0.9, 0.1, 0.2], [-0.1, 0.9, -0.1]))
+    moved = apply(colours, affine([0.9, 0.1, 0.2], [-0.1, 0.9, -0.1]))
     assert torch.allclose(moved[:, 1], moved[:, 0] / 2)
     assert torch.allclose(moved[:, 2], moved[:, 0] / 4)
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 17, 40)])
+def test_the_exact_way_is_the_other_up_to_rounding(shape: ImageShape) -> None:
+    """Also for images moved out of sight, for empty batches, and with bits that do not depend on others."""
+    noise = (
+        torch.from_numpy(uniform(random_bits(40 * math.prod(shape), "noise"))).view(40, *shape).float()
+        * 255
+    )
+    transforms = torch.from_numpy(drawn(Recipe(shift=20, rotate=90, scale=0.5), count=40, shape=shape))
+    whole = resample(noise, transforms)
+    assert torch.allclose(whole, apply_transforms(noise, transforms), atol=3e-2)
+    assert torch.equal(resample(noise[7:9], transforms[7:9]), whole[7:9])
+    lying = noise.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    assert torch.equal(resample(lying, transforms), whole)
+    assert resample(noise[:0], transforms[:0]).shape == (0, *shape)
+    far = affine([1, 0, 99], [0, 1, -99]).expand(3, 2, 3)
+    assert not resample(NOISE, far).any()
+
+
+def test_the_exact_recipe_draws_and_resamples_with_the_same_bits_everywhere() -> None:
+    """The digest was computed once; a machine with another one breaks the promise."""
+    recipe = Recipe(shift=3, rotate=20, scale=0.2, batch_size=16, precision="exact")
+    transforms = drawn(recipe, count=1000)
+    others = drawn(recipe.replace(precision="fp32"), count=1000)
+    np.testing.assert_allclose(transforms, others, atol=1e-7)
+    pixels = torch.from_numpy((random_bits(16 * 28 * 28, "pixels") % np.uint64(256)).astype(np.uint8))
+    split = Split(pixels.view(16, 28, 28), torch.zeros(16, dtype=torch.uint8))
+    exact, other = (
+        Batches(split, made, mean=0.25, std=0.5).take(0, range(8)).images
+        for made in (recipe, recipe.replace(precision="fp32"))
+    )
+    assert torch.allclose(exact, other, atol=1e-3)
+    assert not torch.equal(exact, other)
+    assert digest([transforms, exact])[:16] == "e66b96d059aaaa09"
