@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..config import Recipe
+from ..exact.elementary import sin_and_cos
 from . import own_optimizer
 from .kernels import EXACT, FUSED
 from .muon import Muon
@@ -36,6 +37,8 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 def make_schedule(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
     """Return the learning rate as a function of the step, `0 .. recipe.total_steps(steps_per_epoch) - 1`.
 
+    A rate has the same bits on every machine: Python's `math.cos` and `**` do not.
+
     - constant: `lr`.
     - step: `lr * decay_factor ** (epoch // decay_every)`, the rule of the original script.
     - cosine: a linear rise over the fraction `warmup` of the steps, then half a cosine down to zero
@@ -52,13 +55,16 @@ def make_schedule(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float
         return recipe.lr
 
     def stepwise(step: int) -> float:
-        return recipe.lr * recipe.decay_factor ** (step // steps_per_epoch // recipe.decay_every)
+        decays = step // steps_per_epoch // recipe.decay_every
+        return recipe.lr * math.prod([recipe.decay_factor] * decays)
 
     def cosine(step: int) -> float:
         if step < warmup_steps:
             return recipe.lr * (step + 1) / (warmup_steps + 1)
         falling_steps = max(total_steps - warmup_steps, 1)
-        return recipe.lr * (1 + math.cos(math.pi * (step - warmup_steps) / falling_steps)) / 2
+        angle = math.pi * (step - warmup_steps) / falling_steps
+        cosine = sin_and_cos(torch.tensor(angle, dtype=torch.float64))[1].item()
+        return recipe.lr * (1 + cosine) / 2
 
     def one_cycle(step: int) -> float:
         first_rate, final_rate = recipe.lr / 10, recipe.lr / recipe.final_div

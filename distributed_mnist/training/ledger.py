@@ -5,6 +5,8 @@ ranks add their ledgers. Each position is nonzero on at most one rank, so the su
 for every number of processes. If two ranks trained on the same sample, or no rank did, the digest changes.
 """
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,10 +25,15 @@ class IntervalRecord:
     first_step: int
     losses: list[float]
     """Mean loss of each step, over its global batch."""
-    loss_sum: float
-    """Sum of the losses of all samples in these steps."""
+    loss_sums: list[float]
+    """Sum of the losses of each step's samples, rounded once."""
     correct: int
     images: int
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean loss of all samples in these steps."""
+        return _sum(self.loss_sums) / self.images
 
     def first_bad_step(self) -> int | None:
         """Return the first step whose loss is not finite, or None."""
@@ -77,16 +84,21 @@ class Ledger:
             ids = world.all_reduce_sum_(torch.from_numpy(ids.copy()).to(world.device)).cpu().numpy()
         for size, row in zip(sizes, ids, strict=True):
             samples_sha256 = chain(samples_sha256, row[:size] - 1)
-        losses = world.all_reduce_sum_(self._losses[:steps].clone()).cpu().numpy().astype(np.float64)
-        with np.errstate(invalid="ignore"):  # adding +inf and -inf: the sum is not finite either way
-            totals = losses.sum(1)  # positions after a short batch hold zero
-            loss_sum = float(totals.sum())
+        losses = world.all_reduce_sum_(self._losses[:steps].clone()).cpu()
+        sums = [_sum(row) for row in losses.tolist()]  # positions after a short batch hold zero
         correct = int(world.all_reduce_sum_(self._correct[:steps].sum()))
-        interval = IntervalRecord(
-            self._first_step, (totals / sizes).tolist(), loss_sum, correct, sum(sizes)
-        )
+        means = [total / size for total, size in zip(sums, sizes, strict=True)]
+        interval = IntervalRecord(self._first_step, means, sums, correct, sum(sizes))
         self._ids[:steps] = 0
         self._losses.zero_()
         self._correct.zero_()
         self._sizes = []
         return interval, samples_sha256
+
+
+def _sum(values: Iterable[float]) -> float:
+    """Return the sum, rounded once: NumPy's depends on the processor, and `sum` on Python's version."""
+    try:
+        return math.fsum(values)
+    except ValueError:  # both infinities
+        return math.nan

@@ -159,7 +159,8 @@ def close_interval(
     interval, state.samples_sha256 = ledger.close(context.world, state.samples_sha256)
     state.train_seconds += sync_points.seconds
     require_finite(state, context, interval)
-    state.totals["loss"] += interval.loss_sum
+    for loss_sum in interval.loss_sums:  # step by step, because where an interval ends depends on the time
+        state.totals["loss"] += loss_sum
     state.totals["correct"] += interval.correct
     state.totals["images"] += interval.images
     report(
@@ -167,7 +168,7 @@ def close_interval(
         "steps",
         step=state.step,
         epoch=state.step / context.batches.steps_per_epoch,
-        loss=interval.loss_sum / interval.images,
+        loss=interval.mean_loss,
         lr=lr,
         images_per_second=interval.images / sync_points.seconds,
         seconds={
