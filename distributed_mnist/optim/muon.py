@@ -8,7 +8,6 @@ source, Adam (Kingma and Ba, 2015) updates the biases and the last layer.
 torch's own `torch.optim.Muon` accepts matrices only, but most weights here are convolutions.
 """
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -58,18 +57,8 @@ class Muon(Optimizer):
             self.adam_step(self.kernels.adamw_, parameters, gradients, group)
 
     def _orthogonal_step(self, parameters: list[Tensor], gradients: list[Tensor], group: Group) -> None:
-        kernels, lr, momentum = self.kernels, group["lr"], group["momentum"]
         for p in parameters:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in parameters]
-        kernels.lerp_(buffers, gradients, 1 - momentum)
-        directions = kernels.lerp(gradients, buffers, momentum)  # Nesterov's momentum
-        norms = torch.stack(kernels.norms(parameters))
-        for p, direction in zip(parameters, directions, strict=True):
-            step = kernels.orthogonalise(direction.flatten(1))
-            rows, columns = step.shape
-            kernels.add_scaled_(p, step.reshape(p.shape), -lr * math.sqrt(max(1, rows / columns)))
-        scales = norms / torch.stack(kernels.norms(parameters))
-        scales = torch.where(norms > 0, scales, 1)  # a weight that is all zeros may become nonzero
-        torch._foreach_mul_(parameters, list(scales.unbind()))
+        self.kernels.muon_(parameters, gradients, buffers, lr=group["lr"], momentum=group["momentum"])
