@@ -9,7 +9,12 @@ faster than a library's convolution, and each shard's weight gradient is a matri
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from ..exact.functions import LAYERS
+from ..exact.layers import convolution
 
 
 class PatchConv(nn.Module):
@@ -25,12 +30,24 @@ class PatchConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of `x`; for the shapes see the class."""
+        if has_torch_function_unary(x):  # exact arithmetic has a convolution of its own
+            weight, bias = self.product.weight, self.product.bias
+            return handle_torch_function(patch_conv, (x,), x, weight, bias, self.kernel, self.stride)
         device = x.device.type
         if torch.is_autocast_enabled(device):
             # Cast each value once, before it is copied into several patches.
             x = x.to(torch.get_autocast_dtype(device))
         rows, columns = ((side - self.kernel) // self.stride + 1 for side in x.shape[1:3])
         return self.product(patches(x, self.kernel, self.stride)).view(x.shape[0], rows, columns, -1)
+
+
+def patch_conv(x: Tensor, weight: Tensor, bias: Tensor, kernel: int, stride: int) -> Tensor:
+    """Return the convolution of `PatchConv`, `(n, rows, columns, out)`, with a weight `(out, k*k*c)`."""
+    rows, columns = ((side - kernel) // stride + 1 for side in x.shape[1:3])
+    return F.linear(patches(x, kernel, stride), weight, bias).view(x.shape[0], rows, columns, -1)
+
+
+LAYERS[patch_conv] = convolution.patch_conv
 
 
 def patches(x: Tensor, kernel: int, stride: int) -> Tensor:

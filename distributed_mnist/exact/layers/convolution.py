@@ -1,0 +1,237 @@
+"""Two-dimensional convolutions, as products of patches with a weight.
+
+Everything here has the layout `(n, rows, columns, channels)`. Tensors become integers before their patches
+are copied. The gradient by the input is a convolution of the gradient if the stride is one; otherwise the
+products are added back in place. These are integers too, so their order does not matter.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..passes import Pass
+from .linear import add_sums
+
+Pair = tuple[int, int]
+
+
+class Window(NamedTuple):
+    """The window of a convolution or pooling: rows and columns of each."""
+
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+
+    def positions(self, height: int, width: int) -> Pair:
+        """Return how many rows and columns of windows fit into an image that is already padded."""
+        rows, columns = (
+            (side - dilation * (kernel - 1) - 1) // stride + 1
+            for side, kernel, stride, dilation in zip(
+                (height, width), self.kernel, self.stride, self.dilation, strict=True
+            )
+        )
+        return rows, columns
+
+    def slices(self, height: int, width: int) -> list[tuple[slice, slice]]:
+        """Return, for each place in the window, the rows and columns of a padded image that it meets."""
+        rows, columns = self.positions(height, width)
+        return [
+            (
+                slice(
+                    i * self.dilation[0],
+                    i * self.dilation[0] + self.stride[0] * (rows - 1) + 1,
+                    self.stride[0],
+                ),
+                slice(
+                    j * self.dilation[1],
+                    j * self.dilation[1] + self.stride[1] * (columns - 1) + 1,
+                    self.stride[1],
+                ),
+            )
+            for i in range(self.kernel[0])
+            for j in range(self.kernel[1])
+        ]
+
+
+def pair(value: int | Pair) -> Pair:
+    """Return a size for rows and columns."""
+    if isinstance(value, int):
+        return value, value
+    return (value[0], value[0]) if len(value) == 1 else (value[0], value[1])
+
+
+def conv2d(
+    pass_: Pass,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Pair = 1,
+    padding: int | Pair | str = 0,
+    dilation: int | Pair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Return the convolution of `(n, in, h, w)`, float32, as `torch.nn.functional.conv2d` defines it.
+
+    Sums have `kernel * in` terms forward, at most `kernel * out` in the gradient of `x`, and one term for
+    each position of each image in the gradient of the weight; see `linear` for what is exact.
+    """
+    kernel, dilation = (weight.shape[2], weight.shape[3]), pair(dilation)
+    if padding == "same":  # torch puts an odd column and row of padding at the end
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        x = F.pad(x, (total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2))
+        padding = 0
+    elif padding == "valid":
+        padding = 0
+    assert not isinstance(padding, str)
+    window = Window(kernel, pair(stride), pair(padding), dilation)
+    result = Convolution.apply(x.permute(0, 2, 3, 1), weight, bias, window, groups, pass_)
+    return result.permute(0, 3, 1, 2)  # type: ignore[no-any-return]
+
+
+def patch_conv(pass_: Pass, x: Tensor, weight: Tensor, bias: Tensor, kernel: int, stride: int) -> Tensor:
+    """Return the convolution of `models.patch_conv`: of `(n, h, w, c)`, with a weight `(out, k*k*c)`."""
+    window = Window(pair(kernel), pair(stride), (0, 0), (1, 1))
+    return Convolution.apply(x, weight, bias, window, 1, pass_)  # type: ignore[no-any-return]
+
+
+class Convolution(torch.autograd.Function):
+    """A convolution of `(n, h, w, in)` and its gradients. The weight is `(out, in, k, l)` or a matrix."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int, pass_: Pass
+    ) -> Tensor:
+        number = pass_.number()
+        fixed = pass_.quantise(x, number)
+        patches = [patches_of(part, window) for part in fixed.integers.chunk(groups, 3)]
+        layout = Layout(weight.shape, window.kernel, groups)
+        prepared = pass_.weight(weight, "forward", layout.forward)
+        results = [
+            pass_.products.rows_times(rows, matrix)
+            for rows, matrix in zip(patches, prepared.prepared, strict=True)
+        ]
+        result = results[0] if groups == 1 else torch.cat(results, 1)
+        height, width = (side + 2 * pad for side, pad in zip(x.shape[1:3], window.padding, strict=True))
+        result = result.view(len(x), *window.positions(height, width), -1)
+        result = result * pass_.factor(fixed.exponent, prepared.exponent)
+        if bias is not None:
+            result += bias
+        ctx.pass_, ctx.weight, ctx.window, ctx.layout, ctx.shape = pass_, weight, window, layout, x.shape
+        ctx.patches, ctx.number = patches, pass_.number()
+        ctx.sums = (
+            pass_.sum_over_samples(weight, number, ctx.number),
+            pass_.sum_over_samples(bias, ctx.number),
+        )
+        return result.to(torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        pass_, window, layout = ctx.pass_, ctx.window, ctx.layout
+        fixed = pass_.quantise(gradient, ctx.number)
+        parts = fixed.integers.chunk(layout.groups, 3)
+        of_weight, of_bias = ctx.sums
+        if of_weight is not None:
+            matrices = [
+                pass_.products.transposed_times(part.reshape(-1, part.shape[3]), patches)
+                for part, patches in zip(parts, ctx.patches, strict=True)
+            ]
+            pass_.add(of_weight, layout.as_weight(torch.cat(matrices)))
+        if of_bias is not None:
+            rows = fixed.integers.reshape(-1, fixed.integers.shape[3])
+            add_sums(pass_, (None, of_bias), rows, rows)
+        if not ctx.needs_input_grad[0]:
+            return (None,) * 6
+        by_gather = window.stride == (1, 1)
+        arrange = layout.gathering if by_gather else layout.scattering
+        prepared = pass_.weight(ctx.weight, "backward", arrange)
+        gather_or_scatter = gathered if by_gather else scattered
+        shape = (*ctx.shape[:3], ctx.shape[3] // layout.groups)
+        results = [
+            gather_or_scatter(pass_, part, matrix, window, shape)
+            for part, matrix in zip(parts, prepared.prepared, strict=True)
+        ]
+        result = results[0] if layout.groups == 1 else torch.cat(results, 3)
+        result = result * pass_.factor(fixed.exponent, prepared.exponent)
+        return (result.to(torch.float32), *(None,) * 5)
+
+
+def gathered(pass_: Pass, gradient: Tensor, matrix: Tensor, window: Window, shape: Any) -> Tensor:
+    """Return the gradient by the input, of this shape: the convolution of the gradient, flipped."""
+    reach = tuple(d * (k - 1) for d, k in zip(window.dilation, window.kernel, strict=True))
+    padding = reach[0] - window.padding[0], reach[1] - window.padding[1]
+    back = Window(window.kernel, (1, 1), padding, window.dilation)
+    return pass_.products.rows_times(patches_of(gradient, back), matrix).view(shape)
+
+
+def scattered(pass_: Pass, gradient: Tensor, matrix: Tensor, window: Window, shape: Any) -> Tensor:
+    """Return the gradient by the input, of this shape: what each patch gets is added back in place."""
+    n, rows, columns, channels = gradient.shape
+    products = pass_.products.rows_times(gradient.reshape(-1, channels), matrix)
+    patches = products.view(n, rows, columns, -1, shape[3])
+    (above, left), (height, width) = window.padding, shape[1:3]
+    total = products.new_zeros((n, height + 2 * above, width + 2 * left, shape[3]))
+    for place, (vertical, horizontal) in enumerate(window.slices(*total.shape[1:3])):
+        total[:, vertical, horizontal] += patches[:, :, :, place]
+    return total[:, above : above + height, left : left + width]
+
+
+def patches_of(x: Tensor, window: Window) -> Tensor:
+    """Copy all windows of `(n, h, w, c)` into rows `(n * rows * columns, k * l * c)`.
+
+    Padding may be negative: it then crops.
+    """
+    above, left = window.padding
+    if above or left:
+        x = F.pad(x, (0, 0, left, left, above, above))
+    x = x.contiguous()
+    n, height, width, channels = x.shape
+    rows, columns = window.positions(height, width)
+    by_image, by_row, by_column, by_channel = x.stride()
+    (k, l), stride, dilation = window.kernel, window.stride, window.dilation
+    view = x.as_strided(
+        (n, rows, columns, k, l, channels),
+        (
+            by_image, by_row * stride[0], by_column * stride[1], by_row * dilation[0],
+            by_column * dilation[1], by_channel,
+        ),
+    )  # fmt: skip
+    return view.reshape(n * rows * columns, k * l * channels)
+
+
+class Layout(NamedTuple):
+    """How the weight of a convolution becomes matrices."""
+
+    shape: torch.Size
+    """`(out, in / groups, k, l)`, or `(out, k * l * in)` if it is a matrix already."""
+    kernel: Pair
+    groups: int
+
+    def forward(self, weight: Tensor) -> list[Tensor]:
+        """Return the matrices by which patches are multiplied, `(k * l * in, out)` for each group."""
+        return [part.flatten(1).t() for part in self._parts(weight)]
+
+    def gathering(self, weight: Tensor) -> list[Tensor]:
+        """Return the matrices for patches of the gradient, `(k * l * out, in)` for each group."""
+        return [
+            part.flip(1, 2).permute(1, 2, 0, 3).reshape(-1, part.shape[3]) for part in self._parts(weight)
+        ]
+
+    def scattering(self, weight: Tensor) -> list[Tensor]:
+        """Return the matrices that give what each patch gets, `(out, k * l * in)` for each group."""
+        return [part.flatten(1) for part in self._parts(weight)]
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """Return `(out, k * l * in)` in the shape of the weight."""
+        if len(self.shape) == 2:
+            return matrix
+        return matrix.view(len(matrix), *self.kernel, -1).permute(0, 3, 1, 2)
+
+    def _parts(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Return the weight as `(out, k, l, in)` for each group."""
+        if len(self.shape) == 2:
+            return (weight.view(len(weight), *self.kernel, -1),)
+        return weight.permute(0, 2, 3, 1).chunk(self.groups)

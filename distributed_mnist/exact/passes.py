@@ -1,0 +1,222 @@
+"""What the layers of a pass need: integers from tensors, prepared weights, and a place for sums over samples."""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from .fixed_point import OPERAND_BITS, largest_magnitude, power_of_two, quantise, scale_exponent
+from .products import Products, products_for
+from .scales import Scales, sample_exponents
+
+
+class Fixed(NamedTuple):
+    """A tensor `x` as integers: `x` is about `integers * 2**-exponent`."""
+
+    integers: Tensor
+    """int16 in the shape of `x`, packed for the products of its device (`Products.pack`)."""
+    exponent: Tensor
+    """int64, a scalar or one for each sample, `(n, 1, ...)`."""
+
+
+class Weight(NamedTuple):
+    """A weight as integers, arranged and prepared for products."""
+
+    prepared: list[Tensor]
+    """One matrix for each arrangement and group."""
+    exponent: Tensor
+    """int64 scalar."""
+
+
+Arrange = Callable[[Tensor], list[Tensor]]
+"""Returns the matrices, `(K, N)` each, by which rows are multiplied, from the integers of a weight."""
+
+
+class Pass(Protocol):
+    """A pass of samples through a model, in training or in evaluation."""
+
+    products: Products
+
+    def number(self) -> int:
+        """Return the number of the next tensor that becomes integers. Layers call it in the forward pass."""
+        ...
+
+    def quantise(self, x: Tensor, number: int) -> Fixed:
+        """Return a float32 tensor as integers. `number` is from `number()`."""
+        ...
+
+    def weight(self, weight: Tensor, use: str, arrange: Arrange) -> Weight:
+        """Return a weight, float32, as prepared matrices. `use` names what they are for, and so `arrange`."""
+        ...
+
+    def factor(self, *exponents: Tensor) -> Tensor:
+        """Return `2**-sum(exponents)`, float64."""
+        ...
+
+    def sum_over_samples(self, parameter: Tensor | None, *factors: int) -> int | None:
+        """Return the number of the next sum over samples. Layers call it in the forward pass.
+
+        The sum is a part of the gradient of `parameter`. Its terms are products of tensors, whose numbers are
+        `factors`. Returns None if there is nothing to compute: for no parameter, for a frozen one, and in
+        evaluation. Raises `UsageError` if `parameter` needs a gradient and is not a parameter of the model.
+        """
+        ...
+
+    def add(self, number: int, integers: Tensor) -> None:
+        """Add integers, float64 in the shape of the parameter, to a sum over samples."""
+        ...
+
+
+class EvaluationPass:
+    """A pass without gradients. Each sample, which is a row of every tensor, has scales of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.products = products_for(device)
+
+    def number(self) -> int:
+        """Return 0: nothing is kept for the tensors of an evaluation."""
+        return 0
+
+    def quantise(self, x: Tensor, number: int) -> Fixed:
+        """Return a tensor as integers, with an exponent for each sample."""
+        exponents = sample_exponents(x)
+        return Fixed(self.products.pack(quantise(x, exponents)), exponents)
+
+    def weight(self, weight: Tensor, use: str, arrange: Arrange) -> Weight:
+        """Return a weight as prepared matrices."""
+        return prepare_weight(self.products, weight, arrange)
+
+    def factor(self, *exponents: Tensor) -> Tensor:
+        """Return `2**-sum(exponents)`, float64."""
+        return power_of_two(-sum(exponents, torch.zeros_like(exponents[0])))
+
+    def sum_over_samples(self, parameter: Tensor | None, *factors: int) -> int | None:
+        """Return None: there is no gradient."""
+        return None
+
+    def add(self, number: int, integers: Tensor) -> None:
+        """Never called."""
+        raise AssertionError
+
+
+class _Sum(NamedTuple):
+    """A sum over samples: a part of the gradient of one parameter, from one of its uses in a pass."""
+
+    parameter: int
+    factors: tuple[int, ...]
+    """The numbers of the tensors whose products are its terms."""
+    shape: torch.Size
+    integers: Tensor
+    """float64, a view of `TrainingPass.sums`; empty until the first pass has ended."""
+
+
+class TrainingPass:
+    """The passes of a step. Every step uses the same object, and calls `begin_step` and `end_step`.
+
+    The first pass finds out which tensors become integers, and which sums there are. All later ones must be
+    like it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        device = self.parameters[0].device
+        self.products, self.scales = products_for(device), Scales(device)
+        self.sums = torch.zeros(0, dtype=torch.float64, device=device)
+        """All sums over samples of the step so far, on this rank: integers in one flat vector."""
+        self._sums: list[_Sum] = []
+        self._index = {id(p): i for i, p in enumerate(self.parameters)}
+        self._starting = False
+        self._tensors = self._next_sum = 0
+        self._weights: dict[tuple[int, str], Weight] = {}
+        self._factors: dict[tuple[int, ...], Tensor] = {}
+
+    def begin_step(self) -> None:
+        """Forget the step before, but for the scales."""
+        self.scales.begin_step()
+        self.sums.zero_()
+        self._weights.clear()
+        self._factors.clear()
+
+    def begin_pass(self, *, starting: bool = False) -> None:
+        """Begin a pass of the step. If `starting`, tensors that have no scale get one from this pass."""
+        self._starting = starting
+        self._tensors = self._next_sum = 0
+
+    def end_first_pass(self) -> None:
+        """Make room for the sums that the first pass has found."""
+        sizes = [part.shape.numel() for part in self._sums]
+        self.sums = torch.zeros(sum(sizes), dtype=torch.float64, device=self.sums.device)
+        views = self.sums.split(sizes)
+        self._sums = [
+            part._replace(integers=view.view(part.shape))
+            for part, view in zip(self._sums, views, strict=True)
+        ]
+
+    def number(self) -> int:
+        """Return the number of the next tensor; see `Pass`."""
+        self._tensors += 1
+        if self._tensors > len(self.scales):
+            self.scales.extend(self._tensors)
+            self.scales.exponents.append(self.scales.exponents[0] if self.scales.exponents else _ZERO)
+        return self._tensors - 1
+
+    def quantise(self, x: Tensor, number: int) -> Fixed:
+        """Return a tensor as integers, with the exponent of the whole global batch."""
+        if self._starting:
+            self.scales.start(number, x)
+        self.scales.observe(number, x)
+        exponent = self.scales.exponents[number]
+        return Fixed(self.products.pack(quantise(x, exponent)), exponent)
+
+    def weight(self, weight: Tensor, use: str, arrange: Arrange) -> Weight:
+        """Return a weight as prepared matrices; they are made once in a step."""
+        key = id(weight), use
+        if key not in self._weights:
+            self._weights[key] = prepare_weight(self.products, weight, arrange)
+        return self._weights[key]
+
+    def factor(self, *exponents: Tensor) -> Tensor:
+        """Return `2**-sum(exponents)`, float64; it is computed once in a step."""
+        key = tuple(map(id, exponents))
+        if self._starting or key not in self._factors:
+            self._factors[key] = power_of_two(-sum(exponents, torch.zeros_like(exponents[0])))
+        return self._factors[key]
+
+    def sum_over_samples(self, parameter: Tensor | None, *factors: int) -> int | None:
+        """Return the number of the next sum; see `Pass`."""
+        if parameter is None or not parameter.requires_grad:
+            return None
+        if id(parameter) not in self._index:
+            raise UsageError("its weight is computed from parameters, which exact arithmetic cannot do")
+        self._next_sum += 1
+        if self._next_sum > len(self._sums):
+            self._sums.append(_Sum(self._index[id(parameter)], factors, parameter.shape, self.sums))
+        return self._next_sum - 1
+
+    def add(self, number: int, integers: Tensor) -> None:
+        """Add integers to a sum; see `Pass`."""
+        if self._sums[number].integers.numel():
+            self._sums[number].integers.add_(integers)
+
+    def gradients(self) -> list[Tensor]:
+        """Return the gradient of each parameter, float32, from the sums, which all ranks have added."""
+        totals: dict[int, Tensor] = {}
+        for part in self._sums:
+            share = part.integers * self.factor(*(self.scales.exponents[i] for i in part.factors))
+            totals[part.parameter] = totals[part.parameter] + share if part.parameter in totals else share
+        return [
+            totals[i].to(torch.float32) if i in totals else torch.zeros_like(p)
+            for i, p in enumerate(self.parameters)
+        ]
+
+
+_ZERO = torch.zeros((), dtype=torch.int64)
+
+
+def prepare_weight(products: Products, weight: Tensor, arrange: Arrange) -> Weight:
+    """Return a weight as integers with a scale from its own largest magnitude, arranged and prepared."""
+    exponent = scale_exponent(largest_magnitude(weight), OPERAND_BITS)
+    integers = quantise(weight, exponent)
+    return Weight([products.prepare(matrix) for matrix in arrange(integers)], exponent)
