@@ -91,12 +91,14 @@ class Recipe:
     """Seed for everything random: initial weights, sample order, augmentation and dropout."""
     sync: Sync = "tree"
     """How gradients are summed. tree gives bit-identical results at any number of processes; ddp
-    (DistributedDataParallel) gives the same results up to rounding."""
+    (DistributedDataParallel) gives the same results up to rounding. With --precision exact it means
+    nothing."""
     shards: int = 8
-    """Number of parts each global batch is split into. This is also the maximum number of processes."""
+    """Number of parts each global batch is split into. This is also the maximum number of processes. With
+    --precision exact it means nothing."""
     precision: Precision = "fp32"
-    """Precision of the model's arithmetic: fp32, bf16 via autocast (weights stay in fp32), or exact, with
-    the same bits on every machine (not with an optimizer or a loss of your own). auto chooses
+    """The model's arithmetic: fp32, bf16 via autocast (weights stay in fp32), or exact, which gives the
+    same weights on every machine, CPU or GPU (not with an optimizer or a loss of your own). auto chooses
     bf16 if every process has hardware for it, otherwise fp32; a resumed run keeps the choice."""
 
     def __post_init__(self) -> None:
@@ -170,7 +172,7 @@ class Recipe:
 
     def check_size(self, world_size: int) -> None:
         """Raise `UsageError` if there are more ranks than shards: some would have nothing to do."""
-        if world_size > self.shards:
+        if world_size > self.shards and self.precision != "exact":
             raise UsageError(
                 f"{world_size} processes cannot share {self.shards} shards: start at most {self.shards}, "
                 f"or use --shards {world_size} or more (the weights depend on the number of shards)"
@@ -208,7 +210,8 @@ class Recipe:
 
         With a constant or stepwise learning rate, no average and no validation, a longer run begins exactly
         like a shorter one. Then the numbers of epochs and steps are ignored. With validation they count,
-        because a run is also evaluated after its last step. Without validation, `eval_every` is ignored.
+        because a run is also evaluated after its last step. Without validation, `eval_every` is ignored. In
+        exact arithmetic, `sync` and `shards` are.
         """
         mine, theirs = self.to_dict(), other.to_dict()
         ignored: list[str] = []
@@ -216,5 +219,7 @@ class Recipe:
             ignored.append("eval_every")
             if self.schedule in ("constant", "step") and not self.average:
                 ignored += ["epochs", "steps"]
+        if self.precision == other.precision == "exact":
+            ignored += ["sync", "shards"]
         theirs |= {name: mine[name] for name in ignored}
         return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}

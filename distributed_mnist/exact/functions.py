@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from ..errors import UsageError
 from .layers.convolution import conv2d
 from .layers.linear import linear
 from .layers.pooling import max_pool2d
+from .layers.reductions import mean
 from .passes import Pass
+from .refusal import Refused
 
 LAYERS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.linear: linear,
@@ -25,15 +26,17 @@ LAYERS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.conv2d: conv2d,
     F.max_pool2d: max_pool2d,
     torch.max_pool2d: max_pool2d,
+    torch.mean: mean,
+    Tensor.mean: mean,
 }
 """What is called instead of a function, with the pass as an additional first argument."""
 
 AS_THEY_ARE: set[Callable[..., Any]] = {
-    F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_,
-    torch.flatten, Tensor.flatten, Tensor.view, Tensor.reshape, torch.reshape, Tensor.permute, torch.permute,
-    Tensor.unfold, Tensor.t, torch.t, Tensor.transpose, torch.transpose, Tensor.contiguous, Tensor.clone,
-    Tensor.unsqueeze, torch.unsqueeze, Tensor.squeeze, torch.squeeze, Tensor.__getitem__, Tensor.size,
-    Tensor.dim, Tensor.stride, Tensor.numel, Tensor.is_contiguous, Tensor.__len__, F.pad, torch.cat, torch.stack,
+    F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, torch.flatten, Tensor.flatten, Tensor.view,
+    Tensor.reshape, torch.reshape, Tensor.permute, torch.permute, Tensor.unfold, Tensor.t, torch.t,
+    Tensor.transpose, torch.transpose, Tensor.contiguous, Tensor.clone, Tensor.unsqueeze, torch.unsqueeze,
+    Tensor.squeeze, torch.squeeze, Tensor.__getitem__, Tensor.narrow, Tensor.size, Tensor.dim,
+    Tensor.stride, Tensor.numel, Tensor.is_contiguous, Tensor.__len__, F.pad, torch.cat, torch.stack,
     Tensor.detach, Tensor.is_floating_point, Tensor.float,
 }  # fmt: skip
 """Single operations on each element, copies, and questions about a tensor."""
@@ -42,7 +45,7 @@ AS_THEY_ARE: set[Callable[..., Any]] = {
 class ExactFunctions(TorchFunctionMode):
     """Inside this context, what a model computes is exact.
 
-    Raises `UsageError`, which names the function, if it has no exact form here.
+    Raises `Refused`, which names the function, if it has no exact form here.
     """
 
     def __init__(self, pass_: Pass) -> None:
@@ -58,4 +61,4 @@ class ExactFunctions(TorchFunctionMode):
             return layer(self._pass, *args, **(kwargs or {}))
         if func in AS_THEY_ARE or getattr(func, "__name__", "") == "__get__":
             return func(*args, **(kwargs or {}))
-        raise UsageError(f"{resolve_name(func) or func} has no exact form")
+        raise Refused(f"{resolve_name(func) or func} has no exact form")

@@ -1,4 +1,5 @@
-"""What the layers of a pass need: integers from tensors, prepared weights, and a place for sums over samples."""
+"""What the layers of a pass need: integers from tensors, prepared weights, and a place for sums over
+samples."""
 
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
@@ -6,9 +7,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..errors import UsageError
 from .fixed_point import OPERAND_BITS, largest_magnitude, power_of_two, quantise, scale_exponent
 from .products import Products, products_for
+from .refusal import Refused
 from .scales import Scales, sample_exponents
 
 
@@ -40,7 +41,8 @@ class Pass(Protocol):
     products: Products
 
     def number(self) -> int:
-        """Return the number of the next tensor that becomes integers. Layers call it in the forward pass."""
+        """Return the number of the next tensor that becomes integers. Layers call it in the forward
+        pass."""
         ...
 
     def quantise(self, x: Tensor, number: int) -> Fixed:
@@ -48,7 +50,8 @@ class Pass(Protocol):
         ...
 
     def weight(self, weight: Tensor, use: str, arrange: Arrange) -> Weight:
-        """Return a weight, float32, as prepared matrices. `use` names what they are for, and so `arrange`."""
+        """Return a weight, float32, as prepared matrices. `use` names what they are for, and so
+        `arrange`."""
         ...
 
     def factor(self, *exponents: Tensor) -> Tensor:
@@ -58,9 +61,9 @@ class Pass(Protocol):
     def sum_over_samples(self, parameter: Tensor | None, *factors: int) -> int | None:
         """Return the number of the next sum over samples. Layers call it in the forward pass.
 
-        The sum is a part of the gradient of `parameter`. Its terms are products of tensors, whose numbers are
-        `factors`. Returns None if there is nothing to compute: for no parameter, for a frozen one, and in
-        evaluation. Raises `UsageError` if `parameter` needs a gradient and is not a parameter of the model.
+        The sum is a part of the gradient of `parameter`. Its terms are products of tensors, whose numbers
+        are `factors`. Returns None if there is nothing to compute: for no parameter, for a frozen one, and
+        in evaluation. Raises `Refused` if `parameter` needs a gradient and is not a parameter of the model.
         """
         ...
 
@@ -119,16 +122,16 @@ class TrainingPass:
     like it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, scales: Scales) -> None:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         device = self.parameters[0].device
-        self.products, self.scales = products_for(device), Scales(device)
+        self.products, self.scales = products_for(device), scales
         self.sums = torch.zeros(0, dtype=torch.float64, device=device)
         """All sums over samples of the step so far, on this rank: integers in one flat vector."""
         self._sums: list[_Sum] = []
         self._index = {id(p): i for i, p in enumerate(self.parameters)}
-        self._starting = False
-        self._tensors = self._next_sum = 0
+        self.starting = False
+        self.tensors = self._next_sum = 0
         self._weights: dict[tuple[int, str], Weight] = {}
         self._factors: dict[tuple[int, ...], Tensor] = {}
 
@@ -141,8 +144,8 @@ class TrainingPass:
 
     def begin_pass(self, *, starting: bool = False) -> None:
         """Begin a pass of the step. If `starting`, tensors that have no scale get one from this pass."""
-        self._starting = starting
-        self._tensors = self._next_sum = 0
+        self.starting = starting
+        self.tensors = self._next_sum = 0
 
     def end_first_pass(self) -> None:
         """Make room for the sums that the first pass has found."""
@@ -156,15 +159,15 @@ class TrainingPass:
 
     def number(self) -> int:
         """Return the number of the next tensor; see `Pass`."""
-        self._tensors += 1
-        if self._tensors > len(self.scales):
-            self.scales.extend(self._tensors)
+        self.tensors += 1
+        if self.tensors > len(self.scales):
+            self.scales.extend(self.tensors)
             self.scales.exponents.append(self.scales.exponents[0] if self.scales.exponents else _ZERO)
-        return self._tensors - 1
+        return self.tensors - 1
 
     def quantise(self, x: Tensor, number: int) -> Fixed:
         """Return a tensor as integers, with the exponent of the whole global batch."""
-        if self._starting:
+        if self.starting:
             self.scales.start(number, x)
         self.scales.observe(number, x)
         exponent = self.scales.exponents[number]
@@ -180,7 +183,7 @@ class TrainingPass:
     def factor(self, *exponents: Tensor) -> Tensor:
         """Return `2**-sum(exponents)`, float64; it is computed once in a step."""
         key = tuple(map(id, exponents))
-        if self._starting or key not in self._factors:
+        if self.starting or key not in self._factors:
             self._factors[key] = power_of_two(-sum(exponents, torch.zeros_like(exponents[0])))
         return self._factors[key]
 
@@ -189,7 +192,7 @@ class TrainingPass:
         if parameter is None or not parameter.requires_grad:
             return None
         if id(parameter) not in self._index:
-            raise UsageError("its weight is computed from parameters, which exact arithmetic cannot do")
+            raise Refused("a weight that is computed from parameters has no exact gradient")
         self._next_sum += 1
         if self._next_sum > len(self._sums):
             self._sums.append(_Sum(self._index[id(parameter)], factors, parameter.shape, self.sums))

@@ -1,9 +1,10 @@
 """The scales of the tensors that a step rounds to integers.
 
-A scale must not depend on which rank holds which samples. So in training it comes from the largest magnitude
-that the tensor had in the step before, over the whole global batch ("delayed scaling", as in training with
-8-bit floats). It leaves two bits of headroom; what is larger saturates. A tensor that has had no magnitude
-but zero yet gets its first one from the first samples of the batch, which every rank puts through the model.
+A scale must not depend on which rank holds which samples. So in training it comes from the largest
+magnitude that the tensor had in the step before, over the whole global batch ("delayed scaling", as in
+training with 8-bit floats). It leaves two bits of headroom; what is larger saturates. A tensor that has had
+no magnitude but zero yet gets its first one from the first samples of the batch, which every rank puts
+through the model.
 
 In evaluation there is no sum over samples, so each sample has a scale of its own.
 """
@@ -15,7 +16,8 @@ from .fixed_point import HEADROOM, OPERAND_BITS, largest_magnitude, scale_expone
 
 
 class Scales:
-    """The largest magnitudes of a model's tensors, by number, in the order in which a pass first meets them.
+    """The largest magnitudes of a model's tensors, by number, in the order in which a pass first meets
+    them.
 
     Each is the same on all ranks. The vectors have one float32 for each tensor.
     """
@@ -53,8 +55,14 @@ class Scales:
             self.exponents[index] = scale_exponent(self.before[index], OPERAND_BITS - HEADROOM)
 
     def end_step(self) -> None:
-        """Make the magnitudes of this step, which all ranks have combined, decide the next step's scales."""
+        """Make the magnitudes of this step, which all ranks have combined, decide the next step's
+        scales."""
         torch.where(self.now > 0, self.now, self.before, out=self.before)
+
+    def restore(self, before: Tensor) -> None:
+        """Take the scales of a checkpoint, float32 `(tensors,)`."""
+        self.before = before.to(self.before.device, copy=True)
+        self.now = torch.zeros_like(self.before)
 
     def complete(self) -> bool:
         """Return whether every tensor has a scale."""

@@ -8,11 +8,13 @@ from torch import nn
 from ..config import Recipe, Run
 from ..distributed.world import World
 from ..errors import UsageError
+from ..exact.scales import Scales
 from ..models.build import forward
 from ..models.inspection import ModelProperties
 from ..models.running_statistics import running_statistics
 from .all_reduce import DdpGradients, Gradients, TreeGradients
 from .batch_invariance import is_batch_invariant, matches_autograd
+from .exact_sum import ExactGradients
 from .per_shard import HookedLayers
 from .tree_sum import owned_shards, shard_sizes
 
@@ -78,6 +80,20 @@ def make_gradients(
         name=recipe.model,
         tolerance=_tolerance(recipe, world),
     )
+
+
+def make_exact_gradients(
+    recipe: Recipe, world: World, model: nn.Module, scales: Scales, properties: ModelProperties
+) -> ExactGradients:
+    """Make gradients in exact arithmetic.
+
+    Raises `UsageError` if the model draws random numbers other than torch's, which dropout uses.
+    """
+    if others := [name for name in properties.draws_from if name != "torch"]:
+        raise UsageError(
+            f"--model {recipe.model}: with --precision exact it cannot draw random numbers from {others[0]}"
+        )
+    return ExactGradients(model, world, scales, name=recipe.model)
 
 
 def make_tree_gradients(

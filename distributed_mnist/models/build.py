@@ -15,6 +15,8 @@ from ..common.random_keys import torch_seed
 from ..config import MNIST_SHAPE, ImageShape, Precision, Recipe
 from ..errors import UsageError
 from ..exact.initialisation import ExactInitialisation, InexactOperation
+from ..exact.module import ExactModule
+from ..exact.passes import EvaluationPass
 from ..user_code.functions import current_folder_last
 from .factory import find_factory, shape_hint
 from .inspection import ModelProperties, equal, inspect
@@ -137,13 +139,15 @@ def same_modes(model: nn.Module) -> Iterator[None]:
 
 
 def forward(model: Callable[[Tensor], Any], images: Tensor, precision: Precision) -> Tensor:
-    """Return float32 logits `(n, classes)` of normalised images, computed in fp32 or bf16.
+    """Return float32 logits `(n, classes)` of normalised images, computed in this precision.
 
     Raises `UsageError` if the model does not return a tensor.
     """
     if precision == "auto":
         raise ValueError("a precision must have been chosen")
-    if precision == "fp32":
+    if precision == "exact" and not isinstance(model, ExactModule):
+        model = ExactModule(model, EvaluationPass(images.device))
+    if precision in ("fp32", "exact"):
         logits = model(images)
     else:
         with torch.autocast(images.device.type, dtype=torch.bfloat16):

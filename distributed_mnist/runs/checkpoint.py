@@ -37,13 +37,15 @@ _MAX_BYTES = 16 << 30  # Adam's state of a model with a billion parameters
 _ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}  # Adam's state for one parameter
 
 Content = dict[str, Any]
-"""A checkpoint in memory. Keys: `format`, `model` (raw state dict), `optimizer`, `step`, `best_accuracy`,
-`best_step`, `evaluations_since_best`, `best_weights`, `samples_sha256`, `totals`, `train_seconds`,
-`recipe`, `dataset` (name, class_names, image_shape, mean, std, sha256), `steps_per_epoch`, `versions`."""
+"""A checkpoint in memory. Keys: `format`, `model` (raw state dict), `optimizer`, `scales` (of exact
+arithmetic; otherwise empty), `step`, `best_accuracy`, `best_step`, `evaluations_since_best`,
+`best_weights`, `samples_sha256`, `totals`, `train_seconds`, `recipe`, `dataset` (name, class_names,
+image_shape, mean, std, sha256), `steps_per_epoch`, `versions`."""
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "model": dict,
     "optimizer": dict,
+    "scales": torch.Tensor,
     "step": int,
     "best_accuracy": (int, float),
     "best_step": int,
@@ -57,7 +59,12 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "steps_per_epoch": int,
     "versions": dict,
 }
-_ADDED_LATER: Content = {"best_step": 0, "evaluations_since_best": 0, "best_weights": {}}
+_ADDED_LATER: Content = {
+    "best_step": 0,
+    "evaluations_since_best": 0,
+    "best_weights": {},
+    "scales": torch.zeros(0),
+}
 """What a checkpoint of an earlier version, or of the original script, lacks."""
 _DATASET_TYPES: dict[str, type | tuple[type, ...]] = {
     "name": str,
@@ -133,6 +140,8 @@ def decode(data: bytes, name: str) -> Content:
     loaded["dataset"].setdefault("image_shape", list(MNIST_SHAPE))  # earlier versions had no other
     _require_dataset(loaded["dataset"], name)
     _require_types(loaded["totals"], _TOTALS_TYPES, name)
+    if loaded["scales"].ndim != 1 or loaded["scales"].dtype != torch.float32:
+        raise CheckpointError(f"{name} has invalid scales")
     if not all(isinstance(text, str) for pair in loaded["versions"].items() for text in pair):
         raise CheckpointError(f"{name} has versions that are not text")
     if not 0 <= loaded["step"] < 2**63 or not re.fullmatch("[0-9a-f]{64}", loaded["samples_sha256"]):

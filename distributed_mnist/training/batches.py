@@ -44,6 +44,7 @@ class Batches:
     def __init__(self, split: Split, recipe: Recipe, mean: float, std: float) -> None:
         self._split, self._recipe = split, recipe
         self._mean, self._std = mean, std
+        self._by_sample = recipe.precision == "exact"  # the batch may be cut anywhere: a sample is a shard
         self.steps_per_epoch = -(-len(split) // recipe.batch_size)
         self.total_steps = recipe.total_steps(self.steps_per_epoch)
         self._epoch = -1
@@ -64,12 +65,15 @@ class Batches:
 
     def span(self, step: int, shards: range) -> tuple[int, int]:
         """Return the positions of contiguous shards in global batch `step`, as (start, stop)."""
+        if self._by_sample:
+            return shards.start, shards.stop
         count, total_shards = self.size(step), self._recipe.shards
         return shards.start * count // total_shards, shards.stop * count // total_shards
 
     def shard_sizes(self, step: int) -> list[int]:
         """Return the number of samples in each shard of global batch `step`."""
-        return shard_sizes(self.size(step), self._recipe.shards)
+        size = self.size(step)
+        return [1] * size if self._by_sample else shard_sizes(size, self._recipe.shards)
 
     def smallest_size(self) -> int:
         """Return the number of samples in the run's smallest global batch."""

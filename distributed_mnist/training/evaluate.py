@@ -21,6 +21,8 @@ from ..data.broadcast import Data
 from ..data.split import Split, normalise
 from ..distributed.world import World
 from ..errors import UsageError
+from ..exact.loss import cross_entropy
+from ..exact.ordered_sums import softmax, sum_over
 from ..gradients.agreement import Results, compare
 from ..models.build import forward, same_modes
 
@@ -100,6 +102,7 @@ def evaluate(
             )
         return logits
 
+    score = _score_exactly if precision == "exact" else _score
     checked = ""
     with same_modes(model):
         model.eval()
@@ -108,8 +111,7 @@ def evaluate(
             rows = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
             logits = logits_of(chunk)
             checked = checked or digest(logits)
-            losses[chunk] = F.cross_entropy(logits, split.labels[rows].long(), reduction="sum")
-            confidence[rows], predicted[rows] = logits.softmax(1).max(1)
+            losses[chunk], confidence[rows], predicted[rows] = score(logits, split.labels[rows].long())
         if exact:
             _require_same_logits(world, chunks, checked, logits_of, name)
     # Each position is nonzero on at most one rank, so the sums are exact.
@@ -125,6 +127,22 @@ def evaluate(
         predicted=predicted,
         confidence=confidence,
     )
+
+
+def _score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sum of the losses of `n` images, and for each the highest probability and its class."""
+    return F.cross_entropy(logits, labels, reduction="sum"), *logits.softmax(1).max(1)
+
+
+def _score_exactly(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `_score` does, with the same bits on every machine. Of equal logits the first is
+    highest."""
+    losses, _ = cross_entropy(logits, labels)
+    is_highest = logits == logits.amax(1, keepdim=True)
+    classes = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
+    predicted = torch.where(is_highest, classes, logits.shape[1]).amin(1)
+    probabilities = softmax(logits.double(), 1)
+    return sum_over(losses.double(), 0), probabilities.amax(1), predicted
 
 
 def _owned_chunks(rank: int, size: int, chunks: int) -> range:

@@ -16,6 +16,7 @@ from ..common.generators import (
 )
 from ..common.random_keys import torch_seed
 from ..errors import TrainingError, UsageError
+from ..exact.module import ExactModule
 from ..gradients.shard_gradients import ForwardShards
 from ..models.build import forward
 from ..models.running_statistics import running_statistics
@@ -35,21 +36,35 @@ def make_forward(
     With `ledger`, it records the samples. A pass that is repeated replaces its record.
     """
     size, sizes, recorded = context.batches.size(step), context.batches.shard_sizes(step), 0
+    run = exact_forward if context.recipe.precision == "exact" else keyed_forward
+    divisor = torch.full((), float(size), device=context.world.device)  # a GPU multiplies by 1 / number
 
     def forward_shards(module: nn.Module, shards: range) -> tuple[Tensor, Tensor]:
         nonlocal recorded
-        batch, logits = keyed_forward(module, context, timer, step, shards)
+        batch, logits = run(module, context, timer, step, shards)
         with timer.phase("forward"):
             of_shards = sizes[shards.start : shards.stop]
             losses, grad_logits = context.loss(logits, batch.labels, of_shards)
-        if ledger is not None:
+        if ledger is not None and not (isinstance(module, ExactModule) and module.is_trial):
             if batch.start < recorded:
                 ledger.take_back(batch.start)
             ledger.record(batch, losses, logits)
             recorded = batch.start + len(batch.ids)
-        return logits, grad_logits.div_(size)
+        return logits, grad_logits.div_(divisor)
 
     return forward_shards
+
+
+def exact_forward(
+    module: nn.Module, context: TrainingContext, timer: PhaseTimer, step: int, samples: range
+) -> tuple[Batch, Tensor]:
+    """Run samples of global batch `step` through an `ExactModule`, whose dropout is keyed by sample."""
+    with timer.phase("data"):
+        batch = context.batches.take(step, samples)
+    context.world.status.made_progress()
+    with timer.phase("forward"):
+        logits = forward(module, batch.images, "exact")
+    return batch, logits
 
 
 def keyed_forward(

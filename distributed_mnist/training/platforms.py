@@ -35,6 +35,8 @@ def agree_on_platform(
     A run that is resumed keeps its precision: that of `requested`, the checkpoint named by `--resume`, or
     that of the run in `--out`. All ranks must call it. Raises `UsageError`, see `require_same_platform`.
     """
+    if recipe.precision == "exact":  # every platform computes the same
+        return recipe, []
     notices = require_same_platform(world, recipe.sync)
     has_bf16 = all_true(world, multiplies_bf16(world.device))
     if recipe.precision == "auto":
@@ -59,15 +61,16 @@ def require_same_platform(world: World, sync: Sync) -> list[str]:
     return [f"{problem}: the last bits may depend on which rank computes what"] if problem else []
 
 
-def use_threads(world: World, sync: Sync) -> int:
+def use_threads(world: World, recipe: Recipe) -> int:
     """Set and return the number of intra-op threads of this process.
 
-    With `tree` this is one, because two threads would add in a different order. With `ddp` the processes on
-    a host share its cores.
+    With `tree` this is one, because two threads would add in a different order. With `ddp` and in exact
+    arithmetic the processes on a host share its cores.
     """
-    threads = 1 if sync == "tree" else max(1, usable_cores() // world.local_size)
+    in_order = recipe.sync == "tree" and recipe.precision != "exact"
+    threads = 1 if in_order else max(1, usable_cores() // world.local_size)
     torch.set_num_threads(threads)
-    if world.device.type == "cuda" and sync == "tree":
+    if world.device.type == "cuda" and in_order:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
     return threads

@@ -8,9 +8,10 @@ from ..config import Recipe, Run, flag
 from ..data.broadcast import Data, broadcast_dataset
 from ..data.datasets import Dataset
 from ..distributed.world import World
+from ..exact.scales import Scales
 from ..gradients.all_reduce import Gradients
 from ..gradients.loss import Loss, make_loss
-from ..gradients.setup import make_gradients
+from ..gradients.setup import make_exact_gradients, make_gradients
 from ..models.build import make_model
 from ..models.factory import find_factory
 from ..models.inspection import ModelProperties
@@ -60,12 +61,16 @@ def prepare(
     world.on_every_rank(lambda: find_functions(recipe))
     requested = read_requested_checkpoint(world, options)
     recipe, notices = agree_on_platform(world, recipe, options, requested)
-    threads = use_threads(world, recipe.sync)  # after a user's module is imported, which may set them too
+    threads = use_threads(world, recipe)  # after a user's module is imported, which may set them too
     data = broadcast_dataset(world, read).with_validation(recipe)
     batches = Batches(data.train, recipe, data.mean, data.std)
     state, properties = make_state(world, recipe, data)
     loss = world.on_every_rank(lambda: make_loss(recipe, len(data.class_names), world.device))
-    gradients = make_gradients(recipe, options, world, state.model, properties, batches.smallest_size())
+    if state.scales is not None:
+        gradients: Gradients = make_exact_gradients(recipe, world, state.model, state.scales, properties)
+    else:
+        smallest = batches.smallest_size()
+        gradients = make_gradients(recipe, options, world, state.model, properties, smallest)
     return Preparation(
         title=title,
         recipe=recipe,
@@ -95,4 +100,5 @@ def make_state(world: World, recipe: Recipe, data: Data) -> tuple[State, ModelPr
     classes, shape = len(data.class_names), data.image_shape
     model, properties = world.on_every_rank(lambda: make_model(recipe, classes, world.device, shape))
     optimizer = world.on_every_rank(lambda: make_optimizer(recipe, model))
-    return State(model, optimizer), properties
+    scales = Scales(world.device) if recipe.precision == "exact" else None
+    return State(model, optimizer, scales), properties

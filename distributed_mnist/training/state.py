@@ -12,6 +12,7 @@ from ..common.generators import ModelDraws
 from ..config import Recipe, Run
 from ..data.broadcast import Data
 from ..distributed.world import World
+from ..exact.scales import Scales
 from ..gradients.all_reduce import Gradients
 from ..gradients.loss import Loss
 from ..reporting.events import Sink
@@ -38,6 +39,8 @@ class State:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    scales: Scales | None = None
+    """What decides how exact arithmetic rounds; None in other precisions."""
     step: int = 0
     """Number of completed steps."""
     best_accuracy: float = -1.0
@@ -61,6 +64,7 @@ class State:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scales": torch.zeros(0) if self.scales is None else self.scales.before,
             **{scalar: getattr(self, scalar) for scalar in _SCALARS},
             "best_weights": self.best_weights,
             "totals": dict(self.totals),
@@ -75,6 +79,8 @@ class State:
             load_weights(self.model, content["best_weights"], name)  # checks them
         load_weights(self.model, content["model"], name)
         load_optimizer(self.optimizer, content["optimizer"], name, steps=content["step"])
+        if self.scales is not None:
+            self.scales.restore(content["scales"])
         for scalar in _SCALARS:
             setattr(self, scalar, content[scalar])
         self.best_weights = content["best_weights"]

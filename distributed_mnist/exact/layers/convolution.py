@@ -191,15 +191,15 @@ def patches_of(x: Tensor, window: Window) -> Tensor:
     n, height, width, channels = x.shape
     rows, columns = window.positions(height, width)
     by_image, by_row, by_column, by_channel = x.stride()
-    (k, l), stride, dilation = window.kernel, window.stride, window.dilation
+    (height, width), stride, dilation = window.kernel, window.stride, window.dilation
     view = x.as_strided(
-        (n, rows, columns, k, l, channels),
+        (n, rows, columns, height, width, channels),
         (
             by_image, by_row * stride[0], by_column * stride[1], by_row * dilation[0],
             by_column * dilation[1], by_channel,
         ),
     )  # fmt: skip
-    return view.reshape(n * rows * columns, k * l * channels)
+    return view.reshape(n * rows * columns, height * width * channels)
 
 
 class Layout(NamedTuple):

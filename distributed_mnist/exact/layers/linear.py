@@ -9,7 +9,8 @@ from ..passes import Pass
 
 
 def linear(pass_: Pass, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return `x @ weight.T + bias`, float32 `(..., out)`, of float32 `(..., in)`; see `torch.nn.functional`.
+    """Return `x @ weight.T + bias`, float32 `(..., out)`, of float32 `(..., in)`; see
+    `torch.nn.functional`.
 
     Sums have `in` terms forward, `out` terms in the gradient of `x`, and as many terms as there are rows in
     the gradient of the weight. Their operands are at most `LIMIT`, so they are exact up to 2**23 terms.

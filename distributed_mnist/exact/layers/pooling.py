@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import UsageError
 from ..passes import Pass
+from ..refusal import Refused
 from .convolution import Pair, Window, pair
 
 
@@ -23,10 +23,10 @@ def max_pool2d(
 ) -> Tensor:
     """Return the largest value in each window of float32 `(n, c, h, w)`; see `torch.nn.functional`.
 
-    Raises `UsageError` for `ceil_mode` and `return_indices`.
+    Raises `Refused` for `ceil_mode` and `return_indices`.
     """
     if ceil_mode or return_indices:
-        raise UsageError("max pooling with ceil_mode or return_indices")
+        raise Refused("max pooling with ceil_mode or return_indices has no exact form")
     kernel = pair(kernel_size)
     window = Window(kernel, pair(stride) if stride else kernel, pair(padding), pair(dilation))
     above, left = window.padding

@@ -1,0 +1,104 @@
+"""Sum the gradient of a global batch as integers, for `--precision exact`.
+
+The order of additions does not matter (`exact`), so the batch may be cut anywhere. Each rank takes a
+contiguous part of it, in passes of any size, and a plain all-reduce adds the integers.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from ..common.digest import digest
+from ..distributed.world import World
+from ..errors import CheckpointError, UsageError
+from ..exact.module import ExactModule
+from ..exact.passes import TrainingPass
+from ..exact.refusal import Refused, layer_of
+from ..exact.scales import Scales
+from .agreement import Results, compare
+from .shard_gradients import ForwardShards
+
+_FIRST_SAMPLES = 128
+"""With these samples of a batch, every rank finds the scales that are not known yet."""
+_CHECKED_SAMPLES = 16
+_SAMPLES_PER_PASS = {"cpu": 64}  # a pass should fit the caches
+_SAMPLES_PER_PASS_ON_GPU = 4096
+
+
+class ExactGradients:
+    """Sums gradients with the same bits on every machine, however the batch is cut; see `Gradients`.
+
+    Here every sample is a shard. `scales` are a part of the run's state. `name` is the model's.
+    """
+
+    def __init__(self, model: nn.Module, world: World, scales: Scales, *, name: str = "") -> None:
+        self._world, self._scales, self._name = world, scales, name
+        self._pass = TrainingPass(model, scales)
+        self._module = ExactModule(model, self._pass)
+        self._per_pass = _SAMPLES_PER_PASS.get(world.device.type, _SAMPLES_PER_PASS_ON_GPU)
+        self._checks = 0
+
+    def prepare(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
+        """Make a first pass, which finds the sums; see `Gradients`. Raises `UsageError` for some models."""
+        known = len(self._scales)
+        try:
+            self._find_scales(forward_shards, sizes)
+        except Refused as error:
+            layer = layer_of(error, self._module.model)
+            where = f" (layer {layer})" if layer else ""
+            raise UsageError(f"--model {self._name}: with --precision exact, {error}{where}") from error
+        if known not in (0, self._pass.tensors):
+            raise CheckpointError("the checkpoint's scales are those of another model")
+        self._pass.end_first_pass()
+
+    def compute(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
+        """Compute the gradient of one step; see `Gradients`."""
+        if not self._scales.complete():
+            self._find_scales(forward_shards, sizes)
+        self._pass.begin_step()
+        size, rank, count = self._world.size, self._world.rank, len(sizes)
+        self._run(forward_shards, range(rank * count // size, (rank + 1) * count // size))
+        self._world.all_reduce_sum_(self._pass.sums)
+        self._world.all_reduce_max_(self._scales.now)
+        for parameter, gradient in zip(self._pass.parameters, self._pass.gradients(), strict=True):
+            parameter.grad = gradient
+        self._scales.end_step()
+
+    def recompute_statistics(self, batches: Iterable[tuple[ForwardShards, Sequence[int]]]) -> None:
+        """Do nothing: layers with running statistics are refused."""
+
+    def check(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
+        """Compare the sums over a few samples between ranks; see `Gradients`. Raises `TrainingError`."""
+        count = len(sizes)
+
+        def sums_over_part_of(rank: int) -> str:
+            start = (rank * count // self._world.size + self._checks * _CHECKED_SAMPLES) % count
+            self._pass.begin_step()
+            self._run(forward_shards, range(start, min(start + _CHECKED_SAMPLES, count)))
+            return digest(self._pass.sums)
+
+        def repeat(rank: int) -> Results:
+            again = [sums_over_part_of(rank) for _ in range(2)]
+            return Results(usual=again[:1], alone=again, fresh=again[:1])
+
+        own = sums_over_part_of(self._world.rank)
+        next_one = sums_over_part_of((self._world.rank + 1) % self._world.size)
+        found = compare(self._world, own, next_one, repeat)
+        self._checks += 1
+        if found is not None:
+            raise found.error(self._world, self._name, "gradients")
+
+    def _find_scales(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
+        """Give a scale to tensors that have none. Every rank uses the same samples, and finds the same."""
+        self._pass.begin_step()
+        self._run(forward_shards, range(min(_FIRST_SAMPLES, len(sizes))), starting=True)
+
+    def _run(self, forward_shards: ForwardShards, samples: range, *, starting: bool = False) -> None:
+        """Add the sums over these samples of the batch."""
+        per_pass = len(samples) if starting else self._per_pass
+        for start in range(samples.start, samples.stop, per_pass or 1):
+            self._pass.begin_pass(starting=starting)
+            part = range(start, min(start + per_pass, samples.stop))
+            logits, gradient = forward_shards(self._module, part)
+            torch.autograd.backward([logits], [gradient])
