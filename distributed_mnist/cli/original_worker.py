@@ -78,7 +78,7 @@ def run(options: Options, world: World, signals: StopSignals) -> None:
     )
     for note in require_same_platform(world, recipe.sync):
         say(f"note: {note}")
-    use_threads(world, recipe.sync)
+    use_threads(world, recipe)
     content: Content | None = None
     if options.resume:  # before loading the data, so that a missing file is reported at once
         say(f"=> loading checkpoint '{options.resume}'")

@@ -43,6 +43,12 @@ def kernel_settings() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def threads() -> int | None:
+    """Return the number of threads that the user asks of OpenMP, or None."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else None
+
+
 def thread_binding() -> list[str]:
     """Return the names of the user's variables that bind threads to cores.
 

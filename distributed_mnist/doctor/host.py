@@ -151,9 +151,9 @@ def _processor(local_size: int, host_cores: int) -> Finding:
 
 
 def _threads(local_size: int) -> Finding:
-    """Report the threads per process: training sets them itself, whatever OMP_NUM_THREADS is."""
+    """Report the threads per process. Only exact arithmetic takes them from OMP_NUM_THREADS."""
     divided = max(1, usable_cores() // local_size)
-    return good(f"1 a process with --sync tree, {divided} with ddp; OMP_NUM_THREADS has no effect")
+    return good(f"1 a process with --sync tree, {divided} with ddp, OMP_NUM_THREADS with exact")
 
 
 def _settings() -> Finding:

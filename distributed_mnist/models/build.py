@@ -14,6 +14,7 @@ from ..common.process_state import defined_state
 from ..common.random_keys import torch_seed
 from ..config import MNIST_SHAPE, ImageShape, Precision, Recipe
 from ..errors import UsageError
+from ..exact.functions import ExactFunctions
 from ..exact.initialisation import ExactInitialisation, InexactOperation
 from ..exact.module import ExactModule
 from ..exact.passes import EvaluationPass
@@ -146,8 +147,9 @@ def forward(model: Callable[[Tensor], Any], images: Tensor, precision: Precision
     if precision == "auto":
         raise ValueError("a precision must have been chosen")
     if precision == "exact" and not isinstance(model, ExactModule):
-        model = ExactModule(model, EvaluationPass(images.device))
-    if precision in ("fp32", "exact"):
+        with ExactFunctions(EvaluationPass(images.device)):
+            logits = model(images)
+    elif precision in ("fp32", "exact"):
         logits = model(images)
     else:
         with torch.autocast(images.device.type, dtype=torch.bfloat16):

@@ -131,7 +131,8 @@ def evaluate(
 
 def _score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sum of the losses of `n` images, and for each the highest probability and its class."""
-    return F.cross_entropy(logits, labels, reduction="sum"), *logits.softmax(1).max(1)
+    confidence, predicted = logits.softmax(1).max(1)
+    return F.cross_entropy(logits, labels, reduction="sum"), confidence, predicted
 
 
 def _score_exactly(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

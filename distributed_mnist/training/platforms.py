@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import torch
 
+from ..common import environment
 from ..common.compute_platform import differences, multiplies_bf16, this_platform
 from ..common.digest import digest
 from ..common.placement import usable_cores
@@ -64,11 +65,15 @@ def require_same_platform(world: World, sync: Sync) -> list[str]:
 def use_threads(world: World, recipe: Recipe) -> int:
     """Set and return the number of intra-op threads of this process.
 
-    With `tree` this is one, because two threads would add in a different order. With `ddp` and in exact
-    arithmetic the processes on a host share its cores.
+    With `tree` this is one, because two threads would add in a different order. In exact arithmetic they do
+    not change the result: there are as many as `OMP_NUM_THREADS` says, by default one, because processes
+    share work better. With `ddp` the processes on a host share its cores.
     """
-    in_order = recipe.sync == "tree" and recipe.precision != "exact"
+    exact = recipe.precision == "exact"
+    in_order = recipe.sync == "tree" and not exact
     threads = 1 if in_order else max(1, usable_cores() // world.local_size)
+    if exact:
+        threads = environment.threads() or 1
     torch.set_num_threads(threads)
     if world.device.type == "cuda" and in_order:
         torch.use_deterministic_algorithms(True, warn_only=True)

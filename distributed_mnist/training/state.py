@@ -16,8 +16,9 @@ from ..exact.scales import Scales
 from ..gradients.all_reduce import Gradients
 from ..gradients.loss import Loss
 from ..reporting.events import Sink
-from ..runs.checkpoint import FORMAT, Content, load_optimizer, load_weights, versions
+from ..runs.checkpoint import FORMAT, Content, load_weights, versions
 from ..runs.checkpoint_store import Store
+from ..runs.optimizer_state import load_optimizer
 from .batches import Batches
 
 _SCALARS = (

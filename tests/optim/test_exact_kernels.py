@@ -21,7 +21,7 @@ from distributed_mnist.optim import exact_muon, newton_schulz, weight_average
 from distributed_mnist.optim.clipping import clip_gradients
 from distributed_mnist.optim.schedule import make_optimizer
 from distributed_mnist.optim.single_operations import power
-from distributed_mnist.runs.checkpoint import load_optimizer
+from distributed_mnist.runs.optimizer_state import load_optimizer
 
 Array = NDArray[Any]
 f32 = np.float32

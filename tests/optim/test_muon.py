@@ -13,7 +13,7 @@ from distributed_mnist.errors import CheckpointError
 from distributed_mnist.optim.muon import Muon
 from distributed_mnist.optim.newton_schulz import orthogonalise
 from distributed_mnist.optim.schedule import make_optimizer, set_learning_rate
-from distributed_mnist.runs.checkpoint import load_optimizer
+from distributed_mnist.runs.optimizer_state import load_optimizer
 
 RECIPE = Recipe(optimizer="muon", lr=0.1, momentum=0.9, adam_lr=0.01, beta1=0.8, beta2=0.9)
 

@@ -13,7 +13,7 @@ from distributed_mnist.common.digest import digest
 from distributed_mnist.config import Recipe
 from distributed_mnist.errors import UsageError
 from distributed_mnist.optim.schedule import make_optimizer, make_schedule, set_learning_rate
-from distributed_mnist.runs.checkpoint import load_optimizer
+from distributed_mnist.runs.optimizer_state import load_optimizer
 
 CLOSE: Any = {"rel": 1e-12, "abs": 1e-15}
 

@@ -14,7 +14,8 @@ from distributed_mnist.errors import CheckpointError
 from distributed_mnist.models.build import build, place
 from distributed_mnist.optim import weight_average
 from distributed_mnist.optim.schedule import make_optimizer
-from distributed_mnist.runs.checkpoint import decode, encode, load_optimizer, load_weights, snapshot
+from distributed_mnist.runs.checkpoint import decode, encode, load_weights, snapshot
+from distributed_mnist.runs.optimizer_state import load_optimizer
 
 STEPS = 12
 LR = 0.02

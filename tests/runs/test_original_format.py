@@ -14,7 +14,8 @@ from distributed_mnist.config import Recipe, load_recipe
 from distributed_mnist.errors import CheckpointError
 from distributed_mnist.models.build import build
 from distributed_mnist.optim.schedule import make_optimizer
-from distributed_mnist.runs.checkpoint import FORMAT, decode, encode, load_optimizer, load_weights
+from distributed_mnist.runs.checkpoint import FORMAT, decode, encode, load_weights
+from distributed_mnist.runs.optimizer_state import load_optimizer
 from distributed_mnist.runs.original_format import from_original, is_original, to_original
 
 CLASSIC = load_recipe("classic")

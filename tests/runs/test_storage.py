@@ -30,8 +30,9 @@ from warm import here
 
 from distributed_mnist.errors import CheckpointError
 from distributed_mnist.optim.optimizers import Adam
-from distributed_mnist.runs.checkpoint import decode, encode, load_optimizer, load_weights
+from distributed_mnist.runs.checkpoint import decode, encode, load_weights
 from distributed_mnist.runs.checkpoint_store import RunStore
+from distributed_mnist.runs.optimizer_state import load_optimizer
 
 CHECKPOINT, OUTPUT, TRAINING = 4, 6, 7
 PATIENCE = 120.0
