@@ -101,13 +101,14 @@ def test_the_document_shows_the_tree() -> None:
     text = (REPOSITORY / "docs" / "architecture.md").read_text()
     tree = text.partition("```text\n")[2].partition("```")[0]
     shown: list[str] = []
-    folder = ""
+    folders: list[str] = []
     for line in tree.splitlines():
         name = line.split()[0] if line.strip() else ""
         if name.endswith("/"):
-            folder = "" if not line.startswith(" ") else name
+            depth = (len(line) - len(line.lstrip())) // 2  # 0 for the package itself
+            folders = [*folders[: depth - 1], name] if depth else []
         elif name.endswith(".py"):
-            shown.append(f"{folder}{name}".removesuffix(".py"))
+            shown.append("".join([*folders, name]).removesuffix(".py"))
     assert sorted(shown) == [module for module in MODULES if not module.endswith("/__init__")]
 
 

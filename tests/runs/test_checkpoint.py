@@ -24,12 +24,12 @@ from distributed_mnist.runs.checkpoint import (
     FORMAT,
     decode,
     encode,
-    load_optimizer,
     load_weights,
     read_bytes,
     versions,
     write,
 )
+from distributed_mnist.runs.optimizer_state import load_optimizer
 
 
 def network(width: int = 6) -> nn.Module:
