@@ -1,4 +1,4 @@
-"""Exponential, logarithm, sine, cosine and square root, with the same bits on every machine.
+"""Exponential, logarithm, sine, cosine, square root and others, with the same bits on every machine.
 
 A library's `exp` differs between processors and versions in its last bit. These functions consist of single
 additions, subtractions, multiplications and divisions of whole tensors, each correctly rounded everywhere.
@@ -11,8 +11,9 @@ bits that its products are exact. The stated errors were measured in units in th
 million random arguments; `tests/exact/test_elementary.py` repeats the measurement with fewer.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -28,13 +29,47 @@ _SQRT_HALF_BITS = 0x3FE6A09E667F3BCD  # the bits of sqrt(1/2)
 LARGEST_ANGLE = 2.0**20
 """Sine and cosine are not a number for angles of larger magnitude."""
 
+_BLOCK = 2**15  # elements
+
 # Taylor series; Python divides integers correctly rounded. The first term left out is below 2^-57.
 _TWICE_EXP = [2 / math.factorial(k) for k in range(14)]
 _SIN = [(-1) ** k / math.factorial(2 * k + 1) for k in range(9)]  # in the square, over the argument
 _COS = [(-1) ** k / math.factorial(2 * k) for k in range(9)]  # in the square
 _LOG = [2 / (2 * k + 3) for k in range(10)]  # atanh(s) = s + s^3 / 3 + s^5 / 5 + ..., twice, without s
 
+# For x from 0 to 6 and t = 2 / (2 + x): log(erfc(x) / t) + x^2, as a polynomial in (16 / (2 + x) - 5) / 3,
+# which runs from -1 to 1. It interpolates at Chebyshev's 23 points, computed with 60 digits; its error is
+# about 1e-17.
+# fmt: off
+_ERF = [float.fromhex(each) for each in (
+    "-0x1.00bc5085b08f7p-1", "0x1.07d71083f0cc8p-1", "0x1.6d15e07eeec86p-8", "-0x1.60a4b31ec12dep-6",
+    "0x1.02c0b4cbc2267p-11", "0x1.09ea067bf6a59p-9", "-0x1.5a42c1636b8b6p-12", "-0x1.98d49fd164e74p-13",
+    "0x1.55b5e1d7339ddp-14", "0x1.2ec6cc265774ap-17", "-0x1.c8613e2849cbep-17", "0x1.1c1ed4df92834p-19",
+    "0x1.7a3f359e56129p-20", "-0x1.73f8faab4d791p-21", "-0x1.1b7ea3a20b1bdp-27",
+    "0x1.b6e72fecb0918p-24", "-0x1.eef21a63a1989p-26", "-0x1.a2bacf4488e68p-28",
+    "0x1.887cf45179fe2p-28", "-0x1.568694e3671e8p-31", "-0x1.1f1ad7e939a47p-31",
+    "0x1.0ffbb59af56abp-33", "0x1.1172d03cbdc68p-36",
+)]
+# fmt: on
 
+
+def _in_blocks(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Compute large tensors block by block on a CPU: in its cache, three times as fast."""
+
+    @functools.wraps(function)
+    def of_blocks(x: Tensor) -> Tensor:
+        size = _BLOCK * torch.get_num_threads()
+        if x.numel() <= size or x.device.type != "cpu":
+            return function(x)
+        result = torch.empty(x.shape, dtype=x.dtype)
+        for part, whole in zip(result.view(-1).split(size), x.flatten().split(size), strict=True):
+            part.copy_(function(whole))
+        return result
+
+    return of_blocks
+
+
+@_in_blocks
 def exp(x: Tensor) -> Tensor:
     """Return e to the power of `x`. The error is at most 1.2 ulp.
 
@@ -51,6 +86,7 @@ def exp(x: Tensor) -> Tensor:
     return _polynomial(_TWICE_EXP, rest).mul_(half_power)
 
 
+@_in_blocks
 def log(x: Tensor) -> Tensor:
     """Return the natural logarithm. The error is at most 1.0 ulp.
 
@@ -88,6 +124,28 @@ def sin_and_cos(x: Tensor) -> tuple[Tensor, Tensor]:
     sign = 1 - (quarter & 2).to(torch.float64)
     other_sign = 1 - ((quarter + 1) & 2).to(torch.float64)
     return torch.where(odd, cosine, sine).mul_(sign), torch.where(odd, sine, cosine).mul_(other_sign)
+
+
+@_in_blocks
+def sigmoid(x: Tensor) -> Tensor:
+    """Return `1 / (1 + exp(-x))`. The error is at most 2 ulp."""
+    return exp(-x).add_(1).reciprocal_()
+
+
+@_in_blocks
+def tanh(x: Tensor) -> Tensor:
+    """Return the hyperbolic tangent. The absolute error is at most 4e-16."""
+    return exp(x + x).add_(1).reciprocal_().mul_(-2).add_(1)
+
+
+@_in_blocks
+def erf(x: Tensor) -> Tensor:
+    """Return the error function. The absolute error is at most 5e-16."""
+    size = x.abs().clamp_(max=6.0)  # the result is then 1 in float64
+    t = (size + 2).reciprocal_()
+    place = (t * (16 / 3)).sub_(5 / 3)
+    complement = exp(_polynomial(_ERF, place).sub_(size * size)).mul_(t).mul_(2)
+    return complement.neg_().add_(1).copysign_(x)
 
 
 def sqrt(x: Tensor, out: Tensor | None = None) -> Tensor:

@@ -65,14 +65,15 @@ class ExactInitialisation(DispatchMode):
     ) -> Any:
         """Run an operation. Raises `InexactOperation` if its result need not be the same everywhere."""
         kwargs = kwargs or {}
-        name = func.overloadpacket.__name__.removesuffix("_")
+        full_name = func.overloadpacket.__name__
+        name = full_name.removesuffix("_")
         given = dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | kwargs
         if name in _COMPUTED:
             values = _COMPUTED[name](given)
             return _filled(func(*args, **kwargs), values)  # torch's result has the right shape and type
-        if name in _DRAWN:
+        if full_name in _DRAWN:
             result = func(*args, **kwargs)
-            return _filled(result, _DRAWN[name](given, tuple(result.shape), self._next_key(given)))
+            return _filled(result, _DRAWN[full_name](given, tuple(result.shape), self._next_key(given)))
         result = func(*args, **kwargs)
         if not self.may_be_inexact and not _is_exact(func, name, args, kwargs, result):
             raise InexactOperation(name)
@@ -136,14 +137,15 @@ def _permutation(given: dict[str, Any], shape: tuple[int, ...], key: tuple[int |
 
 
 _DRAWN: dict[str, Callable[[dict[str, Any], tuple[int, ...], tuple[int | str, ...]], Tensor]] = {
-    "uniform": _uniform,
+    "uniform_": _uniform,
     "rand": _uniform,
     "rand_like": _uniform,
     "normal": _normal,
+    "normal_": _normal,
     "randn": _normal,
     "randn_like": _normal,
-    "bernoulli": _chosen,
-    "random": _integers,
+    "bernoulli_": _chosen,
+    "random_": _integers,
     "randint": _integers,
     "randint_like": _integers,
     "randperm": _permutation,
@@ -172,6 +174,9 @@ _COMPUTED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "sqrt": _elementary(elementary.sqrt),
     "sin": _elementary(lambda x: elementary.sin_and_cos(x)[0]),
     "cos": _elementary(lambda x: elementary.sin_and_cos(x)[1]),
+    "sigmoid": _elementary(elementary.sigmoid),
+    "tanh": _elementary(elementary.tanh),
+    "erf": _elementary(elementary.erf),
     "linspace": _linspace,
     "linalg_qr": _qr,
 }

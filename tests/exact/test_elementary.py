@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from distributed_mnist.common.random_keys import random_bits, uniform
-from distributed_mnist.exact.elementary import LARGEST_ANGLE, exp, log, sin_and_cos, sqrt
+from distributed_mnist.exact.elementary import (
+    LARGEST_ANGLE,
+    erf,
+    exp,
+    log,
+    sigmoid,
+    sin_and_cos,
+    sqrt,
+    tanh,
+)
 
 DIGITS = 50
 PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899")
@@ -69,6 +78,28 @@ def test_sine_and_cosine(bound: float) -> None:
         )
 
 
+def sum_of_erf(x: float) -> Decimal:
+    """Sum a series whose terms have one sign: 2 / sqrt(pi) * exp(-x^2) * sum of 2^k x^(2k+1) / (2k+1)!!."""
+    value = Decimal(x)
+    term = total = value
+    for k in range(1, 150):
+        term *= 2 * value * value / (2 * k + 1)
+        total += term
+    return 2 / PI.sqrt() * (-value * value).exp() * total
+
+
+def test_sigmoid_tanh_and_erf() -> None:
+    x = torch.cat([drawn(-7.0, 7.0, 200), drawn(-0.01, 0.01, 20)])
+    assert worst(sigmoid(x), x, lambda value: 1 / (1 + (-Decimal(value)).exp()), relative=True) <= 2
+    right = worst(tanh(x), x, lambda value: 1 - 2 / ((2 * Decimal(value)).exp() + 1), relative=False)
+    assert right <= 4e-16
+    assert worst(erf(x), x, sum_of_erf, relative=False) <= 5e-16
+    far = torch.tensor([math.inf, -math.inf, 800, -800, math.nan], dtype=torch.float64)
+    for function, low in ((sigmoid, 0), (tanh, -1), (erf, -1)):
+        assert function(far)[:4].tolist() == [1, low, 1, low]
+        assert function(far)[4].isnan()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_square_root_is_correctly_rounded(dtype: torch.dtype) -> None:
     """Compare squares: the right result is within half an ulp. `torch.sqrt` often fails this."""
@@ -108,7 +139,7 @@ def test_edges() -> None:
 def test_an_element_depends_on_no_other_and_not_on_strides() -> None:
     x = drawn(0.1, 5.0, 90).view(9, 10)
     before = x.clone()
-    functions = (exp, log, lambda t: sin_and_cos(t)[0], lambda t: sin_and_cos(t)[1])
+    functions = (exp, log, sigmoid, tanh, erf, lambda t: sin_and_cos(t)[0], lambda t: sin_and_cos(t)[1])
     for function in functions:
         whole = function(x)
         assert torch.equal(function(x.t()), whole.t())
@@ -118,9 +149,17 @@ def test_an_element_depends_on_no_other_and_not_on_strides() -> None:
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("function", [exp, erf])
+def test_large_tensors_are_computed_in_blocks(function: Callable[[Tensor], Tensor]) -> None:
+    x = drawn(0.1, 3.0, 1000).repeat(200).view(400, 500)
+    whole = function(x)
+    assert torch.equal(whole.view(200, 1000), function(x.view(-1)[:1000]).expand(200, -1))
+    assert torch.equal(function(x.t()), whole.t())
+
+
 def test_the_bits_are_the_same_on_every_machine() -> None:
     """These bits were computed once; a machine, or a version of torch, with others breaks the promise."""
     x = drawn(0.01, 30.0, 1000)
-    results = (exp(x), exp(-x), log(x), *sin_and_cos(x))
+    results = (exp(x), exp(-x), log(x), *sin_and_cos(x), sigmoid(x - 15), tanh(x - 15), erf(x / 5 - 3))
     found = hashlib.sha256(torch.cat(results).numpy().astype("<f8").tobytes()).hexdigest()
-    assert found == "bddff570077513bcb2cce82f774b0d5558f761a30c775d591aa0ef11095cc885"
+    assert found == "a43f55f098769f5aebab59bbaa812b32f9cec9b4e8bd9f816c242d14699a6970"

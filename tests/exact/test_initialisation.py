@@ -136,12 +136,12 @@ def test_a_generator_of_ones_own_counts_for_itself() -> None:
 
 
 def test_a_table_of_positions() -> None:
-    """Sines and cosines, as in a transformer's positional encoding, are computed in float64."""
+    """Sines and cosines, as in a transformer's positional encoding, and their like are computed."""
 
     def table() -> Tensor:
         positions = torch.arange(50).unsqueeze(1)
         rates = torch.exp(torch.arange(0, 16, 2) * -0.5756)
-        return torch.cat([torch.sin(positions * rates), torch.cos(positions * rates).sqrt_()], 1)
+        return torch.cat([torch.sin(positions * rates), torch.cos(positions * rates).sqrt_()], 1).tanh()
 
     assert torch.allclose(made(table), table(), atol=1e-5, equal_nan=True)
     assert torch.allclose(made(lambda: torch.linspace(0, 0.1, 7)), torch.linspace(0, 0.1, 7))
@@ -151,7 +151,8 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "mm": lambda: torch.rand(2, 2) @ torch.rand(2, 2),
     "sum": lambda: torch.rand(5).sum(),
     "mean": lambda: torch.rand(5).mean(),
-    "tanh": lambda: torch.rand(5).tanh_(),
+    "atan": lambda: torch.rand(5).atan_(),
+    "bernoulli": lambda: torch.bernoulli(torch.full((5,), 0.9)),
     "pow": lambda: torch.rand(5) ** 0.5,
     "add": lambda: torch.add(torch.rand(5), torch.rand(5), alpha=3),
     "addcmul": lambda: torch.addcmul(torch.rand(5), torch.rand(5), torch.rand(5)),
