@@ -136,12 +136,14 @@ def _score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _score_exactly(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `_score` does, with the same bits on every machine. Of equal logits the first is
-    highest."""
+    """Return what `_score` does, with the same bits on every machine.
+
+    Of equal logits the first is the highest; if one is not a number, the last class is predicted.
+    """
     losses, _ = cross_entropy(logits, labels)
     is_highest = logits == logits.amax(1, keepdim=True)
     classes = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
-    predicted = torch.where(is_highest, classes, logits.shape[1]).amin(1)
+    predicted = torch.where(is_highest, classes, logits.shape[1] - 1).amin(1)
     probabilities = softmax(logits.double(), 1)
     return sum_over(losses.double(), 0), probabilities.amax(1), predicted
 

@@ -7,14 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from distributed_mnist.common.digest import digest
 from distributed_mnist.common.placement import ALONE
+from distributed_mnist.common.random_keys import random_bits
 from distributed_mnist.config import Precision
 from distributed_mnist.data.broadcast import Data
 from distributed_mnist.data.split import Split
 from distributed_mnist.distributed.world import World
 from distributed_mnist.errors import UsageError
 from distributed_mnist.models.build import build, forward
-from distributed_mnist.training.evaluate import CHUNK, Evaluation, evaluate
+from distributed_mnist.training.evaluate import CHUNK, Evaluation, _score, _score_exactly, evaluate
 
 WORLD = World(ALONE, torch.device("cpu"), "none")
 MEAN, STD = 0.1307, 0.3081
@@ -52,6 +54,19 @@ def test_the_same_as_a_plain_loop(count: int) -> None:
     assert got.images == count
     assert got.correct == sum(confusion[i][i] for i in range(10))
     assert got.accuracy == got.correct / count
+
+
+def test_exact_scores_are_the_others_up_to_rounding() -> None:
+    noise = torch.from_numpy((random_bits(350, "logits") % np.uint64(1000)).astype(np.float32))
+    logits, labels = noise.view(50, 7) * 0.01 - 5, torch.arange(50) % 7
+    exact, other = _score_exactly(logits, labels), _score(logits, labels)
+    torch.testing.assert_close(exact, other, rtol=1e-5, atol=1e-7, check_dtype=False)
+    # The digest was computed once; a machine with another one breaks the promise.
+    assert digest(exact)[:16] == "47c95664ff3dd58c"
+    equal = torch.tensor([[0.0, 2.0, 2.0], [1.0, 1.0, 1.0], [math.nan, 0.0, 0.0]])
+    loss, _, predicted = _score_exactly(equal, torch.tensor([2, 2, 2]))
+    assert predicted.tolist() == [1, 0, 2]
+    assert loss.isnan()
 
 
 def test_a_confusion_matrix_of_known_guesses() -> None:
