@@ -55,7 +55,7 @@ class Pass(Protocol):
         ...
 
     def factor(self, *exponents: Tensor) -> Tensor:
-        """Return `2**-sum(exponents)`, float64."""
+        """Return `2**-sum(exponents)`, float32, of one or two exponents."""
         ...
 
     def sum_over_samples(self, parameter: Tensor | None, *factors: int) -> int | None:
@@ -92,8 +92,8 @@ class EvaluationPass:
         return prepare_weight(self.products, weight, arrange)
 
     def factor(self, *exponents: Tensor) -> Tensor:
-        """Return `2**-sum(exponents)`, float64."""
-        return power_of_two(-sum(exponents, torch.zeros_like(exponents[0])))
+        """Return `2**-sum(exponents)`; see `Pass`."""
+        return power_of_two(-sum(exponents, torch.zeros_like(exponents[0])), torch.float32)
 
     def sum_over_samples(self, parameter: Tensor | None, *factors: int) -> int | None:
         """Return None: there is no gradient."""
@@ -181,10 +181,11 @@ class TrainingPass:
         return self._weights[key]
 
     def factor(self, *exponents: Tensor) -> Tensor:
-        """Return `2**-sum(exponents)`, float64; it is computed once in a step."""
+        """Return `2**-sum(exponents)`, computed once in a step; see `Pass`."""
         key = tuple(map(id, exponents))
         if self.starting or key not in self._factors:
-            self._factors[key] = power_of_two(-sum(exponents, torch.zeros_like(exponents[0])))
+            total = sum(exponents, torch.zeros_like(exponents[0]))
+            self._factors[key] = power_of_two(-total, torch.float32)
         return self._factors[key]
 
     def sum_over_samples(self, parameter: Tensor | None, *factors: int) -> int | None:

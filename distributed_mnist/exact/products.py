@@ -24,6 +24,10 @@ MOST_TERMS = 2**23
 """The most terms of a sum of products of two operands: `2**23 * LIMIT**2 < 2**53`."""
 _MOST_INT8_TERMS = 2**16 - 1
 """The most terms of a sum of int8 products: two of at most `2**14` for each, below `2**31`."""
+_MOST_TERMS_TO_SHIFT = 508
+"""The most terms for which `2**8` times a sum of int8 products, plus two such sums, is below `2**31`."""
+_BLOCK = 4096
+"""Rows that are multiplied at once: few enough that their sums fit the caches."""
 
 
 class Products(Protocol):
@@ -37,12 +41,19 @@ class Products(Protocol):
         """Return an int16 matrix `(K, N)`, not packed, in the form in which this class multiplies by it."""
         ...
 
-    def rows_times(self, rows: Tensor, prepared: Tensor) -> Tensor:
-        """Return packed rows `(M, K)` times a prepared matrix `(K, N)`, float64 `(M, N)`."""
+    def rows_times(self, rows: Tensor, prepared: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return packed rows `(M, K)` times a prepared matrix `(K, N)`, `(M, N)`.
+
+        In float64 the result is exact, and in float32 it is the exact one, rounded once.
+        """
         ...
 
     def transposed_times(self, left: Tensor, right: Tensor) -> Tensor:
         """Return the sum over rows, `left.T @ right`, of packed `(M, N)` and `(M, K)`: float64 `(N, K)`."""
+        ...
+
+    def sum_of(self, rows: Tensor) -> Tensor:
+        """Return the sum of packed rows `(M, N)`: float64 `(N,)`."""
         ...
 
 
@@ -58,14 +69,21 @@ class Float64Products:
         require_exact(matrix.shape[0])
         return matrix.t().to(torch.float64).contiguous()
 
-    def rows_times(self, rows: Tensor, prepared: Tensor) -> Tensor:
+    def rows_times(self, rows: Tensor, prepared: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return `rows @ matrix`; see `Products`."""
-        return (prepared @ rows.to(torch.float64).t()).t()
+        result = rows.new_empty((len(rows), len(prepared)), dtype=dtype)
+        for block, out in zip(rows.split(_BLOCK), result.split(_BLOCK), strict=True):
+            out.copy_((prepared @ block.to(torch.float64).t()).t())
+        return result
 
     def transposed_times(self, left: Tensor, right: Tensor) -> Tensor:
         """Return `left.T @ right`; see `Products`."""
         require_exact(left.shape[0])
         return left.to(torch.float64).t() @ right.to(torch.float64)
+
+    def sum_of(self, rows: Tensor) -> Tensor:
+        """Return the sum of rows; see `Products`."""
+        return rows.sum(0).to(torch.float64)
 
 
 class Int8Products:
@@ -90,11 +108,24 @@ class Int8Products:
         prepared[:, 1, 1] = prepared[:, 0, 2] = low
         return prepared.view(2 * terms, 3 * columns)
 
-    def rows_times(self, rows: Tensor, prepared: Tensor) -> Tensor:
+    def rows_times(self, rows: Tensor, prepared: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return `rows @ matrix`; see `Products`."""
-        sums = torch._int_mm(rows.contiguous().view(torch.int8), prepared)
-        high, mixed, low = sums.view(len(rows), 3, -1).unbind(1)
-        return _combined(high, mixed, low)
+        terms, columns = len(prepared) // 2, prepared.shape[1] // 3
+        result = rows.new_empty((len(rows), columns), dtype=dtype)
+        slices = rows.contiguous().view(torch.int8)
+        for block, out in zip(slices.split(_BLOCK), result.split(_BLOCK), strict=True):
+            sums = torch._int_mm(block, prepared).view(len(block), 3, columns)
+            high, mixed, low = sums.unbind(1)
+            if terms > _MOST_TERMS_TO_SHIFT:
+                high, mixed = high.to(torch.float64), mixed.to(torch.float64)
+            upper = mixed.add_(high, alpha=2**8)
+            out.copy_(low.to(torch.float64).add_(upper.to(torch.float64), alpha=2.0**8))
+        return result
+
+    def sum_of(self, rows: Tensor) -> Tensor:
+        """Return the sum of rows; see `Products`."""
+        low, high = rows.contiguous().view(torch.int8).sum(0).view(-1, 2).unbind(1)
+        return (256 * high + low).to(torch.float64)
 
     def transposed_times(self, left: Tensor, right: Tensor) -> Tensor:
         """Return `left.T @ right`; see `Products`."""
@@ -108,13 +139,9 @@ class Int8Products:
         columns = left.shape[1], right.shape[1]
         slices = left.contiguous().view(torch.int8).t(), right.contiguous().view(torch.int8)
         sums = torch._int_mm(*slices).view(columns[0], 2, columns[1], 2)
-        return _combined(sums[:, 1, :, 1], sums[:, 1, :, 0] + sums[:, 0, :, 1], sums[:, 0, :, 0])
-
-
-def _combined(high: Tensor, mixed: Tensor, low: Tensor) -> Tensor:
-    """Return `2**16 * high + 2**8 * mixed + low` in float64, exactly: products with powers of two."""
-    total = high.to(torch.float64).mul_(2.0**16)
-    return total.add_(mixed.to(torch.float64).mul_(2.0**8)).add_(low)
+        high, mixed, low = sums[:, 1, :, 1], sums[:, 1, :, 0] + sums[:, 0, :, 1], sums[:, 0, :, 0]
+        total = low.to(torch.float64).add_(mixed.to(torch.float64), alpha=2.0**8)
+        return total.add_(high.to(torch.float64), alpha=2.0**16)  # exact: the factors are powers of two
 
 
 @functools.cache
@@ -137,11 +164,16 @@ def _is_exact(products: Products, device: torch.device) -> bool:
                 for shape in ((rows, terms), (terms, columns), (rows, columns))
             )
             rows_[0], matrix[:, 0] = LIMIT, -LIMIT
-            expected = rows_.double() @ matrix.double(), left.double().t() @ rows_.double()
+            expected = (
+                rows_.double() @ matrix.double(),
+                left.double().t() @ rows_.double(),
+                rows_.double().sum(0),
+            )
             packed = products.pack(rows_.clone())
             found = (
-                products.rows_times(packed, products.prepare(matrix)),
+                products.rows_times(packed, products.prepare(matrix), torch.float64),
                 products.transposed_times(products.pack(left.clone()), packed),
+                products.sum_of(packed),
             )
             if not all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)):
                 return False

@@ -116,7 +116,7 @@ class Convolution(torch.autograd.Function):
         result = results[0] if groups == 1 else torch.cat(results, 1)
         height, width = (side + 2 * pad for side, pad in zip(x.shape[1:3], window.padding, strict=True))
         result = result.view(len(x), *window.positions(height, width), -1)
-        result = result * pass_.factor(fixed.exponent, prepared.exponent)
+        result *= pass_.factor(fixed.exponent, prepared.exponent)
         if bias is not None:
             result += bias
         ctx.pass_, ctx.weight, ctx.window, ctx.layout, ctx.shape = pass_, weight, window, layout, x.shape
@@ -125,7 +125,7 @@ class Convolution(torch.autograd.Function):
             pass_.sum_over_samples(weight, number, ctx.number),
             pass_.sum_over_samples(bias, ctx.number),
         )
-        return result.to(torch.float32)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -156,7 +156,7 @@ class Convolution(torch.autograd.Function):
         ]
         result = results[0] if layout.groups == 1 else torch.cat(results, 3)
         result = result * pass_.factor(fixed.exponent, prepared.exponent)
-        return (result.to(torch.float32), *(None,) * 5)
+        return (result, *(None,) * 5)
 
 
 def gathered(pass_: Pass, gradient: Tensor, matrix: Tensor, window: Window, shape: Any) -> Tensor:
@@ -170,13 +170,13 @@ def gathered(pass_: Pass, gradient: Tensor, matrix: Tensor, window: Window, shap
 def scattered(pass_: Pass, gradient: Tensor, matrix: Tensor, window: Window, shape: Any) -> Tensor:
     """Return the gradient by the input, of this shape: what each patch gets is added back in place."""
     n, rows, columns, channels = gradient.shape
-    products = pass_.products.rows_times(gradient.reshape(-1, channels), matrix)
+    products = pass_.products.rows_times(gradient.reshape(-1, channels), matrix, torch.float64)
     patches = products.view(n, rows, columns, -1, shape[3])
     (above, left), (height, width) = window.padding, shape[1:3]
     total = products.new_zeros((n, height + 2 * above, width + 2 * left, shape[3]))
     for place, (vertical, horizontal) in enumerate(window.slices(*total.shape[1:3])):
         total[:, vertical, horizontal] += patches[:, :, :, place]
-    return total[:, above : above + height, left : left + width]
+    return total[:, above : above + height, left : left + width].to(torch.float32)
 
 
 def patches_of(x: Tensor, window: Window) -> Tensor:

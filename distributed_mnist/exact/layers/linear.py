@@ -38,7 +38,7 @@ class Product(torch.autograd.Function):
         packed = rows.integers.reshape(-1, x.shape[-1])
         prepared = pass_.weight(weight, "forward", forward_matrix)
         result = pass_.products.rows_times(packed, prepared.prepared[0]).view(*x.shape[:-1], -1)
-        result = result * pass_.factor(rows.exponent, prepared.exponent)
+        result *= pass_.factor(rows.exponent, prepared.exponent)
         if bias is not None:
             result += bias
         ctx.packed, ctx.pass_, ctx.weight, ctx.shape = packed, pass_, weight, x.shape
@@ -47,7 +47,7 @@ class Product(torch.autograd.Function):
             pass_.sum_over_samples(weight, number, ctx.number),
             pass_.sum_over_samples(bias, ctx.number),
         )
-        return result.to(torch.float32)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
@@ -60,8 +60,8 @@ class Product(torch.autograd.Function):
             return None, None, None, None
         prepared = pass_.weight(ctx.weight, "backward", backward_matrix)
         result = products.rows_times(rows, prepared.prepared[0])
-        result = result.mul_(pass_.factor(fixed.exponent, prepared.exponent))
-        return result.to(torch.float32).view(ctx.shape), None, None, None
+        result *= pass_.factor(fixed.exponent, prepared.exponent)
+        return result.view(ctx.shape), None, None, None
 
 
 def add_sums(pass_: Pass, sums: tuple[int | None, int | None], rows: Tensor, inputs: Tensor) -> None:
@@ -73,5 +73,4 @@ def add_sums(pass_: Pass, sums: tuple[int | None, int | None], rows: Tensor, inp
     if of_weight is not None:
         pass_.add(of_weight, pass_.products.transposed_times(rows, inputs))
     if of_bias is not None:
-        ones = pass_.products.pack(torch.ones((len(rows), 1), dtype=torch.int16, device=rows.device))
-        pass_.add(of_bias, pass_.products.transposed_times(rows, ones)[:, 0])
+        pass_.add(of_bias, pass_.products.sum_of(rows))
