@@ -26,8 +26,8 @@ _MOST_INT8_TERMS = 2**16 - 1
 """The most terms of a sum of int8 products: two of at most `2**14` for each, below `2**31`."""
 _MOST_TERMS_TO_SHIFT = 508
 """The most terms for which `2**8` times a sum of int8 products, plus two such sums, is below `2**31`."""
-_BLOCK = 4096
-"""Rows that are multiplied at once: few enough that their sums fit the caches."""
+_BLOCK = 2**18
+"""Elements of a result that are computed at once: few enough to fit the caches."""
 
 
 class Products(Protocol):
@@ -72,7 +72,8 @@ class Float64Products:
     def rows_times(self, rows: Tensor, prepared: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return `rows @ matrix`; see `Products`."""
         result = rows.new_empty((len(rows), len(prepared)), dtype=dtype)
-        for block, out in zip(rows.split(_BLOCK), result.split(_BLOCK), strict=True):
+        height = max(1, _BLOCK // result.shape[1])
+        for block, out in zip(rows.split(height), result.split(height), strict=True):
             out.copy_((prepared @ block.to(torch.float64).t()).t())
         return result
 
@@ -113,7 +114,8 @@ class Int8Products:
         terms, columns = len(prepared) // 2, prepared.shape[1] // 3
         result = rows.new_empty((len(rows), columns), dtype=dtype)
         slices = rows.contiguous().view(torch.int8)
-        for block, out in zip(slices.split(_BLOCK), result.split(_BLOCK), strict=True):
+        height = max(1, _BLOCK // prepared.shape[1])
+        for block, out in zip(slices.split(height), result.split(height), strict=True):
             sums = torch._int_mm(block, prepared).view(len(block), 3, columns)
             high, mixed, low = sums.unbind(1)
             if terms > _MOST_TERMS_TO_SHIFT:
@@ -124,7 +126,12 @@ class Int8Products:
 
     def sum_of(self, rows: Tensor) -> Tensor:
         """Return the sum of rows; see `Products`."""
-        low, high = rows.contiguous().view(torch.int8).sum(0).view(-1, 2).unbind(1)
+        slices = rows.contiguous().view(torch.int8)
+        ones = slices.new_ones((1, len(slices)))  # a product with ones is many times as fast as a sum
+        parts = zip(ones.split(_MOST_INT8_TERMS, 1), slices.split(_MOST_INT8_TERMS), strict=True)
+        total = sum(torch._int_mm(*part).to(torch.int64) for part in parts)
+        assert isinstance(total, Tensor)
+        low, high = total.view(-1, 2).unbind(1)
         return (256 * high + low).to(torch.float64)
 
     def transposed_times(self, left: Tensor, right: Tensor) -> Tensor:

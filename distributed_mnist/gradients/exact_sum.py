@@ -22,7 +22,7 @@ from .shard_gradients import ForwardShards
 _FIRST_SAMPLES = 128
 """With these samples of a batch, every rank finds the scales that are not known yet."""
 _CHECKED_SAMPLES = 16
-_SAMPLES_PER_PASS = {"cpu": 64}  # a pass should fit the caches
+_SAMPLES_PER_PASS = {"cpu": 128}  # a pass should fit the caches
 _SAMPLES_PER_PASS_ON_GPU = 4096
 
 
