@@ -163,3 +163,28 @@ def test_the_bits_are_the_same_on_every_machine() -> None:
     results = (exp(x), exp(-x), log(x), *sin_and_cos(x), sigmoid(x - 15), tanh(x - 15), erf(x / 5 - 3))
     found = hashlib.sha256(torch.cat(results).numpy().astype("<f8").tobytes()).hexdigest()
     assert found == "a43f55f098769f5aebab59bbaa812b32f9cec9b4e8bd9f816c242d14699a6970"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="torch finds no accelerator here")
+def test_an_accelerator_gives_the_processors_bits() -> None:
+    x = drawn(-8.0, 8.0, 100_000)
+    functions = (exp, lambda t: log(t.abs()), sigmoid, tanh, erf, lambda t: sqrt(t.abs()))
+    more = (lambda t: sin_and_cos(t)[0], lambda t: softmax(t.view(-1, 10), 1), lambda t: sum_over(t, 0))
+    device = torch.accelerator.current_accelerator()
+    for function in (*functions, *more):
+        assert torch.equal(function(x.to(device)).cpu(), function(x))
+    single = x.float().abs()
+    assert torch.equal(sqrt(single.to(device)).cpu(), sqrt(single))
+    labels = torch.arange(10_000) % 10
+    for there, here in zip(
+        cross_entropy(x.float().view(-1, 10).to(device), labels.to(device), 0.1),
+        cross_entropy(x.float().view(-1, 10), labels, 0.1),
+        strict=True,
+    ):
+        assert torch.equal(there.cpu(), here)
+    transforms = (drawn(-1.0, 1.0, 60) * 0.3).float().view(10, 2, 3) + torch.eye(2, 3)
+    images = x[:78_400].float().view(10, 10, 28, 28)
+    assert torch.equal(
+        resample(images.to(device), transforms.to(device)).cpu(), resample(images, transforms)
+    )
