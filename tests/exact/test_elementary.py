@@ -22,6 +22,9 @@ from distributed_mnist.exact.elementary import (
     sqrt,
     tanh,
 )
+from distributed_mnist.exact.loss import cross_entropy
+from distributed_mnist.exact.ordered_sums import softmax, sum_over
+from distributed_mnist.exact.resampling import resample
 
 DIGITS = 50
 PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899")
