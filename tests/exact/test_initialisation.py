@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from distributed_mnist.common.digest import digest
 from distributed_mnist.common.generators import seed_generators
+from distributed_mnist.config import Recipe
 from distributed_mnist.errors import UsageError
 from distributed_mnist.exact.initial_values import normal, qr, uniform
 from distributed_mnist.exact.initialisation import ExactInitialisation, InexactOperation
-from distributed_mnist.models.build import build
+from distributed_mnist.models.build import build, make_model
 from distributed_mnist.user_code.functions import registered
 
 CASES = pytest.mark.parametrize
@@ -209,6 +210,17 @@ KNOWN = {
 def test_the_networks_weights_are_the_same_on_every_machine(name: str) -> None:
     model = build(name, 10, seed=0, exact=True)
     assert digest(model.state_dict())[:16] == KNOWN[name]
+
+
+def test_the_recipe_decides() -> None:
+    recipe = Recipe(model="linear")
+    models = [
+        make_model(recipe.replace(precision=precision), 10, torch.device("cpu"))[0]
+        for precision in ("exact", "fp32")
+    ]
+    expected = [build("linear", 10, 0, exact=exact) for exact in (True, False)]
+    assert all(torch.equal(weights(a), weights(b)) for a, b in zip(models, expected, strict=True))
+    assert not torch.equal(weights(models[0]), weights(models[1]))
 
 
 def test_a_lazy_layer() -> None:
