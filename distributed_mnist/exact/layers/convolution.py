@@ -1,10 +1,11 @@
 """Two-dimensional convolutions, as products of patches with a weight.
 
 Everything here has the layout `(n, rows, columns, channels)`. Tensors become integers before their patches
-are copied. The gradient by the input is a convolution of the gradient if the stride is one; otherwise the
+are copied. The gradient by the input is a convolution of the gradient if that is faster; otherwise the
 products are added back in place. These are integers too, so their order does not matter.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,9 @@ from ..passes import Pass
 from .linear import add_sums
 
 Pair = tuple[int, int]
+_GATHER = 1.6
+"""The gradient by the input is a convolution if the input has less than so many times the positions of the
+result: with a padding that is large in proportion, most of the products would be with zeros."""
 
 
 class Window(NamedTuple):
@@ -145,7 +149,9 @@ class Convolution(torch.autograd.Function):
             add_sums(pass_, (None, of_bias), rows, rows)
         if not ctx.needs_input_grad[0]:
             return (None,) * 6
-        by_gather = window.stride == (1, 1)
+        by_gather = window.stride == (1, 1) and _GATHER * math.prod(gradient.shape[1:3]) > math.prod(
+            ctx.shape[1:3]
+        )
         arrange = layout.gathering if by_gather else layout.scattering
         prepared = pass_.weight(ctx.weight, "backward", arrange)
         gather_or_scatter = gathered if by_gather else scattered
