@@ -15,7 +15,7 @@ OPERAND_BITS = 14
 HEADROOM = 1
 """Bits that are given up if only the largest magnitude of the step before is known. What is more than
 `LIMIT / 2**(OPERAND_BITS - HEADROOM)` times, about four times, as large as that saturates."""
-_LARGEST_EXPONENT = 63  # so that the product of two scales is a normal float32
+_LARGEST_EXPONENT = 59  # so that the factor of a product of two tensors is a normal float32
 _FLOAT64_BITS = 53  # of a float64's significand
 _FLOAT32_BIAS, _FLOAT64_BIAS = 127, 1023
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .fixed_point import OPERAND_BITS, largest_magnitude, power_of_two, quantise, scale_exponent
-from .products import Products, products_for
+from .products import DROPPED_BITS, Products, products_for
 from .refusal import Refused
 from .scales import Scales, sample_exponents
 
@@ -54,8 +54,11 @@ class Pass(Protocol):
         `arrange`."""
         ...
 
-    def factor(self, *exponents: Tensor) -> Tensor:
-        """Return `2**-sum(exponents)`, float32, of one or two exponents."""
+    def product_factor(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return what a result of `Products.multiply` is multiplied by, float32.
+
+        `first` and `second` are the exponents of the two operands.
+        """
         ...
 
     def sum_over_samples(self, parameter: Tensor | None, *factors: int) -> int | None:
@@ -91,9 +94,9 @@ class EvaluationPass:
         """Return a weight as prepared matrices."""
         return prepare_weight(self.products, weight, arrange)
 
-    def factor(self, *exponents: Tensor) -> Tensor:
-        """Return `2**-sum(exponents)`; see `Pass`."""
-        return power_of_two(-sum(exponents, torch.zeros_like(exponents[0])), torch.float32)
+    def product_factor(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return the factor of a product; see `Pass`."""
+        return product_factor(first, second)
 
     def sum_over_samples(self, parameter: Tensor | None, *factors: int) -> int | None:
         """Return None: there is no gradient."""
@@ -133,7 +136,7 @@ class TrainingPass:
         self.starting = False
         self.tensors = self._next_sum = 0
         self._weights: dict[tuple[int, str], Weight] = {}
-        self._factors: dict[tuple[int, ...], Tensor] = {}
+        self._factors: dict[tuple[int, int], Tensor] = {}
 
     def begin_step(self) -> None:
         """Forget the step before, but for the scales."""
@@ -180,12 +183,11 @@ class TrainingPass:
             self._weights[key] = prepare_weight(self.products, weight, arrange)
         return self._weights[key]
 
-    def factor(self, *exponents: Tensor) -> Tensor:
-        """Return `2**-sum(exponents)`, computed once in a step; see `Pass`."""
-        key = tuple(map(id, exponents))
+    def product_factor(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return the factor of a product, computed once in a step; see `Pass`."""
+        key = id(first), id(second)
         if self.starting or key not in self._factors:
-            total = sum(exponents, torch.zeros_like(exponents[0]))
-            self._factors[key] = power_of_two(-total, torch.float32)
+            self._factors[key] = product_factor(first, second)
         return self._factors[key]
 
     def sum_over_samples(self, parameter: Tensor | None, *factors: int) -> int | None:
@@ -208,7 +210,8 @@ class TrainingPass:
         """Return the gradient of each parameter, float32, from the sums, which all ranks have added."""
         totals: dict[int, Tensor] = {}
         for part in self._sums:
-            share = part.integers * self.factor(*(self.scales.exponents[i] for i in part.factors))
+            exponents = [self.scales.exponents[i] for i in part.factors]
+            share = part.integers * power_of_two(-sum(exponents[1:], exponents[0]))
             totals[part.parameter] = totals[part.parameter] + share if part.parameter in totals else share
         return [
             totals[i].to(torch.float32) if i in totals else torch.zeros_like(p)
@@ -217,6 +220,11 @@ class TrainingPass:
 
 
 _ZERO = torch.zeros((), dtype=torch.int64)
+
+
+def product_factor(first: Tensor, second: Tensor) -> Tensor:
+    """Return `2**DROPPED_BITS / 2**(first + second)`, float32, which is a normal number."""
+    return power_of_two(DROPPED_BITS - first - second, torch.float32)
 
 
 def prepare_weight(products: Products, weight: Tensor, arrange: Arrange) -> Weight:

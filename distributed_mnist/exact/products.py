@@ -24,8 +24,10 @@ MOST_TERMS = 2**23
 """The most terms of a sum of products of two operands: `2**23 * LIMIT**2 < 2**53`."""
 _MOST_INT8_TERMS = 2**16 - 1
 """The most terms of a sum of int8 products: two of at most `2**14` for each, below `2**31`."""
-_MOST_TERMS_TO_SHIFT = 508
-"""The most terms for which `2**8` times a sum of int8 products, plus two such sums, is below `2**31`."""
+DROPPED_BITS = 8
+"""The bits of a product that `Products.multiply` drops: those of the sums of low slices alone."""
+_MOST_TERMS_IN_INT32 = 508
+"""The most terms for which `K * LIMIT**2 / 2**8` is below `2**31`."""
 _BLOCK = 2**18
 """Elements of a result that are computed at once: few enough to fit the caches."""
 
@@ -41,10 +43,10 @@ class Products(Protocol):
         """Return an int16 matrix `(K, N)`, not packed, in the form in which this class multiplies by it."""
         ...
 
-    def rows_times(self, rows: Tensor, prepared: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return packed rows `(M, K)` times a prepared matrix `(K, N)`, `(M, N)`.
+    def multiply(self, rows: Tensor, prepared: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return packed rows `(M, K)` times a prepared matrix `(K, N)`, over `2**DROPPED_BITS`: `(M, N)`.
 
-        In float64 the result is exact, and in float32 it is the exact one, rounded once.
+        The exact quotient is rounded down to an integer. In float32 it is then rounded once more.
         """
         ...
 
@@ -69,12 +71,13 @@ class Float64Products:
         require_exact(matrix.shape[0])
         return matrix.t().to(torch.float64).contiguous()
 
-    def rows_times(self, rows: Tensor, prepared: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return `rows @ matrix`; see `Products`."""
+    def multiply(self, rows: Tensor, prepared: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return `floor(rows @ matrix / 2**DROPPED_BITS)`; see `Products`."""
         result = rows.new_empty((len(rows), len(prepared)), dtype=dtype)
         height = max(1, _BLOCK // result.shape[1])
         for block, out in zip(rows.split(height), result.split(height), strict=True):
-            out.copy_((prepared @ block.to(torch.float64).t()).t())
+            product = prepared @ block.to(torch.float64).t()
+            out.copy_(product.mul_(2.0**-DROPPED_BITS).floor_().t())
         return result
 
     def transposed_times(self, left: Tensor, right: Tensor) -> Tensor:
@@ -109,8 +112,8 @@ class Int8Products:
         prepared[:, 1, 1] = prepared[:, 0, 2] = low
         return prepared.view(2 * terms, 3 * columns)
 
-    def rows_times(self, rows: Tensor, prepared: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return `rows @ matrix`; see `Products`."""
+    def multiply(self, rows: Tensor, prepared: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return `floor(rows @ matrix / 2**DROPPED_BITS)`; see `Products`."""
         terms, columns = len(prepared) // 2, prepared.shape[1] // 3
         result = rows.new_empty((len(rows), columns), dtype=dtype)
         slices = rows.contiguous().view(torch.int8)
@@ -118,10 +121,10 @@ class Int8Products:
         for block, out in zip(slices.split(height), result.split(height), strict=True):
             sums = torch._int_mm(block, prepared).view(len(block), 3, columns)
             high, mixed, low = sums.unbind(1)
-            if terms > _MOST_TERMS_TO_SHIFT:
-                high, mixed = high.to(torch.float64), mixed.to(torch.float64)
-            upper = mixed.add_(high, alpha=2**8)
-            out.copy_(low.to(torch.float64).add_(upper.to(torch.float64), alpha=2.0**8))
+            if terms > _MOST_TERMS_IN_INT32:
+                mixed, high = mixed.to(torch.float64), high.to(torch.float64)
+            # The quotient of the low sums, rounded down, is all that they contribute: the rest is whole.
+            out.copy_(mixed.add_(high, alpha=2**8).add_(low.bitwise_right_shift_(DROPPED_BITS)))
         return result
 
     def sum_of(self, rows: Tensor) -> Tensor:
@@ -172,13 +175,13 @@ def _is_exact(products: Products, device: torch.device) -> bool:
             )
             rows_[0], matrix[:, 0] = LIMIT, -LIMIT
             expected = (
-                rows_.double() @ matrix.double(),
+                (rows_.double() @ matrix.double()).mul_(2.0**-DROPPED_BITS).floor_(),
                 left.double().t() @ rows_.double(),
                 rows_.double().sum(0),
             )
             packed = products.pack(rows_.clone())
             found = (
-                products.rows_times(packed, products.prepare(matrix), torch.float64),
+                products.multiply(packed, products.prepare(matrix), torch.float64),
                 products.transposed_times(products.pack(left.clone()), packed),
                 products.sum_of(packed),
             )

@@ -114,13 +114,13 @@ class Convolution(torch.autograd.Function):
         layout = Layout(weight.shape, window.kernel, groups)
         prepared = pass_.weight(weight, "forward", layout.forward)
         results = [
-            pass_.products.rows_times(rows, matrix)
+            pass_.products.multiply(rows, matrix)
             for rows, matrix in zip(patches, prepared.prepared, strict=True)
         ]
         result = results[0] if groups == 1 else torch.cat(results, 1)
         height, width = (side + 2 * pad for side, pad in zip(x.shape[1:3], window.padding, strict=True))
         result = result.view(len(x), *window.positions(height, width), -1)
-        result *= pass_.factor(fixed.exponent, prepared.exponent)
+        result *= pass_.product_factor(fixed.exponent, prepared.exponent)
         if bias is not None:
             result += bias
         ctx.pass_, ctx.weight, ctx.window, ctx.layout, ctx.shape = pass_, weight, window, layout, x.shape
@@ -161,7 +161,7 @@ class Convolution(torch.autograd.Function):
             for part, matrix in zip(parts, prepared.prepared, strict=True)
         ]
         result = results[0] if layout.groups == 1 else torch.cat(results, 3)
-        result = result * pass_.factor(fixed.exponent, prepared.exponent)
+        result = result * pass_.product_factor(fixed.exponent, prepared.exponent)
         return (result, *(None,) * 5)
 
 
@@ -170,13 +170,13 @@ def gathered(pass_: Pass, gradient: Tensor, matrix: Tensor, window: Window, shap
     reach = tuple(d * (k - 1) for d, k in zip(window.dilation, window.kernel, strict=True))
     padding = reach[0] - window.padding[0], reach[1] - window.padding[1]
     back = Window(window.kernel, (1, 1), padding, window.dilation)
-    return pass_.products.rows_times(patches_of(gradient, back), matrix).view(shape)
+    return pass_.products.multiply(patches_of(gradient, back), matrix).view(shape)
 
 
 def scattered(pass_: Pass, gradient: Tensor, matrix: Tensor, window: Window, shape: Any) -> Tensor:
     """Return the gradient by the input, of this shape: what each patch gets is added back in place."""
     n, rows, columns, channels = gradient.shape
-    products = pass_.products.rows_times(gradient.reshape(-1, channels), matrix, torch.float64)
+    products = pass_.products.multiply(gradient.reshape(-1, channels), matrix, torch.float64)
     patches = products.view(n, rows, columns, -1, shape[3])
     (above, left), (height, width) = window.padding, shape[1:3]
     total = products.new_zeros((n, height + 2 * above, width + 2 * left, shape[3]))

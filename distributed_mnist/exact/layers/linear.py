@@ -37,8 +37,8 @@ class Product(torch.autograd.Function):
         rows = pass_.quantise(x, number)
         packed = rows.integers.reshape(-1, x.shape[-1])
         prepared = pass_.weight(weight, "forward", forward_matrix)
-        result = pass_.products.rows_times(packed, prepared.prepared[0]).view(*x.shape[:-1], -1)
-        result *= pass_.factor(rows.exponent, prepared.exponent)
+        result = pass_.products.multiply(packed, prepared.prepared[0]).view(*x.shape[:-1], -1)
+        result *= pass_.product_factor(rows.exponent, prepared.exponent)
         if bias is not None:
             result += bias
         ctx.packed, ctx.pass_, ctx.weight, ctx.shape = packed, pass_, weight, x.shape
@@ -59,8 +59,8 @@ class Product(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
         prepared = pass_.weight(ctx.weight, "backward", backward_matrix)
-        result = products.rows_times(rows, prepared.prepared[0])
-        result *= pass_.factor(fixed.exponent, prepared.exponent)
+        result = products.multiply(rows, prepared.prepared[0])
+        result *= pass_.product_factor(fixed.exponent, prepared.exponent)
         return result.view(ctx.shape), None, None, None
 
 
