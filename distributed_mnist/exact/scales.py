@@ -27,6 +27,7 @@ class Scales:
         """The largest magnitudes in the latest step in which they were not zero. They decide the scales."""
         self.now = torch.zeros(0, device=device)
         """The largest magnitudes so far in the present step, on this rank."""
+        self._complete = False
         self.exponents: list[Tensor] = []
         """int64 scalars `k`: tensor `i` becomes integers `round(x * 2**k)` in the present step."""
 
@@ -62,11 +63,12 @@ class Scales:
     def restore(self, before: Tensor) -> None:
         """Take the scales of a checkpoint, float32 `(tensors,)`."""
         self.before = before.to(self.before.device, copy=True)
-        self.now = torch.zeros_like(self.before)
+        self.now, self._complete = torch.zeros_like(self.before), False
 
     def complete(self) -> bool:
-        """Return whether every tensor has a scale."""
-        return bool((self.before != 0).all())
+        """Return whether every tensor has a scale. It is then never zero again."""
+        self._complete = self._complete or bool((self.before != 0).all())  # a GPU waits only until then
+        return self._complete
 
 
 def sample_exponents(x: Tensor) -> Tensor:

@@ -41,16 +41,20 @@ class ExactGradients:
 
     def prepare(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
         """Make a first pass, which finds the sums; see `Gradients`. Raises `UsageError` for some models."""
-        known = len(self._scales)
+        known = self._scales.before.clone()
         try:
             self._find_scales(forward_shards, sizes)
         except Refused as error:
             layer = layer_of(error, self._module.model)
             where = f" (layer {layer})" if layer else ""
             raise UsageError(f"--model {self._name}: with --precision exact, {error}{where}") from error
-        if known not in (0, self._pass.tensors):
+        if len(known) not in (0, self._pass.tensors):
             raise CheckpointError("the checkpoint's scales are those of another model")
         self._pass.end_first_pass()
+        # A run that is resumed must find the scales that are missing in the step that finds them otherwise.
+        before = torch.zeros_like(self._scales.before)
+        before[: len(known)] = known
+        self._scales.restore(before)
 
     def compute(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
         """Compute the gradient of one step; see `Gradients`."""
