@@ -16,7 +16,6 @@ HEADROOM = 1
 """Bits that are given up if only the largest magnitude of the step before is known. What is more than
 `LIMIT / 2**(OPERAND_BITS - HEADROOM)` times, about four times, as large as that saturates."""
 _LARGEST_EXPONENT = 59  # so that the factor of a product of two tensors is a normal float32
-_FLOAT64_BITS = 53  # of a float64's significand
 _FLOAT32_BIAS, _FLOAT64_BIAS = 127, 1023
 
 
@@ -39,7 +38,11 @@ def exponent_above(magnitudes: Tensor) -> Tensor:
 
 
 def scale_exponent(largest: Tensor, bits: int) -> Tensor:
-    """Return int64 `k` such that `x * 2**k <= 2**bits` for every `x` of at most `largest`, float32."""
+    """Return int64 `k` such that `x * 2**k <= 2**bits` for every `x` of at most `largest`, float32.
+
+    `k` is between -59 and 59. So values above `2**(bits + 59)` saturate, and a tensor whose values are all
+    below `2**(bits - 60)` has fewer bits.
+    """
     return (bits - exponent_above(largest)).clamp_(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
 
 
@@ -58,27 +61,3 @@ def quantise(x: Tensor, exponent: Tensor) -> Tensor:
     """
     scaled = x.detach() * power_of_two(exponent, torch.float32)
     return scaled.round_().clamp_(-LIMIT, LIMIT).to(torch.int16)
-
-
-def quantise_finely(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return `x` as integers in float64 of at most `2**bits`, and their exponent: `x` is about `q * 2**-k`.
-
-    `x` is float32 or float64. The exponent comes from its largest magnitude.
-    """
-    x = x.detach()
-    largest = largest_magnitude(x.to(torch.float32))  # rounding up to the next power of two does no harm
-    exponent = scale_exponent(largest, bits)
-    return (x.to(torch.float64) * power_of_two(exponent)).round_(), exponent
-
-
-def bits_for(terms: int, products: bool = True) -> int:
-    """Return the most bits of operands for which a sum of `terms` of their products is exact in float64.
-
-    Every partial sum is at most `terms * 2**(2 * bits)`, which must be at most `2**53`. Without `products`,
-    the sum is one of the operands themselves. Raises `ValueError` if fewer than 8 bits are left.
-    """
-    bits = _FLOAT64_BITS - max(terms - 1, 0).bit_length()
-    bits = bits // 2 if products else bits
-    if bits < 8:
-        raise ValueError(f"a sum of {terms} products is not exact")
-    return bits

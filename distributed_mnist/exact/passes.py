@@ -70,8 +70,12 @@ class Pass(Protocol):
         """
         ...
 
-    def add(self, number: int, integers: Tensor) -> None:
-        """Add integers, float64 in the shape of the parameter, to a sum over samples."""
+    def add(self, number: int, integers: Tensor, products: int = 0) -> None:
+        """Add integers, float64 in the shape of the parameter, to a sum over samples.
+
+        Each is a sum of so many products of two operands. A whole batch may have `MOST_TERMS` of them. Sums
+        of operands, not of products, need no such number: they are exact up to 2**38 terms.
+        """
         ...
 
 
@@ -102,7 +106,7 @@ class EvaluationPass:
         """Return None: there is no gradient."""
         return None
 
-    def add(self, number: int, integers: Tensor) -> None:
+    def add(self, number: int, integers: Tensor, products: int = 0) -> None:
         """Never called."""
         raise AssertionError
 
@@ -137,6 +141,8 @@ class TrainingPass:
         self.tensors = self._next_sum = 0
         self._weights: dict[tuple[int, str], Weight] = {}
         self._factors: dict[tuple[int, int], Tensor] = {}
+        self.most_products = 0
+        """The most products that a sum has had in a pass that found scales."""
 
     def begin_step(self) -> None:
         """Forget the step before, but for the scales."""
@@ -201,20 +207,26 @@ class TrainingPass:
             self._sums.append(_Sum(self._index[id(parameter)], factors, parameter.shape, self.sums))
         return self._next_sum - 1
 
-    def add(self, number: int, integers: Tensor) -> None:
+    def add(self, number: int, integers: Tensor, products: int = 0) -> None:
         """Add integers to a sum; see `Pass`."""
+        if self.starting:
+            self.most_products = max(self.most_products, products)
         if self._sums[number].integers.numel():
             self._sums[number].integers.add_(integers)
 
     def gradients(self) -> list[Tensor]:
-        """Return the gradient of each parameter, float32, from the sums, which all ranks have added."""
+        """Return the gradient of each parameter, float32, from the sums, which all ranks have added.
+
+        It is not a number if a tensor of the step had a value that is not finite: integers cannot say so.
+        """
+        undefined = self.scales.now.amax() * 0  # zero, or not a number
         totals: dict[int, Tensor] = {}
         for part in self._sums:
             exponents = [self.scales.exponents[i] for i in part.factors]
             share = part.integers * power_of_two(-sum(exponents[1:], exponents[0]))
             totals[part.parameter] = totals[part.parameter] + share if part.parameter in totals else share
         return [
-            totals[i].to(torch.float32) if i in totals else torch.zeros_like(p)
+            totals[i].to(torch.float32).add_(undefined) if i in totals else torch.zeros_like(p)
             for i, p in enumerate(self.parameters)
         ]
 

@@ -7,6 +7,7 @@ nothing:
   `K * LIMIT**2 < 2**53`, which holds for `K` up to `MOST_TERMS`.
 - `Int8Products` cuts each operand into two slices of 8 bits, `256 * high + low`, and multiplies these with
   int32 sums, for which many processors have instructions. It is exact if `2 * K * 2**14 < 2**31`.
+  Longer sums are cut into parts, whose results are added in float64.
 
 Some libraries and processors saturate sums of products of int8 at 16 bits. Therefore a machine uses
 `Int8Products` only if a test with the largest operands shows that it is exact there.
@@ -18,7 +19,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .fixed_point import LIMIT, bits_for, power_of_two, quantise_finely
+from .fixed_point import LIMIT
+from .refusal import Refused
 
 MOST_TERMS = 2**23
 """The most terms of a sum of products of two operands: `2**23 * LIMIT**2 < 2**53`."""
@@ -40,7 +42,10 @@ class Products(Protocol):
         ...
 
     def prepare(self, matrix: Tensor) -> Tensor:
-        """Return an int16 matrix `(K, N)`, not packed, in the form in which this class multiplies by it."""
+        """Return an int16 matrix `(K, N)`, not packed, in the form in which this class multiplies by it.
+
+        Raises `Refused` if `K` is more than `MOST_TERMS`.
+        """
         ...
 
     def multiply(self, rows: Tensor, prepared: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -51,7 +56,10 @@ class Products(Protocol):
         ...
 
     def transposed_times(self, left: Tensor, right: Tensor) -> Tensor:
-        """Return the sum over rows, `left.T @ right`, of packed `(M, N)` and `(M, K)`: float64 `(N, K)`."""
+        """Return the sum over rows, `left.T @ right`, of packed `(M, N)` and `(M, K)`: float64 `(N, K)`.
+
+        Raises `Refused` if `M` is more than `MOST_TERMS`.
+        """
         ...
 
     def sum_of(self, rows: Tensor) -> Tensor:
@@ -104,7 +112,7 @@ class Int8Products:
     def prepare(self, matrix: Tensor) -> Tensor:
         """Return int8 `(2 * K, 3 * N)`: the products of high slices, of mixed ones, and of low ones."""
         terms, columns = matrix.shape
-        _require_int8(terms)
+        require_exact(terms)
         low = matrix.to(torch.int8)  # keeps the lowest 8 bits
         high = (matrix.to(torch.int32) + 128).bitwise_right_shift(8).to(torch.int8)
         prepared = torch.zeros((terms, 2, 3, columns), dtype=torch.int8, device=matrix.device)
@@ -119,6 +127,9 @@ class Int8Products:
         slices = rows.contiguous().view(torch.int8)
         height = max(1, _BLOCK // prepared.shape[1])
         for block, out in zip(slices.split(height), result.split(height), strict=True):
+            if terms > _MOST_INT8_TERMS:
+                out.copy_(_floor_of_parts(block, prepared))
+                continue
             sums = torch._int_mm(block, prepared).view(len(block), 3, columns)
             high, mixed, low = sums.unbind(1)
             if terms > _MOST_TERMS_IN_INT32:
@@ -139,6 +150,7 @@ class Int8Products:
 
     def transposed_times(self, left: Tensor, right: Tensor) -> Tensor:
         """Return `left.T @ right`; see `Products`."""
+        require_exact(len(left))
         parts = zip(left.split(_MOST_INT8_TERMS), right.split(_MOST_INT8_TERMS), strict=True)
         total, *others = (self._transposed_times(*part) for part in parts)
         for other in others:
@@ -152,6 +164,17 @@ class Int8Products:
         high, mixed, low = sums[:, 1, :, 1], sums[:, 1, :, 0] + sums[:, 0, :, 1], sums[:, 0, :, 0]
         total = low.to(torch.float64).add_(mixed.to(torch.float64), alpha=2.0**8)
         return total.add_(high.to(torch.float64), alpha=2.0**16)  # exact: the factors are powers of two
+
+
+def _floor_of_parts(slices: Tensor, prepared: Tensor) -> Tensor:
+    """Return what `Int8Products.multiply` does, in float64, for more than `_MOST_INT8_TERMS` terms."""
+    size = 2 * _MOST_INT8_TERMS
+    total = torch.zeros((), dtype=torch.float64, device=slices.device)
+    for part, matrix in zip(slices.split(size, 1), prepared.split(size), strict=True):
+        sums = torch._int_mm(part.contiguous(), matrix).view(len(part), 3, -1).to(torch.float64)
+        high, mixed, low = sums.unbind(1)
+        total = total + high * 2**8 + mixed + low * 2.0**-8  # at most 45 bits, and 8 behind the point
+    return total.floor_()
 
 
 @functools.cache
@@ -193,23 +216,6 @@ def _is_exact(products: Products, device: torch.device) -> bool:
 
 
 def require_exact(terms: int) -> None:
-    """Raise `ValueError` if a sum of this many products of two operands need not be exact in float64."""
+    """Raise `Refused` if a sum of this many products of two operands need not be exact in float64."""
     if terms > MOST_TERMS:
-        raise ValueError(f"a sum of {terms:,} products may round; the most are {MOST_TERMS:,}")
-
-
-def _require_int8(terms: int) -> None:
-    if terms > _MOST_INT8_TERMS:
-        raise ValueError(f"a sum of {terms:,} products of int8 slices may exceed int32")
-
-
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Return the product of float matrices `(M, K)` and `(K, N)`, float64 `(M, N)`.
-
-    Each is first rounded to a multiple of a power of two, which depends on its largest magnitude, with as
-    many bits as make the sum of `K` products exact: 22 for `K` = 512. The product of the rounded matrices
-    is exact.
-    """
-    bits = bits_for(a.shape[1])
-    (left, left_exponent), (right, right_exponent) = quantise_finely(a, bits), quantise_finely(b, bits)
-    return (left @ right).mul_(power_of_two(-left_exponent - right_exponent))
+        raise Refused(f"a sum of {terms:,} products may round; the most are {MOST_TERMS:,}")

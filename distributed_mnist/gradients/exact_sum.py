@@ -14,6 +14,7 @@ from ..distributed.world import World
 from ..errors import CheckpointError, UsageError
 from ..exact.module import ExactModule
 from ..exact.passes import TrainingPass
+from ..exact.products import MOST_TERMS
 from ..exact.refusal import Refused, layer_of
 from ..exact.scales import Scales
 from .agreement import Results, compare
@@ -50,6 +51,7 @@ class ExactGradients:
             raise UsageError(f"--model {self._name}: with --precision exact, {error}{where}") from error
         if len(known) not in (0, self._pass.tensors):
             raise CheckpointError("the checkpoint's scales are those of another model")
+        self._require_exact(len(sizes))
         self._pass.end_first_pass()
         # A run that is resumed must find the scales that are missing in the step that finds them otherwise.
         before = torch.zeros_like(self._scales.before)
@@ -92,6 +94,16 @@ class ExactGradients:
         self._checks += 1
         if found is not None:
             raise found.error(self._world, self._name, "gradients")
+
+    def _require_exact(self, batch_size: int) -> None:
+        """Raise `UsageError` if a sum over a batch may have more products than are exact."""
+        of_trial = min(_FIRST_SAMPLES, batch_size)
+        most = MOST_TERMS * of_trial // max(self._pass.most_products, 1)
+        if batch_size > most:
+            raise UsageError(
+                f"--batch-size {batch_size}: with --precision exact, the sums over a batch of this model "
+                f"are exact up to --batch-size {most}"
+            )
 
     def _find_scales(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
         """Give a scale to tensors that have none. Every rank uses the same samples, and finds the same."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..passes import Pass
+from ..products import require_exact
 from .linear import add_sums
 
 Pair = tuple[int, int]
@@ -143,7 +144,7 @@ class Convolution(torch.autograd.Function):
                 pass_.products.transposed_times(part.reshape(-1, part.shape[3]), patches)
                 for part, patches in zip(parts, ctx.patches, strict=True)
             ]
-            pass_.add(of_weight, layout.as_weight(torch.cat(matrices)))
+            pass_.add(of_weight, layout.as_weight(torch.cat(matrices)), len(ctx.patches[0]))
         if of_bias is not None:
             rows = fixed.integers.reshape(-1, fixed.integers.shape[3])
             add_sums(pass_, (None, of_bias), rows, rows)
@@ -176,6 +177,7 @@ def gathered(pass_: Pass, gradient: Tensor, matrix: Tensor, window: Window, shap
 def scattered(pass_: Pass, gradient: Tensor, matrix: Tensor, window: Window, shape: Any) -> Tensor:
     """Return the gradient by the input, of this shape: what each patch gets is added back in place."""
     n, rows, columns, channels = gradient.shape
+    require_exact(math.prod(window.kernel) * channels)  # windows overlap at most so often
     products = pass_.products.multiply(gradient.reshape(-1, channels), matrix, torch.float64)
     patches = products.view(n, rows, columns, -1, shape[3])
     (above, left), (height, width) = window.padding, shape[1:3]

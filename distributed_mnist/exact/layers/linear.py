@@ -71,6 +71,6 @@ def add_sums(pass_: Pass, sums: tuple[int | None, int | None], rows: Tensor, inp
     """
     of_weight, of_bias = sums
     if of_weight is not None:
-        pass_.add(of_weight, pass_.products.transposed_times(rows, inputs))
+        pass_.add(of_weight, pass_.products.transposed_times(rows, inputs), len(rows))
     if of_bias is not None:
         pass_.add(of_bias, pass_.products.sum_of(rows))

@@ -1,0 +1,184 @@
+"""Test exact products against Python's integers, with the magnitudes that come closest to the limits."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from distributed_mnist.exact import products as module
+from distributed_mnist.exact.fixed_point import LIMIT
+from distributed_mnist.exact.products import (
+    DROPPED_BITS,
+    MOST_TERMS,
+    Float64Products,
+    Int8Products,
+    Products,
+    products_for,
+    require_exact,
+)
+from distributed_mnist.exact.refusal import Refused
+
+CPU = torch.device("cpu")
+WAYS: list[Products] = [Float64Products()]
+if isinstance(products_for(CPU), Int8Products):
+    WAYS.append(Int8Products())
+ways = pytest.mark.parametrize("way", WAYS, ids=lambda way: type(way).__name__)
+# At the limits of an operand, of its low slice, and of its high slice.
+EDGES = (LIMIT, -LIMIT, 127, -127, 128, -128, 129, -129, 32_512, -32_512, 32_511, 255, -256, 1, -1, 0)
+OPERANDS = st.one_of(st.sampled_from(EDGES), st.integers(-LIMIT, LIMIT))
+Rows = list[list[int]]
+
+
+@st.composite
+def factors(draw: st.DrawFn) -> tuple[Rows, Rows]:
+    """Two matrices `(M, K)` and `(K, N)`."""
+    m, k, n = (draw(st.integers(1, size)) for size in (4, 20, 4))
+    a = draw(st.lists(st.lists(OPERANDS, min_size=k, max_size=k), min_size=m, max_size=m))
+    b = draw(st.lists(st.lists(OPERANDS, min_size=n, max_size=n), min_size=k, max_size=k))
+    return a, b
+
+
+def int16(matrix: Sequence[Sequence[int]]) -> Tensor:
+    return torch.tensor(matrix, dtype=torch.int16)
+
+
+def columns(matrix: Rows) -> Rows:
+    return [list(column) for column in zip(*matrix, strict=True)]
+
+
+def product(a: Rows, b: Rows) -> Rows:
+    return [[sum(x * y for x, y in zip(row, column, strict=True)) for column in columns(b)] for row in a]
+
+
+def multiplied(way: Products, a: Tensor, b: Tensor) -> Tensor:
+    return way.multiply(way.pack(a.clone()), way.prepare(b), torch.float64)
+
+
+@ways
+@settings(max_examples=40, deadline=None)
+@given(matrices=factors())
+def test_products_are_those_of_integers(way: Products, matrices: tuple[Rows, Rows]) -> None:
+    a, b = matrices
+    expected = product(a, b)
+    quotients = [[value >> DROPPED_BITS for value in row] for row in expected]  # rounded down
+    assert multiplied(way, int16(a), int16(b)).tolist() == quotients
+    left = way.pack(int16(columns(a)))
+    assert way.transposed_times(left, way.pack(int16(b))).tolist() == expected
+    assert way.sum_of(way.pack(int16(a))).tolist() == [sum(column) for column in columns(a)]
+
+
+@ways
+@pytest.mark.parametrize("terms", [508, 509, 65_535, 65_536, 70_001])
+@pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, -1)])
+def test_the_largest_operands_at_the_limits_of_int32(
+    way: Products, terms: int, signs: tuple[int, int]
+) -> None:
+    first, second = (sign * LIMIT for sign in signs)
+    a, b = (
+        torch.full((1, terms), first, dtype=torch.int16),
+        torch.full((terms, 1), second, dtype=torch.int16),
+    )
+    expected = terms * first * second
+    assert multiplied(way, a, b).item() == expected >> DROPPED_BITS
+    left, right = way.pack(b.clone()), way.pack(b.clone())
+    assert way.transposed_times(left, right).item() == terms * LIMIT * LIMIT
+    assert way.sum_of(left).item() == terms * second
+
+
+@ways
+def test_low_slices_of_minus_128(way: Products) -> None:
+    """The low slices alone then have the largest products, and a sum that is divided with a rest."""
+    terms = 509
+    for value in (-128, 128, 384, -384):
+        a = torch.full((1, terms), value, dtype=torch.int16)
+        assert multiplied(way, a, a.t().clone()).item() == terms * value * value >> DROPPED_BITS
+
+
+def random_matrices(rows: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    a, b = (torch.randint(-LIMIT, LIMIT + 1, (rows, n), generator=generator) for n in (5, 7))
+    return a.to(torch.int16), b.to(torch.int16)
+
+
+@pytest.mark.parametrize("rows", [3, 1000])
+def test_sums_over_rows_have_no_order(rows: int) -> None:
+    """However the rows are permuted and cut, and in whichever way each part is multiplied."""
+    a, b = random_matrices(rows)
+    whole = a.double().t() @ b.double()
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(1))
+    for pieces in (1, 2, 3, 7, rows):
+        total, column_sums = torch.zeros_like(whole), torch.zeros(5, dtype=torch.float64)
+        parts = list(zip(a[order].tensor_split(pieces), b[order].tensor_split(pieces), strict=True))
+        for number, (left, right) in enumerate(reversed(parts)):
+            if len(left):
+                way = WAYS[number % len(WAYS)]
+                packed = way.pack(left.clone())
+                total += way.transposed_times(packed, way.pack(right.clone()))
+                column_sums += way.sum_of(packed)
+        assert torch.equal(total, whole)
+        assert torch.equal(column_sums, a.double().sum(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_each_row_has_the_same_product_in_any_company(dtype: torch.dtype) -> None:
+    a, b = random_matrices(300)
+    matrix = b[:5].clone()
+    found = [way.multiply(way.pack(a.clone()), way.prepare(matrix), dtype) for way in WAYS]
+    alone = [
+        WAYS[0].multiply(WAYS[0].pack(row.clone()), WAYS[0].prepare(matrix), dtype) for row in a.split(1)
+    ]
+    for each in found:
+        assert torch.equal(each, torch.cat(alone))
+
+
+@ways
+def test_too_many_terms_are_refused(way: Products) -> None:
+    """A matrix of so many rows that takes no memory."""
+    require_exact(MOST_TERMS)
+    assert MOST_TERMS * LIMIT**2 < 2**53 <= 2 * MOST_TERMS * LIMIT**2
+    long = torch.zeros((), dtype=torch.int16).expand(MOST_TERMS + 1, 1)
+    with pytest.raises(Refused, match=r"8,388,609 products may round; the most are 8,388,608"):
+        way.prepare(long)
+    with pytest.raises(Refused, match="may round"):
+        way.transposed_times(long, long)
+
+
+class Saturating(Int8Products):
+    """What `vpmaddubsw` does, for processors without VNNI: one operand becomes unsigned by adding 128, and
+    the sum of two products stops at 16 bits. Afterwards 128 times the other operand is subtracted."""
+
+    def multiply(self, rows: Tensor, prepared: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        left, right = rows.contiguous().view(torch.int8).to(torch.int32) + 128, prepared.to(torch.int32)
+        terms = left.unsqueeze(2) * right
+        pairs = (terms[:, ::2] + terms[:, 1::2]).clamp(-(2**15), 2**15 - 1)
+        sums = pairs.sum(1) - 128 * right.sum(0)
+        high, mixed, low = sums.view(len(rows), 3, -1).unbind(1)
+        return (mixed + 2**8 * high + (low >> DROPPED_BITS)).to(dtype)
+
+
+class Lacking(Int8Products):
+    """A build of torch without the operation."""
+
+    def multiply(self, rows: Tensor, prepared: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        raise RuntimeError("_int_mm is not implemented")
+
+
+class WrongSums(Float64Products):
+    """Right but in one function."""
+
+    def sum_of(self, rows: Tensor) -> Tensor:
+        return super().sum_of(rows) + 1
+
+
+@pytest.mark.parametrize("wrong", [Saturating, Lacking, WrongSums])
+def test_a_way_that_is_not_exact_is_not_used(
+    wrong: type[Products], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert module._is_exact(Float64Products(), CPU)
+    assert not module._is_exact(cast(Products, wrong()), CPU)
+    monkeypatch.setattr(module, "Int8Products", wrong)
+    assert isinstance(products_for.__wrapped__(CPU), Float64Products)
