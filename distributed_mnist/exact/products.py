@@ -82,7 +82,7 @@ class Float64Products:
     def multiply(self, rows: Tensor, prepared: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return `floor(rows @ matrix / 2**DROPPED_BITS)`; see `Products`."""
         result = rows.new_empty((len(rows), len(prepared)), dtype=dtype)
-        height = max(1, _BLOCK // result.shape[1])
+        height = self._rows_at_once(rows, len(prepared))
         for block, out in zip(rows.split(height), result.split(height), strict=True):
             product = prepared @ block.to(torch.float64).t()
             out.copy_(product.mul_(2.0**-DROPPED_BITS).floor_().t())
@@ -91,11 +91,21 @@ class Float64Products:
     def transposed_times(self, left: Tensor, right: Tensor) -> Tensor:
         """Return `left.T @ right`; see `Products`."""
         require_exact(left.shape[0])
-        return left.to(torch.float64).t() @ right.to(torch.float64)
+        height = self._rows_at_once(right, left.shape[1])
+        total = torch.zeros((left.shape[1], right.shape[1]), dtype=torch.float64, device=left.device)
+        for some, others in zip(left.split(height), right.split(height), strict=True):
+            total += some.to(torch.float64).t() @ others.to(torch.float64)
+        return total
 
     def sum_of(self, rows: Tensor) -> Tensor:
         """Return the sum of rows; see `Products`."""
         return rows.sum(0).to(torch.float64)
+
+    @staticmethod
+    def _rows_at_once(rows: Tensor, columns: int) -> int:
+        """Return how many rows to convert at once: on a CPU as many as fit the caches, on a GPU all."""
+        wide = max(rows.shape[1], columns)
+        return max(64, _BLOCK // 4 // wide) if rows.device.type == "cpu" else max(1, len(rows))
 
 
 class Int8Products:
@@ -125,7 +135,7 @@ class Int8Products:
         terms, columns = len(prepared) // 2, prepared.shape[1] // 3
         result = rows.new_empty((len(rows), columns), dtype=dtype)
         slices = rows.contiguous().view(torch.int8)
-        height = max(1, _BLOCK // prepared.shape[1])
+        height = max(64, _BLOCK // prepared.shape[1])
         for block, out in zip(slices.split(height), result.split(height), strict=True):
             if terms > _MOST_INT8_TERMS:
                 out.copy_(_floor_of_parts(block, prepared))
