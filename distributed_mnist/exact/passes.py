@@ -139,6 +139,9 @@ class TrainingPass:
         self._index = {id(p): i for i, p in enumerate(self.parameters)}
         self.starting = False
         self.tensors = self._next_sum = 0
+        """How many tensors have become integers in the present pass."""
+        self.elements = 0
+        """How many numbers have become integers in the present pass."""
         self._weights: dict[tuple[int, str], Weight] = {}
         self._factors: dict[tuple[int, int], Tensor] = {}
         self.most_products = 0
@@ -154,7 +157,7 @@ class TrainingPass:
     def begin_pass(self, *, starting: bool = False) -> None:
         """Begin a pass of the step. If `starting`, tensors that have no scale get one from this pass."""
         self.starting = starting
-        self.tensors = self._next_sum = 0
+        self.tensors = self._next_sum = self.elements = 0
 
     def end_first_pass(self) -> None:
         """Make room for the sums that the first pass has found."""
@@ -179,6 +182,7 @@ class TrainingPass:
         if self.starting:
             self.scales.start(number, x)
         self.scales.observe(number, x)
+        self.elements += x.numel()
         exponent = self.scales.exponents[number]
         return Fixed(self.products.pack(quantise(x, exponent)), exponent)
 

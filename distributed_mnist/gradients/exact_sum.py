@@ -23,8 +23,11 @@ from .shard_gradients import ForwardShards
 _FIRST_SAMPLES = 128
 """With these samples of a batch, every rank finds the scales that are not known yet."""
 _CHECKED_SAMPLES = 16
-_SAMPLES_PER_PASS = {"cpu": 128}  # a pass should fit the caches
-_SAMPLES_PER_PASS_ON_GPU = 4096
+_LEAST_PER_PASS, _MOST_PER_PASS = 128, 4096  # samples
+_ELEMENTS_PER_PASS = 2**19
+"""On a CPU, how many numbers become integers in a pass, if it has more samples than the least: a pass
+should
+fit the caches, but small ones cost more time than they compute."""
 
 
 class ExactGradients:
@@ -37,7 +40,7 @@ class ExactGradients:
         self._world, self._scales, self._name = world, scales, name
         self._pass = TrainingPass(model, scales)
         self._module = ExactModule(model, self._pass)
-        self._per_pass = _SAMPLES_PER_PASS.get(world.device.type, _SAMPLES_PER_PASS_ON_GPU)
+        self._per_pass = _MOST_PER_PASS
         self._checks = 0
 
     def prepare(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
@@ -52,6 +55,9 @@ class ExactGradients:
         if len(known) not in (0, self._pass.tensors):
             raise CheckpointError("the checkpoint's scales are those of another model")
         self._require_exact(len(sizes))
+        if self._world.device.type == "cpu":
+            fitting = _ELEMENTS_PER_PASS * min(_FIRST_SAMPLES, len(sizes)) // max(1, self._pass.elements)
+            self._per_pass = min(max(fitting, _LEAST_PER_PASS), _MOST_PER_PASS)
         self._pass.end_first_pass()
         # A run that is resumed must find the scales that are missing in the step that finds them otherwise.
         before = torch.zeros_like(self._scales.before)
