@@ -1,6 +1,7 @@
 """Test that the exact kernels are single operations: bit for bit NumPy's, on any kind of processor."""
 
 import copy
+import io
 import os
 import subprocess
 import sys
@@ -126,6 +127,51 @@ def test_steps_are_those_of_the_fused_kernels_to_rounding(name: str, decay: floa
     assert {key: value.keys() for key, value in saved.items()} == {
         key: value.keys() for key, value in other.items()
     }
+
+
+def test_a_parameter_without_a_gradient_is_some_steps_behind() -> None:
+    """Adam corrects the bias of each parameter's means by its own number of steps."""
+    model = network()
+    optimizer = make_optimizer(EXACT, model)
+    expected = [p.detach().numpy().copy() for p in model.parameters()]
+    states: list[dict[str, Array]] = [{} for _ in expected]
+    for step in range(4):
+        give_gradients(model, step)
+        for i, p in enumerate(model.parameters()):
+            if i == 1 and step < 2:
+                p.grad = None
+                continue
+            assert p.grad is not None
+            its_step = step - 2 if i == 1 else step
+            expected[i] = numpy_step("adam", 0.0, expected[i], p.grad.numpy(), states[i], its_step)
+        optimizer.step()
+    for p, w in zip(model.parameters(), expected, strict=True):
+        assert np.array_equal(p.detach().numpy(), w)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_resumed_run_has_the_same_bits(name: str) -> None:
+    """The state in a checkpoint is that of each parameter, though in memory it is one vector."""
+    recipe = EXACT.replace(optimizer=name, weight_decay=0.1)
+
+    def take(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            give_gradients(model, step)
+            optimizer.step()
+            weight_average.update_moving_average(optimizer, 0.9, step)
+
+    model, resumed = network(), network(1)
+    optimizer, other = make_optimizer(recipe, model), make_optimizer(recipe, resumed)
+    take(model, optimizer, range(3))
+    file = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict()], file)
+    weights, saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    resumed.load_state_dict(weights)
+    load_optimizer(other, saved, "here", steps=3)
+    take(model, optimizer, range(3, 6))
+    take(resumed, other, range(3, 6))
+    assert digest(dict(model.state_dict())) == digest(dict(resumed.state_dict()))
+    assert digest(optimizer.state_dict()["state"]) == digest(other.state_dict()["state"])
 
 
 def test_clipping_and_averages_are_those_of_numpy() -> None:
