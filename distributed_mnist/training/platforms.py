@@ -37,6 +37,8 @@ def agree_on_platform(
     that of the run in `--out`. All ranks must call it. Raises `UsageError`, see `require_same_platform`.
     """
     if recipe.precision == "exact":  # every platform computes the same
+        if world.device.type == "mps":
+            raise UsageError("--precision exact needs float64, which MPS does not have: add --device cpu")
         return recipe, []
     notices = require_same_platform(world, recipe.sync)
     has_bf16 = all_true(world, multiplies_bf16(world.device))

@@ -183,3 +183,15 @@ def test_the_tutorials_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed[4:7] == ["2.2", "2.5", "False"]
     assert printed[7] == "1 [[(3, 0)]]"
     assert printed[8] == "2 [[(2, 0)], [(2, 1)]]"
+
+
+def test_the_python_about_exact_arithmetic_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Run the page's snippets in one namespace. The comment of a `print` is what it prints, everywhere."""
+    text = (REPOSITORY / "docs" / "explanation" / "exact.md").read_text()
+    snippets = [content for language, content in blocks(text) if language]
+    names: dict[str, object] = {}
+    for snippet in snippets:
+        exec(snippet, names)
+    expected = re.findall(r"^ *print\(.*\)  # (.*)$", "".join(snippets), re.MULTILINE)
+    assert capsys.readouterr().out.splitlines() == expected
+    assert len(expected) >= 12

@@ -111,3 +111,9 @@ def test_emulated_bf16_is_told(has_bf16: bool, monkeypatch: pytest.MonkeyPatch) 
     found, notices = platforms.agree_on_platform(world, recipe, Run(), None)
     slow = ["this hardware emulates bf16: --precision fp32 would be faster"]
     assert (found, notices) == (recipe, [] if has_bf16 else slow)
+
+
+def test_exact_needs_float64() -> None:
+    world = World(ALONE, torch.device("mps"), "none")
+    with pytest.raises(UsageError, match="needs float64, which MPS does not have: add --device cpu"):
+        platforms.agree_on_platform(world, Recipe(precision="exact"), Run(), None)
