@@ -82,7 +82,10 @@ class ExactGradients:
 
     def check(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
         """Compare the sums over a few samples between ranks; see `Gradients`. Raises `TrainingError`."""
-        count = len(sizes)
+        count, known = len(sizes), self._scales.before.clone()
+        complete = self._scales.complete()
+        if not complete:  # as before the first step: without scales all values would saturate
+            self._find_scales(forward_shards, sizes)
 
         def sums_over_part_of(rank: int) -> str:
             start = (rank * count // self._world.size + self._checks * _CHECKED_SAMPLES) % count
@@ -98,6 +101,8 @@ class ExactGradients:
         next_one = sums_over_part_of((self._world.rank + 1) % self._world.size)
         found = compare(self._world, own, next_one, repeat)
         self._checks += 1
+        if not complete:
+            self._scales.restore(known)  # see `prepare`
         if found is not None:
             raise found.error(self._world, self._name, "gradients")
 

@@ -83,7 +83,8 @@ def test_gradients_are_close_to_autograds() -> None:
 @pytest.mark.parametrize("per_pass", [1, 2, 7])
 def test_any_size_of_passes_gives_the_same(per_pass: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = digest_of(compute(WORLD))
-    monkeypatch.setattr(exact_sum, "_SAMPLES_PER_PASS", {"cpu": per_pass})
+    monkeypatch.setattr(exact_sum, "_LEAST_PER_PASS", 1)
+    monkeypatch.setattr(exact_sum, "_MOST_PER_PASS", per_pass)
     assert digest_of(compute(WORLD)) == whole
 
 
@@ -114,11 +115,11 @@ def test_another_order_of_the_samples_gives_the_same() -> None:
 
 
 def check_with_one_wrong(world: World) -> None:
-    """Rank 1's images are different in the last bit that counts."""
+    """Rank 1's gradients are different by one percent, in one pass."""
 
     def forward_here(module: nn.Module, part: range) -> tuple[Tensor, Tensor]:
         logits, gradient = forward(module, part)
-        return logits, gradient * (1 + (world.rank == 1) / 256)
+        return logits, gradient * (1 + (world.rank == 1) / 100)
 
     gradients, _ = made(network(), world)
     gradients.prepare(forward, [1] * BATCH)
