@@ -11,6 +11,7 @@ from .fields import check_type, flag, require, require_count
 from .intervals import checkpoint_interval
 
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
+Balance = Literal["off", "auto"]
 
 DATA_OPTIONS = ("dataset", "data", "train_size", "test_size", "data_seed", "init_from")
 """Fields of `Run` that decide the weights."""
@@ -59,7 +60,11 @@ class Run:
     demand an accelerator of this kind."""
     micro_batch: int | None = None
     """With --sync ddp, the most images to put through the model at once, to save memory (default: the
-    process's whole share of the batch). With tree it is one shard, or several shards up to 512 images."""
+    process's whole share of the batch). With tree it is one shard, or several shards up to 512 images. With
+    --precision exact, the most images per pass of a step (default: what is fastest)."""
+    balance: Balance = "auto"
+    """With --precision exact, auto gives slower processes fewer images of each batch, by their measured
+    speed; off cuts batches evenly. The weights are the same."""
 
     def __post_init__(self) -> None:
         """Raises `UsageError` for impossible values."""

@@ -19,8 +19,8 @@ JobDescription = Mapping[str, str]
 """What must be equal on all ranks: for each flag or other name, its value as text."""
 
 
-_OPTIONS = ("checkpoint_every", "hang_after")
-"""Options that decide when the ranks call collectives, and how long they wait there."""
+_OPTIONS = ("checkpoint_every", "hang_after", "balance")
+"""Options that decide when the ranks call collectives, how long they wait there, and who computes what."""
 
 
 @dataclass(frozen=True)

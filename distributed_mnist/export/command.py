@@ -69,9 +69,9 @@ def run(
         _print_file(console, files[-1])
     autocast_difference = _autocast_difference(trained, module)
     if autocast_difference is not None:
+        how = "in exact arithmetic" if trained.recipe.precision == "exact" else "with bf16 autocast"
         console.print(
-            f"computes in fp32; trained with {trained.recipe.precision} autocast, whose logits differ by "
-            f"up to {autocast_difference:.1e}"
+            f"computes in fp32; trained {how}, whose logits differ by up to {autocast_difference:.1e}"
         )
     console.print(f"input {metadata['input']}")
     if as_json:

@@ -18,6 +18,7 @@ from ..exact.products import MOST_TERMS
 from ..exact.refusal import Refused, layer_of
 from ..exact.scales import Scales
 from .agreement import Results, compare
+from .parts import Parts
 from .shard_gradients import ForwardShards
 
 _FIRST_SAMPLES = 128
@@ -33,14 +34,26 @@ fit the caches, but small ones cost more time than they compute."""
 class ExactGradients:
     """Sums gradients with the same bits on every machine, however the batch is cut; see `Gradients`.
 
-    Here every sample is a shard. `scales` are a part of the run's state. `name` is the model's.
+    Here every sample is a shard. `scales` are a part of the run's state. `parts` are the ranks' parts of a
+    batch, by default even ones. `per_pass` is the most samples in a pass, by default as many as the device
+    computes fastest. A pass that finds scales always has the same samples. `name` is the model's.
     """
 
-    def __init__(self, model: nn.Module, world: World, scales: Scales, *, name: str = "") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        world: World,
+        scales: Scales,
+        parts: Parts | None = None,
+        *,
+        per_pass: int | None = None,
+        name: str = "",
+    ) -> None:
         self._world, self._scales, self._name = world, scales, name
+        self._parts = parts or Parts(world.size)
         self._pass = TrainingPass(model, scales)
         self._module = ExactModule(model, self._pass)
-        self._per_pass = _MOST_PER_PASS
+        self._per_pass = per_pass or _MOST_PER_PASS
         self._checks = 0
 
     def prepare(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
@@ -57,7 +70,7 @@ class ExactGradients:
         self._require_exact(len(sizes))
         if self._world.device.type == "cpu":
             fitting = _ELEMENTS_PER_PASS * min(_FIRST_SAMPLES, len(sizes)) // max(1, self._pass.elements)
-            self._per_pass = min(max(fitting, _LEAST_PER_PASS), _MOST_PER_PASS)
+            self._per_pass = min(max(fitting, _LEAST_PER_PASS), self._per_pass)
         self._pass.end_first_pass()
         # A run that is resumed must find the scales that are missing in the step that finds them otherwise.
         before = torch.zeros_like(self._scales.before)
@@ -69,8 +82,7 @@ class ExactGradients:
         if not self._scales.complete():
             self._find_scales(forward_shards, sizes)
         self._pass.begin_step()
-        size, rank, count = self._world.size, self._world.rank, len(sizes)
-        self._run(forward_shards, range(rank * count // size, (rank + 1) * count // size))
+        self._run(forward_shards, self._parts.of(self._world.rank, len(sizes)))
         self._world.all_reduce_sum_(self._pass.sums)
         self._world.all_reduce_max_(self._scales.now)
         for parameter, gradient in zip(self._pass.parameters, self._pass.gradients(), strict=True):

@@ -15,6 +15,7 @@ from ..models.running_statistics import running_statistics
 from .all_reduce import DdpGradients, Gradients, TreeGradients
 from .batch_invariance import is_batch_invariant, matches_autograd
 from .exact_sum import ExactGradients
+from .parts import Parts
 from .per_shard import HookedLayers
 from .tree_sum import owned_shards, shard_sizes
 
@@ -83,7 +84,13 @@ def make_gradients(
 
 
 def make_exact_gradients(
-    recipe: Recipe, world: World, model: nn.Module, scales: Scales, properties: ModelProperties
+    recipe: Recipe,
+    options: Run,
+    world: World,
+    model: nn.Module,
+    properties: ModelProperties,
+    scales: Scales,
+    parts: Parts,
 ) -> ExactGradients:
     """Make gradients in exact arithmetic.
 
@@ -93,7 +100,7 @@ def make_exact_gradients(
         raise UsageError(
             f"--model {recipe.model}: with --precision exact it cannot draw random numbers from {others[0]}"
         )
-    return ExactGradients(model, world, scales, name=recipe.model)
+    return ExactGradients(model, world, scales, parts, per_pass=options.micro_batch, name=recipe.model)
 
 
 def make_tree_gradients(

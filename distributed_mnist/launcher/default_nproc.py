@@ -15,16 +15,17 @@ _MICROSECONDS_PER_PROCESS = 1_500  # with less work in a step, another process c
 def default_nproc(recipe: Recipe, options: Run) -> int:
     """Return the number of processes: one per accelerator, or on CPU as many as speed up training.
 
-    On CPU this is one per core, at most the number of shards, and only as many as have enough work in a
-    step to outweigh the all-reduce of gradients.
+    On CPU this is one per core, at most the number of shards (in exact arithmetic, of images), and only as
+    many as have enough work in a step to outweigh the all-reduce of gradients.
     """
+    most = recipe.batch_size if recipe.precision == "exact" else recipe.shards
     accelerators = 0 if options.device == "cpu" else _count_accelerators()
     if accelerators:
-        return min(accelerators, recipe.shards)
+        return min(accelerators, most)
     step_microseconds = recipe.batch_size * MICROSECONDS_PER_IMAGE.get(
         recipe.model, MICROSECONDS_PER_IMAGE["cnn"]
     )
-    return max(1, min(usable_cores(), recipe.shards, step_microseconds // _MICROSECONDS_PER_PROCESS))
+    return max(1, min(usable_cores(), most, step_microseconds // _MICROSECONDS_PER_PROCESS))
 
 
 def trial_nproc(device: str) -> int:

@@ -13,17 +13,19 @@ EVEN_SHARE = 0.02
 class StragglerTracker:
     """Takes the `ranks` field of `steps` events.
 
-    Attributes: `busy` and `exchange`, the smoothed seconds per step by rank.
+    Attributes: `busy` and `exchange`, the smoothed seconds per step by rank; `share`, the fraction of each
+    batch that a rank computes, if it is known.
     """
 
     def __init__(self) -> None:
         self.busy: list[float] = []
         self.exchange: list[float] = []
+        self.share: list[float] = []
         self._hosts: list[str] = []
 
     def start_group(self, ranks: Sequence[Mapping[str, Any]]) -> None:
         """Forget the times of an earlier group. `ranks` has `rank`, `host` and `pid` for each rank."""
-        self.busy, self.exchange = [], []
+        self.busy, self.exchange, self.share = [], [], []
         hosts = [str(rank["host"]) for rank in ranks]
         self._hosts = hosts if len(set(hosts)) > 1 else []
 
@@ -31,6 +33,7 @@ class StragglerTracker:
         """Add the `busy` and `exchange` times of one more interval, in seconds per step for each rank."""
         self.busy = _smoothed(self.busy, ranks["busy"])
         self.exchange = _smoothed(self.exchange, ranks["exchange"])
+        self.share = list(ranks.get("share", ()))
 
     @property
     def slowest_rank(self) -> int:
@@ -54,10 +57,20 @@ class StragglerTracker:
         if len(self.exchange) < 2 or not any(self.exchange):
             return ""
         if self.waiting_share < EVEN_SHARE:
-            return "ranks even: no rank waits long for another"
+            return f"ranks even: no rank waits long for another{self._shares()}"
         rank, share = self.slowest_rank, self.waiting_share
         host = f" on {self._hosts[rank]}" if self._hosts else ""
-        return f"slowest: rank {rank}{host}; the others wait {share:.0%} of a step for it"
+        wait = f"the others wait {share:.0%} of a step for it"
+        return f"slowest: rank {rank}{host}; {wait}{self._shares()}"
+
+    def _shares(self) -> str:
+        """Say who takes the smallest and the largest part of a batch; empty if the parts are even."""
+        if not self.share or max(self.share) < 1.1 * min(self.share):
+            return ""
+        least, most = (choose(range(len(self.share)), key=self.share.__getitem__) for choose in (min, max))
+        return (
+            f"; rank {least} takes {self.share[least]:.0%} of a batch, rank {most} {self.share[most]:.0%}"
+        )
 
 
 def _smoothed(old: Sequence[float], new: Sequence[float]) -> list[float]:

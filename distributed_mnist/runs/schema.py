@@ -184,8 +184,12 @@ class RankTimes(Struct):
 
     busy: Annotated[list[StepSeconds], Meta(min_length=1)]
     exchange: Annotated[list[StepSeconds], Meta(min_length=1)]
+    share: list[Share] | UnsetType = UNSET
+    """The fraction of each batch that a rank computes, in exact arithmetic."""
 
     def __post_init__(self) -> None:
+        if self.share is not UNSET and len(self.share) != len(self.busy):
+            raise ValueError("Expected as many fractions in `share` as times in `busy`")
         if len(self.busy) != len(self.exchange):
             raise ValueError("Expected as many times in `busy` as in `exchange`")
 

@@ -176,10 +176,16 @@ def close_interval(
             "exchange": sync_points.exchange_seconds / max(sync_points.steps, 1),
             **timer.reset(sync_points.steps),
         },
-        ranks={"busy": sync_points.compute_per_step, "exchange": sync_points.exchange_per_step},
+        ranks={
+            "busy": sync_points.compute_per_step,
+            "exchange": sync_points.exchange_per_step,
+            **({"share": context.parts.shares()} if context.parts else {}),
+        },
         first_step=interval.first_step + 1,
         losses=interval.losses,
     )
+    if context.parts:
+        context.parts.adjust(sync_points.compute_per_step)
 
 
 def require_finite(state: State, context: TrainingContext, interval: IntervalRecord) -> None:

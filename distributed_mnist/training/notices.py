@@ -6,6 +6,7 @@ import torch
 
 from ..common import environment
 from ..common.placement import usable_cores
+from ..config import Recipe, Run, flag
 from ..data.broadcast import Data
 from ..distributed.world import World
 from ..gradients.tree_sum import shard_sizes
@@ -49,6 +50,7 @@ def start_notices(world: World, prepared: Preparation, folder: RunFolder) -> lis
         notices.append(folder.lock.note)
     if world.restarts and not folder.restarted:
         notices.append(f"{world.launcher} has restarted this run, but its folder was not found")
+    notices += unused_settings(recipe, prepared.options)
     kinds = ("training", "validation") if data.validation else ("training",)
     notices += [text for kind in kinds if (text := empty_classes(data, kind))]
     if recipe.patience and recipe.schedule not in ("constant", "step"):
@@ -59,6 +61,22 @@ def start_notices(world: World, prepared: Preparation, folder: RunFolder) -> lis
         images = f"the {len(data.train):,} training images"
         notices.append(f"--batch-size {recipe.batch_size} is more than {images}")
     return notices
+
+
+def unused_settings(recipe: Recipe, options: Run) -> list[str]:
+    """Return a notice about settings that mean nothing in the run's precision, else nothing."""
+    if recipe.precision != "exact":
+        off = options.balance != Run.balance
+        return [f"--balance {options.balance} changes nothing without --precision exact"] if off else []
+    given = [
+        f"{flag(name)} {getattr(recipe, name)}"
+        for name in ("sync", "shards")
+        if getattr(recipe, name) != getattr(Recipe, name)
+    ]
+    if not given:
+        return []
+    verb = "change" if len(given) > 1 else "changes"
+    return [f"{' and '.join(given)} {verb} nothing with --precision exact"]
 
 
 def empty_classes(data: Data, kind: str = "training") -> str | None:
@@ -88,7 +106,6 @@ def oversubscription_warnings(world: World, threads: int) -> list[str]:
 def start_lines(world: World, prepared: Preparation, folder: Path) -> dict[str, str]:
     """Return the labelled lines that a run prints when it starts."""
     recipe, data, properties = prepared.recipe, prepared.data, prepared.properties
-    sync = "tree" if recipe.sync == "tree" else "DistributedDataParallel"
     processes = _count(world.size, "process", "processes")
     if world.size > 1:
         processes += f" ({world.launcher}, {world.backend})"
@@ -99,13 +116,18 @@ def start_lines(world: World, prepared: Preparation, folder: Path) -> dict[str, 
     if properties.statistics_layers:
         sizes = sorted(set(shard_sizes(min(recipe.batch_size, len(data.train)), recipe.shards)))
         norm = f" (batch norm over each shard of {' or '.join(map(str, sizes))} images)"
+    if recipe.precision == "exact":
+        arithmetic = "exact arithmetic"
+    else:
+        sync = "tree" if recipe.sync == "tree" else "DistributedDataParallel"
+        arithmetic = f"{sync} over {_count(recipe.shards, 'shard')}{norm}, {recipe.precision}"
     counts = " + ".join(f"{len(split):,}" for split in (data.train, data.validation, data.test) if split)
     counts += " images (training, validation, test)" if data.validation is not None else " images"
     per_process = f", {_count(prepared.threads, 'thread')} each" if world.device.type == "cpu" else ""
     return {
         "recipe": f"{prepared.title}: {recipe.model} with {properties.parameters:,} parameters, "
         f"{length} in batches of {recipe.batch_size}, "
-        f"{sync} over {_count(recipe.shards, 'shard')}{norm}, {recipe.precision}, seed {recipe.seed}",
+        f"{arithmetic}, seed {recipe.seed}",
         "data": f"{data.name}, {counts}, {data.source}",
         "world": f"{processes} on {world.device.type}{per_process}",
         "out": str(folder),

@@ -11,6 +11,7 @@ from ..distributed.world import World
 from ..exact.scales import Scales
 from ..gradients.all_reduce import Gradients
 from ..gradients.loss import Loss, make_loss
+from ..gradients.parts import Parts
 from ..gradients.setup import make_exact_gradients, make_gradients
 from ..models.build import make_model
 from ..models.factory import find_factory
@@ -43,6 +44,8 @@ class Preparation:
     """What the model draws from global generators; None if it draws nothing."""
     loss: Loss
     gradients: Gradients
+    parts: Parts | None
+    """The ranks' parts of a batch in exact arithmetic; None in other precisions."""
     threads: int
     """Number of intra-op threads of this process."""
     notices: list[str]
@@ -67,8 +70,12 @@ def prepare(
     state, properties = make_state(world, recipe, data)
     loss = world.on_every_rank(lambda: make_loss(recipe, len(data.class_names), world.device))
     if state.scales is not None:
-        gradients: Gradients = make_exact_gradients(recipe, world, state.model, state.scales, properties)
+        parts = Parts(world.size, balance=options.balance == "auto")
+        gradients: Gradients = make_exact_gradients(
+            recipe, options, world, state.model, properties, state.scales, parts
+        )
     else:
+        parts = None
         smallest = batches.smallest_size()
         gradients = make_gradients(recipe, options, world, state.model, properties, smallest)
     return Preparation(
@@ -83,6 +90,7 @@ def prepare(
         draws=ModelDraws(properties.draws_from) if properties.draws_from else None,
         loss=loss,
         gradients=gradients,
+        parts=parts,
         threads=threads,
         notices=notices,
     )

@@ -108,6 +108,7 @@ def run(
                 data=data,
                 batches=batches,
                 gradients=prepared.gradients,
+                parts=prepared.parts,
                 loss=prepared.loss,
                 draws=prepared.draws,
                 store=store,

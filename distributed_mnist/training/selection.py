@@ -89,7 +89,8 @@ def result_of(state: State, context: TrainingContext, last: Evaluation | None) -
 def _evaluate(state: State, context: TrainingContext, split: Split) -> Evaluation:
     """Evaluate the model; with `tree`, ranks must compute the same bits."""
     context.world.status.enter("evaluating")
-    recipe, exact = context.recipe, context.recipe.sync == "tree"
+    recipe = context.recipe
+    exact = recipe.sync == "tree" or recipe.precision == "exact"
     result = evaluate(
         state.model, context.data, context.world, recipe.precision, recipe.model, exact=exact, split=split
     )

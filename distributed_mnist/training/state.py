@@ -15,6 +15,7 @@ from ..distributed.world import World
 from ..exact.scales import Scales
 from ..gradients.all_reduce import Gradients
 from ..gradients.loss import Loss
+from ..gradients.parts import Parts
 from ..reporting.events import Sink
 from ..runs.checkpoint import FORMAT, Content, load_weights, versions
 from ..runs.checkpoint_store import Store
@@ -98,6 +99,8 @@ class TrainingContext:
     data: Data
     batches: Batches
     gradients: Gradients
+    parts: Parts | None
+    """The ranks' parts of a batch in exact arithmetic; None in other precisions."""
     loss: Loss
     draws: ModelDraws | None
     """The model's draws from global generators, which are seeded before each forward pass; None without."""

@@ -13,6 +13,7 @@ from distributed_mnist.launcher import default_nproc
         (4, Recipe(), 4),
         (64, Recipe(), 8),  # no more than shards
         (64, Recipe(shards=16), 16),
+        (64, Recipe(precision="exact"), 20),  # shards mean nothing there
         (64, Recipe(model="linear"), 1),  # too little work in a step
         (64, Recipe(model="linear", batch_size=8_192), 8),
         (4, Recipe(model="package.module:factory"), 4),  # unknown: assumed to be large

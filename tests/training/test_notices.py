@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from distributed_mnist.config import Recipe, Run
 from distributed_mnist.data.split import Split
-from distributed_mnist.training.notices import empty_classes
+from distributed_mnist.training.notices import empty_classes, unused_settings
 
 
 @pytest.mark.parametrize(
@@ -31,3 +32,12 @@ def test_classes_without_training_images_are_told(labels: list[int], names: str,
     data.train = train
     data.name = "generated"
     assert empty_classes(data) is None
+
+
+def test_settings_that_mean_nothing_in_a_precision_are_told() -> None:
+    exact = Recipe(precision="exact")
+    assert unused_settings(Recipe(shards=3, sync="ddp"), Run()) == unused_settings(exact, Run()) == []
+    both = unused_settings(exact.replace(shards=3, sync="ddp"), Run(balance="off"))
+    assert both == ["--sync ddp and --shards 3 change nothing with --precision exact"]
+    off = unused_settings(Recipe(), Run(balance="off"))
+    assert off == ["--balance off changes nothing without --precision exact"]
