@@ -62,7 +62,7 @@ class Run:
     """With --sync ddp, the most images to put through the model at once, to save memory (default: the
     process's whole share of the batch). With tree it is one shard, or several shards up to 512 images. With
     --precision exact, the most images per pass of a step (default: what is fastest)."""
-    balance: Balance = "auto"
+    balance: Balance = "off"
     """With --precision exact, auto gives slower processes fewer images of each batch, by their measured
     speed; off cuts batches evenly. The weights are the same."""
 

@@ -66,8 +66,8 @@ def start_notices(world: World, prepared: Preparation, folder: RunFolder) -> lis
 def unused_settings(recipe: Recipe, options: Run) -> list[str]:
     """Return a notice about settings that mean nothing in the run's precision, else nothing."""
     if recipe.precision != "exact":
-        off = options.balance != Run.balance
-        return [f"--balance {options.balance} changes nothing without --precision exact"] if off else []
+        given = options.balance != Run.balance
+        return [f"--balance {options.balance} changes nothing without --precision exact"] if given else []
     given = [
         f"{flag(name)} {getattr(recipe, name)}"
         for name in ("sync", "shards")

@@ -37,7 +37,7 @@ def test_classes_without_training_images_are_told(labels: list[int], names: str,
 def test_settings_that_mean_nothing_in_a_precision_are_told() -> None:
     exact = Recipe(precision="exact")
     assert unused_settings(Recipe(shards=3, sync="ddp"), Run()) == unused_settings(exact, Run()) == []
-    both = unused_settings(exact.replace(shards=3, sync="ddp"), Run(balance="off"))
+    both = unused_settings(exact.replace(shards=3, sync="ddp"), Run(balance="auto"))
     assert both == ["--sync ddp and --shards 3 change nothing with --precision exact"]
-    off = unused_settings(Recipe(), Run(balance="off"))
-    assert off == ["--balance off changes nothing without --precision exact"]
+    auto = unused_settings(Recipe(), Run(balance="auto"))
+    assert auto == ["--balance auto changes nothing without --precision exact"]
