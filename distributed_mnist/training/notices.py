@@ -66,8 +66,9 @@ def start_notices(world: World, prepared: Preparation, folder: RunFolder) -> lis
 def unused_settings(recipe: Recipe, options: Run) -> list[str]:
     """Return a notice about settings that mean nothing in the run's precision, else nothing."""
     if recipe.precision != "exact":
-        given = options.balance != Run.balance
-        return [f"--balance {options.balance} changes nothing without --precision exact"] if given else []
+        if options.balance == Run.balance:
+            return []
+        return [f"--balance {options.balance} changes nothing without --precision exact"]
     given = [
         f"{flag(name)} {getattr(recipe, name)}"
         for name in ("sync", "shards")
