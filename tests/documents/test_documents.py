@@ -143,7 +143,7 @@ def test_the_run_folder_page_is_complete(digits: Path, tmp_path: Path) -> None:
         assert not missing, (event["event"], missing)
         unseen = documented[event["event"]] - set(event)
         unseen = {name for name in unseen if not name.startswith("validation")}  # this run has no split
-        assert unseen <= {"rank", "host", "pid", "busy", "exchange"}, event
+        assert unseen <= {"rank", "host", "pid", "busy", "exchange", "share"}, event
 
 
 def test_the_files_of_a_data_set_are_named(digits: Path) -> None:
