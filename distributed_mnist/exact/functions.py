@@ -1,11 +1,13 @@
 """Replace the functions of torch that a model calls by exact ones, while it runs.
 
 A model's code does not change: `ExactFunctions` is a `TorchFunctionMode`, through which torch passes every
-call. Layers (`LAYERS`) have their own exact implementation. Single operations on each element and copies
-(`AS_THEY_ARE`) are exact in torch. All others are refused.
+call. Layers (`LAYERS`) have their own exact implementation. Single operations on each element
+(`ELEMENTWISE`) and copies (`VIEWS`, `COPIES`) are exact in torch, apart from sums in their gradients. All
+others are refused.
 """
 
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,52 +15,167 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from .layers.convolution import conv2d
-from .layers.linear import linear
-from .layers.pooling import max_pool2d
-from .layers.reductions import mean
-from .passes import Pass
-from .refusal import Refused
+from .layers import attention, broadcasting
+from .layers.broadcasting import elementwise, expanded
+from .layers.table import CONSTANTS, COPIES, ELEMENTWISE, LAYERS, QUESTIONS, VIEWS
+from .parameter_views import follow, is_activation, mark_activation, with_samples
+from .passes import Pass, TrainingPass
+from .refusal import Refused, advice
 
-LAYERS: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.linear: linear,
-    F.conv2d: conv2d,
-    torch.conv2d: conv2d,
-    F.max_pool2d: max_pool2d,
-    torch.max_pool2d: max_pool2d,
-    torch.mean: mean,
-    Tensor.mean: mean,
-}
-"""What is called instead of a function, with the pass as an additional first argument."""
-
-AS_THEY_ARE: set[Callable[..., Any]] = {
-    F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, torch.flatten, Tensor.flatten, Tensor.view,
-    Tensor.reshape, torch.reshape, Tensor.permute, torch.permute, Tensor.unfold, Tensor.t, torch.t,
-    Tensor.transpose, torch.transpose, Tensor.contiguous, Tensor.clone, Tensor.unsqueeze, torch.unsqueeze,
-    Tensor.squeeze, torch.squeeze, Tensor.__getitem__, Tensor.narrow, Tensor.size, Tensor.dim,
-    Tensor.stride, Tensor.numel, Tensor.is_contiguous, Tensor.__len__, F.pad, torch.cat, torch.stack,
-    Tensor.detach, Tensor.is_floating_point, Tensor.float,
+_WEIGHTS = {
+    "weight", "bias", "in_proj_weight", "in_proj_bias", "out_proj_weight", "out_proj_bias", "q_proj_weight",
+    "k_proj_weight", "v_proj_weight",
 }  # fmt: skip
-"""Single operations on each element, copies, and questions about a tensor."""
+"""Arguments of layers that may be parameters. Others must be activations."""
+
+_PRODUCTS = {attention.matmul, attention.rmatmul}
+_DIVISIONS = {broadcasting.divide, broadcasting.divide_reversed, broadcasting.divide_}
+
+_EXPANSIONS: set[Any] = {Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to}
+
+_REPEATED_GRADIENTS: set[Any] = {Tensor.repeat, Tensor.unfold, torch.broadcast_to}
 
 
 class ExactFunctions(TorchFunctionMode):
     """Inside this context, what a model computes is exact.
 
-    Raises `Refused`, which names the function, if it has no exact form here.
+    Raises `Refused`, which names the function, if it has no exact form here. In training, it also follows
+    which tensors are computed from images (activations) and which are views of parameters.
     """
 
     def __init__(self, pass_: Pass) -> None:
         super().__init__()
         self._pass = pass_
+        self._training = isinstance(pass_, TrainingPass)
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Call what replaces `func`."""
-        layer = LAYERS.get(func)
-        if layer is not None:
-            return layer(self._pass, *args, **(kwargs or {}))
-        if func in AS_THEY_ARE or getattr(func, "__name__", "") == "__get__":
-            return func(*args, **(kwargs or {}))
-        raise Refused(f"{resolve_name(func) or func} has no exact form")
+        kwargs = kwargs or {}
+        is_getter = getattr(func, "__name__", "") == "__get__"
+        if func in QUESTIONS:
+            return func(*args, **kwargs)
+        if not is_getter and not any(
+            func in known for known in (LAYERS, ELEMENTWISE, VIEWS, COPIES, CONSTANTS)
+        ):
+            raise Refused(f"{_name(func)} has no exact form{advice(_name(func))}")
+        result = self._in_training(func, args, kwargs) if self._training else self._call(func, args, kwargs)
+        for each in _tensors((result,)):
+            if each.is_floating_point() and each.dtype != torch.float32:
+                raise Refused(
+                    f"{_name(func)} of {str(each.dtype).removeprefix('torch.')} has no exact form"
+                )
+        return result
+
+    def _call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if func in LAYERS:
+            return LAYERS[func](self._pass, *args, **kwargs)
+        if func in ELEMENTWISE:
+            return elementwise(self._pass, func, *args, **kwargs)
+        if any(each.requires_grad for each in _tensors((*args, *kwargs.values()))):
+            _require_exact_gradient(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _in_training(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        tensors = _tensors((*args, *kwargs.values()))
+        parameters = [each for each in tensors if self._pass.view_of(each) is not None]
+        from_images = any(map(is_activation, tensors))
+        if parameters:
+            is_view = func in VIEWS or func in _EXPANSIONS or getattr(func, "__name__", "") == "__get__"
+            if is_view and args and self._pass.view_of(args[0]) is not None:
+                return self._view(func, args, kwargs)
+            args, kwargs, used = self._parameters_as_activations(func, args, kwargs, from_images)
+            from_images = from_images or used
+        for each in tensors:
+            if each.requires_grad and not is_activation(each) and self._pass.view_of(each) is None:
+                raise Refused(
+                    f"{_name(func)} of what an autograd.Function or a compiled function has computed "
+                    "has no exact form"
+                )
+        result = self._call(func, args, kwargs)
+        if from_images and func not in CONSTANTS:
+            for each in _tensors((result,)):
+                mark_activation(each)
+        return result
+
+    def _view(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Return a view of a parameter."""
+        result = follow(self._pass, func, *args, **kwargs)
+        if func in _EXPANSIONS:
+            before, after = args[0].shape, result.shape
+            new = len(after) - len(before)
+            if any(
+                size == self._pass.samples and (dim < new or before[dim - new] == 1)
+                for dim, size in enumerate(after)
+            ):
+                with_samples(result)
+        return result
+
+    def _parameters_as_activations(
+        self, func: Any, args: Any, kwargs: dict[str, Any], from_images: bool
+    ) -> tuple[Any, dict[str, Any], bool]:
+        """Replace parameters that `func` would use as activations, or refuse. Return its arguments, and
+        whether there was one."""
+        layer, used = LAYERS.get(func), False
+        if layer in _PRODUCTS and from_images:
+            return args, kwargs, False
+
+        def as_activation(x: Any) -> Any:
+            nonlocal used
+            if isinstance(x, list | tuple):
+                return type(x)(map(as_activation, x)) if not isinstance(x, torch.Size) else x
+            view = self._pass.view_of(x) if isinstance(x, Tensor) else None
+            if view is None:
+                return x
+            if view.has_samples:
+                used = True
+                return self._marked(expanded(self._pass, x, x.shape))
+            if (func in ELEMENTWISE or layer in _DIVISIONS) and (from_images or with_copies):
+                return x  # it is expanded there
+            raise Refused(f"{_name(func)} of a parameter alone has no exact gradient")
+
+        with_copies = any(
+            (view := self._pass.view_of(each)) is not None and view.has_samples
+            for each in _tensors((*args, *kwargs.values()))
+        )
+        if layer is None or layer in _DIVISIONS:
+            return tuple(map(as_activation, args)), {k: as_activation(v) for k, v in kwargs.items()}, used
+        bound = inspect.signature(layer).bind(self._pass, *args, **kwargs)
+        for name, value in bound.arguments.items():
+            if name not in _WEIGHTS:
+                bound.arguments[name] = as_activation(value)
+        return bound.args[1:], bound.kwargs, used
+
+    def _marked(self, x: Tensor) -> Tensor:
+        mark_activation(x)
+        return x
+
+
+def _require_exact_gradient(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse copies whose gradient torch adds in an order of its own."""
+    if func in _REPEATED_GRADIENTS or (
+        func is F.pad and (args[2:3] or (kwargs.get("mode"),))[0] not in (None, "constant")
+    ):
+        raise Refused(f"the gradient of {_name(func)} has no exact form")
+    if func is Tensor.__getitem__ and any(isinstance(each, Tensor | list) for each in _flat(args[1])):
+        raise Refused("the gradient of an index by a tensor has no exact form: use slices")
+
+
+def _flat(index: Any) -> tuple[Any, ...]:
+    return index if isinstance(index, tuple) else (index,)
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors among these values, and in lists and tuples among them."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(value)
+    return found
+
+
+def _name(func: Any) -> str:
+    return resolve_name(func) or getattr(func, "__name__", str(func))

@@ -3,7 +3,9 @@
 from torch import Tensor, nn
 
 from .functions import ExactFunctions
+from .parameter_views import is_activation, mark_activation
 from .passes import Pass, TrainingPass
+from .refusal import Refused
 
 
 class ExactModule(nn.Module):
@@ -18,7 +20,21 @@ class ExactModule(nn.Module):
         """Whether the present pass only finds scales: its samples do not count."""
         return isinstance(self.pass_, TrainingPass) and self.pass_.starting
 
+    def key_draws(self, *key: int | str, first: int) -> None:
+        """Let what the model draws depend on this key. `first` is the first sample's place in the batch."""
+        if isinstance(self.pass_, TrainingPass):
+            self.pass_.key_draws(*key, first=first)
+
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits, float32 `(n, classes)`."""
+        self.pass_.samples = len(images)
+        mark_activation(images)
         with ExactFunctions(self.pass_):
-            return self.model(images)
+            logits = self.model(images)
+        if (
+            isinstance(self.pass_, TrainingPass)
+            and isinstance(logits, Tensor)
+            and not is_activation(logits)
+        ):
+            raise Refused("what an autograd.Function or a compiled function computes has no exact form")
+        return logits  # type: ignore[no-any-return]

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from .fixed_point import OPERAND_BITS, largest_magnitude, power_of_two, quantise, scale_exponent
+from .parameter_views import View, attached_view, gathered
 from .products import DROPPED_BITS, Products, products_for
 from .refusal import Refused
-from .scales import Scales, sample_exponents
+from .scales import Scales
 
 
 class Fixed(NamedTuple):
@@ -31,6 +32,13 @@ class Weight(NamedTuple):
     """int64 scalar."""
 
 
+class Draw(NamedTuple):
+    """What random numbers depend on: a key, and the place of the pass's first sample in the batch."""
+
+    key: tuple[int | str, ...]
+    first: int
+
+
 Arrange = Callable[[Tensor], list[Tensor]]
 """Returns the matrices, `(K, N)` each, by which rows are multiplied, from the integers of a weight."""
 
@@ -39,6 +47,8 @@ class Pass(Protocol):
     """A pass of samples through a model, in training or in evaluation."""
 
     products: Products
+    samples: int
+    """How many samples are in this pass."""
 
     def number(self) -> int:
         """Return the number of the next tensor that becomes integers. Layers call it in the forward
@@ -47,6 +57,10 @@ class Pass(Protocol):
 
     def quantise(self, x: Tensor, number: int) -> Fixed:
         """Return a float32 tensor as integers. `number` is from `number()`."""
+        ...
+
+    def integers(self, x: Tensor, number: int) -> Fixed:
+        """Do what `quantise` does, but do not pack the integers."""
         ...
 
     def weight(self, weight: Tensor, use: str, arrange: Arrange) -> Weight:
@@ -71,44 +85,20 @@ class Pass(Protocol):
         ...
 
     def add(self, number: int, integers: Tensor, products: int = 0) -> None:
-        """Add integers, float64 in the shape of the parameter, to a sum over samples.
+        """Add integers, float64 in the shape of the parameter or view, to a sum over samples.
 
         Each is a sum of so many products of two operands. A whole batch may have `MOST_TERMS` of them. Sums
         of operands, not of products, need no such number: they are exact up to 2**38 terms.
         """
         ...
 
+    def view_of(self, x: Tensor) -> View | None:
+        """Return what `x` is a view of, if it is one of a parameter that needs a gradient."""
+        ...
 
-class EvaluationPass:
-    """A pass without gradients. Each sample, which is a row of every tensor, has scales of its own."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.products = products_for(device)
-
-    def number(self) -> int:
-        """Return 0: nothing is kept for the tensors of an evaluation."""
-        return 0
-
-    def quantise(self, x: Tensor, number: int) -> Fixed:
-        """Return a tensor as integers, with an exponent for each sample."""
-        exponents = sample_exponents(x)
-        return Fixed(self.products.pack(quantise(x, exponents)), exponents)
-
-    def weight(self, weight: Tensor, use: str, arrange: Arrange) -> Weight:
-        """Return a weight as prepared matrices."""
-        return prepare_weight(self.products, weight, arrange)
-
-    def product_factor(self, first: Tensor, second: Tensor) -> Tensor:
-        """Return the factor of a product; see `Pass`."""
-        return product_factor(first, second)
-
-    def sum_over_samples(self, parameter: Tensor | None, *factors: int) -> int | None:
-        """Return None: there is no gradient."""
-        return None
-
-    def add(self, number: int, integers: Tensor, products: int = 0) -> None:
-        """Never called."""
-        raise AssertionError
+    def next_draw(self) -> Draw:
+        """Return the key of the next random numbers. Raises `Refused` in evaluation."""
+        ...
 
 
 class _Sum(NamedTuple):
@@ -117,7 +107,6 @@ class _Sum(NamedTuple):
     parameter: int
     factors: tuple[int, ...]
     """The numbers of the tensors whose products are its terms."""
-    shape: torch.Size
     integers: Tensor
     """float64, a view of `TrainingPass.sums`; empty until the first pass has ended."""
 
@@ -138,10 +127,16 @@ class TrainingPass:
         self._sums: list[_Sum] = []
         self._index = {id(p): i for i, p in enumerate(self.parameters)}
         self.starting = False
-        self.tensors = self._next_sum = 0
+        self.samples = self.tensors = 0
         """How many tensors have become integers in the present pass."""
         self.elements = 0
         """How many numbers have become integers in the present pass."""
+        self._draws = self._first = 0
+        self._key: tuple[int | str, ...] = ()
+        self._views: list[View] = []
+        """For each sum of the pass so far, the parameter or view that needs it."""
+        self._counts: tuple[int, int] | None = None
+        """How many tensors and sums there are, once the first pass has ended."""
         self._weights: dict[tuple[int, str], Weight] = {}
         self._factors: dict[tuple[int, int], Tensor] = {}
         self.most_products = 0
@@ -157,37 +152,59 @@ class TrainingPass:
     def begin_pass(self, *, starting: bool = False) -> None:
         """Begin a pass of the step. If `starting`, tensors that have no scale get one from this pass."""
         self.starting = starting
-        self.tensors = self._next_sum = self.elements = 0
+        self.tensors = self._draws = self.elements = 0
+        self._views.clear()
+
+    def key_draws(self, *key: int | str, first: int) -> None:
+        """Let random numbers depend on this key. The pass begins with sample number `first` of the
+        batch."""
+        self._key, self._first = key, first
+
+    def end_pass(self) -> None:
+        """End a pass. Raises `Refused` if it used other layers than the first one."""
+        if self._counts not in (None, (self.tensors, len(self._views))):
+            raise _OTHER_LAYERS
 
     def end_first_pass(self) -> None:
         """Make room for the sums that the first pass has found."""
-        sizes = [part.shape.numel() for part in self._sums]
+        self._counts = self.tensors, len(self._views)
+        shapes = [self.parameters[part.parameter].shape for part in self._sums]
+        sizes = [shape.numel() for shape in shapes]
         self.sums = torch.zeros(sum(sizes), dtype=torch.float64, device=self.sums.device)
         views = self.sums.split(sizes)
         self._sums = [
-            part._replace(integers=view.view(part.shape))
-            for part, view in zip(self._sums, views, strict=True)
+            part._replace(integers=view.view(shape))
+            for part, view, shape in zip(self._sums, views, shapes, strict=True)
         ]
 
     def number(self) -> int:
         """Return the number of the next tensor; see `Pass`."""
         self.tensors += 1
         if self.tensors > len(self.scales):
+            if self._counts is not None:
+                raise _OTHER_LAYERS
             self.scales.extend(self.tensors)
             self.scales.exponents.append(self.scales.exponents[0] if self.scales.exponents else _ZERO)
         return self.tensors - 1
 
     def quantise(self, x: Tensor, number: int) -> Fixed:
+        """Return a tensor as packed integers, with the exponent of the whole global batch."""
+        fixed = self.integers(x, number)
+        return fixed._replace(integers=self.products.pack(fixed.integers))
+
+    def integers(self, x: Tensor, number: int) -> Fixed:
         """Return a tensor as integers, with the exponent of the whole global batch."""
         if self.starting:
             self.scales.start(number, x)
         self.scales.observe(number, x)
         self.elements += x.numel()
         exponent = self.scales.exponents[number]
-        return Fixed(self.products.pack(quantise(x, exponent)), exponent)
+        return Fixed(quantise(x, exponent), exponent)
 
     def weight(self, weight: Tensor, use: str, arrange: Arrange) -> Weight:
-        """Return a weight as prepared matrices; they are made once in a step."""
+        """Return a weight as prepared matrices; those of a parameter are made once in a step."""
+        if not isinstance(weight, nn.Parameter):
+            return prepare_weight(self.products, weight, arrange)
         key = id(weight), use
         if key not in self._weights:
             self._weights[key] = prepare_weight(self.products, weight, arrange)
@@ -204,19 +221,32 @@ class TrainingPass:
         """Return the number of the next sum; see `Pass`."""
         if parameter is None or not parameter.requires_grad:
             return None
-        if id(parameter) not in self._index:
+        view = self.view_of(parameter)
+        if view is None:
             raise Refused("a weight that is computed from parameters has no exact gradient")
-        self._next_sum += 1
-        if self._next_sum > len(self._sums):
-            self._sums.append(_Sum(self._index[id(parameter)], factors, parameter.shape, self.sums))
-        return self._next_sum - 1
+        number, index = len(self._views), self._index[id(view.parameter)]
+        self._views.append(view)
+        if self._counts is None and number == len(self._sums):
+            self._sums.append(_Sum(index, factors, self.sums))
+        if number >= len(self._sums) or self._sums[number][:2] != (index, factors):
+            raise _OTHER_LAYERS
+        return number
 
     def add(self, number: int, integers: Tensor, products: int = 0) -> None:
         """Add integers to a sum; see `Pass`."""
         if self.starting:
             self.most_products = max(self.most_products, products)
         if self._sums[number].integers.numel():
-            self._sums[number].integers.add_(integers)
+            self._sums[number].integers.add_(gathered(self._views[number], integers))
+
+    def view_of(self, x: Tensor) -> View | None:
+        """Return what a tensor is a view of; see `Pass`."""
+        return View(self.parameters[self._index[id(x)]]) if id(x) in self._index else attached_view(x)
+
+    def next_draw(self) -> Draw:
+        """Return the key of the next random numbers."""
+        self._draws += 1
+        return Draw((*self._key, self._draws), self._first)
 
     def gradients(self) -> list[Tensor]:
         """Return the gradient of each parameter, float32, from the sums, which all ranks have added.
@@ -235,6 +265,7 @@ class TrainingPass:
         ]
 
 
+_OTHER_LAYERS = Refused("layers that differ between images have no exact form")
 _ZERO = torch.zeros((), dtype=torch.int64)
 
 

@@ -11,13 +11,14 @@ from torch import nn
 
 from ..common.digest import digest
 from ..distributed.world import World
-from ..errors import CheckpointError, UsageError
+from ..errors import CheckpointError
 from ..exact.module import ExactModule
 from ..exact.passes import TrainingPass
 from ..exact.products import MOST_TERMS
-from ..exact.refusal import Refused, layer_of
+from ..exact.refusal import Refused
 from ..exact.scales import Scales
 from .agreement import Results, compare
+from .exact_trial import refusal
 from .parts import Parts
 from .shard_gradients import ForwardShards
 
@@ -59,12 +60,7 @@ class ExactGradients:
     def prepare(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
         """Make a first pass, which finds the sums; see `Gradients`. Raises `UsageError` for some models."""
         known = self._scales.before.clone()
-        try:
-            self._find_scales(forward_shards, sizes)
-        except Refused as error:
-            layer = layer_of(error, self._module.model)
-            where = f" (layer {layer})" if layer else ""
-            raise UsageError(f"--model {self._name}: with --precision exact, {error}{where}") from error
+        self._find_scales(forward_shards, sizes)
         if len(known) not in (0, self._pass.tensors):
             raise CheckpointError("the checkpoint's scales are those of another model")
         self._require_exact(len(sizes))
@@ -139,5 +135,11 @@ class ExactGradients:
         for start in range(samples.start, samples.stop, per_pass or 1):
             self._pass.begin_pass(starting=starting)
             part = range(start, min(start + per_pass, samples.stop))
-            logits, gradient = forward_shards(self._module, part)
-            torch.autograd.backward([logits], [gradient])
+            try:
+                logits, gradient = forward_shards(self._module, part)
+                torch.autograd.backward([logits], [gradient])
+                self._pass.end_pass()
+            except Refused as error:  # for these images only
+                refused = refusal(error, self._module.model, self._name)
+                refused.on_one_rank = True
+                raise refused from error

@@ -15,6 +15,7 @@ from ..models.running_statistics import running_statistics
 from .all_reduce import DdpGradients, Gradients, TreeGradients
 from .batch_invariance import is_batch_invariant, matches_autograd
 from .exact_sum import ExactGradients
+from .exact_trial import require_exact_form
 from .parts import Parts
 from .per_shard import HookedLayers
 from .tree_sum import owned_shards, shard_sizes
@@ -94,12 +95,15 @@ def make_exact_gradients(
 ) -> ExactGradients:
     """Make gradients in exact arithmetic.
 
-    Raises `UsageError` if the model draws random numbers other than torch's, which dropout uses.
+    Raises `UsageError` if the model draws random numbers other than torch's, which dropout uses, or if one
+    of its layers has no exact form.
     """
     if others := [name for name in properties.draws_from if name != "torch"]:
         raise UsageError(
             f"--model {recipe.model}: with --precision exact it cannot draw random numbers from {others[0]}"
         )
+    shape = properties.image_shape
+    world.on_every_rank(lambda: require_exact_form(model, recipe.model, world.device, shape))
     return ExactGradients(model, world, scales, parts, per_pass=options.micro_batch, name=recipe.model)
 
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from ..exact.functions import LAYERS
 from ..exact.layers import convolution
+from ..exact.layers.table import LAYERS
 
 
 class PatchConv(nn.Module):

@@ -62,6 +62,8 @@ def exact_forward(
     with timer.phase("data"):
         batch = context.batches.take(step, samples)
     context.world.status.made_progress()
+    if isinstance(module, ExactModule):
+        module.key_draws("dropout", context.recipe.seed, step, first=samples.start)
     with timer.phase("forward"):
         logits = forward(module, batch.images, "exact")
     return batch, logits

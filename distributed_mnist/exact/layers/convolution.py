@@ -125,7 +125,7 @@ class Convolution(torch.autograd.Function):
         if bias is not None:
             result += bias
         ctx.pass_, ctx.weight, ctx.window, ctx.layout, ctx.shape = pass_, weight, window, layout, x.shape
-        ctx.patches, ctx.number = patches, pass_.number()
+        ctx.patches, ctx.number = patches, pass_.number() if any(ctx.needs_input_grad) else 0
         ctx.sums = (
             pass_.sum_over_samples(weight, number, ctx.number),
             pass_.sum_over_samples(bias, ctx.number),

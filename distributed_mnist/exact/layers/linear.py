@@ -34,20 +34,20 @@ class Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, pass_: Pass) -> Tensor:
         number = pass_.number()
-        rows = pass_.quantise(x, number)
-        packed = rows.integers.reshape(-1, x.shape[-1])
+        rows = pass_.quantise(x.reshape(-1, x.shape[-1]), number)
+        packed = rows.integers
         prepared = pass_.weight(weight, "forward", forward_matrix)
-        result = pass_.products.multiply(packed, prepared.prepared[0]).view(*x.shape[:-1], -1)
+        result = pass_.products.multiply(packed, prepared.prepared[0])
         result *= pass_.product_factor(rows.exponent, prepared.exponent)
         if bias is not None:
             result += bias
         ctx.packed, ctx.pass_, ctx.weight, ctx.shape = packed, pass_, weight, x.shape
-        ctx.number = pass_.number()
+        ctx.number = pass_.number() if any(ctx.needs_input_grad) else 0
         ctx.sums = (
             pass_.sum_over_samples(weight, number, ctx.number),
             pass_.sum_over_samples(bias, ctx.number),
         )
-        return result
+        return result.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:

@@ -1,4 +1,4 @@
-"""Max pooling. Of several equal maxima in a window the first one gets the gradient."""
+"""Max and average pooling. Of several equal maxima in a window the first one gets the gradient."""
 
 import functools
 from typing import Any
@@ -91,3 +91,79 @@ class MaxPool(torch.autograd.Function):
             # The windows may overlap: then several gradients are added, always in this order.
             total[:, :, vertical, horizontal] += gradient * (place == number)
         return total, None
+
+
+def avg_pool2d(
+    pass_: Pass,
+    x: Tensor,
+    kernel_size: int | Pair,
+    stride: int | Pair | None = None,
+    padding: int | Pair = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """Return the mean of each window of float32 `(n, c, h, w)`; see `torch.nn.functional`.
+
+    Raises `Refused` for `ceil_mode`.
+    """
+    if ceil_mode:
+        raise Refused("average pooling with ceil_mode has no exact form")
+    kernel = pair(kernel_size)
+    window = Window(kernel, pair(stride) if stride else kernel, pair(padding), (1, 1))
+    above, left = window.padding
+    sides = (left, left, above, above)
+    count = torch.full((), float(divisor_override or kernel[0] * kernel[1]), device=x.device)
+    if not count_include_pad and divisor_override is None:
+        inside = F.pad(torch.ones((1, 1, *x.shape[2:]), device=x.device), sides)
+        count = _added(inside, window)
+    return AveragePool.apply(F.pad(x, sides), window, count)  # type: ignore[no-any-return]
+
+
+def _added(x: Tensor, window: Window) -> Tensor:
+    """Return the sum of each window, always in the same order."""
+    (first, *others) = (x[:, :, rows, columns] for rows, columns in window.slices(*x.shape[2:]))
+    total = first.clone()
+    for values in others:
+        total += values
+    return total
+
+
+class AveragePool(torch.autograd.Function):
+    """Sums of windows of `(n, c, h, w)`, padded already, divided by counts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, window: Window, count: Tensor) -> Tensor:
+        ctx.slices, ctx.shape, ctx.count = window.slices(*x.shape[2:]), x.shape, count
+        return _added(x, window) / count
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        share = gradients[0] / ctx.count
+        total = share.new_zeros(ctx.shape)
+        for vertical, horizontal in ctx.slices:
+            total[:, :, vertical, horizontal] += share
+        return total, None, None
+
+
+def adaptive_avg_pool2d(pass_: Pass, x: Tensor, output_size: Any) -> Tensor:
+    """Return means of windows that tile `(n, c, h, w)`. Raises `Refused` if they would overlap."""
+    return avg_pool2d(pass_, x, _tile(x, output_size))
+
+
+def adaptive_max_pool2d(pass_: Pass, x: Tensor, output_size: Any, return_indices: bool = False) -> Tensor:
+    """Return maxima of windows that tile `(n, c, h, w)`. Raises `Refused` if they would overlap."""
+    return max_pool2d(pass_, x, _tile(x, output_size), return_indices=return_indices)
+
+
+def _tile(x: Tensor, output_size: Any) -> Pair:
+    """Return the size of windows that tile an image to give a number of rows and columns."""
+    sides = (x.shape[-2], x.shape[-1])
+    given = (output_size, output_size) if isinstance(output_size, int) else output_size
+    rows, columns = (side if size is None else size for side, size in zip(sides, given, strict=True))
+    if sides[0] % rows or sides[1] % columns:
+        raise Refused(
+            f"adaptive pooling of {sides[0]} x {sides[1]} pixels to {rows} x {columns} has no exact form, "
+            "because the windows would differ"
+        )
+    return sides[0] // rows, sides[1] // columns

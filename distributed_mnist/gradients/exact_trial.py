@@ -1,0 +1,69 @@
+"""Test whether a model can be trained with `--precision exact`, by running it on a few random images."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ImageShape
+from ..errors import UsageError
+from ..exact.evaluation_pass import EvaluationPass
+from ..exact.initial_values import normal
+from ..exact.module import ExactModule
+from ..exact.passes import TrainingPass
+from ..exact.refusal import Refused, layer_of
+from ..exact.scales import Scales
+from ..models.build import same_modes
+
+_IMAGES = 3
+
+
+def refusal(error: Refused, model: nn.Module, name: str) -> UsageError:
+    """Return the error for a model that has no exact form, which names the layer."""
+    layer = layer_of(error, model)
+    where = f" (layer {layer})" if layer else ""
+    return UsageError(f"--model {name}: with --precision exact, {error}{where}")
+
+
+def require_exact_form(model: nn.Module, name: str, device: torch.device, shape: ImageShape) -> None:
+    """Make passes in evaluation and in training. Raises `UsageError` if something has no exact form.
+
+    The sums over samples must be the same integers in one pass and in two.
+    """
+    images = normal((_IMAGES, *shape), "trial").to(device, torch.float32)
+    try:
+        with same_modes(model):
+            model.eval()
+            with torch.no_grad():
+                ExactModule(model, EvaluationPass(device))(images.clone())
+            model.train()
+            cut, whole = sums_of_cuts(model, images, (range(1), range(1, _IMAGES)), (range(_IMAGES),))
+        if not torch.equal(cut, whole):
+            raise Refused("its gradient for one image depends on the other images of the pass")
+    except Refused as error:
+        raise refusal(error, model, name) from error
+
+
+def sums_of_cuts(model: nn.Module, images: Tensor, *cuts: Sequence[range]) -> list[Tensor]:
+    """Return all sums over samples, float64 in one vector, for each way to cut these images into passes."""
+    pass_ = TrainingPass(model, Scales(images.device))
+    module = ExactModule(model, pass_)
+
+    def run(samples: range, *, starting: bool = False) -> None:
+        pass_.begin_pass(starting=starting)
+        module.key_draws("trial", first=samples.start)
+        logits = module(images[samples.start : samples.stop].clone())
+        weights = normal((len(images), logits.shape[1]), "trial's loss").to(logits)
+        torch.autograd.backward([logits], [weights[samples.start : samples.stop]])
+        pass_.end_pass()
+
+    pass_.begin_step()
+    run(range(len(images)), starting=True)
+    pass_.end_first_pass()
+    results = []
+    for cut in cuts:
+        pass_.begin_step()
+        for samples in cut:
+            run(samples)
+        results.append(pass_.sums.clone())
+    return results
