@@ -94,7 +94,8 @@ class ExactFunctions(TorchFunctionMode):
                     "has no exact form"
                 )
         result = self._call(func, args, kwargs)
-        if from_images and func not in CONSTANTS:
+        # Without gradients, as in the forward of an autograd.Function, results are constants.
+        if from_images and func not in CONSTANTS and torch.is_grad_enabled():
             for each in _tensors((result,)):
                 mark_activation(each)
         return result

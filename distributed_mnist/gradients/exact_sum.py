@@ -11,7 +11,7 @@ from torch import nn
 
 from ..common.digest import digest
 from ..distributed.world import World
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UsageError
 from ..exact.module import ExactModule
 from ..exact.passes import TrainingPass
 from ..exact.products import MOST_TERMS

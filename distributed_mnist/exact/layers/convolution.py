@@ -120,7 +120,8 @@ class Convolution(torch.autograd.Function):
         ]
         result = results[0] if groups == 1 else torch.cat(results, 1)
         height, width = (side + 2 * pad for side, pad in zip(x.shape[1:3], window.padding, strict=True))
-        result = result.view(len(x), *window.positions(height, width), -1)
+        # Not a view, which could not be changed in place by a ReLU.
+        result.resize_(len(x), *window.positions(height, width), result.shape[1])
         result *= pass_.product_factor(fixed.exponent, prepared.exponent)
         if bias is not None:
             result += bias

@@ -47,7 +47,7 @@ class Product(torch.autograd.Function):
             pass_.sum_over_samples(weight, number, ctx.number),
             pass_.sum_over_samples(bias, ctx.number),
         )
-        return result.view(*x.shape[:-1], -1)
+        return result.resize_(*x.shape[:-1], result.shape[1])  # not a view: it may be changed in place
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:

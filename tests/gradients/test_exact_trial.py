@@ -1,0 +1,43 @@
+"""Test that models without an exact form are refused in one line, and that others train."""
+
+import json
+from pathlib import Path
+
+import exact_models
+import pytest
+import torch
+import warm
+from torch import nn
+
+from distributed_mnist.errors import UsageError
+from distributed_mnist.gradients.exact_trial import require_exact_form
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            exact_models.batch_norm(10),
+            r"batch_norm has no exact form: use GroupNorm or LayerNorm \(layer 1\)",
+        ),
+        (exact_models.in_evaluation(10), r"softsign has no exact form \(layer last\)"),
+        (nn.Sequential(nn.Flatten(), nn.Unflatten(1, (1, 784)), nn.Conv1d(1, 2, 784)), "conv1d"),
+    ],
+)
+def test_refused(model: nn.Module, message: str) -> None:
+    with pytest.raises(UsageError, match=f"^--model my:net: with --precision exact, .*{message}"):
+        require_exact_form(model, "my:net", torch.device("cpu"), (1, 28, 28))
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit", "separable"])
+def test_any_number_of_processes_trains_the_same(name: str, tmp_path: Path) -> None:
+    hashes = set()
+    for nproc in (1, 3):
+        folder = tmp_path / str(nproc)
+        done = warm.here(
+            "train", "--model", f"exact_models:{name}", "--precision", "exact", "--nproc", nproc, "--steps",
+            2, "--batch-size", 20, "--dataset", "generated", "--out", folder,
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        hashes.add(json.loads((folder / "result.json").read_text())["weights_sha256"])
+    assert len(hashes) == 1
