@@ -81,18 +81,18 @@ class ExactFunctions(TorchFunctionMode):
         tensors = _tensors((*args, *kwargs.values()))
         parameters = [each for each in tensors if self._pass.view_of(each) is not None]
         from_images = any(map(is_activation, tensors))
-        if parameters:
-            is_view = func in VIEWS or func in _EXPANSIONS or getattr(func, "__name__", "") == "__get__"
-            if is_view and args and self._pass.view_of(args[0]) is not None:
-                return self._view(func, args, kwargs)
-            args, kwargs, used = self._parameters_as_activations(func, args, kwargs, from_images)
-            from_images = from_images or used
         for each in tensors:
             if each.requires_grad and not is_activation(each) and self._pass.view_of(each) is None:
                 raise Refused(
                     f"{_name(func)} of what an autograd.Function or a compiled function has computed "
                     "has no exact form"
                 )
+        if parameters:
+            is_view = func in VIEWS or func in _EXPANSIONS or getattr(func, "__name__", "") == "__get__"
+            if is_view and args and self._pass.view_of(args[0]) is not None:
+                return self._view(func, args, kwargs)
+            args, kwargs, used = self._parameters_as_activations(func, args, kwargs, from_images)
+            from_images = from_images or used
         result = self._call(func, args, kwargs)
         # Without gradients, as in the forward of an autograd.Function, results are constants.
         if from_images and func not in CONSTANTS and torch.is_grad_enabled():

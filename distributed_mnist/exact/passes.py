@@ -203,9 +203,8 @@ class TrainingPass:
 
     def weight(self, weight: Tensor, use: str, arrange: Arrange) -> Weight:
         """Return a weight as prepared matrices; those of a parameter are made once in a step."""
-        if not isinstance(weight, nn.Parameter):
-            return prepare_weight(self.products, weight, arrange)
-        key = id(weight), use
+        # A view does not outlive its pass. What is made of it must outlive `_factors`, whose keys are ids.
+        key = (id(weight), use) if isinstance(weight, nn.Parameter) else (len(self._weights), "view")
         if key not in self._weights:
             self._weights[key] = prepare_weight(self.products, weight, arrange)
         return self._weights[key]

@@ -51,7 +51,7 @@ BROADCASTING = {
     "view": Model(lambda x, p: x * p.view(5, 2, 3).transpose(1, 2).reshape(5, 6), (30,)),
     "queries": Model(lambda x, p, w: F.linear(p.expand(len(x), -1, -1), w) * x, (1, 5, 4), (6, 4)),
     "slices as weights": Model(lambda x, p: F.linear(x, p[2:5], p[0, :3]), (8, 6)),
-    "one parameter twice": Model(lambda x, p: F.linear(F.linear(x, p).relu(), p.t()) + p[0, :1], (4, 6)),
+    "one parameter twice": Model(lambda x, p: F.linear(F.linear(x, p).tanh(), p.t()) + p[0, :1], (4, 6)),
 }
 PRODUCTS = {
     "right": Model(lambda x, p: x @ p, (6, 3)),
