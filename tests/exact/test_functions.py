@@ -68,7 +68,7 @@ PRODUCTS = {
     "softmax": Model(lambda x, p: F.softmax(x, -1) * p + F.log_softmax(x, 1), (6,)),
 }
 WITHIN_SAMPLES = {
-    "layer norm": Model(lambda x, m, k: m(x) + k(x), nn.LayerNorm((5, 6)), nn.LayerNorm(6)),
+    "layer norm": Model(lambda x, m, k: m(x) + k(x), nn.LayerNorm([5, 6]), nn.LayerNorm(6)),
     "rms norm": Model(lambda x, m: m(x), nn.RMSNorm(6)),
     "reductions": Model(lambda x, p: x.sum(1) + x.amax((1,)) + x.max(1).values + p, (6,)),
     "powers": Model(lambda x, p: x**2 + x.square() + x**3 + p, (6,)),
