@@ -6,7 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import elementary
+from ..elementary import erf as erf_of
+from ..elementary import exp as exp_of
+from ..elementary import log as log_of
+from ..elementary import sigmoid as sigmoid_of
+from ..elementary import sqrt as sqrt_of
+from ..elementary import tanh as tanh_of
 from ..passes import Pass
 from ..refusal import Refused
 
@@ -41,51 +46,51 @@ def _layer(compute: ValueAndDerivative) -> Callable[..., Tensor]:
 
 
 def _sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
-    y = elementary.sigmoid(x)
+    y = sigmoid_of(x)
     return y, (1 - y).mul_(y)
 
 
 def _tanh(x: Tensor) -> tuple[Tensor, Tensor]:
-    y = elementary.tanh(x)
+    y = tanh_of(x)
     return y, (y * y).neg_().add_(1)
 
 
 def _silu(x: Tensor) -> tuple[Tensor, Tensor]:
-    s = elementary.sigmoid(x)
+    s = sigmoid_of(x)
     return x * s, (1 - s).mul_(x).add_(1).mul_(s)
 
 
 def _gelu(x: Tensor) -> tuple[Tensor, Tensor]:
-    below = elementary.erf(x * _SQRT_HALF).add_(1).mul_(0.5)  # the normal distribution function
-    density = elementary.exp((x * x).mul_(-0.5)).mul_(_ONE_OVER_SQRT_TWO_PI)
+    below = erf_of(x * _SQRT_HALF).add_(1).mul_(0.5)  # the normal distribution function
+    density = exp_of((x * x).mul_(-0.5)).mul_(_ONE_OVER_SQRT_TWO_PI)
     return x * below, density.mul_(x).add_(below)
 
 
 def _gelu_by_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
     square = x * x
-    t = elementary.tanh((square * 0.044715).add_(1).mul_(x).mul_(_SQRT_TWO_OVER_PI))
+    t = tanh_of((square * 0.044715).add_(1).mul_(x).mul_(_SQRT_TWO_OVER_PI))
     slope = (square * (3 * 0.044715)).add_(1).mul_(_SQRT_TWO_OVER_PI)
     half = (t + 1).mul_(0.5)
     return x * half, (t * t).neg_().add_(1).mul_(slope).mul_(x).mul_(0.5).add_(half)
 
 
 def _exp(x: Tensor) -> tuple[Tensor, Tensor]:
-    y = elementary.exp(x)
+    y = exp_of(x)
     return y, y
 
 
 def _log(x: Tensor) -> tuple[Tensor, Tensor]:
-    return elementary.log(x), x.reciprocal()
+    return log_of(x), x.reciprocal()
 
 
 def _sqrt(x: Tensor) -> tuple[Tensor, Tensor]:
-    y = elementary.sqrt(x)
+    y = sqrt_of(x)
     return y, (y + y).reciprocal_()
 
 
 def _softplus(x: Tensor) -> tuple[Tensor, Tensor]:
     above = x.clamp(min=0)  # log(1 + exp(x)) without overflow
-    return elementary.log(elementary.exp(x.abs().neg_()).add_(1)).add_(above), elementary.sigmoid(x)
+    return log_of(exp_of(x.abs().neg_()).add_(1)).add_(above), sigmoid_of(x)
 
 
 def _log_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +100,7 @@ def _log_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _mish(x: Tensor) -> tuple[Tensor, Tensor]:
     value, slope = _softplus(x)
-    t = elementary.tanh(value)
+    t = tanh_of(value)
     return x * t, (t * t).neg_().add_(1).mul_(slope).mul_(x).add_(t)
 
 
@@ -128,7 +133,7 @@ def selu(pass_: Pass, x: Tensor, inplace: bool = False) -> Tensor:
 
 def _elu(pass_: Pass, x: Tensor, alpha: float, scale: float, inplace: bool) -> Tensor:
     def compute(x: Tensor) -> tuple[Tensor, Tensor]:
-        power = elementary.exp(x.clamp(max=0)).mul_(alpha)
+        power = exp_of(x.clamp(max=0)).mul_(alpha)
         value = torch.where(x > 0, x, power - alpha)
         return value.mul_(scale), torch.where(x > 0, 1.0, power).mul_(scale)
 
