@@ -38,6 +38,6 @@ def test_any_number_of_processes_trains_the_same(name: str, tmp_path: Path) -> N
             "train", "--model", f"exact_models:{name}", "--precision", "exact", "--nproc", nproc, "--steps",
             2, "--batch-size", 20, "--dataset", "generated", "--out", folder,
         )  # fmt: skip
-        assert done.code == 0, done.err
+        assert done.code == 0, done.stderr
         hashes.add(json.loads((folder / "result.json").read_text())["weights_sha256"])
     assert len(hashes) == 1
