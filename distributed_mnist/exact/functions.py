@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, resolve_name
 
 from .layers import attention, broadcasting
 from .layers.broadcasting import elementwise, expanded
@@ -151,6 +151,11 @@ class ExactFunctions(TorchFunctionMode):
     def _marked(self, x: Tensor) -> Tensor:
         mark_activation(x)
         return x
+
+
+def are_exact() -> bool:
+    """Return whether this code is inside the context `ExactFunctions`."""
+    return isinstance(_get_current_function_mode(), ExactFunctions)
 
 
 def _require_exact_gradient(func: Any, args: Any, kwargs: dict[str, Any]) -> None:

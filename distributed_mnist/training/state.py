@@ -99,8 +99,6 @@ class TrainingContext:
     data: Data
     batches: Batches
     gradients: Gradients
-    parts: Parts | None
-    """The ranks' parts of a batch in exact arithmetic; None in other precisions."""
     loss: Loss
     draws: ModelDraws | None
     """The model's draws from global generators, which are seeded before each forward pass; None without."""
@@ -111,6 +109,8 @@ class TrainingContext:
     """Steps between checkpoints; None if the store saves by elapsed time."""
     eval_every: int
     """Steps between evaluations."""
+    parts: Parts | None = None
+    """The ranks' parts of a batch in exact arithmetic; None in other precisions."""
 
 
 def pack(state: State, context: TrainingContext) -> Content:
