@@ -6,7 +6,7 @@
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -15,6 +15,7 @@ from ..config import Device, Recipe, Run, flag, require, require_count
 from ..data.catalog import require_name
 from ..errors import UsageError
 from ..runs.layout import members_in
+from ..verify.exact.injection import Injection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,29 +71,51 @@ class Train(CommonFlags):
 
 @dataclass(frozen=True)
 class Verify(CommonFlags):
-    """Run a known-answer test on this machine: train a small job with several numbers of processes and
-    compare all digests. Under torchrun, srun or mpirun: train in each process alone, then all together."""
+    """Run a known-answer test on this machine: train a small job in exact arithmetic, whose answer is the
+    same on every machine, in each process alone and in all together. Names the rank, step and layer that
+    are wrong. Also under torchrun, srun or mpirun."""
 
     nproc: int | None = None
-    """Train with 1, 2, ... up to N processes (default: one per core or GPU, at most 4)."""
+    """Number of processes (default: one per GPU, or per core from 2 to 4). With --sync tree, train with 1,
+    2, ... up to N processes."""
     device: Device = "auto"
     """auto uses a GPU or other accelerator if there is one; cpu always uses the CPU; cuda, mps or xpu
     demand an accelerator of this kind."""
+    minutes: float | None = None
+    """Repeat the test for this long and count failures: each process alone, all together, and pairs in
+    rotation, which tell a bad link from a bad device."""
+    inject: str | None = None
+    """Flip one bit, to see that it is found: RANK:STEP or RANK:STEP:KIND, where KIND is weight, activation
+    or message."""
+    sync: Literal["tree"] | None = None
+    """Instead, train with --sync tree in fp32 at several numbers of processes, and compare with the known
+    answer of this platform."""
     chaos: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Afterwards, train again while injecting faults at random times: kill, suspend or terminate processes,
-    change the number of processes, corrupt checkpoints. The result must be the same."""
+    """Instead, or with --sync tree afterwards, train that job while injecting faults at random times: kill,
+    suspend or terminate processes, change the number of processes, corrupt checkpoints. The result must be
+    the same."""
     faults: int | None = None
     """With --chaos, the number of faults (default: 8)."""
     seed: int | None = None
-    """With --chaos, the seed for the faults (default: random; the seed is printed)."""
+    """With --chaos, the seed for the faults (default: random; the seed is printed). With --inject, the seed
+    that chooses the bit (default: 0)."""
 
     def __post_init__(self) -> None:
         """Raise `UsageError` for invalid values."""
         require_count(self, "nproc", "faults")
         require(self.seed is None or self.seed >= 0, "seed", "zero or more", self)
-        for name in ("faults", "seed"):
-            if getattr(self, name) is not None and not self.chaos:
-                raise UsageError(f"{flag(name)} only goes with --chaos")
+        require(self.minutes is None or 0 < self.minutes < 1e6, "minutes", "above zero", self)
+        if self.faults is not None and not self.chaos:
+            raise UsageError("--faults only goes with --chaos")
+        if self.seed is not None and not self.chaos and self.inject is None:
+            raise UsageError("--seed only goes with --chaos or --inject")
+        for name in ("minutes", "inject"):
+            if getattr(self, name) is not None and (self.chaos or self.sync):
+                raise UsageError(
+                    f"{flag(name)} does not go with {'--chaos' if self.chaos else '--sync tree'}"
+                )
+        if self.inject is not None:
+            Injection.parse(self.inject)
 
 
 SECTIONS = ("startup", "data", "scaling", "exchange", "time-to-99")

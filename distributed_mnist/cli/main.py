@@ -152,6 +152,7 @@ def _evaluate(command: "Evaluate") -> int:
 
 def _verify(command: "Verify") -> int:
     from ..launcher import spawn
+    from ..launcher.default_nproc import trial_nproc
 
     placement = _detect_placement(command.nproc)
     if placement is not None:
@@ -161,7 +162,10 @@ def _verify(command: "Verify") -> int:
                 f"{placement.launcher}"
             )
         return spawn.start(placement, None, f"{_WORKERS}:verify", command)
-    return _call("verify.command", "run", command)
+    if command.sync == "tree" or command.chaos:
+        return _call("verify.command", "run", command)
+    nproc = command.nproc or trial_nproc(command.device)
+    return spawn.start(None, nproc, f"{_WORKERS}:verify", command)
 
 
 def _doctor(command: "Doctor") -> int:

@@ -108,14 +108,19 @@ def evaluate(placement: Placement, listener: Listener, command: Evaluate) -> int
 
 
 def verify(placement: Placement, listener: Listener, command: Verify) -> int:
-    """Run one rank of `dmnist verify` under another launcher. Returns its exit code."""
+    """Run one rank of `dmnist verify`. Returns its exit code."""
     from ..verify import under_launcher  # noqa: PLC0415 - no other command needs what it imports
+    from ..verify.exact import command as exact  # noqa: PLC0415
     from ..verify.results_table import ResultsTable  # noqa: PLC0415
 
     def body(world: World, signals: StopSignals) -> None:
-        under_launcher.run(world, ResultsTable.make(as_json=command.json, shown=world.rank == 0), signals)
+        table = ResultsTable.make(as_json=command.json, shown=world.rank == 0)
+        if command.sync == "tree":
+            under_launcher.run(world, table, signals)
+        else:
+            exact.run(world, table, minutes=command.minutes, inject=command.inject, seed=command.seed)
 
-    job = describe_job("verify")
+    job = describe_job("verify", sync=command.sync, minutes=command.minutes, inject=command.inject)
     return run_in_group(placement, listener, body, device=command.device, job=job, debug=command.debug)
 
 

@@ -38,6 +38,7 @@ class ExactGradients:
     Here every sample is a shard. `scales` are a part of the run's state. `parts` are the ranks' parts of a
     batch, by default even ones. `per_pass` is the most samples in a pass, by default as many as the device
     computes fastest. A pass that finds scales always has the same samples. `name` is the model's.
+    `pass_` is by default a `TrainingPass` of the model.
     """
 
     def __init__(
@@ -49,10 +50,11 @@ class ExactGradients:
         *,
         per_pass: int | None = None,
         name: str = "",
+        pass_: TrainingPass | None = None,
     ) -> None:
         self._world, self._scales, self._name = world, scales, name
         self._parts = parts or Parts(world.size)
-        self._pass = TrainingPass(model, scales)
+        self._pass = pass_ or TrainingPass(model, scales)
         self._module = ExactModule(model, self._pass)
         self._per_pass = per_pass or _MOST_PER_PASS
         self._checks = 0
@@ -75,12 +77,20 @@ class ExactGradients:
 
     def compute(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
         """Compute the gradient of one step; see `Gradients`."""
+        self.add_part(forward_shards, sizes, self._parts.of(self._world.rank, len(sizes)))
+        self._world.all_reduce_sum_(self._pass.sums)
+        self._world.all_reduce_max_(self._scales.now)
+        self.set_gradients()
+
+    def add_part(self, forward_shards: ForwardShards, sizes: Sequence[int], samples: range) -> None:
+        """Begin a step, and compute the sums over these samples of its batch: one rank's part."""
         if not self._scales.complete():
             self._find_scales(forward_shards, sizes)
         self._pass.begin_step()
-        self._run(forward_shards, self._parts.of(self._world.rank, len(sizes)))
-        self._world.all_reduce_sum_(self._pass.sums)
-        self._world.all_reduce_max_(self._scales.now)
+        self._run(forward_shards, samples)
+
+    def set_gradients(self) -> None:
+        """End a step: set each parameter's gradient from the sums, which now are over the whole batch."""
         for parameter, gradient in zip(self._pass.parameters, self._pass.gradients(), strict=True):
             parameter.grad = gradient
         self._scales.end_step()

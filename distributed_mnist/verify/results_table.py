@@ -68,7 +68,11 @@ class ResultsTable:
         self, what: str, answer: Answer | None, seconds: float, problem: object = None, good: str = "same"
     ) -> None:
         """Print the row of a run, which says its `problem`, or `good` if it has none."""
-        row = Row(what, not problem, str(problem or good), answer and answer.sha256, seconds)
+        self.add_row(what, answer and answer.sha256, seconds, problem, good)
+
+    def add_row(self, what: str, sha256: str | None, seconds: float, problem: object, good: str) -> None:
+        """Print a row. `sha256` is the digest of the weights."""
+        row = Row(what, not problem, str(problem or good), sha256, seconds)
         self._rows.append(row)
         mark, style = ("✓", "green") if row.good else ("✗", "bold red")
         line = Text.assemble(

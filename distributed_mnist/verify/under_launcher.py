@@ -1,4 +1,4 @@
-"""Run `dmnist verify` in a world started by torchrun, srun or mpirun.
+"""Run `dmnist verify --sync tree` in a world started by torchrun, srun or mpirun.
 
 First each rank trains alone, which shows which rank computes differently. Then all ranks train together.
 """

@@ -38,11 +38,19 @@ ELSEWHERE = {
     r"kill -9 PID": "launcher/test_restart.py::test_one_rank_is_killed",
     r"dmnist bench": "bench/test_bench.py::test_startup",
     r"dmnist bench scaling": "bench/test_bench.py::test_scaling",
-    r"dmnist verify": "verify/test_verify.py::test_a_correct_machine_passes",
+    r"dmnist verify( --minutes \d+ --json)?": (
+        "verify/test_exact_answer.py::test_two_ranks_find_a_wrong_sum_and_name_the_rank"
+    ),
+    r"dmnist verify --inject .*": (
+        "verify/test_exact_answer.py::test_a_single_process_names_a_weight_that_changed_in_memory"
+    ),
+    r"dmnist verify --sync tree": "verify/test_verify.py::test_a_correct_machine_passes",
     r"dmnist verify( --nproc 4)? --chaos": "verify/test_chaos.py::test_a_few_faults_change_no_answer",
     r"srun .* dmnist train .*": "launchers/test_slurm.py::test_requeued_at_the_time_limit",
     r"srun -n 8 dmnist doctor": "launchers/test_slurm.py::test_the_job_is_examined",
-    r"srun -n 8 dmnist verify": "verify/test_verify.py::test_a_correct_world_passes",
+    r"srun -n 8 dmnist verify": (
+        "verify/test_exact_answer.py::test_two_ranks_find_a_wrong_sum_and_name_the_rank"
+    ),
     r"(sbatch|scancel) .*|tail -F slurm-JOBID\.out": (
         "launchers/test_slurm.py::test_requeued_at_the_time_limit"
     ),

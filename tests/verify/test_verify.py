@@ -278,11 +278,16 @@ def test_json_has_what_the_table_shows(capsys: pytest.CaptureFixture[str]) -> No
     ("flags", "line"),
     [
         ("--faults 3", "--faults only goes with --chaos"),
-        ("--seed 3", "--seed only goes with --chaos"),
+        ("--seed 3", "--seed only goes with --chaos or --inject"),
+        ("--minutes 0", "--minutes must be above zero, not 0.0"),
+        ("--minutes 1 --sync tree", "--minutes does not go with --sync tree"),
+        ("--inject 1:7 --chaos", "--inject does not go with --chaos"),
+        ("--inject 1:0", "--inject must be RANK:STEP or RANK:STEP:KIND, as in 1:7:weight, not '1:0'"),
+        ("--inject 1:2:link", "KIND is weight, activation or message"),
         ("--chaos --faults 0", "--faults must be at least 1, not 0"),
         ("--chaos --seed -1", "--seed"),
         ("--nproc 0", "--nproc must be at least 1"),
-        ("--nproc 9", "--nproc must be between 1 and 8, not 9"),
+        ("--sync tree --nproc 9", "--nproc must be between 1 and 8, not 9"),
         ("surplus", "verify got an unexpected argument 'surplus'"),
         ("--device tpu", "--device must be auto, cpu, cuda, mps or xpu"),
     ],
@@ -303,7 +308,7 @@ def test_chaos_is_refused_under_another_launcher() -> None:
 @pytest.mark.slow
 def test_a_correct_machine_passes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        main.main(["verify", "--nproc", "2", "--device", "cpu", "--json"])
+        main.main(["verify", "--sync", "tree", "--nproc", "2", "--device", "cpu", "--json"])
     stdout, stderr = capsys.readouterr()
     assert end.value.code == 0, stderr
     result = json.loads(stdout)
@@ -325,7 +330,7 @@ from distributed_mnist.verify import training_job, under_launcher
 # A shorter job than the one with known answers: the first step shows the difference.
 training_job.DATA.update(train_size=400, test_size=99)
 under_launcher.recipe_for = lambda size: training_job.recipe().replace(epochs=1)
-main(["verify", "--device", "cpu", "--json"])
+main(["verify", "--sync", "tree", "--device", "cpu", "--json"])
 """
 
 
