@@ -146,3 +146,11 @@ def test_a_single_process_names_a_weight_that_changed_in_memory() -> None:
     text, (finding,) = alone("0:1:weight")
     assert finding["what"].startswith("in memory, the value of ")
     assert "this process (" in text
+
+
+def test_an_activation_that_autograd_has_saved_can_be_flipped() -> None:
+    x = torch.ones(2, 3, requires_grad=True)
+    saved = x.relu()
+    flip_bit(saved, Random(0))
+    saved.sum().backward()  # would raise if autograd had noticed
+    assert x.grad is not None
