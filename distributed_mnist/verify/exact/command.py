@@ -60,12 +60,15 @@ def run(
             show(test, phase, found, table, quiet=rounds > 0)
             failures.update(test.where(finding) for finding in found)
         rounds += 1
+    flipped = "".join(world.all_gather_object(test.flipped, str))
+    if injection is not None and not findings:
+        table.print_line(f"\nnot found: {flipped}; it has changed nothing that the answer depends on")
     table.json_fields |= {
         "weights_sha256": test.known.weights_sha256,
         "findings": [{**asdict(finding), **test.describe(finding.rank)} for finding in findings],
         "rounds": rounds,
         "failures": dict(failures),
-        "injected": None if test.injection is None else f"{test.injection}: {test.flipped}",
+        "injected": None if injection is None else f"{injection}: {flipped}",
         "exercised": EXERCISED,
     }
     if minutes is not None:
