@@ -222,6 +222,7 @@ def content() -> dict[str, Any]:
             "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.full((10, 4), 0.1)}},
             "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999), "fused": True, "params": [0, 1]}],
         },
+        "scales": torch.tensor([0.5, 2.0]),
         "step": 7,
         "best_accuracy": 0.5,
         "best_step": 6,

@@ -56,6 +56,7 @@ def content(**changes: Any) -> dict[str, Any]:
         "format": FORMAT,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
+        "scales": torch.tensor([1.5, 0.0]),
         "step": 2,
         "best_accuracy": 0.1 + 0.2,
         "best_step": 1,
