@@ -67,7 +67,9 @@ PRODUCTS = {
         lambda x, m: m(x, x, x, attn_mask=torch.ones(5, 5, dtype=torch.bool).triu(1))[1],
         nn.MultiheadAttention(6, 2, batch_first=True),
     ),
-    "softmax": Model(lambda x, p: F.softmax(x, -1) * p + F.log_softmax(x, 1), (6,)),
+    "softmax": Model(
+        lambda x, p: F.softmax(x, -1) * p + F.log_softmax(x, 1) + x.logsumexp(2, keepdim=True), (6,)
+    ),
 }
 WITHIN_SAMPLES = {
     "layer norm": Model(lambda x, m, k: m(x) + k(x), nn.LayerNorm([5, 6]), nn.LayerNorm(6)),

@@ -17,6 +17,7 @@ from distributed_mnist.data import idx
 from distributed_mnist.errors import CheckpointError
 from distributed_mnist.inference.trained import find_checkpoint
 from distributed_mnist.inference.vote import Vote
+from distributed_mnist.models.build import forward
 from distributed_mnist.runs.layout import resume_flags
 
 FLAGS = ("--recipe", "fast", "--model", "mlp", "--steps", 4, "--batch-size", 100, "--seed", 3)
@@ -71,6 +72,16 @@ def test_logits_of_any_size_are_voted_on() -> None:
     vote = Vote([sure, unsure])(torch.ones(1, 1))
     assert vote.isfinite().all()
     assert vote.argmax() == 0
+
+
+def test_a_vote_of_exact_networks() -> None:
+    torch.manual_seed(0)
+    vote, inputs = Vote([nn.Linear(5, 3), nn.Linear(5, 3)]), torch.randn(7, 5)
+    with torch.no_grad():
+        logits = forward(vote, inputs, "exact")
+        alone = torch.cat([forward(vote, row, "exact") for row in inputs.split(1)])
+    torch.testing.assert_close(logits, vote(inputs), atol=1e-3, rtol=1e-3)
+    assert torch.equal(logits, alone)
 
 
 def test_members_are_what_their_seeds_give_at_any_size(

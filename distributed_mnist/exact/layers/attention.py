@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import ordered_sums
-from ..elementary import exp
+from ..elementary import exp, log
 from ..fixed_point import power_of_two
 from ..parameter_views import follow
 from ..passes import Pass
@@ -59,6 +59,31 @@ class Softmax(torch.autograd.Function):
             return (gradient - exp(result).mul_(total)).to(torch.float32), None, None
         total = ordered_sums.sum_over(gradient * result, ctx.dim).unsqueeze(ctx.dim)
         return (gradient - total).mul_(result).to(torch.float32), None, None
+
+
+def logsumexp(pass_: Pass, x: Tensor, dim: int, keepdim: bool = False) -> Tensor:
+    """Return the logarithm of the sum of exponentials along a dimension, float32; see `torch.logsumexp`."""
+    if not isinstance(dim, int):
+        raise Refused("logsumexp over several dimensions has no exact form")
+    result = LogSumExp.apply(x, dim)
+    return result.unsqueeze(dim) if keepdim else result  # type: ignore[no-any-return]
+
+
+class LogSumExp(torch.autograd.Function):
+    """The logarithm of the sum of exponentials, along a dimension within a sample."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
+        largest = x.to(torch.float64).amax(dim, keepdim=True)
+        terms = exp(x.to(torch.float64) - largest)
+        total = ordered_sums.sum_over(terms, dim).unsqueeze(dim)
+        ctx.save_for_backward(terms.div_(total).to(torch.float32))
+        ctx.dim = dim
+        return log(total).add_(largest).squeeze(dim).to(torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].unsqueeze(ctx.dim) * ctx.saved_tensors[0], None
 
 
 def matmul(pass_: Pass, left: Tensor, right: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ LAYERS: dict[Any, Callable[..., Any]] = {
     dropout.dropout, F.dropout1d: dropout.feature_dropout, F.dropout2d: dropout.feature_dropout, F.softmax:
     attention.softmax, torch.softmax: attention.softmax, Tensor.softmax: attention.softmax, F.log_softmax:
     attention.log_softmax, torch.log_softmax: attention.log_softmax, Tensor.log_softmax:
-    attention.log_softmax, torch.matmul: attention.matmul, Tensor.matmul: attention.matmul,
+    attention.log_softmax, torch.logsumexp: attention.logsumexp, Tensor.logsumexp: attention.logsumexp,
+    torch.matmul: attention.matmul, Tensor.matmul: attention.matmul,
     Tensor.__rmatmul__: attention.rmatmul, torch.bmm: attention.matmul, Tensor.bmm: attention.matmul,
     torch.mm: attention.matmul, Tensor.mm: attention.matmul, F.scaled_dot_product_attention:
     attention.scaled_dot_product_attention, F.multi_head_attention_forward:
