@@ -31,6 +31,8 @@ _WEIGHTS = {
 _PRODUCTS = {attention.matmul, attention.rmatmul}
 _DIVISIONS = {broadcasting.divide, broadcasting.divide_reversed, broadcasting.divide_}
 
+_NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}
+
 _EXPANSIONS: set[Any] = {Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to}
 
 _REPEATED_GRADIENTS: set[Any] = {Tensor.repeat, Tensor.unfold, torch.broadcast_to}
@@ -53,6 +55,8 @@ class ExactFunctions(TorchFunctionMode):
     ) -> Any:
         """Call what replaces `func`."""
         kwargs = kwargs or {}
+        if kwargs and func in LAYERS:
+            args, kwargs = _with_our_names(args, kwargs)
         is_getter = getattr(func, "__name__", "") == "__get__"
         if func in QUESTIONS:
             return func(*args, **kwargs)
@@ -62,7 +66,7 @@ class ExactFunctions(TorchFunctionMode):
             raise Refused(f"{_name(func)} has no exact form{advice(_name(func))}")
         result = self._in_training(func, args, kwargs) if self._training else self._call(func, args, kwargs)
         for each in _tensors((result,)):
-            if each.is_floating_point() and each.dtype != torch.float32:
+            if each.dtype not in (torch.float32, torch.bool) and _may_round(func, args, each):
                 raise Refused(
                     f"{_name(func)} of {str(each.dtype).removeprefix('torch.')} has no exact form"
                 )
@@ -73,6 +77,8 @@ class ExactFunctions(TorchFunctionMode):
             return LAYERS[func](self._pass, *args, **kwargs)
         if func in ELEMENTWISE:
             return elementwise(self._pass, func, *args, **kwargs)
+        if func is torch.arange and not all(_is_whole(each) for each in (*args, *kwargs.values())):
+            raise Refused("torch.arange, except of whole numbers, has no exact form")
         if any(each.requires_grad for each in _tensors((*args, *kwargs.values()))):
             _require_exact_gradient(func, args, kwargs)
         return func(*args, **kwargs)
@@ -94,8 +100,7 @@ class ExactFunctions(TorchFunctionMode):
             args, kwargs, used = self._parameters_as_activations(func, args, kwargs, from_images)
             from_images = from_images or used
         result = self._call(func, args, kwargs)
-        # Without gradients, as in the forward of an autograd.Function, results are constants.
-        if from_images and func not in CONSTANTS and torch.is_grad_enabled():
+        if from_images and func not in CONSTANTS:
             for each in _tensors((result,)):
                 mark_activation(each)
         return result
@@ -119,6 +124,7 @@ class ExactFunctions(TorchFunctionMode):
         """Replace parameters that `func` would use as activations, or refuse. Return its arguments, and
         whether there was one."""
         layer, used = LAYERS.get(func), False
+        is_elementwise = func in ELEMENTWISE or layer in _DIVISIONS
         if layer in _PRODUCTS and from_images:
             return args, kwargs, False
 
@@ -129,11 +135,14 @@ class ExactFunctions(TorchFunctionMode):
             view = self._pass.view_of(x) if isinstance(x, Tensor) else None
             if view is None:
                 return x
+            # Expanded there, to the shape of all: a size that equals the number of samples proves nothing.
+            if is_elementwise and from_images:
+                return x
             if view.has_samples:
                 used = True
                 return self._marked(expanded(self._pass, x, x.shape))
-            if (func in ELEMENTWISE or layer in _DIVISIONS) and (from_images or with_copies):
-                return x  # it is expanded there
+            if is_elementwise and with_copies:
+                return x
             raise Refused(f"{_name(func)} of a parameter alone has no exact gradient")
 
         with_copies = any(
@@ -164,12 +173,36 @@ def _require_exact_gradient(func: Any, args: Any, kwargs: dict[str, Any]) -> Non
         func is F.pad and (args[2:3] or (kwargs.get("mode"),))[0] not in (None, "constant")
     ):
         raise Refused(f"the gradient of {_name(func)} has no exact form")
-    if func is Tensor.__getitem__ and any(isinstance(each, Tensor | list) for each in _flat(args[1])):
-        raise Refused("the gradient of an index by a tensor has no exact form: use slices")
+    if func is Tensor.__getitem__ and not all(
+        each is None or each is ... or isinstance(each, int | slice) for each in _flat(args[1])
+    ):
+        raise Refused("the gradient of an index by a tensor or a list has no exact form: use slices")
+    if func is Tensor.copy_ and len({each.shape for each in _tensors((*args, *kwargs.values()))}) > 1:
+        raise Refused("the gradient of torch.Tensor.copy_ to another shape has no exact form: use expand")
+
+
+def _with_our_names(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the arguments of a layer without torch's names of operands and NumPy's names of others."""
+    kwargs = {_NUMPY_NAMES.get(name, name): value for name, value in kwargs.items()}
+    first = [kwargs.pop(name) for name in ("input", "self") if name in kwargs]
+    others = [kwargs.pop(name) for name in ("other", "mat2") if name in kwargs]
+    return (*first, *args, *others), kwargs
 
 
 def _flat(index: Any) -> tuple[Any, ...]:
     return index if isinstance(index, tuple) else (index,)
+
+
+def _may_round(func: Any, args: Any, result: Tensor) -> bool:
+    """Return whether this result, not float32, may depend on the machine: as integers from floats do that
+    are out of range, or the bits of a zero."""
+    if result.is_floating_point() or result.is_complex():
+        return True
+    return (func in COPIES or func in VIEWS) and any(each.is_floating_point() for each in _tensors(args))
+
+
+def _is_whole(value: Any) -> bool:
+    return not isinstance(value, float) or value.is_integer()
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

@@ -17,7 +17,7 @@ from .ordered_sums import sum_over, sum_over_
 def uniform(shape: Sequence[int], *key: int | str) -> Tensor:
     """Return uniform values in [0, 1)."""
     bits = random_keys.random_bits(math.prod(shape), *key)
-    return torch.from_numpy(random_keys.uniform(bits)).view(*shape)
+    return torch.from_numpy(random_keys.uniform(bits)).view(tuple(shape))
 
 
 def normal(shape: Sequence[int], *key: int | str) -> Tensor:
@@ -26,7 +26,7 @@ def normal(shape: Sequence[int], *key: int | str) -> Tensor:
     first, second = uniform((2, -(-count // 2)), *key)
     radius = sqrt(log(1 - first).mul_(-2))  # 1 - first is exact, and above 0
     sine, cosine = sin_and_cos(second.mul_(2 * math.pi))
-    return torch.cat([cosine.mul_(radius), sine.mul_(radius)])[:count].view(*shape)
+    return torch.cat([cosine.mul_(radius), sine.mul_(radius)])[:count].view(tuple(shape))
 
 
 def qr(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,14 @@
 """Run a model in exact arithmetic."""
 
+import torch
 from torch import Tensor, nn
 
 from .functions import ExactFunctions
 from .parameter_views import is_activation, mark_activation
 from .passes import Pass, TrainingPass
 from .refusal import Refused
+
+_RECOMPUTED = "what is saved for the backward pass by hooks, as for checkpointing, has no exact form"
 
 
 class ExactModule(nn.Module):
@@ -29,8 +32,13 @@ class ExactModule(nn.Module):
         """Return the logits, float32 `(n, classes)`."""
         self.pass_.samples = len(images)
         mark_activation(images)
-        with ExactFunctions(self.pass_):
-            logits = self.model(images)
+        try:
+            with torch.autograd.graph.disable_saved_tensors_hooks(_RECOMPUTED), ExactFunctions(self.pass_):
+                logits = self.model(images)
+        except RuntimeError as error:
+            if _RECOMPUTED in str(error):
+                raise Refused(_RECOMPUTED) from error
+            raise
         if (
             isinstance(self.pass_, TrainingPass)
             and isinstance(logits, Tensor)

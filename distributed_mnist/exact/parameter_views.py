@@ -75,14 +75,24 @@ def gathered(view: View, integers: Tensor) -> Tensor:
     return total.index_add_(0, places.reshape(-1), integers.reshape(-1)).view(view.parameter.shape)
 
 
+def most_copies(view: View) -> int:
+    """Return how often the element that is most often in a view is there."""
+    return 1 if view.places is None else int(torch.bincount(view.places.reshape(-1)).max())
+
+
 def mark_activation(x: Tensor) -> None:
     """Note that a tensor is computed from images, so that it has a dimension of samples."""
-    setattr(x, _ACTIVATION, True)
+    if not getattr(x, _ACTIVATION, False):
+        setattr(x, _ACTIVATION, torch.is_grad_enabled())
 
 
 def is_activation(x: Tensor) -> bool:
-    """Return whether a tensor is known to be computed from images."""
-    return getattr(x, _ACTIVATION, False)
+    """Return whether a tensor is known to be computed from images.
+
+    One that was marked without gradients and has one now is the result of an `autograd.Function`.
+    """
+    marked = getattr(x, _ACTIVATION, None)
+    return bool(marked) or (marked is False and not x.requires_grad)
 
 
 def _pairs(result: Any, places: Any) -> list[tuple[Tensor, Tensor]]:

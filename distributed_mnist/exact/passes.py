@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .fixed_point import OPERAND_BITS, largest_magnitude, power_of_two, quantise, scale_exponent
-from .parameter_views import View, attached_view, gathered
+from .parameter_views import View, attached_view, gathered, most_copies
 from .products import DROPPED_BITS, Products, products_for
 from .refusal import Refused
 from .scales import Scales
@@ -234,7 +234,7 @@ class TrainingPass:
     def add(self, number: int, integers: Tensor, products: int = 0) -> None:
         """Add integers to a sum; see `Pass`."""
         if self.starting:
-            self.most_products = max(self.most_products, products)
+            self.most_products = max(self.most_products, products * most_copies(self._views[number]))
         if self._sums[number].integers.numel():
             self._sums[number].integers.add_(gathered(self._views[number], integers))
 

@@ -134,7 +134,7 @@ class Int8Products:
         """Return `floor(rows @ matrix / 2**DROPPED_BITS)`; see `Products`."""
         terms, columns = len(prepared) // 2, prepared.shape[1] // 3
         result = rows.new_empty((len(rows), columns), dtype=dtype)
-        slices = rows.contiguous().view(torch.int8)
+        slices = _slices(rows)
         height = max(64, _BLOCK // prepared.shape[1])
         for block, out in zip(slices.split(height), result.split(height), strict=True):
             if terms > _MOST_INT8_TERMS:
@@ -150,7 +150,7 @@ class Int8Products:
 
     def sum_of(self, rows: Tensor) -> Tensor:
         """Return the sum of rows; see `Products`."""
-        slices = rows.contiguous().view(torch.int8)
+        slices = _slices(rows)
         ones = slices.new_ones((1, len(slices)))  # a product with ones is many times as fast as a sum
         parts = zip(ones.split(_MOST_INT8_TERMS, 1), slices.split(_MOST_INT8_TERMS), strict=True)
         total = sum(torch._int_mm(*part).to(torch.int64) for part in parts)
@@ -169,11 +169,17 @@ class Int8Products:
 
     def _transposed_times(self, left: Tensor, right: Tensor) -> Tensor:
         columns = left.shape[1], right.shape[1]
-        slices = left.contiguous().view(torch.int8).t(), right.contiguous().view(torch.int8)
+        slices = _slices(left).t(), _slices(right)
         sums = torch._int_mm(*slices).view(columns[0], 2, columns[1], 2)
         high, mixed, low = sums[:, 1, :, 1], sums[:, 1, :, 0] + sums[:, 0, :, 1], sums[:, 0, :, 0]
         total = low.to(torch.float64).add_(mixed.to(torch.float64), alpha=2.0**8)
         return total.add_(high.to(torch.float64), alpha=2.0**16)  # exact: the factors are powers of two
+
+
+def _slices(rows: Tensor) -> Tensor:
+    """Return packed rows as int8 rows of twice the length."""
+    rows = rows.contiguous()  # may keep any stride where there is one column only
+    return rows.as_strided(rows.shape, (rows.shape[1], 1)).view(torch.int8)
 
 
 def _floor_of_parts(slices: Tensor, prepared: Tensor) -> Tensor:

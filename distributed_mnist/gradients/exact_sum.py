@@ -4,6 +4,7 @@ The order of additions does not matter (`exact`), so the batch may be cut anywhe
 contiguous part of it, in passes of any size, and a plain all-reduce adds the integers.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -79,6 +80,7 @@ class ExactGradients:
         """Compute the gradient of one step; see `Gradients`."""
         self.add_part(forward_shards, sizes, self._parts.of(self._world.rank, len(sizes)))
         self._world.all_reduce_sum_(self._pass.sums)
+        self._scales.now.nan_to_num_(math.inf, math.inf)  # a maximum of what is not a number is not defined
         self._world.all_reduce_max_(self._scales.now)
         self.set_gradients()
 

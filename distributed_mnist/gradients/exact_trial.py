@@ -30,6 +30,12 @@ def require_exact_form(model: nn.Module, name: str, device: torch.device, shape:
 
     The sums over samples must be the same integers in one pass and in two.
     """
+    for key, parameter in model.named_parameters():
+        if parameter._backward_hooks:
+            raise UsageError(
+                f"--model {name}: its parameter {key} has a hook, which with --precision exact nothing "
+                "calls, because gradients are sums of integers"
+            )
     images = normal((_IMAGES, *shape), "trial").to(device, torch.float32)
     try:
         with same_modes(model):

@@ -4,11 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import exact_models
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from exact_passes import ExactRun, compare, noise, same
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from distributed_mnist.exact.products import Float64Products, Int8Products
 from distributed_mnist.exact.refusal import Refused
@@ -53,6 +55,10 @@ BROADCASTING = {
     "view": Model(lambda x, p: x * p.view(5, 2, 3).transpose(1, 2).reshape(5, 6), (30,)),
     "queries": Model(lambda x, p, w: F.linear(p.expand(len(x), -1, -1), w) * x, (1, 5, 4), (6, 4)),
     "slices as weights": Model(lambda x, p: F.linear(x, p[2:5], p[0, :3]), (8, 6)),
+    "torch's names": Model(lambda x, p: torch.softmax(input=F.linear(input=x, weight=p), dim=1), (4, 6)),
+    "NumPy's names": Model(lambda x, p: x.mean(axis=1, keepdims=True) * p, (6,)),
+    "quotient, then in place": Model(lambda x, p: ((x * p) / 3).add_(1) + (p / (x * x + 2)).relu_(), (6,)),
+    "without gradients": Model(lambda x, p, m: x * p + m(_without_gradients(x)), (6,), nn.Linear(6, 6)),
     "one parameter twice": Model(lambda x, p: F.linear(F.linear(x, p).tanh(), p.t()) + p[0, :1], (4, 6)),
 }
 PRODUCTS = {
@@ -99,6 +105,15 @@ CONVOLUTIONS = {
     "same": after_convolution(lambda x: x, padding="same", dilation=2),
     "groups": after_convolution(lambda x: x, groups=3, bias=False, stride=(1, 2)),
     "relu in place": after_convolution(nn.ReLU(inplace=True)),
+    "one weight with two strides": Model(
+        lambda x, p: F.conv2d(x, p, padding=1)[:, :, :4, :3] + F.conv2d(x, p, stride=2), (3, 3, 3, 3)
+    ),
+    "one weight in groups": Model(
+        lambda x, p: F.conv2d(x[:, 1:2], p) + F.conv2d(x, p, groups=3), (3, 1, 3, 3)
+    ),
+    "norm, then in place": after_convolution(
+        lambda x, m: F.relu(m(x), inplace=True), nn.GroupNorm(2, 6, affine=False), bias=False
+    ),
     "group norm": after_convolution(lambda x, m: m(x), nn.GroupNorm(2, 6)),
     "instance norm": after_convolution(lambda x, m: m(x), nn.InstanceNorm2d(6, affine=True), bias=False),
     "average pooling": after_convolution(
@@ -128,6 +143,16 @@ def test_max_pooling_gives_the_gradient_to_the_first_of_equal_maxima() -> None:
     run = ExactRun(Model(lambda x, p: F.max_pool2d(x + p, 2), (1,)), torch.zeros(2, 1, 4, 4))
     gradient = run.step()[1]
     assert gradient[:, :, ::2, ::2].all() and gradient.count_nonzero() == 8
+
+
+def test_as_many_samples_as_a_size_of_the_model_change_nothing() -> None:
+    run = ExactRun(Model(lambda x, p: x * p.expand(5, 6) + x, (6,)), ROWS)
+    assert same(run.step(), run.step([5]))
+
+
+def test_copies_of_a_weight_count_as_terms() -> None:
+    run = ExactRun(Model(lambda x, p: F.linear(x, p.expand(4, 6)), (1, 6)), ROWS)
+    assert run.pass_.most_products == 4 * 7 * 5
 
 
 @pytest.mark.parametrize("make", [exact_models.resnet, exact_models.vit, exact_models.separable])
@@ -162,7 +187,17 @@ def test_frozen_and_unused_parameters() -> None:
         (lambda x, p: F.linear(x, p.view(1, 6) * 2), "torch.Tensor.mul of a parameter alone"),
         (lambda x, p: x * p if x.sum(1).sum(1)[0] > 0 else x, "a model cannot decide by values"),
         (lambda x, p: torch.add(x, p, alpha=2), "alpha"),
+        (lambda x, p: torch.add(x, 2, p), "alpha"),
+        (lambda x, p: x * p * torch.arange(0, 0.6, 0.1), "whole numbers"),
+        (lambda x, p: (x.to(torch.complex64) * 1j).real * p, "complex64"),
+        (lambda x, p: x.to(torch.int32) * p, "int32"),
+        (lambda x, p: (x * p).sum(()) + p, "without dim"),
+        (lambda x, p: torch.zeros(len(x), 5, 6).copy_((x * p)[:, :1]), "another shape"),
         (lambda x, p: (x * p)[:, torch.tensor([0, 0])], "use slices"),
+        (lambda x, p: (x * p)[:, np.array([0, 0, 0])], "use slices"),
+        (lambda x, p: (x * p)[:, (0, 0, 0)], "use slices"),
+        (lambda x, p: _hooked(x * p), "register_hook"),
+        (lambda x, p: checkpoint(torch.tanh, x * p, use_reentrant=False), "checkpointing"),
         (lambda x, p: F.dropout((x * p).transpose(0, 1)), "first dimension"),
         (lambda x, p: _Twice.apply(x * p) + p, "autograd.Function"),
         (lambda x, p: (x * p).double(), "Tensor.double has no exact form"),
@@ -171,6 +206,16 @@ def test_frozen_and_unused_parameters() -> None:
 def test_refused(function: Callable[..., Tensor], message: str) -> None:
     with pytest.raises(Refused, match=message):
         ExactRun(Model(function, (6,)), ROWS)
+
+
+def _hooked(x: Tensor) -> Tensor:
+    x.register_hook(torch.exp)
+    return x
+
+
+def _without_gradients(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return x.tanh()
 
 
 class _Twice(torch.autograd.Function):

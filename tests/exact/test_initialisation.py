@@ -42,6 +42,7 @@ def test_uniform_and_normal_values() -> None:
     beyond = [float((values.abs() > bound).double().mean()) for bound in (1, 2, 3)]
     assert beyond == pytest.approx([0.3173, 0.0455, 0.0027], abs=0.005)
     assert torch.equal(normal((3, 4), "key"), normal((3, 4), "key"))
+    assert normal((), "key").shape == uniform((), "key").shape == ()
     assert not torch.equal(normal((3, 4), "key"), normal((3, 4), "other"))
 
 

@@ -1,5 +1,6 @@
 """Test gradients that are summed as integers: any cut of the batch gives the same bits."""
 
+import math
 import re
 from collections.abc import Callable
 
@@ -66,6 +67,24 @@ def compute(world: World, batch: int = BATCH) -> tuple[list[np.ndarray], np.ndar
 def digest_of(result: tuple[list[np.ndarray], np.ndarray]) -> str:
     found, scales = result
     return digest([torch.from_numpy(each) for each in (*found, scales)])
+
+
+def test_what_is_not_a_number_on_one_rank_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def maximum(world: World, x: Tensor) -> Tensor:  # as libraries may compute it
+        return x.copy_(torch.where(x >= 0, x, 0))
+
+    monkeypatch.setattr(World, "all_reduce_max_", maximum)
+    model, factor = network(), [1.0]
+    gradients, _ = made(model)
+
+    def forward_spoilt(module: nn.Module, part: range) -> tuple[Tensor, Tensor]:
+        logits, gradient = forward(module, part)
+        return logits, gradient * factor[0]
+
+    gradients.prepare(forward_spoilt, [1] * BATCH)
+    factor[0] = math.nan
+    gradients.compute(forward_spoilt, [1] * BATCH)
+    assert all(p.grad is not None and p.grad.isnan().all() for p in model.parameters())
 
 
 def test_gradients_are_close_to_autograds() -> None:

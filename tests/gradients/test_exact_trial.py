@@ -29,6 +29,13 @@ def test_refused(model: nn.Module, message: str) -> None:
         require_exact_form(model, "my:net", torch.device("cpu"), (1, 28, 28))
 
 
+def test_a_hook_on_a_parameter_is_refused() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    model[1].get_parameter("weight").register_hook(lambda gradient: gradient * 0)
+    with pytest.raises(UsageError, match=r"^--model my:net: its parameter 1\.weight has a hook"):
+        require_exact_form(model, "my:net", torch.device("cpu"), (1, 28, 28))
+
+
 @pytest.mark.parametrize("name", ["resnet", "vit", "separable"])
 def test_any_number_of_processes_trains_the_same(name: str, tmp_path: Path) -> None:
     hashes = set()

@@ -14,13 +14,16 @@ from ..ordered_sums import sum_over
 from ..passes import Pass
 from ..refusal import Refused
 
+_SUMS = {"add", "sub", "subtract", "rsub"}
+
 
 def elementwise(pass_: Pass, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Return `function(*args, **kwargs)`, one operation on each element. Tensors are expanded first.
 
     Raises `Refused` for `alpha`, with which torch does two operations at once.
     """
-    if kwargs.get("alpha", 1) != 1:
+    positional = len(args) > 2 and function.__name__.strip("_") in _SUMS  # an old form: add(x, alpha, y)
+    if kwargs.get("alpha", 1) != 1 or positional:
         raise Refused("alpha has no exact form: multiply first")
     tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
     if not any(each.requires_grad for each in tensors):
@@ -104,9 +107,10 @@ def divide(pass_: Pass, x: Any, y: Any, *, rounding_mode: str | None = None) -> 
     tensor."""
     if rounding_mode is not None:
         raise Refused("a division with rounding_mode has no exact form")
-    device = (x if isinstance(x, Tensor) else y).device
+    # A GPU also multiplies by the reciprocal of a tensor with one number on the CPU.
+    device = max((each for each in (x, y) if isinstance(each, Tensor)), key=Tensor.dim).device
     x, y = (
-        each.to(torch.float32)
+        each.to(device, torch.float32)
         if isinstance(each, Tensor)
         else torch.full((), each, dtype=torch.float32, device=device)
         for each in (x, y)
@@ -129,17 +133,19 @@ class Quotient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
-        result = x / y
-        ctx.save_for_backward(result, y)
-        return result
+        y = y + 0  # the sign of a zero depends on the order of additions
+        ctx.save_for_backward(
+            x if ctx.needs_input_grad[1] else None, y
+        )  # not the result: it may be changed
+        return x / y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (gradient,) = gradients
-        result, y = ctx.saved_tensors
+        x, y = ctx.saved_tensors
         share = gradient / y
         of_x, of_y = ctx.needs_input_grad
-        return share if of_x else None, (share * result).neg_() if of_y else None
+        return share if of_x else None, (share * (x / y)).neg_() if of_y else None
 
 
 def power(pass_: Pass, x: Tensor, exponent: Any) -> Tensor:

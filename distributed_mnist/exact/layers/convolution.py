@@ -113,7 +113,8 @@ class Convolution(torch.autograd.Function):
         fixed = pass_.quantise(x, number)
         patches = [patches_of(part, window) for part in fixed.integers.chunk(groups, 3)]
         layout = Layout(weight.shape, window.kernel, groups)
-        prepared = pass_.weight(weight, "forward", layout.forward)
+        # One parameter may be used with other groups, strides and paddings too.
+        prepared = pass_.weight(weight, f"forward in {groups} groups", layout.forward)
         results = [
             pass_.products.multiply(rows, matrix)
             for rows, matrix in zip(patches, prepared.prepared, strict=True)
@@ -155,8 +156,9 @@ class Convolution(torch.autograd.Function):
             ctx.shape[1:3]
         )
         arrange = layout.gathering if by_gather else layout.scattering
-        prepared = pass_.weight(ctx.weight, "backward", arrange)
         gather_or_scatter = gathered if by_gather else scattered
+        use = f"backward {gather_or_scatter.__name__} in {layout.groups} groups"
+        prepared = pass_.weight(ctx.weight, use, arrange)
         shape = (*ctx.shape[:3], ctx.shape[3] // layout.groups)
         results = [
             gather_or_scatter(pass_, part, matrix, window, shape)

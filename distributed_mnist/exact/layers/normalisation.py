@@ -46,6 +46,8 @@ def _mean(x: Tensor, count: Tensor) -> Tensor:
 
 
 def _affine(pass_: Pass, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is None and bias is None:
+        return x.clone()  # the caller may change it in place, but the gradient needs it
     if weight is not None:
         x = elementwise(pass_, torch.mul, x, weight)
     return x if bias is None else elementwise(pass_, torch.add, x, bias)

@@ -25,7 +25,7 @@ def sum_(pass_: Pass, x: Tensor, dim: Dims = None, keepdim: bool = False, *, dty
 
 
 def _dims(x: Tensor, dim: Dims, dtype: Any = None) -> list[int]:
-    if dim is None or dtype not in (None, torch.float32) or x.dtype != torch.float32:
+    if dim is None or dim in ((), []) or dtype not in (None, torch.float32) or x.dtype != torch.float32:
         raise Refused("a sum or mean without dim, or of another dtype than float32, has no exact form")
     return sorted(d % x.ndim for d in ([dim] if isinstance(dim, int) else dim))
 

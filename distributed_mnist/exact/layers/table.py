@@ -68,7 +68,7 @@ VIEWS: set[Any] = {
 
 COPIES: set[Any] = {
     torch.cat, torch.concat, torch.stack, F.pad, Tensor.unfold, Tensor.repeat, Tensor.detach, Tensor.float,
-    Tensor.to, Tensor.type_as, Tensor.copy_,
+    Tensor.to, Tensor.type, Tensor.type_as, Tensor.copy_,
 }  # fmt: skip
 """Copies of several tensors or with several copies of an element, and conversions."""
 
@@ -84,7 +84,6 @@ QUESTIONS: set[Any] = {
     Tensor.size, Tensor.dim, Tensor.stride, Tensor.numel, Tensor.is_contiguous, Tensor.__len__,
     Tensor.is_floating_point, torch.is_floating_point, Tensor.element_size, Tensor.ndimension,
     Tensor.get_device, torch._C._set_grad_enabled, torch.is_tensor, torch.numel, Tensor.nelement,
-    Tensor.requires_grad_, Tensor.type, Tensor.register_hook, Tensor.data_ptr, Tensor.is_complex,
-    torch.is_complex,
+    Tensor.requires_grad_, Tensor.data_ptr, Tensor.is_complex, torch.is_complex,
 }  # fmt: skip
 """What does not compute."""
