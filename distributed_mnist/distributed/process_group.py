@@ -6,6 +6,7 @@ DistributedDataParallel needs the process group on every device.
 import re
 from collections.abc import Mapping
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -97,6 +98,40 @@ class TorchProcessGroup:
     def close(self) -> None:
         """Leave the process group."""
         dist.destroy_process_group()
+
+
+class DeviceClock:
+    """Times collectives on a device that works asynchronously, with events on its stream.
+
+    The CPU only starts such a collective. It lasts from when the device has finished all work before it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._spans: list[tuple[Any, Any]] | None = None
+
+    def start(self) -> None:
+        """Begin to time collectives, unless the device is the CPU."""
+        self._spans = [] if self._device.type != "cpu" else None
+
+    def mark(self) -> Any:
+        """Return an event that occurs when the device has finished the work so far; None without
+        `start`."""
+        if self._spans is None:
+            return None
+        event = torch.get_device_module(self._device).Event(enable_timing=True)
+        event.record()
+        return event
+
+    def add(self, began: Any) -> None:
+        """Count the time from an earlier mark until now."""
+        if self._spans is not None and began is not None:
+            self._spans.append((began, self.mark()))
+
+    def stop(self) -> float | None:
+        """Return the seconds counted since `start`; None on the CPU. The device must be synchronized."""
+        spans, self._spans = self._spans, None
+        return None if spans is None else sum(begin.elapsed_time(end) for begin, end in spans) / 1e3
 
 
 def _store(placement: Placement, rendezvous: Rendezvous, sockets: SocketCollectives) -> dist.TCPStore:

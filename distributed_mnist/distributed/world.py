@@ -20,7 +20,7 @@ from ..errors import WorkerLost, described, recreate
 from .agent_store import reason_of
 from .heartbeat import RankStatus
 from .peer import JobDescription, Peer
-from .process_group import TorchProcessGroup, backend_for, means_lost_peer
+from .process_group import DeviceClock, TorchProcessGroup, backend_for, means_lost_peer
 from .rendezvous import RENDEZVOUS_SECONDS, Rendezvous
 from .socket_collectives import SocketCollectives
 from .watchdog import Watchdog
@@ -46,7 +46,7 @@ class World:
     Attributes: `rank`, `size`, `local_rank`, `local_size`, `device`, `backend` ("sockets" on CPU, otherwise
     torch's name for it; "none" for one process), `launcher`, `restarts` (the launcher's count), `peers`
     (all ranks, in order), `status` (the `RankStatus` of this rank, from which its heartbeats are made),
-    `communication_seconds` (time spent in collectives so far).
+    `communication_seconds` (time spent in collectives so far, by the CPU's clock), `device_clock`.
 
     All ranks must call the collectives in the same order. When a peer dies, they raise `WorkerLost`. When a
     peer hangs, the watchdog ends this process.
@@ -67,7 +67,7 @@ class World:
         self.device, self.backend = device, backend
         self.peers = rendezvous.peers if rendezvous else [Peer.here(placement)]
         self.status = status or RankStatus(math.inf)
-        self.communication_seconds = 0.0
+        self.communication_seconds, self.device_clock = 0.0, DeviceClock(device)
         self._placement, self._rendezvous = placement, rendezvous
         self._watchdog: Watchdog | None = None
         self._sockets: SocketCollectives | None = None
@@ -274,9 +274,10 @@ class World:
         not count as communication, and a `WorkerLost` from a collective in the code passes unchanged.
         """
         self.status.set_waiting(collective)
-        began = time.perf_counter()
+        began, mark = time.perf_counter(), None if also_computes else self.device_clock.mark()
         try:
             yield
+            self.device_clock.add(mark)
         except WorkerLost as error:
             if also_computes:  # the message already names the collective inside
                 raise

@@ -5,32 +5,39 @@ same on all ranks: it is computed in integers, from numbers that all ranks have 
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
-_WHOLE = 2**24  # the sum of all shares, about
-_LEAST = 16  # a rank keeps this fraction of an even share, so that its speed can still be measured
-_TOLERATED_PERCENT = 5
+_ONE = 2**16
+"""One sample, as a fixed-point number."""
+_LEAST_GAIN = 3
+"""Percent: if a step would not be at least so much shorter, the parts stay."""
+_FAR = 125
+"""If the slowest rank takes more than this percentage of the mean time, noise does not matter."""
 
 
 class Parts:
     """The part of each rank: contiguous samples of the global batch, in the order of ranks.
 
-    `size` is the number of ranks. Parts are as even as possible at first, and stay so unless `balance`.
+    `size` is the number of ranks. Parts are as even as possible at first. With `balance`, the number of
+    samples in a full batch, `adjust` changes them, and leaves every rank at least one sample of a full
+    batch: a rank that computes nothing could not be measured. Without it, they stay even.
     """
 
-    def __init__(self, size: int, *, balance: bool = False) -> None:
-        self._shares = [_WHOLE // size] * size
-        self._balance = balance
+    def __init__(self, size: int, *, balance: int | None = None) -> None:
+        self._weights = [1] * size
+        """The size of each part, in proportion."""
+        self._full = balance
+        self._wanted = [(balance or 0) * _ONE // size] * size
+        """How many samples of a full batch each rank would get if samples could be cut, smoothed."""
         self._is_first = True
 
     def of(self, rank: int, count: int) -> range:
-        """Return which of the `count` samples of a batch are a rank's."""
-        ends = [0, *accumulate(self._shares)]
-        return range(ends[rank] * count // ends[-1], ends[rank + 1] * count // ends[-1])
+        """Return which of the `count` samples of a batch, or other things in order, are a rank's."""
+        return range(*_cut(self._weights, count)[rank : rank + 2])
 
     def shares(self) -> list[float]:
         """Return the fraction of a batch that each rank takes."""
-        return [share / sum(self._shares) for share in self._shares]
+        return [weight / sum(self._weights) for weight in self._weights]
 
     def adjust(self, seconds: Sequence[float]) -> None:
         """Change the parts after an interval in which rank `i` computed `seconds[i]` seconds per step.
@@ -38,24 +45,42 @@ class Parts:
         Every rank must pass the same numbers. The first interval changes nothing, because the first step of
         a process is not typical.
         """
-        if self._balance and not self._is_first:
-            self._shares = balanced(self._shares, seconds)
+        if self._full is not None and not self._is_first and self._full > len(self._weights):
+            counts = [len(self.of(rank, self._full)) for rank in range(len(self._weights))]
+            times = [max(1, round(1e9 * each)) for each in seconds]  # nanoseconds
+            self._wanted = _smoothed(self._wanted, _balanced(counts, times), times)
+            found = _whole(self._wanted, self._full)
+            longest = max(new * time // old for new, time, old in zip(found, times, counts, strict=True))
+            if 100 * longest <= (100 - _LEAST_GAIN) * max(times):
+                self._weights = found
         self._is_first = False
 
 
-def balanced(shares: Sequence[int], seconds: Sequence[float]) -> list[int]:
-    """Return the shares with which the ranks would take more nearly the same time than with `shares`.
+def _balanced(counts: Sequence[int], times: Sequence[int]) -> list[int]:
+    """Return the number of samples for each rank, in fixed point, so that all take the same time.
 
-    A rank's target is its speed, share by time. It moves half of the way there, so noise changes little. If
-    all ranks take the same time, each is at its target. A part of a step takes the same time however small
-    a share is, so a target is never beyond the balance, and the shares do not oscillate.
+    A rank's speed is taken to be `counts[i] / times[i]`. A part of a step takes the same time however few
+    samples there are, so the result lies between the present parts and the balance, never beyond it. If all
+    ranks take the same time, the parts are as they should be.
     """
-    size, nanoseconds = len(shares), [max(1, round(1e9 * time)) for time in seconds]
-    if max(nanoseconds) * size * 100 < sum(nanoseconds) * (100 + _TOLERATED_PERCENT):
-        return list(shares)
-    speeds = [(share << 32) // time for share, time in zip(shares, nanoseconds, strict=True)]
-    targets = [_WHOLE * speed // sum(speeds) for speed in speeds]
-    return [
-        max((share + target) // 2, _WHOLE // (_LEAST * size))
-        for share, target in zip(shares, targets, strict=True)
-    ]
+    speeds = [(count << 64) // time for count, time in zip(counts, times, strict=True)]
+    return [sum(counts) * _ONE * speed // sum(speeds) for speed in speeds]
+
+
+def _smoothed(before: Sequence[int], now: Sequence[int], times: Sequence[int]) -> list[int]:
+    """Return the mean of what was wanted before and now; or `now`, if the present parts are far from it."""
+    if 100 * max(times) * len(times) > _FAR * sum(times):
+        return list(now)
+    return [(old + new) // 2 for old, new in zip(before, now, strict=True)]
+
+
+def _whole(wanted: Sequence[int], count: int) -> list[int]:
+    """Round to whole samples, `count` in all: one for each rank, and the others as wanted."""
+    ends = _cut([max(0, samples - _ONE) for samples in wanted], count - len(wanted))
+    return [1 + after - before for before, after in pairwise(ends)]
+
+
+def _cut(weights: Sequence[int], count: int) -> list[int]:
+    """Return where parts of `count` things begin, and where the last one ends: rounded to nearest."""
+    ends = [0, *accumulate(weights)]
+    return [(2 * end * count + ends[-1]) // (2 * ends[-1]) for end in ends]

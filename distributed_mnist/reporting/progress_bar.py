@@ -13,7 +13,7 @@ from ..errors import reason, write_line
 from ..runs.record import images_of
 from .console import print_labelled, silence
 from .live_bar import Bar, make_bar
-from .stragglers import EVEN_SHARE, StragglerTracker
+from .stragglers import EVEN_SHARE, StragglerTracker, uneven
 
 _OTHER_LINES = 10  # lines of the screen that the table of ranks leaves free
 
@@ -202,7 +202,8 @@ def rank_table(ranks: Sequence[Mapping[str, Any]], stragglers: StragglerTracker,
     table = Table(
         box=None, pad_edge=False, header_style="dim", caption=stragglers.summary(), caption_justify="left"
     )
-    for name in ("rank", "host", "pid", "busy ms", "exchange ms"):
+    parts = ("of batch",) if uneven(stragglers.share) else ()
+    for name in ("rank", "host", "pid", *parts, "busy ms", "exchange ms"):
         table.add_column(name, justify="left" if name == "host" else "right")
     table.add_column("")
     longest = max(map(sum, zip(stragglers.busy, stragglers.exchange, strict=True))) or 1.0
@@ -216,6 +217,7 @@ def rank_table(ranks: Sequence[Mapping[str, Any]], stragglers: StragglerTracker,
             str(rank),
             str(peer["host"]),
             str(peer["pid"]),
+            *(f"{stragglers.share[rank]:.1%}" for _ in parts),
             f"{1e3 * busy:.2f}",
             f"{1e3 * exchange:.2f}",
         ]

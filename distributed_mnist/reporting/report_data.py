@@ -11,6 +11,7 @@ from ..runs.record import Event, Record, images_of
 from ..runs.timeline import hosts_of
 from .charts import Line, line_chart, smoothed
 from .confusion import per_class
+from .stragglers import uneven
 
 _PARTS = ("data", "forward", "backward", "optimizer", "exchange")
 _MANY_RANKS = 8
@@ -70,14 +71,15 @@ def charts(records: Sequence[Record]) -> list[Chart]:
         make_chart("Images per second", speed, _thousands),
     ]
     if single:
+        of_ranks = [("A rank's step: computing, ms", "busy", 1e3)]
+        if len(records[0].starts[-1].get("ranks", []) if records[0].starts else []) > 1:
+            of_ranks.append(("A rank's step: exchange and waiting, ms", "exchange", 1e3))
+        if any(uneven(event.get("ranks", {}).get("share", ())) for event in records[0].steps):
+            of_ranks.append(("A rank's part of a batch, %", "share", 1e2))
         drawn += [
-            make_chart("A rank's step: computing, ms", _ranks(records[0], "busy"), "{:.3g}".format),
-            make_chart(
-                "A rank's step: exchange and waiting, ms", _ranks(records[0], "exchange"), "{:.3g}".format
-            ),
+            make_chart(title, _ranks(records[0], field, factor), "{:.3g}".format)
+            for title, field, factor in of_ranks
         ]
-        if len(records[0].starts[-1].get("ranks", []) if records[0].starts else []) < 2:
-            drawn.pop()
     return [
         Chart(chart.title, chart.svg, chart.legend if len(chart.legend) > 1 else [])
         for chart in drawn
@@ -156,15 +158,15 @@ def _evaluated(events: Sequence[Event], field: str) -> list[tuple[float, float]]
     return [(event["epoch"], factor * event[field]) for event in events if field in event]
 
 
-def _ranks(record: Record, field: str) -> list[Line]:
-    """Return one line per rank, in ms per step; for many ranks the smallest, median and largest value."""
-    events = [event for event in record.steps[1:] or record.steps if "ranks" in event]
+def _ranks(record: Record, field: str, factor: float) -> list[Line]:
+    """Return one line per rank, `factor` times the field; for many ranks the least, median and most."""
+    events = [event for event in record.steps[1:] or record.steps if field in event.get("ranks", {})]
     sizes = {len(event["ranks"][field]) for event in events}
     if len(sizes) == 1 and max(sizes) <= _MANY_RANKS:
         return [
             Line(
                 f"rank {rank}",
-                [(event["epoch"], 1e3 * event["ranks"][field][rank]) for event in events],
+                [(event["epoch"], factor * event["ranks"][field][rank]) for event in events],
                 rank,
             )
             for rank in range(max(sizes))
@@ -176,7 +178,7 @@ def _ranks(record: Record, field: str) -> list[Line]:
             [
                 (
                     event["epoch"],
-                    1e3 * sorted(event["ranks"][field])[_index(quantile, event["ranks"][field])],
+                    factor * sorted(event["ranks"][field])[_index(quantile, event["ranks"][field])],
                 )
                 for event in events
             ],

@@ -8,6 +8,8 @@ _NEWEST_WEIGHT = 0.3
 """Weight of the newest interval in the running mean."""
 EVEN_SHARE = 0.02
 """If the others wait less than this share of a step, the ranks count as even."""
+_EVEN_PARTS = 1.1
+"""Parts of a batch whose sizes differ by a smaller factor count as even."""
 
 
 class StragglerTracker:
@@ -65,12 +67,17 @@ class StragglerTracker:
 
     def _shares(self) -> str:
         """Say who takes the smallest and the largest part of a batch; empty if the parts are even."""
-        if not self.share or max(self.share) < 1.1 * min(self.share):
+        if not uneven(self.share):
             return ""
         least, most = (choose(range(len(self.share)), key=self.share.__getitem__) for choose in (min, max))
         return (
             f"; rank {least} takes {self.share[least]:.0%} of a batch, rank {most} {self.share[most]:.0%}"
         )
+
+
+def uneven(shares: Sequence[float]) -> bool:
+    """Return whether some ranks' parts of a batch are clearly larger than others (`--balance`)."""
+    return bool(shares) and max(shares) > _EVEN_PARTS * min(shares)
 
 
 def _smoothed(old: Sequence[float], new: Sequence[float]) -> list[float]:

@@ -143,7 +143,11 @@ def state(folder: Path) -> dict[str, Any]:
         "images_per_second": last.get("images_per_second"),
         "starts": len(record.starts),
         "seconds_since_news": time.time() - record.events[-1]["time"] if record.events else None,
-        "ranks": {"busy": stragglers.busy, "exchange": stragglers.exchange},
+        "ranks": {
+            "busy": stragglers.busy,
+            "exchange": stragglers.exchange,
+            **({"share": stragglers.share} if stragglers.share else {}),
+        },
         "slowest_rank": stragglers.slowest_rank if len(stragglers.exchange) > 1 else None,
         "waiting_share": stragglers.waiting_share if len(stragglers.exchange) > 1 else 0.0,
     }

@@ -1,13 +1,14 @@
 """Compute exact metrics: each sample counts once, at any number of processes.
 
-The data is cut into chunks of a fixed size, and each rank takes contiguous whole chunks. The loss of a
-chunk does not depend on the rank that computes it. The losses of the chunks are added in one fixed order,
-so their total does not depend on the number of ranks.
+The data is cut into chunks of a fixed size, and each rank takes contiguous whole chunks: as many as others,
+or fewer if it is slower and `--balance` is on. The loss of a chunk does not depend on the rank that
+computes it. The losses of the chunks are added in one fixed order, so their total does not depend on the
+number of ranks.
 """
 
 import base64
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..errors import UsageError
 from ..exact.loss import cross_entropy
 from ..exact.ordered_sums import softmax, sum_over
 from ..gradients.agreement import Results, compare
+from ..gradients.parts import Parts
 from ..models.build import forward, same_modes
 
 CHUNK = 250  # divides 10,000 into 40: fits a core's cache, and leaves each of 8 ranks 5
@@ -77,17 +79,18 @@ def evaluate(
     *,
     exact: bool = True,
     split: Split | None = None,
+    parts: Parts | None = None,
 ) -> Evaluation:
     """Evaluate the model on `split`, by default the test images, which every rank holds.
 
-    Every rank returns the same metrics. The model runs in evaluation mode; afterwards its previous mode is
-    restored. `name` is the model's, for messages. Raises `UsageError` if it does not return logits
-    `(n, classes)`. If `exact`, one chunk of each rank is repeated on another one: raises `UsageError` if
-    the model's logits are not the same when it is repeated, and `TrainingError` if a rank computes
-    different logits from the others.
+    Every rank returns the same metrics. `parts` are the ranks' parts of it, by default even ones. The model
+    runs in evaluation mode; afterwards its previous mode is restored. `name` is the model's, for messages.
+    Raises `UsageError` if it does not return logits `(n, classes)`. If `exact`, one chunk of each rank is
+    repeated on another one: raises `UsageError` if the model's logits are not the same when it is repeated,
+    and `TrainingError` if a rank computes different logits from the others.
     """
     split, classes = split or data.test, len(data.class_names)
-    chunks = -(-len(split) // CHUNK)
+    chunks, parts = -(-len(split) // CHUNK), parts or Parts(world.size)
     losses = torch.zeros(chunks, device=world.device)
     predicted = torch.zeros(len(split), dtype=torch.int64, device=world.device)
     confidence = torch.zeros(len(split), device=world.device)
@@ -106,14 +109,15 @@ def evaluate(
     checked = ""
     with same_modes(model):
         model.eval()
-        for chunk in _owned_chunks(world.rank, world.size, chunks):
+        for chunk in parts.of(world.rank, chunks):
             world.status.made_progress()
             rows = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
             logits = logits_of(chunk)
             checked = checked or digest(logits)
             losses[chunk], confidence[rows], predicted[rows] = score(logits, split.labels[rows].long())
         if exact:
-            _require_same_logits(world, chunks, checked, logits_of, name)
+            first = [next(iter(parts.of(rank, chunks)), 0) for rank in range(world.size)]
+            _require_same_logits(world, first, checked, logits_of, name)
     # Each position is nonzero on at most one rank, so the sums are exact.
     total = math.fsum(world.all_reduce_sum_(losses).tolist())
     predicted, confidence = world.all_reduce_sum_(predicted).cpu(), world.all_reduce_sum_(confidence).cpu()
@@ -148,20 +152,17 @@ def _score_exactly(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tens
     return sum_over(losses.double(), 0), probabilities.amax(1), predicted
 
 
-def _owned_chunks(rank: int, size: int, chunks: int) -> range:
-    return range(rank * chunks // size, (rank + 1) * chunks // size)
-
-
 def _require_same_logits(
-    world: World, chunks: int, checked: str, logits_of: Callable[[int], Tensor], name: str
+    world: World, first: Sequence[int], checked: str, logits_of: Callable[[int], Tensor], name: str
 ) -> None:
     """Raise an error if the first chunk of a rank has other logits when it is repeated by the rank before.
 
-    `checked` is the digest of the logits of this rank's first chunk; empty if it has none.
+    `first` is each rank's first chunk, or any if it has none. `checked` is the digest of the logits of this
+    rank's first chunk; empty if it has none.
     """
 
     def again(rank: int) -> str:
-        return digest(logits_of(next(iter(_owned_chunks(rank, world.size, chunks)), 0)))
+        return digest(logits_of(first[rank]))
 
     def repeat(rank: int) -> Results:
         digests = [again(rank) for _ in range(2)]

@@ -70,7 +70,7 @@ def prepare(
     state, properties = make_state(world, recipe, data)
     loss = world.on_every_rank(lambda: make_loss(recipe, len(data.class_names), world.device))
     if state.scales is not None:
-        parts = Parts(world.size, balance=options.balance == "auto")
+        parts = Parts(world.size, balance=batches.size(0) if options.balance == "auto" else None)
         gradients: Gradients = make_exact_gradients(
             recipe, options, world, state.model, properties, state.scales, parts
         )

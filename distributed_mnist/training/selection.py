@@ -92,7 +92,14 @@ def _evaluate(state: State, context: TrainingContext, split: Split) -> Evaluatio
     recipe = context.recipe
     exact = recipe.sync == "tree" or recipe.precision == "exact"
     result = evaluate(
-        state.model, context.data, context.world, recipe.precision, recipe.model, exact=exact, split=split
+        state.model,
+        context.data,
+        context.world,
+        recipe.precision,
+        recipe.model,
+        exact=exact,
+        split=split,
+        parts=context.parts,
     )
     if not math.isfinite(result.loss):
         name = "test" if split is context.data.test else "validation"

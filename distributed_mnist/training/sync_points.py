@@ -78,7 +78,7 @@ class SyncPoints:
         self.exchange_seconds = 0.0
         """Seconds spent in collectives by the rank that waited least for the others."""
         self.compute_per_step: list[float] = []
-        """Seconds per step that each rank computed; on a GPU this includes the gradient exchange."""
+        """Seconds per step that each rank computed; with `ddp` this includes the gradient exchange."""
         self.exchange_per_step: list[float] = []
         """Seconds per step that each rank spent in collectives, including its waits for slower ranks."""
 
@@ -86,6 +86,7 @@ class SyncPoints:
         """Start the clock, at the first step and again after each sync point."""
         self._started = time.perf_counter()
         self._communication_before = self._world.communication_seconds
+        self._world.device_clock.start()
 
     def due(self, step: int) -> bool:
         """Return whether there is a sync point after this many steps."""
@@ -100,11 +101,12 @@ class SyncPoints:
         """
         changed = changes(self._settings)
         if self._world.device.type != "cpu":
-            # The collectives of the step cannot be timed separately.
             with self._world.communicating("a step", also_computes=True):
                 torch.accelerator.synchronize()
         self.seconds, self.steps = time.perf_counter() - self._started, step - self._last
-        exchange = self._world.communication_seconds - self._communication_before
+        exchange = self._world.device_clock.stop()
+        if exchange is None:
+            exchange = self._world.communication_seconds - self._communication_before
         per_step = self.seconds / max(self.steps, 1)
         mine = torch.tensor(
             [float(stop), float(save), per_step, exchange, float(bool(changed))], device=self._world.device
