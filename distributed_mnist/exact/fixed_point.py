@@ -54,10 +54,10 @@ def largest_magnitude(x: Tensor) -> Tensor:
     return torch.maximum(high, -low)
 
 
-def quantise(x: Tensor, exponent: Tensor) -> Tensor:
-    """Return `round(x * 2**exponent)`, at most `LIMIT` in magnitude, as int16 in the shape of `x`.
+def quantise(x: Tensor, exponent: Tensor, largest: int = LIMIT) -> Tensor:
+    """Return `round(x * 2**exponent)`, at most `largest` in magnitude, as int16 in the shape of `x`.
 
     `x` is float32, and `exponent` int64, a scalar or of a shape that broadcasts.
     """
     scaled = x.detach() * power_of_two(exponent, torch.float32)
-    return scaled.round_().clamp_(-LIMIT, LIMIT).to(torch.int16)
+    return scaled.round_().clamp_(-largest, largest).to(torch.int16)

@@ -276,5 +276,5 @@ def product_factor(first: Tensor, second: Tensor) -> Tensor:
 def prepare_weight(products: Products, weight: Tensor, arrange: Arrange) -> Weight:
     """Return a weight as integers with a scale from its own largest magnitude, arranged and prepared."""
     exponent = scale_exponent(largest_magnitude(weight), OPERAND_BITS)
-    integers = quantise(weight, exponent)
+    integers = quantise(weight, exponent, 2**OPERAND_BITS)
     return Weight([products.prepare(matrix) for matrix in arrange(integers)], exponent)

@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .fixed_point import LIMIT
+from .fixed_point import LIMIT, OPERAND_BITS
 from .refusal import Refused
 
 MOST_TERMS = 2**23
@@ -28,9 +28,12 @@ _MOST_INT8_TERMS = 2**16 - 1
 """The most terms of a sum of int8 products: two of at most `2**14` for each, below `2**31`."""
 DROPPED_BITS = 8
 """The bits of a product that `Products.multiply` drops: those of the sums of low slices alone."""
-_MOST_TERMS_IN_INT32 = 508
-"""The most terms for which `K * LIMIT**2 / 2**8` is below `2**31`."""
-_BLOCK = 2**18
+MOST_TERMS_IN_INT32 = 1028
+"""The most terms for which `Products.multiply` gives int32: `K * LIMIT * 2**OPERAND_BITS / 2**8 <
+2**31`."""
+_LEAST_TERMS_APART = 128
+"""With so many terms, `Int8Products` copies the slices of rows apart and multiplies each."""
+_BLOCK = 2**19
 """Elements of a result that are computed at once: few enough to fit the caches."""
 
 
@@ -42,8 +45,9 @@ class Products(Protocol):
         ...
 
     def prepare(self, matrix: Tensor) -> Tensor:
-        """Return an int16 matrix `(K, N)`, not packed, in the form in which this class multiplies by it.
+        """Return a matrix `(K, N)` in the form in which this class multiplies by it.
 
+        It is int16, not packed, of at most `2**OPERAND_BITS`, as weights are (`passes.prepare_weight`).
         Raises `Refused` if `K` is more than `MOST_TERMS`.
         """
         ...
@@ -51,7 +55,8 @@ class Products(Protocol):
     def multiply(self, rows: Tensor, prepared: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return packed rows `(M, K)` times a prepared matrix `(K, N)`, over `2**DROPPED_BITS`: `(M, N)`.
 
-        The exact quotient is rounded down to an integer. In float32 it is then rounded once more.
+        The exact quotient is rounded down to an integer. In float32 it is then rounded once more. It may be
+        int32 if `K` is at most `MOST_TERMS_IN_INT32`.
         """
         ...
 
@@ -120,11 +125,17 @@ class Int8Products:
         return q.add_(128).bitwise_xor_(128)
 
     def prepare(self, matrix: Tensor) -> Tensor:
-        """Return int8 `(2 * K, 3 * N)`: the products of high slices, of mixed ones, and of low ones."""
+        """Return int8 `(2 * K, 3 * N)`, a matrix for rows of both slices, or `(K, 2 * N)` for one slice.
+
+        The first one has the high slices, both slices and the low slices: one product gives all sums. A
+        third of it is zeros. With many terms the second one is faster: high slices beside low ones.
+        """
         terms, columns = matrix.shape
         require_exact(terms)
         low = matrix.to(torch.int8)  # keeps the lowest 8 bits
         high = (matrix.to(torch.int32) + 128).bitwise_right_shift(8).to(torch.int8)
+        if terms >= _LEAST_TERMS_APART:
+            return torch.cat((high, low), 1)
         prepared = torch.zeros((terms, 2, 3, columns), dtype=torch.int8, device=matrix.device)
         prepared[:, 1, 0] = prepared[:, 0, 1] = high
         prepared[:, 1, 1] = prepared[:, 0, 2] = low
@@ -132,20 +143,18 @@ class Int8Products:
 
     def multiply(self, rows: Tensor, prepared: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return `floor(rows @ matrix / 2**DROPPED_BITS)`; see `Products`."""
-        terms, columns = len(prepared) // 2, prepared.shape[1] // 3
+        terms = rows.shape[1]
+        columns = prepared.shape[1] // (2 if len(prepared) == terms else 3)
         result = rows.new_empty((len(rows), columns), dtype=dtype)
-        slices = _slices(rows)
-        height = max(64, _BLOCK // prepared.shape[1])
-        for block, out in zip(slices.split(height), result.split(height), strict=True):
-            if terms > _MOST_INT8_TERMS:
-                out.copy_(_floor_of_parts(block, prepared))
-                continue
-            sums = torch._int_mm(block, prepared).view(len(block), 3, columns)
-            high, mixed, low = sums.unbind(1)
-            if terms > _MOST_TERMS_IN_INT32:
-                mixed, high = mixed.to(torch.float64), high.to(torch.float64)
+        height = max(64, _BLOCK // max(prepared.shape[1], terms))
+        for block, out in zip(rows.split(height), result.split(height), strict=True):
+            high, mixed, low = _sums_of_slices(block, prepared)
             # The quotient of the low sums, rounded down, is all that they contribute: the rest is whole.
-            out.copy_(mixed.add_(high, alpha=2**8).add_(low.bitwise_right_shift_(DROPPED_BITS)))
+            is_int = low.dtype == torch.int32
+            low = (
+                low.bitwise_right_shift_(DROPPED_BITS) if is_int else low.mul_(2.0**-DROPPED_BITS).floor_()
+            )
+            out.copy_(mixed.add_(high, alpha=2**8).add_(low))
         return result
 
     def sum_of(self, rows: Tensor) -> Tensor:
@@ -168,29 +177,40 @@ class Int8Products:
         return total
 
     def _transposed_times(self, left: Tensor, right: Tensor) -> Tensor:
-        columns = left.shape[1], right.shape[1]
         slices = _slices(left).t(), _slices(right)
-        sums = torch._int_mm(*slices).view(columns[0], 2, columns[1], 2)
-        high, mixed, low = sums[:, 1, :, 1], sums[:, 1, :, 0] + sums[:, 0, :, 1], sums[:, 0, :, 0]
-        total = low.to(torch.float64).add_(mixed.to(torch.float64), alpha=2.0**8)
-        return total.add_(high.to(torch.float64), alpha=2.0**16)  # exact: the factors are powers of two
+        sums = torch._int_mm(*slices).to(torch.float64)
+        low, high = sums.view(left.shape[1], 2, -1).unbind(1)
+        low, high = low.add_(high, alpha=2.0**8).view(*low.shape[:1], -1, 2).unbind(2)
+        return low.add(high, alpha=2.0**8)  # exact: the factors are powers of two
 
 
-def _slices(rows: Tensor) -> Tensor:
-    """Return packed rows as int8 rows of twice the length."""
-    rows = rows.contiguous()  # may keep any stride where there is one column only
-    return rows.as_strided(rows.shape, (rows.shape[1], 1)).view(torch.int8)
+def _slices(packed: Tensor) -> Tensor:
+    """Return packed rows `(M, K)` as int8 `(M, 2 * K)`."""
+    rows, columns = packed.shape
+    flat = packed.contiguous().as_strided((rows * columns,), (1,))  # one column may have any stride
+    return flat.view(torch.int8).view(rows, 2 * columns)
 
 
-def _floor_of_parts(slices: Tensor, prepared: Tensor) -> Tensor:
-    """Return what `Int8Products.multiply` does, in float64, for more than `_MOST_INT8_TERMS` terms."""
-    size = 2 * _MOST_INT8_TERMS
-    total = torch.zeros((), dtype=torch.float64, device=slices.device)
-    for part, matrix in zip(slices.split(size, 1), prepared.split(size), strict=True):
-        sums = torch._int_mm(part.contiguous(), matrix).view(len(part), 3, -1).to(torch.float64)
-        high, mixed, low = sums.unbind(1)
-        total = total + high * 2**8 + mixed + low * 2.0**-8  # at most 45 bits, and 8 behind the point
-    return total.floor_()
+def _sums_of_slices(rows: Tensor, prepared: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sums of the products of high slices, of mixed ones and of low ones, `(M, N)` each.
+
+    They are int32 if their sum is so too, otherwise float64.
+    """
+    terms = rows.shape[1]
+    if len(prepared) == 2 * terms:
+        high, mixed, low = torch._int_mm(_slices(rows), prepared).chunk(3, 1)
+        return high, mixed, low
+    total: list[Tensor] = []
+    for part, matrix in zip(rows.split(_MOST_INT8_TERMS, 1), prepared.split(_MOST_INT8_TERMS), strict=True):
+        low_part, high_part = part.to(torch.int8), part.bitwise_right_shift(8).to(torch.int8)
+        high, mixed = torch._int_mm(high_part, matrix).chunk(2, 1)
+        other, low = torch._int_mm(low_part, matrix).chunk(2, 1)
+        sums = [high, mixed.add_(other), low]
+        if terms > MOST_TERMS_IN_INT32:
+            sums = [each.to(torch.float64) for each in sums]
+        total = [a.add_(b) for a, b in zip(total, sums, strict=True)] if total else sums
+    high, mixed, low = total
+    return high, mixed, low
 
 
 @functools.cache
@@ -212,7 +232,8 @@ def _is_exact(products: Products, device: torch.device) -> bool:
                 values[torch.randint(len(values), shape, generator=generator)].to(device)
                 for shape in ((rows, terms), (terms, columns), (rows, columns))
             )
-            rows_[0], matrix[:, 0] = LIMIT, -LIMIT
+            matrix = matrix.div(2, rounding_mode="trunc")
+            rows_[0], matrix[:, 0] = LIMIT, -(2**OPERAND_BITS)
             expected = (
                 (rows_.double() @ matrix.double()).mul_(2.0**-DROPPED_BITS).floor_(),
                 left.double().t() @ rows_.double(),

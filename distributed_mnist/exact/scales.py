@@ -75,5 +75,6 @@ def sample_exponents(x: Tensor) -> Tensor:
     """Return int64 `(n, 1, ...)`: for each of the `n` samples of `x`, the exponent that fits it."""
     if not x.numel():
         return torch.zeros((len(x), *(1,) * (x.ndim - 1)), dtype=torch.int64, device=x.device)
-    low, high = x.flatten(1).aminmax(dim=1)
+    rows = x.flatten(1)
+    low, high = rows.amin(1), rows.amax(1)  # many times as fast as `aminmax` of rows
     return scale_exponent(torch.maximum(high, -low), OPERAND_BITS).view(-1, *(1,) * (x.ndim - 1))

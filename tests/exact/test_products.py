@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distributed_mnist.exact import products as module
-from distributed_mnist.exact.fixed_point import LIMIT
+from distributed_mnist.exact.fixed_point import LIMIT, OPERAND_BITS
 from distributed_mnist.exact.products import (
     DROPPED_BITS,
     MOST_TERMS,
+    MOST_TERMS_IN_INT32,
     Float64Products,
     Int8Products,
     Products,
@@ -72,21 +73,22 @@ def test_products_are_those_of_integers(way: Products, matrices: tuple[Rows, Row
 
 
 @ways
-@pytest.mark.parametrize("terms", [508, 509, 65_535, 65_536, 70_001])
+@pytest.mark.parametrize("terms", [127, 128, 1028, 1029, 65_535, 65_536, 70_001])
 @pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, -1)])
 def test_the_largest_operands_at_the_limits_of_int32(
     way: Products, terms: int, signs: tuple[int, int]
 ) -> None:
-    first, second = (sign * LIMIT for sign in signs)
-    a, b = (
-        torch.full((1, terms), first, dtype=torch.int16),
-        torch.full((terms, 1), second, dtype=torch.int16),
-    )
-    expected = terms * first * second
-    assert multiplied(way, a, b).item() == expected >> DROPPED_BITS
-    left, right = way.pack(b.clone()), way.pack(b.clone())
-    assert way.transposed_times(left, right).item() == terms * LIMIT * LIMIT
-    assert way.sum_of(left).item() == terms * second
+    first, second = signs[0] * LIMIT, signs[1] * 2**OPERAND_BITS
+    a = torch.full((1, terms), first, dtype=torch.int16)
+    weight = torch.full((terms, 1), second, dtype=torch.int16)
+    expected = terms * first * second >> DROPPED_BITS
+    assert multiplied(way, a, weight).item() == expected
+    if terms <= MOST_TERMS_IN_INT32:
+        assert way.multiply(way.pack(a.clone()), way.prepare(weight), torch.int32).item() == expected
+    column = a.t().contiguous()
+    left, right = way.pack(column.clone()), way.pack(column.mul(signs[1]))
+    assert way.transposed_times(left, right).item() == terms * signs[1] * LIMIT * LIMIT
+    assert way.sum_of(left).item() == terms * first
 
 
 @ways

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..passes import Pass
-from ..products import require_exact
+from ..products import MOST_TERMS_IN_INT32, require_exact
 from .linear import add_sums
 
 Pair = tuple[int, int]
@@ -39,6 +39,13 @@ class Window(NamedTuple):
             )
         )
         return rows, columns
+
+    def overlaps(self) -> bool:
+        """Return whether a pixel may be in several windows."""
+        return any(
+            dilation * (kernel - 1) >= stride
+            for kernel, stride, dilation in zip(self.kernel, self.stride, self.dilation, strict=True)
+        )
 
     def slices(self, height: int, width: int) -> list[tuple[slice, slice]]:
         """Return, for each place in the window, the rows and columns of a padded image that it meets."""
@@ -180,8 +187,12 @@ def gathered(pass_: Pass, gradient: Tensor, matrix: Tensor, window: Window, shap
 def scattered(pass_: Pass, gradient: Tensor, matrix: Tensor, window: Window, shape: Any) -> Tensor:
     """Return the gradient by the input, of this shape: what each patch gets is added back in place."""
     n, rows, columns, channels = gradient.shape
-    require_exact(math.prod(window.kernel) * channels)  # windows overlap at most so often
-    products = pass_.products.multiply(gradient.reshape(-1, channels), matrix, torch.float64)
+    terms = math.prod(window.kernel) * channels  # windows overlap at most so often
+    require_exact(terms)
+    dtype = torch.int32 if terms <= MOST_TERMS_IN_INT32 else torch.float64
+    if not window.overlaps():  # nothing is added
+        dtype = torch.float32
+    products = pass_.products.multiply(gradient.reshape(-1, channels), matrix, dtype)
     patches = products.view(n, rows, columns, -1, shape[3])
     (above, left), (height, width) = window.padding, shape[1:3]
     total = products.new_zeros((n, height + 2 * above, width + 2 * left, shape[3]))
@@ -199,18 +210,31 @@ def patches_of(x: Tensor, window: Window) -> Tensor:
     if above or left:
         x = F.pad(x, (0, 0, left, left, above, above))
     x = x.contiguous()
-    n, height, width, channels = x.shape
-    rows, columns = window.positions(height, width)
+    n, sides, channels = len(x), x.shape[1:3], x.shape[3]
+    (rows, columns), (height, width) = window.positions(*sides), window.kernel
     by_image, by_row, by_column, by_channel = x.stride()
-    (height, width), stride, dilation = window.kernel, window.stride, window.dilation
+    stride, dilation = window.stride, window.dilation
+    if dilation[0] > 1:
+        view = x.as_strided(
+            (n, rows, columns, height, width, channels),
+            (
+                by_image, by_row * stride[0], by_column * stride[1], by_row * dilation[0],
+                by_column * dilation[1], by_channel,
+            ),
+        )  # fmt: skip
+        return view.reshape(n * rows * columns, height * width * channels)
+    # First the columns of each window, next to each other for all rows. Then a whole window is contiguous,
+    # and the second copy is one of few long rows, which is several times as fast if there are few channels.
     view = x.as_strided(
-        (n, rows, columns, height, width, channels),
-        (
-            by_image, by_row * stride[0], by_column * stride[1], by_row * dilation[0],
-            by_column * dilation[1], by_channel,
-        ),
-    )  # fmt: skip
-    return view.reshape(n * rows * columns, height * width * channels)
+        (n, columns, sides[0], width, channels),
+        (by_image, by_column * stride[1], by_row, by_column * dilation[1], by_channel),
+    )
+    row = width * channels
+    strips = view.reshape(n, columns, sides[0] * row)
+    windows = strips.as_strided(
+        (n, rows, columns, height * row), (strips.stride(0), stride[0] * row, strips.stride(1), 1)
+    )
+    return windows.reshape(n * rows * columns, height * row)
 
 
 class Layout(NamedTuple):
