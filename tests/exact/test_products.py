@@ -18,6 +18,7 @@ from distributed_mnist.exact.products import (
     Float64Products,
     Int8Products,
     Products,
+    Rows,
     products_for,
     require_exact,
 )
@@ -31,11 +32,11 @@ ways = pytest.mark.parametrize("way", WAYS, ids=lambda way: type(way).__name__)
 # At the limits of an operand, of its low slice, and of its high slice.
 EDGES = (LIMIT, -LIMIT, 127, -127, 128, -128, 129, -129, 32_512, -32_512, 32_511, 255, -256, 1, -1, 0)
 OPERANDS = st.one_of(st.sampled_from(EDGES), st.integers(-LIMIT, LIMIT))
-Rows = list[list[int]]
+Matrix = list[list[int]]
 
 
 @st.composite
-def factors(draw: st.DrawFn) -> tuple[Rows, Rows]:
+def factors(draw: st.DrawFn) -> tuple[Matrix, Matrix]:
     """Two matrices `(M, K)` and `(K, N)`."""
     m, k, n = (draw(st.integers(1, size)) for size in (4, 20, 4))
     a = draw(st.lists(st.lists(OPERANDS, min_size=k, max_size=k), min_size=m, max_size=m))
@@ -47,28 +48,32 @@ def int16(matrix: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor(matrix, dtype=torch.int16)
 
 
-def columns(matrix: Rows) -> Rows:
+def columns(matrix: Matrix) -> Matrix:
     return [list(column) for column in zip(*matrix, strict=True)]
 
 
-def product(a: Rows, b: Rows) -> Rows:
+def product(a: Matrix, b: Matrix) -> Matrix:
     return [[sum(x * y for x, y in zip(row, column, strict=True)) for column in columns(b)] for row in a]
 
 
+def rows_of(way: Products, q: Tensor) -> Rows:
+    return way.slices(way.pack(q.clone()), q.shape[1])
+
+
 def multiplied(way: Products, a: Tensor, b: Tensor) -> Tensor:
-    return way.multiply(way.pack(a.clone()), way.prepare(b), torch.float64)
+    return way.multiply(rows_of(way, a), way.prepare(b), torch.float64)
 
 
 @ways
 @settings(max_examples=40, deadline=None)
 @given(matrices=factors())
-def test_products_are_those_of_integers(way: Products, matrices: tuple[Rows, Rows]) -> None:
+def test_products_are_those_of_integers(way: Products, matrices: tuple[Matrix, Matrix]) -> None:
     a, b = matrices
     expected = product(a, b)
     quotients = [[value >> DROPPED_BITS for value in row] for row in expected]  # rounded down
     assert multiplied(way, int16(a), int16(b)).tolist() == quotients
     left = way.pack(int16(columns(a)))
-    assert way.transposed_times(left, way.pack(int16(b))).tolist() == expected
+    assert way.transposed_times(left, rows_of(way, int16(b))).tolist() == expected
     assert way.sum_of(way.pack(int16(a))).tolist() == [sum(column) for column in columns(a)]
 
 
@@ -84,9 +89,9 @@ def test_the_largest_operands_at_the_limits_of_int32(
     expected = terms * first * second >> DROPPED_BITS
     assert multiplied(way, a, weight).item() == expected
     if terms <= MOST_TERMS_IN_INT32:
-        assert way.multiply(way.pack(a.clone()), way.prepare(weight), torch.int32).item() == expected
+        assert way.multiply(rows_of(way, a), way.prepare(weight), torch.int32).item() == expected
     column = a.t().contiguous()
-    left, right = way.pack(column.clone()), way.pack(column.mul(signs[1]))
+    left, right = way.pack(column.clone()), rows_of(way, column.mul(signs[1]))
     assert way.transposed_times(left, right).item() == terms * signs[1] * LIMIT * LIMIT
     assert way.sum_of(left).item() == terms * first
 
@@ -119,7 +124,7 @@ def test_sums_over_rows_have_no_order(rows: int) -> None:
             if len(left):
                 way = WAYS[number % len(WAYS)]
                 packed = way.pack(left.clone())
-                total += way.transposed_times(packed, way.pack(right.clone()))
+                total += way.transposed_times(packed, rows_of(way, right))
                 column_sums += way.sum_of(packed)
         assert torch.equal(total, whole)
         assert torch.equal(column_sums, a.double().sum(0))
@@ -129,10 +134,8 @@ def test_sums_over_rows_have_no_order(rows: int) -> None:
 def test_each_row_has_the_same_product_in_any_company(dtype: torch.dtype) -> None:
     a, b = random_matrices(300)
     matrix = b[:5].clone()
-    found = [way.multiply(way.pack(a.clone()), way.prepare(matrix), dtype) for way in WAYS]
-    alone = [
-        WAYS[0].multiply(WAYS[0].pack(row.clone()), WAYS[0].prepare(matrix), dtype) for row in a.split(1)
-    ]
+    found = [way.multiply(rows_of(way, a), way.prepare(matrix), dtype) for way in WAYS]
+    alone = [WAYS[0].multiply(rows_of(WAYS[0], row), WAYS[0].prepare(matrix), dtype) for row in a.split(1)]
     for each in found:
         assert torch.equal(each, torch.cat(alone))
 
@@ -146,19 +149,19 @@ def test_too_many_terms_are_refused(way: Products) -> None:
     with pytest.raises(Refused, match=r"8,388,609 products may round; the most are 8,388,608"):
         way.prepare(long)
     with pytest.raises(Refused, match="may round"):
-        way.transposed_times(long, long)
+        way.transposed_times(long, (long,))
 
 
 class Saturating(Int8Products):
     """What `vpmaddubsw` does, for processors without VNNI: one operand becomes unsigned by adding 128, and
     the sum of two products stops at 16 bits. Afterwards 128 times the other operand is subtracted."""
 
-    def multiply(self, rows: Tensor, prepared: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        left, right = rows.contiguous().view(torch.int8).to(torch.int32) + 128, prepared.to(torch.int32)
+    def multiply(self, rows: Rows, prepared: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        left, right = rows[0].contiguous().view(torch.int8).to(torch.int32) + 128, prepared.to(torch.int32)
         terms = left.unsqueeze(2) * right
         pairs = (terms[:, ::2] + terms[:, 1::2]).clamp(-(2**15), 2**15 - 1)
         sums = pairs.sum(1) - 128 * right.sum(0)
-        high, mixed, low = sums.view(len(rows), 3, -1).unbind(1)
+        high, mixed, low = sums.chunk(3, 1)
         return (mixed + 2**8 * high + (low >> DROPPED_BITS)).to(dtype)
 
 

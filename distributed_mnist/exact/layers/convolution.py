@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..passes import Pass
-from ..products import MOST_TERMS_IN_INT32, require_exact
-from .linear import add_sums
+from ..products import MOST_TERMS_IN_INT32, Rows, require_exact
 
 Pair = tuple[int, int]
 _GATHER = 1.6
@@ -118,7 +117,7 @@ class Convolution(torch.autograd.Function):
     ) -> Tensor:
         number = pass_.number()
         fixed = pass_.quantise(x, number)
-        patches = [patches_of(part, window) for part in fixed.integers.chunk(groups, 3)]
+        patches = [rows_of(pass_, part, window) for part in fixed.integers.chunk(groups, 3)]
         layout = Layout(weight.shape, window.kernel, groups)
         # One parameter may be used with other groups, strides and paddings too.
         prepared = pass_.weight(weight, f"forward in {groups} groups", layout.forward)
@@ -153,10 +152,10 @@ class Convolution(torch.autograd.Function):
                 pass_.products.transposed_times(part.reshape(-1, part.shape[3]), patches)
                 for part, patches in zip(parts, ctx.patches, strict=True)
             ]
-            pass_.add(of_weight, layout.as_weight(torch.cat(matrices)), len(ctx.patches[0]))
+            pass_.add(of_weight, layout.as_weight(torch.cat(matrices)), len(ctx.patches[0][0]))
         if of_bias is not None:
             rows = fixed.integers.reshape(-1, fixed.integers.shape[3])
-            add_sums(pass_, (None, of_bias), rows, rows)
+            pass_.add(of_bias, pass_.products.sum_of(rows))
         if not ctx.needs_input_grad[0]:
             return (None,) * 6
         by_gather = window.stride == (1, 1) and _GATHER * math.prod(gradient.shape[1:3]) > math.prod(
@@ -181,7 +180,7 @@ def gathered(pass_: Pass, gradient: Tensor, matrix: Tensor, window: Window, shap
     reach = tuple(d * (k - 1) for d, k in zip(window.dilation, window.kernel, strict=True))
     padding = reach[0] - window.padding[0], reach[1] - window.padding[1]
     back = Window(window.kernel, (1, 1), padding, window.dilation)
-    return pass_.products.multiply(patches_of(gradient, back), matrix).view(shape)
+    return pass_.products.multiply(rows_of(pass_, gradient, back), matrix).view(shape)
 
 
 def scattered(pass_: Pass, gradient: Tensor, matrix: Tensor, window: Window, shape: Any) -> Tensor:
@@ -192,13 +191,20 @@ def scattered(pass_: Pass, gradient: Tensor, matrix: Tensor, window: Window, sha
     dtype = torch.int32 if terms <= MOST_TERMS_IN_INT32 else torch.float64
     if not window.overlaps():  # nothing is added
         dtype = torch.float32
-    products = pass_.products.multiply(gradient.reshape(-1, channels), matrix, dtype)
+    slices = pass_.products.slices(gradient.reshape(-1, channels), channels)
+    products = pass_.products.multiply(slices, matrix, dtype)
     patches = products.view(n, rows, columns, -1, shape[3])
     (above, left), (height, width) = window.padding, shape[1:3]
     total = products.new_zeros((n, height + 2 * above, width + 2 * left, shape[3]))
     for place, (vertical, horizontal) in enumerate(window.slices(*total.shape[1:3])):
         total[:, vertical, horizontal] += patches[:, :, :, place]
     return total[:, above : above + height, left : left + width].to(torch.float32)
+
+
+def rows_of(pass_: Pass, packed: Tensor, window: Window) -> Rows:
+    """Return the windows of packed `(n, h, w, c)` as rows; see `patches_of`."""
+    terms = math.prod(window.kernel) * packed.shape[3]
+    return tuple(patches_of(each, window) for each in pass_.products.slices(packed, terms))
 
 
 def patches_of(x: Tensor, window: Window) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..passes import Pass
+from ..products import Rows
 
 
 def linear(pass_: Pass, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -35,13 +36,13 @@ class Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, pass_: Pass) -> Tensor:
         number = pass_.number()
         rows = pass_.quantise(x.reshape(-1, x.shape[-1]), number)
-        packed = rows.integers
+        slices = pass_.products.slices(rows.integers, rows.integers.shape[1])
         prepared = pass_.weight(weight, "forward", forward_matrix)
-        result = pass_.products.multiply(packed, prepared.prepared[0])
+        result = pass_.products.multiply(slices, prepared.prepared[0])
         result *= pass_.product_factor(rows.exponent, prepared.exponent)
         if bias is not None:
             result += bias
-        ctx.packed, ctx.pass_, ctx.weight, ctx.shape = packed, pass_, weight, x.shape
+        ctx.slices, ctx.pass_, ctx.weight, ctx.shape = slices, pass_, weight, x.shape
         ctx.number = pass_.number() if any(ctx.needs_input_grad) else 0
         ctx.sums = (
             pass_.sum_over_samples(weight, number, ctx.number),
@@ -55,19 +56,19 @@ class Product(torch.autograd.Function):
         pass_, products = ctx.pass_, ctx.pass_.products
         fixed = pass_.quantise(gradient, ctx.number)
         rows = fixed.integers.reshape(-1, gradient.shape[-1])
-        add_sums(pass_, ctx.sums, rows, ctx.packed)
+        add_sums(pass_, ctx.sums, rows, ctx.slices)
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
         prepared = pass_.weight(ctx.weight, "backward", backward_matrix)
-        result = products.multiply(rows, prepared.prepared[0])
+        result = products.multiply(products.slices(rows, rows.shape[1]), prepared.prepared[0])
         result *= pass_.product_factor(fixed.exponent, prepared.exponent)
         return result.view(ctx.shape), None, None, None
 
 
-def add_sums(pass_: Pass, sums: tuple[int | None, int | None], rows: Tensor, inputs: Tensor) -> None:
+def add_sums(pass_: Pass, sums: tuple[int | None, int | None], rows: Tensor, inputs: Rows) -> None:
     """Add the gradients of a weight, `rows.T @ inputs`, and of a bias, the sum of `rows`, to these sums.
 
-    Both are packed: `rows` `(M, out)`, the gradients of results, and `inputs` `(M, in)`.
+    `rows`, the gradients of results, are packed `(M, out)`; `inputs` are rows `(M, in)`.
     """
     of_weight, of_bias = sums
     if of_weight is not None:
