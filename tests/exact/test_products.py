@@ -168,15 +168,15 @@ class Saturating(Int8Products):
 class Lacking(Int8Products):
     """A build of torch without the operation."""
 
-    def multiply(self, rows: Tensor, prepared: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    def multiply(self, rows: Rows, prepared: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         raise RuntimeError("_int_mm is not implemented")
 
 
 class WrongSums(Float64Products):
     """Right but in one function."""
 
-    def sum_of(self, rows: Tensor) -> Tensor:
-        return super().sum_of(rows) + 1
+    def sum_of(self, packed: Tensor) -> Tensor:
+        return super().sum_of(packed) + 1
 
 
 @pytest.mark.parametrize("wrong", [Saturating, Lacking, WrongSums])
