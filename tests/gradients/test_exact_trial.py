@@ -37,13 +37,13 @@ def test_a_hook_on_a_parameter_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet", "vit", "separable"])
-def test_any_number_of_processes_trains_the_same(name: str, tmp_path: Path) -> None:
+def test_any_number_of_processes_trains_the_same(name: str, digits: Path, tmp_path: Path) -> None:
     hashes = set()
     for nproc in (1, 3):
         folder = tmp_path / str(nproc)
         done = warm.here(
             "train", "--model", f"exact_models:{name}", "--precision", "exact", "--nproc", nproc, "--steps",
-            2, "--batch-size", 20, "--dataset", "generated", "--out", folder,
+            2, "--batch-size", 20, "--dataset", "idx", "--data", digits, "--out", folder,
         )  # fmt: skip
         assert done.code == 0, done.stderr
         hashes.add(json.loads((folder / "result.json").read_text())["weights_sha256"])
