@@ -194,10 +194,10 @@ def server() -> Any:
     wants them born with its signals blocked.
     """
     context = multiprocessing.get_context("forkserver")
-    modules = ("cli.main", "cli.parser", "cli.workers", "cli.original_worker", "reporting.html_report")
-    preload = [*(f"distributed_mnist.{name}" for name in modules), "torch._dynamo", "pytest"]
-    context.set_forkserver_preload(preload)  # torch's DDP imports _dynamo when it is first used
-    fork_server.start_server()
+    context.set_forkserver_preload(["preloaded"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # where it finds it
+        fork_server.start_server()
     return context
 
 

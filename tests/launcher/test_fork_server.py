@@ -2,12 +2,15 @@
 
 import os
 import signal
+import sys
 import tempfile
 from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
+from ranks import run_ranks
 
+from distributed_mnist.distributed.world import World
 from distributed_mnist.errors import LaunchError
 from distributed_mnist.launcher import fork_server
 
@@ -43,3 +46,12 @@ def test_a_server_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> Non
     ):
         fork_server.start_server()
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []).isdisjoint(fork_server.SIGNALS)
+
+
+def is_preloaded(world: World) -> bool:
+    return "preloaded" in sys.modules
+
+
+def test_the_server_that_tests_use_is_warm() -> None:
+    """Otherwise multiprocessing says nothing, and each process of a test takes longer."""
+    assert run_ranks(is_preloaded, 1) == [True]
