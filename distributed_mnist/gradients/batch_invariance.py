@@ -14,7 +14,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from ..common.generators import ShardDraws, same_torch_state
+from ..common.generators import ShardDraws, same_torch_state, seed_torch
 from .loss import cross_entropy
 from .per_shard import HookedLayers, backpropagate, write_layer_gradients
 
@@ -41,7 +41,7 @@ def _gradients_agree(model: nn.Module, shape: Sequence[int]) -> bool:
     if not layers.hold_all_parameters():
         return False
     images = torch.randn(2, *shape, generator=generator).to(layers.parameters[0].device)
-    torch.manual_seed(0)  # a model may draw random numbers
+    seed_torch(0)  # a model may draw random numbers
     with layers.recording():
         logits = model(images)
     if not layers.can_write(logits, [len(images)]):
@@ -49,7 +49,7 @@ def _gradients_agree(model: nn.Module, shape: Sequence[int]) -> bool:
     grad_logits = torch.randn(logits.shape, generator=generator).to(logits.device)
     row = torch.empty(1, sum(p.numel() for p in layers.parameters), device=logits.device)
     layers.write_gradients(logits, grad_logits, [len(images)], layers.views(row))
-    torch.manual_seed(0)
+    seed_torch(0)
     expected = backpropagate(model(images), layers.parameters, grad_logits)
     tolerance = 1e-4 if images.device.type == "cpu" else 1e-2  # other devices may round to fewer bits
     parts = row[0].split([p.numel() for p in layers.parameters])
@@ -87,7 +87,7 @@ def _same_in_one_pass(
     def recorded_pass(images: Tensor, sizes: Sequence[int], seed: int | None = None) -> Tensor:
         """Run the shards together or, with `seed`, one alone, with the same random numbers."""
         if seed is not None:
-            torch.manual_seed(seed)
+            seed_torch(seed)
         together = nullcontext() if seed is not None else ShardDraws(range(len(sizes)), sizes)
         with layers.recording(), together:
             logits = forward(model, images.clone())

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from distributed_mnist.common import generators
 from distributed_mnist.common.generators import (
     DrawsNotShared,
     ModelDraws,
@@ -19,6 +20,7 @@ from distributed_mnist.common.generators import (
     own_torch_state,
     restored_generators,
     seed_generators,
+    seed_torch,
 )
 
 CPU = torch.device("cpu")
@@ -39,6 +41,16 @@ def test_a_key_gives_the_same_numbers_and_another_key_others() -> None:
         assert first == draw("noise", 1, 2)
         assert all(a != b for a, b in zip(first, draw("noise", 1, 3), strict=True))
         assert len({tuple(numbers) for numbers in first}) == 3  # NumPy's and Python's are one algorithm
+
+
+@pytest.mark.parametrize("only_cpu", [True, False])
+def test_a_build_for_cpus_is_seeded_as_any_other(only_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generators, "_ONLY_CPU", only_cpu)
+    with restored_generators():
+        seed_torch(2**63 - 1)
+        seeded = torch.initial_seed(), torch.rand(3).tolist()
+        torch.manual_seed(2**63 - 1)
+        assert seeded == (torch.initial_seed(), torch.rand(3).tolist())
 
 
 @pytest.mark.parametrize("bits", [np.random.MT19937, np.random.PCG64])
