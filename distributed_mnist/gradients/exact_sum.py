@@ -12,14 +12,13 @@ from torch import nn
 
 from ..common.digest import digest
 from ..distributed.world import World
-from ..errors import CheckpointError, UsageError
+from ..errors import CheckpointError
 from ..exact.module import ExactModule
 from ..exact.passes import TrainingPass
-from ..exact.products import MOST_TERMS
 from ..exact.refusal import Refused
 from ..exact.scales import Scales
 from .agreement import Results, compare
-from .exact_trial import refusal
+from .exact_trial import refusal, require_exact_batch
 from .parts import Parts
 from .shard_gradients import ForwardShards
 
@@ -66,7 +65,7 @@ class ExactGradients:
         self._find_scales(forward_shards, sizes)
         if len(known) not in (0, self._pass.tensors):
             raise CheckpointError("the checkpoint's scales are those of another model")
-        self._require_exact(len(sizes))
+        require_exact_batch(self._pass, min(_FIRST_SAMPLES, len(sizes)), len(sizes))
         if self._world.device.type == "cpu":
             fitting = _ELEMENTS_PER_PASS * min(_FIRST_SAMPLES, len(sizes)) // max(1, self._pass.elements)
             self._per_pass = min(max(fitting, _LEAST_PER_PASS), self._per_pass)
@@ -125,16 +124,6 @@ class ExactGradients:
             self._scales.restore(known)  # see `prepare`
         if found is not None:
             raise found.error(self._world, self._name, "gradients")
-
-    def _require_exact(self, batch_size: int) -> None:
-        """Raise `UsageError` if a sum over a batch may have more products than are exact."""
-        of_trial = min(_FIRST_SAMPLES, batch_size)
-        most = MOST_TERMS * of_trial // max(self._pass.most_products, 1)
-        if batch_size > most:
-            raise UsageError(
-                f"--batch-size {batch_size}: with --precision exact, the sums over a batch of this model "
-                f"are exact up to --batch-size {most}"
-            )
 
     def _find_scales(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
         """Give a scale to tensors that have none. Every rank uses the same samples, and finds the same."""

@@ -11,6 +11,7 @@ from ..exact.evaluation_pass import EvaluationPass
 from ..exact.initial_values import normal
 from ..exact.module import ExactModule
 from ..exact.passes import TrainingPass
+from ..exact.products import MOST_TERMS
 from ..exact.refusal import Refused, layer_of
 from ..exact.scales import Scales
 from ..models.build import same_modes
@@ -25,10 +26,13 @@ def refusal(error: Refused, model: nn.Module, name: str) -> UsageError:
     return UsageError(f"--model {name}: with --precision exact, {error}{where}")
 
 
-def require_exact_form(model: nn.Module, name: str, device: torch.device, shape: ImageShape) -> None:
+def require_exact_form(
+    model: nn.Module, name: str, device: torch.device, shape: ImageShape, batch_size: int
+) -> None:
     """Make passes in evaluation and in training. Raises `UsageError` if something has no exact form.
 
-    The sums over samples must be the same integers in one pass and in two.
+    The sums over samples must be the same integers in one pass and in two. Those over a batch must not be
+    too long.
     """
     for key, parameter in model.named_parameters():
         if parameter._backward_hooks:
@@ -43,16 +47,34 @@ def require_exact_form(model: nn.Module, name: str, device: torch.device, shape:
             with torch.no_grad():
                 ExactModule(model, EvaluationPass(device))(images.clone())
             model.train()
-            cut, whole = sums_of_cuts(model, images, (range(1), range(1, _IMAGES)), (range(_IMAGES),))
+            pass_ = TrainingPass(model, Scales(device))
+            cut, whole = _sums_of_cuts(
+                pass_, model, images, (range(1), range(1, _IMAGES)), (range(_IMAGES),)
+            )
         if not torch.equal(cut, whole):
             raise Refused("its gradient for one image depends on the other images of the pass")
     except Refused as error:
         raise refusal(error, model, name) from error
+    require_exact_batch(pass_, _IMAGES, batch_size)
 
 
-def sums_of_cuts(model: nn.Module, images: Tensor, *cuts: Sequence[range]) -> list[Tensor]:
+def require_exact_batch(pass_: TrainingPass, samples: int, batch_size: int) -> None:
+    """Raise `UsageError` if a sum over a batch may have more products than are exact.
+
+    `pass_` has found scales with so many samples.
+    """
+    most = MOST_TERMS * samples // max(pass_.most_products, 1)
+    if batch_size > most:
+        raise UsageError(
+            f"--batch-size {batch_size}: with --precision exact, the sums over a batch of this model are "
+            f"exact up to --batch-size {most}"
+        )
+
+
+def _sums_of_cuts(
+    pass_: TrainingPass, model: nn.Module, images: Tensor, *cuts: Sequence[range]
+) -> list[Tensor]:
     """Return all sums over samples, float64 in one vector, for each way to cut these images into passes."""
-    pass_ = TrainingPass(model, Scales(images.device))
     module = ExactModule(model, pass_)
 
     def run(samples: range, *, starting: bool = False) -> None:

@@ -92,18 +92,19 @@ def make_exact_gradients(
     properties: ModelProperties,
     scales: Scales,
     parts: Parts,
+    largest_batch: int,
 ) -> ExactGradients:
-    """Make gradients in exact arithmetic.
+    """Make gradients in exact arithmetic. `largest_batch` is the number of images in the largest batch.
 
-    Raises `UsageError` if the model draws random numbers other than torch's, which dropout uses, or if one
-    of its layers has no exact form.
+    Raises `UsageError` if the model draws random numbers other than torch's, which dropout uses, if one of
+    its layers has no exact form, or if the sums over a batch may be too long to be exact.
     """
     if others := [name for name in properties.draws_from if name != "torch"]:
         raise UsageError(
             f"--model {recipe.model}: with --precision exact it cannot draw random numbers from {others[0]}"
         )
     shape = properties.image_shape
-    world.on_every_rank(lambda: require_exact_form(model, recipe.model, world.device, shape))
+    world.on_every_rank(lambda: require_exact_form(model, recipe.model, world.device, shape, largest_batch))
     return ExactGradients(model, world, scales, parts, per_pass=options.micro_batch, name=recipe.model)
 
 

@@ -72,7 +72,7 @@ def prepare(
     if state.scales is not None:
         parts = Parts(world.size, balance=batches.size(0) if options.balance == "auto" else None)
         gradients: Gradients = make_exact_gradients(
-            recipe, options, world, state.model, properties, state.scales, parts
+            recipe, options, world, state.model, properties, state.scales, parts, batches.size(0)
         )
     else:
         parts = None

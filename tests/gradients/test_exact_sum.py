@@ -17,7 +17,7 @@ from distributed_mnist.distributed.world import World
 from distributed_mnist.errors import CheckpointError, UsageError
 from distributed_mnist.exact import products
 from distributed_mnist.exact.scales import Scales
-from distributed_mnist.gradients import exact_sum
+from distributed_mnist.gradients import exact_sum, exact_trial
 from distributed_mnist.gradients.exact_sum import ExactGradients
 
 WORLD = World(ALONE, torch.device("cpu"), "none")
@@ -154,11 +154,11 @@ def test_a_rank_that_computes_something_else_is_named() -> None:
 
 def test_a_batch_whose_sums_may_round_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """The convolution's sums have 9 positions for each sample."""
-    monkeypatch.setattr(exact_sum, "MOST_TERMS", 9 * (BATCH - 1) + 8)
+    monkeypatch.setattr(exact_trial, "MOST_TERMS", 9 * (BATCH - 1) + 8)
     gradients, _ = made(network())
     with pytest.raises(UsageError, match=r"--batch-size 11: .* up to --batch-size 10$"):
         gradients.prepare(forward, [1] * BATCH)
-    monkeypatch.setattr(exact_sum, "MOST_TERMS", 9 * BATCH)
+    monkeypatch.setattr(exact_trial, "MOST_TERMS", 9 * BATCH)
     made(network())[0].prepare(forward, [1] * BATCH)
 
 

@@ -10,6 +10,7 @@ import warm
 from torch import nn
 
 from distributed_mnist.errors import UsageError
+from distributed_mnist.exact.products import MOST_TERMS
 from distributed_mnist.gradients.exact_trial import require_exact_form
 
 
@@ -26,7 +27,16 @@ from distributed_mnist.gradients.exact_trial import require_exact_form
 )
 def test_refused(model: nn.Module, message: str) -> None:
     with pytest.raises(UsageError, match=f"^--model my:net: with --precision exact, .*{message}"):
-        require_exact_form(model, "my:net", torch.device("cpu"), (1, 28, 28))
+        require_exact_form(model, "my:net", torch.device("cpu"), (1, 28, 28), 1)
+
+
+def test_a_batch_whose_sums_may_round_is_refused() -> None:
+    """The convolution has 26 * 26 positions for each image."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 26 * 26, 10))
+    most = MOST_TERMS // 26**2
+    require_exact_form(model, "my:net", torch.device("cpu"), (1, 28, 28), most)
+    with pytest.raises(UsageError, match=rf"^--batch-size {most + 1}: .* exact up to --batch-size {most}$"):
+        require_exact_form(model, "my:net", torch.device("cpu"), (1, 28, 28), most + 1)
 
 
 def test_a_hook_on_a_parameter_is_refused() -> None:
