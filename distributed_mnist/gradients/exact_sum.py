@@ -64,7 +64,10 @@ class ExactGradients:
         known = self._scales.before.clone()
         self._find_scales(forward_shards, sizes)
         if len(known) not in (0, self._pass.tensors):
-            raise CheckpointError("the checkpoint's scales are those of another model")
+            raise CheckpointError(
+                f"the checkpoint has scales for {len(known)} tensors, but --model {self._name} now computes "
+                f"{self._pass.tensors}: its code has changed since then"
+            )
         require_exact_batch(self._pass, min(_FIRST_SAMPLES, len(sizes)), len(sizes))
         if self._world.device.type == "cpu":
             fitting = _ELEMENTS_PER_PASS * min(_FIRST_SAMPLES, len(sizes)) // max(1, self._pass.elements)

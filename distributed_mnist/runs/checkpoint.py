@@ -136,7 +136,8 @@ def decode(data: bytes, name: str) -> Content:
     loaded["dataset"].setdefault("image_shape", list(MNIST_SHAPE))  # earlier versions had no other
     _require_dataset(loaded["dataset"], name)
     _require_types(loaded["totals"], _TOTALS_TYPES, name)
-    if loaded["scales"].ndim != 1 or loaded["scales"].dtype != torch.float32:
+    scales = loaded["scales"]
+    if scales.ndim != 1 or scales.dtype != torch.float32 or not ((scales >= 0) & scales.isfinite()).all():
         raise CheckpointError(f"{name} has invalid scales")
     if not all(isinstance(text, str) for pair in loaded["versions"].items() for text in pair):
         raise CheckpointError(f"{name} has versions that are not text")

@@ -12,6 +12,7 @@ from ..common.generators import ModelDraws
 from ..config import Recipe, Run
 from ..data.broadcast import Data
 from ..distributed.world import World
+from ..errors import CheckpointError
 from ..exact.scales import Scales
 from ..gradients.all_reduce import Gradients
 from ..gradients.loss import Loss
@@ -75,13 +76,17 @@ class State:
     def restore(self, content: Content, name: str) -> None:
         """Load the state from a checkpoint.
 
-        Raises `CheckpointError` if it is from a different model.
+        Raises `CheckpointError` if it is from a different model, or lacks the scales of exact arithmetic.
         """
         if content["best_weights"]:
             load_weights(self.model, content["best_weights"], name)  # checks them
         load_weights(self.model, content["model"], name)
         load_optimizer(self.optimizer, content["optimizer"], name, steps=content["step"])
         if self.scales is not None:
+            if content["step"] and not len(content["scales"]):  # others would give other weights
+                raise CheckpointError(
+                    f"{name} lacks the scales of exact arithmetic: resume from another checkpoint"
+                )
             self.scales.restore(content["scales"])
         for scalar in _SCALARS:
             setattr(self, scalar, content[scalar])

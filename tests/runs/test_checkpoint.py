@@ -19,6 +19,7 @@ from torch import nn
 from distributed_mnist.common.digest import digest
 from distributed_mnist.config import Recipe
 from distributed_mnist.errors import CheckpointError
+from distributed_mnist.exact.scales import Scales
 from distributed_mnist.optim.schedule import make_optimizer
 from distributed_mnist.runs.checkpoint import (
     FORMAT,
@@ -30,6 +31,7 @@ from distributed_mnist.runs.checkpoint import (
     write,
 )
 from distributed_mnist.runs.optimizer_state import load_optimizer
+from distributed_mnist.training.state import State
 
 
 def network(width: int = 6) -> nn.Module:
@@ -243,6 +245,30 @@ def test_an_invalid_data_set(field: str, value: Any) -> None:
     strange = content()
     strange["dataset"] = {**strange["dataset"], field: value}
     assert "invalid class names, or an invalid mean or deviation" in refused(encode(strange))
+
+
+@pytest.mark.parametrize(
+    "scales",
+    [
+        torch.tensor([1.0, float("nan")]),
+        torch.tensor([float("inf")]),
+        torch.tensor([-1.0]),
+        torch.ones(1, 2),
+        torch.ones(2, dtype=torch.float64),
+    ],
+)
+def test_invalid_scales(scales: torch.Tensor) -> None:
+    assert refused(encode(content(scales=scales))) == "has invalid scales"
+
+
+def test_a_run_in_exact_arithmetic_does_not_resume_without_scales() -> None:
+    """It would find other ones, and end with other weights."""
+    model = network()
+    state = State(model, make_optimizer(Recipe(), model), Scales(torch.device("cpu")))
+    state.restore(content(), "file.pt")
+    with pytest.raises(CheckpointError, match=r"^file\.pt lacks the scales of exact arithmetic: "):
+        state.restore(content(scales=torch.zeros(0)), "file.pt")
+    state.restore(content(scales=torch.zeros(0), step=0), "file.pt")  # before the first step it has none
 
 
 def test_reading(tmp_path: Path) -> None:
