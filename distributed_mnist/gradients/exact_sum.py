@@ -65,7 +65,7 @@ class ExactGradients:
         self._find_scales(forward_shards, sizes)
         if len(known) not in (0, self._pass.tensors):
             raise CheckpointError(
-                f"the checkpoint has scales for {len(known)} tensors, but --model {self._name} now computes "
+                f"the checkpoint has scales for {len(known)} tensors, but --model {self._name} now has "
                 f"{self._pass.tensors}: its code has changed since then"
             )
         require_exact_batch(self._pass, min(_FIRST_SAMPLES, len(sizes)), len(sizes))

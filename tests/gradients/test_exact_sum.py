@@ -202,6 +202,6 @@ def test_scales_of_another_model_are_refused() -> None:
     scales.restore(torch.ones(20))
     with pytest.raises(
         CheckpointError,
-        match=r"scales for 20 tensors, but --model net now computes 9: its code has changed",
+        match=r"scales for 20 tensors, but --model net now has [0-9]+: its code has changed",
     ):
         gradients.prepare(forward, [1] * BATCH)

@@ -43,7 +43,7 @@ def test_a_hook_on_a_parameter_is_refused() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
     model[1].get_parameter("weight").register_hook(lambda gradient: gradient * 0)
     with pytest.raises(UsageError, match=r"^--model my:net: its parameter 1\.weight has a hook"):
-        require_exact_form(model, "my:net", torch.device("cpu"), (1, 28, 28))
+        require_exact_form(model, "my:net", torch.device("cpu"), (1, 28, 28), 1)
 
 
 @pytest.mark.parametrize("name", ["resnet", "vit", "separable"])
