@@ -79,7 +79,9 @@ class ExactFunctions(TorchFunctionMode):
             return elementwise(self._pass, func, *args, **kwargs)
         if func is torch.arange and not all(_is_whole(each) for each in (*args, *kwargs.values())):
             raise Refused("torch.arange, except of whole numbers, has no exact form")
-        if any(each.requires_grad for each in _tensors((*args, *kwargs.values()))):
+        if torch.is_grad_enabled() and any(
+            each.requires_grad for each in _tensors((*args, *kwargs.values()))
+        ):
             _require_exact_gradient(func, args, kwargs)
         return func(*args, **kwargs)
 

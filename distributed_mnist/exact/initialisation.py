@@ -74,6 +74,10 @@ class ExactInitialisation(DispatchMode):
         if full_name in _DRAWN:
             result = func(*args, **kwargs)
             return _filled(result, _DRAWN[full_name](given, tuple(result.shape), self._next_key(given)))
+        if (
+            func is torch.ops.aten.sort.default
+        ):  # in which order it puts equal values depends on the processor
+            func, args, kwargs = torch.ops.aten.sort.stable, (), {"stable": True, **given}
         result = func(*args, **kwargs)
         if not self.may_be_inexact and not _is_exact(func, name, args, kwargs, result):
             raise InexactOperation(name)
@@ -103,11 +107,16 @@ def _is_exact(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     if name in _COPIES or torch.Tag.view_copy in func.tags:
         return True
     if name in _SINGLE_OPERATIONS:
-        return kwargs.get("alpha", 1) in (1, -1)  # otherwise there are two operations, which may be fused
+        # Otherwise there are two operations, which may be fused, as in a product of complex numbers.
+        return kwargs.get("alpha", 1) in (1, -1) and not _is_complex(result)
     if name == "arange" and all(float(each).is_integer() for each in args if isinstance(each, int | float)):
         return True
     tensors = [each for each in (*args, *kwargs.values(), result) if isinstance(each, Tensor)]
     return bool(tensors) and not any(each.is_floating_point() or each.is_complex() for each in tensors)
+
+
+def _is_complex(result: Any) -> bool:
+    return isinstance(result, Tensor) and result.is_complex()
 
 
 def _uniform(given: dict[str, Any], shape: tuple[int, ...], key: tuple[int | str, ...]) -> Tensor:

@@ -149,6 +149,11 @@ def test_a_table_of_positions() -> None:
     assert torch.allclose(made(lambda: torch.linspace(0, 0.1, 7)), torch.linspace(0, 0.1, 7))
 
 
+def test_equal_values_stay_in_order_when_sorted() -> None:
+    values = (torch.arange(1000) % 3).float()
+    assert torch.equal(made(values.argsort), values.argsort(stable=True))
+
+
 REFUSED: dict[str, Callable[[], Any]] = {
     "mm": lambda: torch.rand(2, 2) @ torch.rand(2, 2),
     "sum": lambda: torch.rand(5).sum(),
@@ -163,6 +168,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "linalg_svd": lambda: torch.linalg.svdvals(torch.rand(3, 3)),
     "_linalg_svd": lambda: torch.linalg.svd(torch.rand(3, 3)),
     "arange": lambda: torch.arange(0, 1, 0.1),
+    "mul": lambda: torch.ones(3, dtype=torch.complex64) * 1j,
 }
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed_mnist.exact import passes
+from distributed_mnist.exact.evaluation_pass import EvaluationPass
 from distributed_mnist.exact.initial_values import normal
 from distributed_mnist.exact.module import ExactModule
 from distributed_mnist.exact.products import Products
@@ -69,13 +70,19 @@ def in_float64(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, list[T
 
 
 def compare(model: nn.Module, images: Tensor, *, tolerance: float = 2e-3) -> ExactRun:
-    """Check a model's results and gradients against float64, and that any cut gives the same bits."""
+    """Check a model's results and gradients against float64, and that any cut gives the same bits.
+
+    An evaluation must be close too.
+    """
     run = ExactRun(model, images)
     whole = run.step()
     for found, expected in zip(flat(whole), flat(in_float64(model, images)), strict=True):
         assert found.shape == expected.shape
         assert (found - expected).abs().max() <= tolerance * expected.abs().max(), found - expected
     assert same(whole, run.step([1, 3]))
+    with torch.no_grad():
+        evaluated = ExactModule(model, EvaluationPass(torch.device("cpu")))(images.clone())
+    assert (evaluated - whole[0]).abs().max() <= tolerance * evaluated.abs().max()
     return run
 
 
