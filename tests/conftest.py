@@ -26,7 +26,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # the same after `&` in a
 LONGEST = (
     *("launcher/test_restart", "launchers/test_hosts", "launchers/test_slurm", "documents/test_notebook"),
     *("documents/test_documented_commands", "training/test_resume", "export/test_export"),
-    *("verify/test_verify", "launchers/test_elastic", "verify/test_chaos", "bench/test_bench"),
+    *("verify/test_tree", "launchers/test_elastic", "verify/test_chaos", "bench/test_bench"),
     *("training/test_same_answer", "gradients/test_all_reduce_ranks", "deploy/test_manifests"),
     *("reporting/test_output", "distributed/test_socket_collectives", "runs/test_storage"),
     *("launchers/test_strangers", "api/test_functions", "distributed/test_watchdog"),

@@ -15,7 +15,7 @@ from ..config import Device, Recipe, Run, flag, require, require_count
 from ..data.catalog import require_name
 from ..errors import UsageError
 from ..runs.layout import members_in
-from ..verify.exact.injection import Injection
+from ..verify.injection import Injection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +76,7 @@ class Verify(CommonFlags):
     are wrong. Also under torchrun, srun or mpirun."""
 
     nproc: int | None = None
-    """Number of processes (default: one per GPU, or per core from 2 to 4). With --sync tree, train with 1,
-    2, ... up to N processes."""
+    """Number of processes (default: one per GPU, or per core from 2 to 4). With --chaos, the most."""
     device: Device = "auto"
     """auto uses a GPU or other accelerator if there is one; cpu always uses the CPU; cuda, mps or xpu
     demand an accelerator of this kind."""
@@ -85,15 +84,14 @@ class Verify(CommonFlags):
     """Repeat the test for this long and count failures: each process alone, all together, and pairs in
     rotation, which tell a bad link from a bad device."""
     inject: str | None = None
-    """Flip one bit, to see that it is found: RANK:STEP or RANK:STEP:KIND, where KIND is weight, activation
-    or message."""
+    """Flip one bit, to see that it is found: RANK:STEP or RANK:STEP:KIND, where KIND is weight (default),
+    activation or message. FROM-TO:STEP is a bad link: it flips a bit each time that one rank sends to the
+    other in this step."""
     sync: Literal["tree"] | None = None
-    """Instead, train with --sync tree in fp32 at several numbers of processes, and compare with the known
-    answer of this platform."""
+    """Instead, train a job with --sync tree in fp32, and compare with the known answer of this platform."""
     chaos: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Instead, or with --sync tree afterwards, train that job while injecting faults at random times: kill,
-    suspend or terminate processes, change the number of processes, corrupt checkpoints. The result must be
-    the same."""
+    """Instead, train that job while injecting faults at random times: kill, suspend or terminate processes,
+    change the number of processes, corrupt checkpoints. The result must be the same."""
     faults: int | None = None
     """With --chaos, the number of faults (default: 8)."""
     seed: int | None = None
@@ -109,6 +107,8 @@ class Verify(CommonFlags):
             raise UsageError("--faults only goes with --chaos")
         if self.seed is not None and not self.chaos and self.inject is None:
             raise UsageError("--seed only goes with --chaos or --inject")
+        if self.chaos and self.sync:
+            raise UsageError("--chaos does not go with --sync tree: it trains the same job")
         for name in ("minutes", "inject"):
             if getattr(self, name) is not None and (self.chaos or self.sync):
                 raise UsageError(

@@ -162,8 +162,8 @@ def _verify(command: "Verify") -> int:
                 f"{placement.launcher}"
             )
         return spawn.start(placement, None, f"{_WORKERS}:verify", command)
-    if command.sync == "tree" or command.chaos:
-        return _call("verify.command", "run", command)
+    if command.chaos:
+        return _call("verify.tree.chaos", "run", command)
     nproc = command.nproc or trial_nproc(command.device)
     return spawn.start(None, nproc, f"{_WORKERS}:verify", command)
 

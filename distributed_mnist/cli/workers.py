@@ -109,14 +109,14 @@ def evaluate(placement: Placement, listener: Listener, command: Evaluate) -> int
 
 def verify(placement: Placement, listener: Listener, command: Verify) -> int:
     """Run one rank of `dmnist verify`. Returns its exit code."""
-    from ..verify import under_launcher  # noqa: PLC0415 - no other command needs what it imports
-    from ..verify.exact import command as exact  # noqa: PLC0415
+    from ..verify import command as exact  # noqa: PLC0415 - no other command needs what it imports
     from ..verify.results_table import ResultsTable  # noqa: PLC0415
+    from ..verify.tree import command as tree  # noqa: PLC0415
 
     def body(world: World, signals: StopSignals) -> None:
         table = ResultsTable.make(as_json=command.json, shown=world.rank == 0)
         if command.sync == "tree":
-            under_launcher.run(world, table, signals)
+            tree.run(world, table, signals)
         else:
             exact.run(world, table, minutes=command.minutes, inject=command.inject, seed=command.seed)
 

@@ -29,9 +29,9 @@ def default_nproc(recipe: Recipe, options: Run) -> int:
 
 
 def trial_nproc(device: str) -> int:
-    """Return how many processes test collectives: one per accelerator, or on CPU one per core, 2 to 4."""
+    """Return how many processes test a host: one per accelerator, or on CPU one per core, 2 to 4."""
     accelerators = 0 if device == "cpu" else _count_accelerators()
-    return min(accelerators or max(usable_cores(), 2), 4)
+    return accelerators or min(max(usable_cores(), 2), 4)
 
 
 def _count_accelerators() -> int:

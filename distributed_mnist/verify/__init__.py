@@ -1,7 +1,8 @@
-"""`dmnist verify`: train a small job with a known answer and compare the results bit for bit.
+"""`dmnist verify`: train a small job with a known answer and compare bit for bit.
 
-Input: how many processes to test, and whether to inject faults. Output: a table, and PASS or what is wrong
-and where. `exact` is the test in exact arithmetic, with one answer for all machines. The modules here test
-`--sync tree`, whose answer depends on the platform: `training_job` is one run, `chaos` is many runs under
-faults, `under_launcher` is for torchrun, Slurm and MPI.
+Input: the ranks of a group, how many minutes to repeat the test, and a bit to flip. Output: a table, and
+PASS or which rank or link is wrong, in which step and layer. `command` is the test, `phases` is what the
+ranks do, `job` is what each computes, `answer` is what must come out, and `diagnosis` finds who is wrong.
+
+`tree` is the test of `--sync tree` and of training under faults.
 """

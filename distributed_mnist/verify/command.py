@@ -1,118 +1,150 @@
-"""Run `dmnist verify --sync tree` on one host: train a small job at several sizes. `--chaos`: under faults.
+"""Run the known-answer test in a group: each rank alone, all together, and in pairs; for some minutes."""
 
-The answer of every run must be the same, and the same as the known answer of this platform.
-"""
-
-import contextlib
-import os
-import signal
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from types import FrameType
+from collections import Counter
+from dataclasses import asdict
 
-import torch
-
-from ..distributed.devices import find_accelerator
-from ..errors import Interrupted, UsageError
-from ..launcher.default_nproc import default_nproc
-from ..launcher.signals import SIGNALS, StoppedEarly, obeyed_signals
-from .chaos import run_chaos
-from .compare import Answer, compare
-from .known_answers import report_known_answer, this_platform
+from ..common.compute_platform import this_platform
+from ..common.process_state import defined_state
+from ..distributed.world import World
+from .answer import read_answer
+from .diagnosis import Finding, Suspect, suspect
+from .injection import Injection
+from .phases import Phase, PhaseRunner, phases
 from .results_table import ResultsTable
-from .training_job import RunFailedError, options, recipe, run_without_faults
 
-DEFAULT_MAX_NPROC = 4
-DEFAULT_FAULTS = 8
+_PATIENCE_SECONDS = 300.0  # a slow rank may need this long for a step
+EXERCISED = (
+    "the memory that training takes",
+    "products of integers and float64 kernels of the processors or accelerators",
+    "with several processes, the links between them",
+)
+NOT_EXERCISED = ("the rest of the memory", "kernels for fp32 and bf16", "disks")
 
 
+@defined_state()
 def run(
-    *,
-    nproc: int | None,
-    device: str,
-    chaos: bool,
-    faults: int | None,
-    seed: int | None,
-    sync: str | None,
-    as_json: bool,
-    **_: object,
-) -> int:
-    """Verify this host and return the exit code.
-
-    If `sync` is "tree", train at several sizes and compare with the platform's known answer. With `chaos`,
-    train under faults afterwards.
-
-    Raises `VerificationError` if an answer differs, after the table has shown which one and how.
-    """
-    accelerator = find_accelerator(device)  # raises if there is not the one that `device` demands
-    sizes = sizes_to_try(nproc, device)
-    table = ResultsTable.make(as_json=as_json)
-    with _signals_as_exceptions():
-        with table.work_folder() as folder:
-            reference = compare_sizes(sizes, device, folder, table) if sync else None
-            if chaos and not table.problems:
-                seed = int.from_bytes(os.urandom(4), "big") if seed is None else seed
-                run_chaos(max(sizes), device, faults or DEFAULT_FAULTS, seed, folder, table)
-            if reference is not None:
-                report_known_answer(
-                    reference.result, this_platform(accelerator or torch.device("cpu")), table
-                )
-        table.conclude()
-    return 0
-
-
-def sizes_to_try(nproc: int | None, device: str) -> list[int]:
-    """Return the world sizes 1 to `nproc`; if `nproc` is 1, size 1 twice. Raises `UsageError`."""
-    if nproc is None:
-        useful = default_nproc(recipe(), options(device=device))
-        least = 1 if find_accelerator(device) else 2
-        nproc = max(least, min(useful, DEFAULT_MAX_NPROC))
-    if nproc > recipe().shards:
-        raise UsageError(f"--nproc must be between 1 and {recipe().shards}, not {nproc}")
-    return list(range(1, nproc + 1)) if nproc > 1 else [1, 1]
-
-
-def compare_sizes(sizes: list[int], device: str, folder: Path, table: ResultsTable) -> Answer | None:
-    """Train at each of these sizes and compare every answer with the first.
-
-    Returns the first answer, or None if the first run failed.
-    """
-    reference: Answer | None = None
-    table.header("without faults")
-    for number, size in enumerate(sizes, start=1):
-        name = f"{size} process{'es' if size > 1 else ''}{', again' if size in sizes[: number - 1] else ''}"
-        began, answer = time.monotonic(), None
-        try:
-            with table.busy(f"training with {name}"):
-                answer = run_without_faults(folder / f"run-{number}", size, device)
-        except RunFailedError as error:
-            problem = str(error)
-        else:
-            problem = reference and compare(reference, answer)
-        table.add(name, answer, time.monotonic() - began, problem, "same" if reference else "reference")
-        if problem:
-            table.problems.append(f"{name}{' against 1' if answer else ''}: {problem}")
-        reference = reference or answer
-        if reference is None:
-            break
-    return reference
+    world: World, table: ResultsTable, *, minutes: float | None, inject: str | None, seed: int | None
+) -> None:
+    """Verify a group. All ranks must call it. Raises `VerificationError` on all ranks or on none."""
+    began, known = time.monotonic(), read_answer()
+    injection = None if inject is None else Injection.parse(inject, seed or 0)
+    if injection is not None:
+        injection.require(world.size, len(known.steps))
+    world.status.enter("verifying", patience=_PATIENCE_SECONDS)
+    with table.busy("preparing"):
+        runner, suspects = PhaseRunner(world, known, injection), Suspects(world)
+    table.print_line(f"known     {known.weights_sha256[-1]}")
+    if injection is not None:
+        table.print_line(f"injected  {injection}")
+    table.header("trained by")
+    rounds = 0
+    while not rounds or world.on_rank_zero(lambda: time.monotonic() - began < 60 * (minutes or 0), bool):
+        rounds += 1
+        for phase in phases(world.size, rounds - 1, pairs=minutes is not None):
+            when = f"{phase.name}, round {rounds}" if minutes is not None else phase.name
+            with table.busy(when):
+                findings = runner.run(phase)
+            for finding in findings:
+                suspects.add(finding, phase, when)
+            show(phase, findings, runner, table, f", round {rounds}" if rounds > 1 else "")
+    flipped = "".join(world.all_gather_object(runner.flipped, str))
+    if minutes is not None:
+        seconds = time.monotonic() - began
+        table.print_line(
+            f"\n{counted(rounds, 'round')} in {seconds:.0f} s, {counted(suspects.failures, 'failure')}"
+        )
+    if injection is not None and not suspects.failures:
+        table.print_line(f"\nnot found: {flipped}; this changes nothing that is computed")
+    exercised, others = (
+        f"{title:<15}" + f";\n{'':<15}".join(texts)
+        for title, texts in (("exercised", EXERCISED), ("not exercised", NOT_EXERCISED))
+    )
+    table.print_line(f"\n{exercised}\n{others}")
+    table.problems += suspects.lines()
+    table.json_fields |= {
+        "weights_sha256": known.weights_sha256[-1],
+        "rounds": rounds,
+        "failures": suspects.failures,
+        "suspects": suspects.as_json(),
+        "findings": suspects.findings,
+        "injected": None if injection is None else f"{injection}: {flipped}",
+        "exercised": EXERCISED,
+        "not_exercised": NOT_EXERCISED,
+    }
+    table.conclude()
 
 
-@contextlib.contextmanager
-def _signals_as_exceptions() -> Iterator[None]:
-    """Turn signals into exceptions, so that the `with` blocks stop the running training first."""
+def show(
+    phase: Phase, findings: list[Finding], runner: PhaseRunner, table: ResultsTable, suffix: str
+) -> None:
+    """Print a row for each group; with a `suffix`, in a later round, only for those that failed."""
+    for group, seconds in zip(phase.groups, runner.seconds, strict=True):
+        wrong = next((finding for finding in findings if finding.rank in group), None)
+        if wrong is not None or not suffix:
+            sha256 = None if wrong else runner.known.weights_sha256[-1]
+            problem = wrong and f"wrong in step {wrong.step}"
+            table.add(f"{phase.name_of(group)}{suffix}", sha256, seconds, problem, "the known answer")
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        for other in SIGNALS:  # a second Ctrl-C must not interrupt that cleanup
-            signal.signal(other, signal.SIG_IGN)
-        raise StoppedEarly(f"stopped by {signal.Signals(number).name} before it was verified")
 
-    handlers = {number: signal.signal(number, stop) for number in obeyed_signals()}
-    try:
-        yield
-    except StoppedEarly as early:
-        raise Interrupted(str(early)) from None
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+class Suspects:
+    """What has failed so far, and how often."""
+
+    def __init__(self, world: World) -> None:
+        here = this_platform(world.device)
+        parts = (here.device, here.processor, here.capability, f"torch {here.torch}")
+        self._devices = world.all_gather_object(", ".join(filter(None, parts)), str)
+        self._peers, self._size = world.peers, world.size
+        self._counts: Counter[Suspect] = Counter()
+        self._first: dict[Suspect, str] = {}
+        self.findings: list[dict[str, object]] = []
+        """As `--json` shows them."""
+
+    @property
+    def failures(self) -> int:
+        """How many findings there were."""
+        return len(self.findings)
+
+    def add(self, finding: Finding, phase: Phase, when: str) -> None:
+        """Count a finding."""
+        group = phase.group_of(finding.rank)
+        found = suspect(finding, group)
+        self._counts[found] += 1
+        what = f"received by rank {finding.rank}: {finding.what}" if finding.received else finding.what
+        repeated = finding.repeated and f"; {finding.repeated}"
+        self._first.setdefault(found, f"{when}, step {finding.step}: {what} is wrong{repeated}")
+        place = {"host": self._peers[finding.rank].host, "device": self._devices[finding.rank]}
+        self.findings.append({**asdict(finding), **place, "ranks": list(group), "when": when})
+
+    def name(self, found: Suspect) -> str:
+        """Return the name of a device or a link, and where it is."""
+        rank, host = f"rank {found.rank}", self._peers[found.rank].host
+        if found.sender is None:
+            return f"{rank if self._size > 1 else 'this process'} ({host}, {self._devices[found.rank]})"
+        if found.sender == -1:
+            return f"a link to {rank} ({host})"
+        return f"the link from rank {found.sender} ({self._peers[found.sender].host}) to {rank} ({host})"
+
+    def lines(self) -> list[str]:
+        """Return a line for each suspect: what it did first, and how often it failed."""
+        return [
+            f"{self.name(found)}: {self._first[found]}{f' ({count} times)' if count > 1 else ''}"
+            for found, count in self._counts.most_common()
+        ]
+
+    def as_json(self) -> list[dict[str, object]]:
+        """Return the suspects."""
+        return [
+            {
+                "what": "device" if found.sender is None else "link",
+                "name": self.name(found),
+                "failures": count,
+            }
+            | {"rank": found.rank, "sender": found.sender if found.sender != -1 else None}
+            for found, count in self._counts.most_common()
+        ]
+
+
+def counted(count: int, noun: str) -> str:
+    """Return `1 round` or `2 rounds`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""Show the results of `dmnist verify`: one line for each run as it ends, then PASS or what failed."""
+"""Show the results of `dmnist verify`: a line for each run as it ends, then PASS or what failed."""
 
 import contextlib
 import tempfile
@@ -13,7 +13,6 @@ from rich.text import Text
 
 from ..errors import VerificationError
 from ..reporting.console import make_console, print_json
-from .compare import Answer
 
 _NAME_WIDTH = 36
 
@@ -64,14 +63,11 @@ class ResultsTable:
         """Show the current activity on a terminal until the block ends."""
         return self._console.status(activity)
 
-    def add(
-        self, what: str, answer: Answer | None, seconds: float, problem: object = None, good: str = "same"
-    ) -> None:
-        """Print the row of a run, which says its `problem`, or `good` if it has none."""
-        self.add_row(what, answer and answer.sha256, seconds, problem, good)
+    def add(self, what: str, sha256: str | None, seconds: float, problem: object, good: str) -> None:
+        """Print the row of a run, which says its `problem`, or `good` if it has none.
 
-    def add_row(self, what: str, sha256: str | None, seconds: float, problem: object, good: str) -> None:
-        """Print a row. `sha256` is the digest of the weights."""
+        `sha256` is the digest of the weights.
+        """
         row = Row(what, not problem, str(problem or good), sha256, seconds)
         self._rows.append(row)
         mark, style = ("✓", "green") if row.good else ("✗", "bold red")

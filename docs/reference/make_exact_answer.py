@@ -2,9 +2,9 @@
 
 import sys
 
-from distributed_mnist.verify.exact.answer import ANSWER_FILE, measure_answer, to_toml
+from distributed_mnist.verify.answer import ANSWER_FILE, measure_answer, to_toml
 
 if __name__ == "__main__":
     answer = measure_answer()
     ANSWER_FILE.write_text(to_toml(answer))
-    sys.stdout.write(f"{answer.weights_sha256}\n")
+    sys.stdout.write(f"{answer.weights_sha256[-1]}\n")

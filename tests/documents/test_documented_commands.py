@@ -39,17 +39,17 @@ ELSEWHERE = {
     r"dmnist bench": "bench/test_bench.py::test_startup",
     r"dmnist bench scaling": "bench/test_bench.py::test_scaling",
     r"dmnist verify( --minutes \d+ --json)?": (
-        "verify/test_exact_answer.py::test_two_ranks_find_a_wrong_sum_and_name_the_rank"
+        "verify/test_known_answer.py::test_two_ranks_find_a_wrong_sum_and_name_the_link"
     ),
     r"dmnist verify --inject .*": (
-        "verify/test_exact_answer.py::test_a_single_process_names_a_weight_that_changed_in_memory"
+        "verify/test_known_answer.py::test_a_single_process_names_a_weight_that_changed_in_memory"
     ),
-    r"dmnist verify --sync tree": "verify/test_verify.py::test_a_correct_machine_passes",
+    r"dmnist verify --sync tree": "verify/test_tree.py::test_a_correct_machine_passes",
     r"dmnist verify( --nproc 4)? --chaos": "verify/test_chaos.py::test_a_few_faults_change_no_answer",
     r"srun .* dmnist train .*": "launchers/test_slurm.py::test_requeued_at_the_time_limit",
     r"srun -n 8 dmnist doctor": "launchers/test_slurm.py::test_the_job_is_examined",
     r"srun -n 8 dmnist verify": (
-        "verify/test_exact_answer.py::test_two_ranks_find_a_wrong_sum_and_name_the_rank"
+        "verify/test_known_answer.py::test_two_ranks_find_a_wrong_sum_and_name_the_link"
     ),
     r"(sbatch|scancel) .*|tail -F slurm-JOBID\.out": (
         "launchers/test_slurm.py::test_requeued_at_the_time_limit"

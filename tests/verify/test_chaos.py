@@ -11,19 +11,26 @@ from typing import Any, cast
 import pytest
 
 from distributed_mnist.cli import main
-from distributed_mnist.errors import CheckpointError
+from distributed_mnist.errors import CheckpointError, UsageError
 from distributed_mnist.runs.checkpoint import decode
 from distributed_mnist.runs.layout import checkpoints_in
-from distributed_mnist.verify import chaos, faults, training_job
-from distributed_mnist.verify.chaos import InjectedFault
-from distributed_mnist.verify.faults import FAULTS
-from distributed_mnist.verify.training_job import RunFailedError, TrainCommand
+from distributed_mnist.verify.tree import chaos, faults, training_job
+from distributed_mnist.verify.tree.chaos import InjectedFault
+from distributed_mnist.verify.tree.faults import FAULTS
+from distributed_mnist.verify.tree.training_job import RunFailedError, TrainCommand
 
 
 def test_every_kind_of_fault_comes_once_per_round() -> None:
     kinds = chaos._fault_kinds(Random(5))
     for _ in range(3):
         assert set(itertools.islice(kinds, len(FAULTS))) == set(FAULTS)
+
+
+def test_the_largest_size() -> None:
+    assert chaos.largest_size(3, "cpu") == 3
+    assert chaos.largest_size(None, "cpu") in (2, 3, 4)
+    with pytest.raises(UsageError, match=r"^--nproc must be between 1 and 8, not 9$"):
+        chaos.largest_size(9, "cpu")
 
 
 def test_the_seed_decides_the_order() -> None:
@@ -84,7 +91,7 @@ def test_a_run_that_fails_says_so_and_leaves_no_processes(tmp_path: Path) -> Non
 
 
 def test_waiting_times_out(command: TrainCommand, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distributed_mnist.verify.training_job.TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr("distributed_mnist.verify.tree.training_job.TIMEOUT_SECONDS", 0.05)
     with pytest.raises(RunFailedError, match="it did not start within 0 s"):
         command.wait_for(lambda: False, "it did not start")
 
@@ -94,7 +101,7 @@ def test_a_few_faults_change_no_answer(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """For the long version run `dmnist verify --chaos --faults 200`."""
-    # Less data, which have no known answer. Runs without faults are compared in test_verify.
+    # Less data, which have no known answer. Runs without faults are compared in test_tree.
     monkeypatch.setitem(training_job.DATA, "train_size", 1_000)
     monkeypatch.setitem(training_job.DATA, "test_size", 99)
     words = ["verify", "--nproc", "3", "--device", "cpu", "--chaos", "--faults", "2", "--seed", "3"]

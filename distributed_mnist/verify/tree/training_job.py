@@ -1,4 +1,4 @@
-"""Run the fixed job of `dmnist verify` the way a user would: as `dmnist train` in a fresh process."""
+"""Run the job of `dmnist verify --sync tree` the way a user would: as `dmnist train` in a fresh process."""
 
 import contextlib
 import os
@@ -11,19 +11,19 @@ from typing import Any, Self, TypeVar
 
 import psutil
 
-from ..config import Recipe, Run, flag, load_recipe
-from ..errors import CheckpointError
+from ...config import Recipe, Run, flag, load_recipe
+from ...errors import CheckpointError
 from .compare import Answer, read_answer, read_events
 
 T = TypeVar("T")
 
-RECIPE_FILE = Path(__file__).with_name("verify.toml")
+RECIPE_FILE = Path(__file__).with_name("job.toml")
 # The batch size divides neither of the sizes, so the last batch is short, and shares of ranks differ.
 DATA = {"dataset": "generated", "train_size": 4_000, "test_size": 999, "data_seed": 0}
 TIMEOUT_SECONDS = 120.0
 """A run that makes no visible progress for this long hangs."""
 _POLL_SECONDS = 0.02
-_PACKAGE_PARENT = Path(__file__).parents[2]
+_PACKAGE_PARENT = Path(__file__).parents[3]
 """`python -m` looks in the current folder first, so from here it runs this package and no other."""
 
 

@@ -9,7 +9,7 @@ from typing import Any, Self, TypeVar
 
 import psutil
 
-from ..runs.layout import checkpoints_in
+from ...runs.layout import checkpoints_in
 from .compare import Answer
 from .training_job import TrainCommand, wait_for_answer
 

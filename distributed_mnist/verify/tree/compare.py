@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError
-from ..runs.checkpoint import decode, read_bytes
-from ..runs.layout import checkpoints_in
-from ..runs.run_files import event_of, read_result
+from ...errors import CheckpointError
+from ...runs.checkpoint import decode, read_bytes
+from ...runs.layout import checkpoints_in
+from ...runs.run_files import event_of, read_result
 
 COMPARED = ("data_sha256", "samples_sha256", "weights_sha256", "test_loss")
 _FIELD_NAMES = {

@@ -1,10 +1,9 @@
-"""Test `dmnist verify`: what it compares and prints, and that it finds a rank that computes differently."""
+"""Test `dmnist verify --sync tree`: what it compares and prints, and that it finds a rank that differs."""
 
 import io
 import json
 import math
 import sys
-import tempfile
 import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -14,20 +13,16 @@ from typing import Any
 import pytest
 import run_folders
 import torch
-from ranks import TORCHRUN, dmnist, run, run_ranks
+from ranks import TORCHRUN, dmnist, run
 from rich.console import Console
 
-from distributed_mnist.cli import main
 from distributed_mnist.common.digest import digest
-from distributed_mnist.common.placement import ALONE
 from distributed_mnist.distributed.peer import Peer
-from distributed_mnist.distributed.world import World
-from distributed_mnist.errors import UsageError, VerificationError
-from distributed_mnist.launcher.signals import StopSignals
-from distributed_mnist.verify import command as verify
-from distributed_mnist.verify import training_job, under_launcher
-from distributed_mnist.verify.compare import Answer, compare, losses_in, read_events
-from distributed_mnist.verify.known_answers import (
+from distributed_mnist.errors import VerificationError
+from distributed_mnist.verify.results_table import ResultsTable
+from distributed_mnist.verify.tree.command import SoloResult, recipe_for, show_solo_results
+from distributed_mnist.verify.tree.compare import Answer, compare, losses_in, read_events
+from distributed_mnist.verify.tree.known_answers import (
     Platform,
     look_up,
     read_table,
@@ -35,9 +30,7 @@ from distributed_mnist.verify.known_answers import (
     this_platform,
     toml_row,
 )
-from distributed_mnist.verify.results_table import ResultsTable
-from distributed_mnist.verify.training_job import DATA, RunFailedError, recipe
-from distributed_mnist.verify.under_launcher import SoloResult, recipe_for, show_solo_results
+from distributed_mnist.verify.tree.training_job import DATA, recipe
 
 HERE = Platform(torch="9.9", machine="x86_64", device="cpu", model="Some CPU", capability="AVX512")
 RESULT = {"data_sha256": "d" * 64, "samples_sha256": "e" * 64, "weights_sha256": "f" * 64, "test_loss": 0.5}
@@ -186,51 +179,13 @@ def test_a_row_is_toml() -> None:
     assert tomllib.loads(toml_row(HERE, "a" * 64))["answer"] == [row("a" * 64)]
 
 
-# ---- Sizes and worlds ------------------------------------------------------------------------------------
-
-
-def test_sizes() -> None:
-    assert verify.sizes_to_try(3, "cpu") == [1, 2, 3]
-    assert verify.sizes_to_try(1, "cpu") == [1, 1]
-    assert verify.sizes_to_try(None, "cpu") in ([1, 2], [1, 2, 3], [1, 2, 3, 4])
-    with pytest.raises(UsageError, match=r"^--nproc must be between 1 and 8, not 9$"):
-        verify.sizes_to_try(9, "cpu")
+# ---- Groups ----------------------------------------------------------------------------------------------
 
 
 def test_larger_worlds_get_enough_shards() -> None:
     assert recipe_for(8) == recipe()
     assert recipe_for(9).shards == 16
     assert recipe_for(33).shards == 64
-
-
-def test_every_size_is_compared_with_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_without_faults(folder: Path, size: int, device: str) -> Answer:
-        if size == 2:
-            return answer((3.0, 2.5, 1.0), weights_sha256="0" * 64)
-        if size == 3:
-            raise RunFailedError("dmnist train ended with code 8: rank 2 is lost")
-        return answer()
-
-    monkeypatch.setattr(verify, "run_without_faults", run_without_faults)
-    results_table, text = make_table()
-    assert verify.compare_sizes([1, 2, 3, 4], "cpu", tmp_path, results_table) is not None
-    assert len(results_table.problems) == 2
-    assert results_table.problems[0].startswith(
-        "2 processes against 1: the weights and the losses of the steps differ"
-    )
-    assert results_table.problems[1] == "3 processes: dmnist train ended with code 8: rank 2 is lost"
-    marks = [line[0] for line in text.getvalue().splitlines() if line[:1] in ("✓", "✗")]
-    assert marks == ["✓", "✗", "✗", "✓"]
-
-
-def test_without_a_reference_nothing_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_without_faults(folder: Path, size: int, device: str) -> Answer:
-        raise RunFailedError("it did not start")
-
-    monkeypatch.setattr(verify, "run_without_faults", run_without_faults)
-    results_table, _ = make_table()
-    assert verify.compare_sizes([1, 2], "cpu", tmp_path, results_table) is None
-    assert results_table.problems == ["1 process: it did not start"]
 
 
 def test_a_rank_that_computes_differently_from_most_is_reported() -> None:
@@ -264,7 +219,7 @@ def test_a_work_folder_is_kept_only_if_there_are_problems() -> None:
 
 def test_json_has_what_the_table_shows(capsys: pytest.CaptureFixture[str]) -> None:
     results_table = ResultsTable(Console(quiet=True), as_json=True)
-    results_table.add("1 process", Answer({"weights_sha256": "a" * 64}, {}, {}), 1.5, good="reference")
+    results_table.add("1 process", "a" * 64, 1.5, None, "reference")
     results_table.conclude()
     result = json.loads(capsys.readouterr().out)
     assert (result["passed"], result["wrong"]) == (True, [])
@@ -282,12 +237,13 @@ def test_json_has_what_the_table_shows(capsys: pytest.CaptureFixture[str]) -> No
         ("--minutes 0", "--minutes must be above zero, not 0.0"),
         ("--minutes 1 --sync tree", "--minutes does not go with --sync tree"),
         ("--inject 1:7 --chaos", "--inject does not go with --chaos"),
-        ("--inject 1:0", "--inject must be RANK:STEP or RANK:STEP:KIND, as in 1:7:weight, not '1:0'"),
-        ("--inject 1:2:link", "KIND is weight, activation or message"),
+        ("--chaos --sync tree", "--chaos does not go with --sync tree: it trains the same job"),
+        ("--inject 1:0", "--inject must be RANK:STEP or RANK:STEP:KIND, as in 1:7:weight, where KIND is"),
+        ("--inject 1:2 --nproc 1", "--inject 1:2:weight: there are only rank 0 and steps 1 to 20"),
         ("--chaos --faults 0", "--faults must be at least 1, not 0"),
         ("--chaos --seed -1", "--seed"),
         ("--nproc 0", "--nproc must be at least 1"),
-        ("--sync tree --nproc 9", "--nproc must be between 1 and 8, not 9"),
+        ("--chaos --nproc 9", "--nproc must be between 1 and 8, not 9"),
         ("surplus", "verify got an unexpected argument 'surplus'"),
         ("--device tpu", "--device must be auto, cpu, cuda, mps or xpu"),
     ],
@@ -306,17 +262,18 @@ def test_chaos_is_refused_under_another_launcher() -> None:
 
 
 @pytest.mark.slow
-def test_a_correct_machine_passes(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        main.main(["verify", "--sync", "tree", "--nproc", "2", "--device", "cpu", "--json"])
-    stdout, stderr = capsys.readouterr()
-    assert end.value.code == 0, stderr
-    result = json.loads(stdout)
-    assert result["passed"], stderr
-    assert [run["what"] for run in result["runs"]] == ["1 process", "2 processes"]
+def test_a_correct_machine_passes(tmp_path: Path) -> None:
+    ended = dmnist(
+        "verify", "--sync", "tree", "--nproc", 2, "--device", "cpu", "--json", TMPDIR=str(tmp_path)
+    )
+    assert ended.code == 0, ended
+    result = ended.json()
+    assert result["passed"], ended
+    assert [run["what"].split(" (")[0] for run in result["runs"]] == ["rank 0", "rank 1", "2 processes"]
     assert {run["weights_sha256"] for run in result["runs"]} == {result["weights_sha256"]}
     assert result["known_answer"]["verdict"] in ("equal", "unknown")
-    assert "PASS" in stderr
+    assert ended.stderr.splitlines()[-1] == "PASS"
+    assert list(tmp_path.iterdir()) == [], "folders of runs that were right are deleted"
 
 
 ONE_ODD_RANK = """
@@ -325,11 +282,11 @@ if os.environ["RANK"] == "1":
     os.environ["ATEN_CPU_CAPABILITY"] = "default"
 
 from distributed_mnist.cli.main import main
-from distributed_mnist.verify import training_job, under_launcher
+from distributed_mnist.verify.tree import command, training_job
 
 # A shorter job than the one with known answers: the first step shows the difference.
 training_job.DATA.update(train_size=400, test_size=99)
-under_launcher.recipe_for = lambda size: training_job.recipe().replace(epochs=1)
+command.recipe_for = lambda size: training_job.recipe().replace(epochs=1)
 main(["verify", "--sync", "tree", "--device", "cpu", "--json"])
 """
 
@@ -358,27 +315,3 @@ def test_a_rank_that_computes_differently_is_reported(tmp_path: Path) -> None:
     assert "apart" in wrong
     assert "capability DEFAULT, not " in wrong
     assert "exitcode  : 9" in ended.stderr
-
-
-def verify_less(world: World, folder: str) -> tuple[str, dict[str, Any]]:
-    """Verify this world with less data, which have no known answer; return its text and fields."""
-    training_job.DATA.update(train_size=400, test_size=99)
-    under_launcher.report_known_answer = lambda result, platform, table: table.json_fields.update(
-        looked_up=result["weights_sha256"]
-    )
-    tempfile.tempdir = folder
-    text = io.StringIO()
-    table = ResultsTable(Console(file=text, width=1000), as_json=False)
-    under_launcher.run(world, table, StopSignals(ALONE))
-    return text.getvalue(), table.json_fields
-
-
-@pytest.mark.slow
-def test_a_correct_world_passes(tmp_path: Path) -> None:
-    (text, fields), *others = run_ranks(verify_less, 2, str(tmp_path))
-    lines = [line.split() for line in text.splitlines() if line[:1] in ("✓", "✗")]
-    assert [line[:3] for line in lines] == [["✓", "rank", "0"], ["✓", "rank", "1"], ["✓", "2", "processes"]]
-    assert all(fields["looked_up"][:12] in line for line in lines)
-    assert text.splitlines()[-1] == "PASS"
-    assert [field for _, field in others] == [fields]
-    assert list(tmp_path.iterdir()) == [], "folders of runs that were right are deleted"

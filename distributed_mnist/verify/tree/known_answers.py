@@ -1,4 +1,4 @@
-"""Look up the known answer of the job of `dmnist verify` on a platform.
+"""Look up the known answer of the job of `dmnist verify --sync tree` on a platform.
 
 The bits depend on the build of torch, on the device and, on a CPU, on the instructions that torch's kernels
 choose. The table contains measured answers. The data and the order of samples are computed with integers,
@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import torch
 
-from ..common import compute_platform
-from .results_table import ResultsTable
+from ...common import compute_platform
+from ..results_table import ResultsTable
 
 TABLE_FILE = Path(__file__).with_name("known_answers.toml")
 
@@ -92,7 +92,7 @@ def report_known_answer(result: dict[str, Any], platform: Platform, table: Resul
     table.print_line(f"known     {finding.text}", color)
     if finding.verdict == "unknown":
         table.json_fields["row"] = row = toml_row(platform, result["weights_sha256"])
-        table.print_line(f"\na row for distributed_mnist/verify/{TABLE_FILE.name}:\n\n{row}")
+        table.print_line(f"\na row for distributed_mnist/verify/tree/{TABLE_FILE.name}:\n\n{row}")
     if finding.verdict == "differs":
         table.problems.append(finding.text)
 

@@ -1,4 +1,4 @@
-"""Run `dmnist verify --sync tree` in a world started by torchrun, srun or mpirun.
+"""Run `dmnist verify --sync tree` in a group.
 
 First each rank trains alone, which shows which rank computes differently. Then all ranks train together.
 """
@@ -14,17 +14,17 @@ from shutil import rmtree
 
 from rich.console import Console
 
-from ..common.placement import ALONE
-from ..config import Recipe
-from ..data import prefetch
-from ..distributed.peer import Peer
-from ..distributed.world import World
-from ..errors import TrainingError, UsageError
-from ..launcher.signals import StopSignals
-from ..training import run as training_run
+from ...common.placement import ALONE
+from ...config import Recipe
+from ...data import prefetch
+from ...distributed.peer import Peer
+from ...distributed.world import World
+from ...errors import TrainingError, UsageError
+from ...launcher.signals import StopSignals
+from ...training import run as training_run
+from ..results_table import ResultsTable
 from .compare import Answer, Difference, compare, read_answer
 from .known_answers import Platform, report_known_answer, this_platform
-from .results_table import ResultsTable
 from .training_job import options, recipe
 
 _SOLO_TIMEOUT_SECONDS = 900.0  # a slow host may train alone this long while ranks on faster hosts wait
@@ -95,7 +95,7 @@ def show_solo_results(results: Sequence[SoloResult], table: ResultsTable) -> Sol
     for result in results:
         difference = compare(reference.answer, result.answer)
         good = "reference" if result is reference else "same"
-        table.add(str(result.peer), result.answer, result.seconds, difference, good)
+        table.add(str(result.peer), result.answer.sha256, result.seconds, difference, good)
         if difference is not None:
             table.problems.append(_describe_mismatch(result, reference, agreeing, len(results), difference))
     return reference
@@ -131,7 +131,7 @@ def train_together(
         problem = compare(reference, answer)
     except (TrainingError, UsageError) as error:  # the ranks compare their platforms and their weights
         problem = error
-    table.add(name, answer, time.monotonic() - began, problem)
+    table.add(name, answer and answer.sha256, time.monotonic() - began, problem, "same")
     if problem:
         table.problems.append(f"{name} together, against one alone: {problem}")
     elif world.rank != 0 and out.parent != folder:

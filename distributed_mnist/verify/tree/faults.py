@@ -13,9 +13,9 @@ from pathlib import Path
 
 import psutil
 
-from ..errors import CheckpointError
-from ..launcher.signals import obeyed_signals
-from ..runs.checkpoint import decode
+from ...errors import CheckpointError
+from ...launcher.signals import obeyed_signals
+from ...runs.checkpoint import decode
 from .run_with_faults import FaultyRun, RunEndedError
 from .training_job import RunFailedError
 

@@ -3,6 +3,9 @@
 Each run under faults must give the same answer as the run without faults. The seed decides the faults.
 """
 
+import contextlib
+import os
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -10,14 +13,21 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from random import Random
+from types import FrameType
 from typing import Any
 
+from ...distributed.devices import find_accelerator
+from ...errors import Interrupted, UsageError
+from ...launcher.default_nproc import default_nproc
+from ...launcher.signals import SIGNALS, StoppedEarly, obeyed_signals
+from ..results_table import ResultsTable
 from .compare import Answer, compare
 from .faults import FAULTS
-from .results_table import ResultsTable
 from .run_with_faults import LONGER_JOB, FaultyRun, RunEndedError
-from .training_job import RunFailedError, run_without_faults
+from .training_job import RunFailedError, options, recipe, run_without_faults
 
+DEFAULT_FAULTS = 8
+_DEFAULT_MAX_NPROC = 4
 _MAX_FAULTS_PER_RUN = 6
 _MAX_FAILURES = 5
 _MAX_RUNS_WITHOUT_FAULT = 10  # in a row, each of which ended before its first fault
@@ -45,6 +55,33 @@ class ChaosRun:
     problem: str | None = None
 
 
+def run(
+    *, nproc: int | None, device: str, faults: int | None, seed: int | None, as_json: bool, **_: object
+) -> int:
+    """Train under faults with up to `nproc` processes, and return the exit code.
+
+    Raises `VerificationError` if an answer differs, after the table has shown which one and how.
+    """
+    find_accelerator(device)  # raises if there is not the one that `device` demands
+    size, table = largest_size(nproc, device), ResultsTable.make(as_json=as_json)
+    seed = int.from_bytes(os.urandom(4), "big") if seed is None else seed
+    with _signals_as_exceptions():
+        with table.work_folder() as folder:
+            run_chaos(size, device, faults or DEFAULT_FAULTS, seed, folder, table)
+        table.conclude()
+    return 0
+
+
+def largest_size(nproc: int | None, device: str) -> int:
+    """Return the largest number of processes: `nproc`, or from 2 to 4. Raises `UsageError`."""
+    if nproc is None:
+        useful = default_nproc(recipe(), options(device=device))
+        nproc = max(1 if find_accelerator(device) else 2, min(useful, _DEFAULT_MAX_NPROC))
+    if nproc > recipe().shards:
+        raise UsageError(f"--nproc must be between 1 and {recipe().shards}, not {nproc}")
+    return nproc
+
+
 def run_chaos(
     max_nproc: int, device: str, fault_count: int, seed: int, folder: Path, table: ResultsTable
 ) -> None:
@@ -64,7 +101,7 @@ def run_chaos(
             return
     table.header("under faults")
     seconds = time.monotonic() - began
-    table.add("a longer job, without faults", reference, seconds, good="reference")
+    table.add("a longer job, without faults", reference.sha256, seconds, None, "reference")
     kinds = _fault_kinds(Random(seed))
     faults: list[InjectedFault] = []
     number = failures = runs_without_fault = 0
@@ -134,7 +171,8 @@ def _show_run(chaos_run: ChaosRun, seed: int, seconds: float, table: ResultsTabl
     kinds = ", ".join(fault.kind for fault in chaos_run.faults)
     after = f" after {kinds}" if kinds else ""
     name = f"{chaos_run.name}, size {sizes}"
-    table.add(name, chaos_run.answer, seconds, chaos_run.problem, f"same{after}")
+    sha256 = chaos_run.answer and chaos_run.answer.sha256
+    table.add(name, sha256, seconds, chaos_run.problem, f"same{after}")
     if chaos_run.problem:
         table.problems.append(f"chaos, --seed {seed}, {name}{after}: {chaos_run.problem}")
 
@@ -171,3 +209,22 @@ def _show_summary(table: ResultsTable) -> None:
             for name in ("median_seconds", "worst_seconds")
         )
         table.print_line(f"  {kind:<36} {figures['count']:>5} {median:>9} {worst:>9}")
+
+
+@contextlib.contextmanager
+def _signals_as_exceptions() -> Iterator[None]:
+    """Turn signals into exceptions, so that the `with` blocks stop the running training first."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for other in SIGNALS:  # a second Ctrl-C must not interrupt that cleanup
+            signal.signal(other, signal.SIG_IGN)
+        raise StoppedEarly(f"stopped by {signal.Signals(number).name} before it was verified")
+
+    handlers = {number: signal.signal(number, stop) for number in obeyed_signals()}
+    try:
+        yield
+    except StoppedEarly as early:
+        raise Interrupted(str(early)) from None
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
