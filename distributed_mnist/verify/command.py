@@ -14,12 +14,8 @@ from .phases import Phase, PhaseRunner, phases
 from .results_table import ResultsTable
 
 _PATIENCE_SECONDS = 300.0  # a slow rank may need this long for a step
-EXERCISED = (
-    "the memory that training takes",
-    "products of integers and float64 kernels of the processors or accelerators",
-    "with several processes, the links between them",
-)
-NOT_EXERCISED = ("the rest of the memory", "kernels for fp32 and bf16", "disks")
+_EXERCISED = "the memory of training, integer and float64 kernels"
+_NOT_EXERCISED = "other memory, kernels for fp32 and bf16, disks"
 
 
 @defined_state()
@@ -56,11 +52,8 @@ def run(
         )
     if injection is not None and not suspects.failures:
         table.print_line(f"\nnot found: {flipped}; this changes nothing that is computed")
-    exercised, others = (
-        f"{title:<15}" + f";\n{'':<15}".join(texts)
-        for title, texts in (("exercised", EXERCISED), ("not exercised", NOT_EXERCISED))
-    )
-    table.print_line(f"\n{exercised}\n{others}")
+    exercised = _EXERCISED + (", links" if world.size > 1 else "")
+    table.print_line(f"\nexercised      {exercised}\nnot exercised  {_NOT_EXERCISED}")
     table.problems += suspects.lines()
     table.json_fields |= {
         "weights_sha256": known.weights_sha256[-1],
@@ -69,8 +62,8 @@ def run(
         "suspects": suspects.as_json(),
         "findings": suspects.findings,
         "injected": None if injection is None else f"{injection}: {flipped}",
-        "exercised": EXERCISED,
-        "not_exercised": NOT_EXERCISED,
+        "exercised": exercised,
+        "not_exercised": _NOT_EXERCISED,
     }
     table.conclude()
 
@@ -110,9 +103,11 @@ class Suspects:
         group = phase.group_of(finding.rank)
         found = suspect(finding, group)
         self._counts[found] += 1
-        what = f"received by rank {finding.rank}: {finding.what}" if finding.received else finding.what
         repeated = finding.repeated and f"; {finding.repeated}"
-        self._first.setdefault(found, f"{when}, step {finding.step}: {what} is wrong{repeated}")
+        text = f"{finding.what} is wrong{repeated}"
+        if finding.received:
+            text = f"rank {finding.rank} received a wrong sum ({finding.what})"
+        self._first.setdefault(found, f"{when}, step {finding.step}: {text}")
         place = {"host": self._peers[finding.rank].host, "device": self._devices[finding.rank]}
         self.findings.append({**asdict(finding), **place, "ranks": list(group), "when": when})
 

@@ -73,13 +73,12 @@ class Injection:
         return Random(f"{self.seed}/{self.text}")
 
     def __str__(self) -> str:
-        where = {"weight": "a weight", "activation": "an activation", "message": "a message"}[self.kind]
-        place = (
-            f"on rank {self.rank} in"
-            if self.sender is None
-            else f"from rank {self.sender} to {self.rank} in each"
-        )
-        return f"one bit of {where} {place} step {self.step}, --seed {self.seed}"
+        if self.sender is not None:
+            what = f"each message from rank {self.sender} to rank {self.rank} in"
+        else:
+            article = "an" if self.kind == "activation" else "a"
+            what = f"{article} {self.kind} on rank {self.rank} in"
+        return f"one bit of {what} step {self.step}, --seed {self.seed}"
 
 
 def flip_bit(tensor: "Tensor", rng: Random) -> str:

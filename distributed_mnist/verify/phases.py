@@ -19,7 +19,7 @@ from .job import ExactJob
 
 @dataclass(frozen=True)
 class Phase:
-    """Ranks cut into groups. Each group does the whole job."""
+    """Groups of ranks, each of which does the whole job. A rank in no group waits."""
 
     name: str
     groups: Sequence[Sequence[int]]
@@ -27,8 +27,8 @@ class Phase:
     """Whether a bit that is flipped only once is flipped in this phase."""
 
     def group_of(self, rank: int) -> Sequence[int]:
-        """Return a rank's group."""
-        return next(group for group in self.groups if rank in group)
+        """Return a rank's group; an empty one if it has none."""
+        return next((group for group in self.groups if rank in group), ())
 
     def name_of(self, group: Sequence[int]) -> str:
         """Name a group, as a row of the table does."""
@@ -38,7 +38,7 @@ class Phase:
 
 
 def phases(size: int, number: int, *, pairs: bool) -> list[Phase]:
-    """Return the phases of a round. The pairs rotate from round to round (each rank meets all others)."""
+    """Return the phases of a round. The pairs rotate from round to round: each rank meets all others."""
     found = [Phase("each rank alone", [[rank] for rank in range(size)], last=size == 1)]
     if size > 1:
         found.append(Phase("all together", [list(range(size))], last=True))
@@ -47,7 +47,7 @@ def phases(size: int, number: int, *, pairs: bool) -> list[Phase]:
         turn = number % len(others)
         circle = [0, *others[turn:], *others[:turn]]
         couples = [sorted((circle[i], circle[-1 - i])) for i in range(len(circle) // 2)]
-        found.append(Phase("in pairs", [[rank for rank in couple if rank < size] for couple in couples]))
+        found.append(Phase("in pairs", [couple for couple in couples if couple[1] < size]))
     return found
 
 
@@ -68,19 +68,20 @@ class PhaseRunner:
         """Do the job in each group. Every rank returns what is wrong in all of them."""
         world, job, group = self._world, self._job, phase.group_of(self._world.rank)
         seconds = 0.0
-        failed: set[int] = set()  # the ranks of groups that have failed, which do not go on
+        # The ranks that do not go on: they have no group, or it has failed.
+        out = {rank for rank in range(world.size) if not phase.group_of(rank)}
         findings: list[Finding] = []
 
         def fail(found: Sequence[Finding]) -> None:
             findings.extend(found)
-            failed.update(rank for finding in found for rank in phase.group_of(finding.rank))
+            out.update(rank for finding in found for rank in phase.group_of(finding.rank))
 
         world.on_every_rank(job.restart)
-        fail(self._compare_weights(0, "the initial value of", failed))
+        fail(self._compare_weights(0, "the initial value of", out))
         for step in range(len(self.known.steps)):
             world.status.begin_step(step + 1)
             report = Report()
-            if world.rank not in failed:
+            if world.rank not in out:
                 due = self._injection and self._injection.due(world.rank, step + 1, group, last=phase.last)
                 flip = self._injection if due else None
                 began = time.perf_counter()
@@ -88,9 +89,7 @@ class PhaseRunner:
                 job.add_part(step, group.index(world.rank), len(group))
                 seconds += time.perf_counter() - began
                 report = self._exchange(step, group, flip)
-            right = world.rank in failed or (
-                not report.damage and report.received == self.known.steps[step]
-            )
+            right = world.rank in out or (not report.damage and report.received == self.known.steps[step])
             wrong = self._ranks_where(not right)
             groups = [each for each in phase.groups if wrong.intersection(each)]
             if groups:
@@ -99,21 +98,21 @@ class PhaseRunner:
                 reports = world.all_gather_object(report, Report)
                 for each in groups:
                     fail(judge(each, [reports[rank] for rank in each], self.known.steps[step], step + 1))
-            if world.rank not in failed:
+            if world.rank not in out:
                 began = time.perf_counter()
                 job.finish(step)
                 seconds += time.perf_counter() - began
-            fail(self._compare_weights(step + 1, "after the optimizer's step, the value of", failed))
-            if len(failed) == world.size:
+            fail(self._compare_weights(step + 1, "after the optimizer's step, the value of", out))
+            if len(out) == world.size:
                 break
         times = world.all_gather_object(seconds, float)
         self.seconds = [max(times[rank] for rank in each) for each in phase.groups]
         return findings
 
-    def _compare_weights(self, step: int, where: str, failed: set[int]) -> list[Finding]:
+    def _compare_weights(self, step: int, where: str, out: set[int]) -> list[Finding]:
         """Compare the weights after so many steps with the known ones, and keep them if they are right."""
         job, known, what = self._job, self.known, ""
-        if self._world.rank not in failed:
+        if self._world.rank not in out:
             if job.data_sha256 != known.data_sha256:
                 what = "the digest of the data"
             elif job.weights_sha256() != known.weights_sha256[step]:

@@ -52,7 +52,7 @@ class ResultsTable:
 
     def print_line(self, text: str, style: str = "") -> None:
         """Print a line outside the table."""
-        self._console.print(Text(text, style), soft_wrap=True)
+        self._print(Text(text, style))
 
     def header(self, title: str) -> None:
         """Print the column names, with `title` over the first column."""
@@ -78,7 +78,7 @@ class ResultsTable:
             f" {row.seconds:>7.1f}  ",
             (row.verdict, style),
         )
-        self._console.print(line, soft_wrap=True)
+        self._print(line)
 
     @contextlib.contextmanager
     def work_folder(self) -> Iterator[Path]:
@@ -99,10 +99,14 @@ class ResultsTable:
         if not self.problems:
             self.print_line("PASS", "bold green")
         for text in self.problems:
-            self._console.print(Text.assemble(("FAIL", "bold red"), f"  {text}"), soft_wrap=True)
+            self._print(Text.assemble(("FAIL", "bold red"), f"  {text}"))
         if self._as_json:
             runs = [asdict(row) for row in self._rows]
             passed = not self.problems
             print_json({"passed": passed, "wrong": self.problems, "runs": runs, **self.json_fields})
         if self.problems:
             raise VerificationError("not verified: see the lines above marked FAIL")
+
+    def _print(self, text: Text) -> None:
+        """Print a line. A terminal gets it wrapped between words; a file gets it whole."""
+        self._console.print(text, soft_wrap=not self._console.is_terminal)

@@ -92,7 +92,8 @@ def test_every_rank_meets_every_other(size: int) -> None:
     rounds = size - 1 + size % 2
     for number in range(rounds):
         groups = phases(size, number, pairs=True)[2].groups
-        assert sorted(rank for group in groups for rank in group) == list(range(size))
+        ranks = [rank for group in groups for rank in group]
+        assert len(ranks) == len(set(ranks)) == size - size % 2, "of an odd number one waits"
         met.update(tuple(group) for group in groups if len(group) == 2)
     assert len(met) == size * (size - 1) // 2
     assert set(met.values()) == {1}
