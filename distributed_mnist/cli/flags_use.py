@@ -112,8 +112,8 @@ class Doctor(CommonFlags):
     collectives, disk and data. Suggests a fix for each problem it finds."""
 
     nproc: int | None = None
-    """Number of processes for the checks of collectives (default: one per GPU, at most 4; without GPUs one
-    per core, 2 to 4)."""
+    """Number of processes for the checks of collectives (default: one per GPU; without GPUs one per core, 2
+    to 4)."""
     out: Path = Path("runs")
     """Folder where checkpoints would be written."""
     dataset: str = "mnist"
