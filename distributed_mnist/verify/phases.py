@@ -34,7 +34,7 @@ class Phase:
         """Name a group, as a row of the table does."""
         if len(group) == 1:
             return f"rank {group[0]} alone"
-        return "all together" if len(self.groups) == 1 else f"ranks {group[0]} and {group[1]}"
+        return f"ranks {group[0]} and {group[1]}" if self.name == "in pairs" else self.name
 
 
 def phases(size: int, number: int, *, pairs: bool) -> list[Phase]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from distributed_mnist.common.placement import ALONE
 from distributed_mnist.distributed.world import World
 from distributed_mnist.errors import UsageError, VerificationError
-from distributed_mnist.exact.products import Float64Products
+from distributed_mnist.exact.products import Float64Products, Rows
 from distributed_mnist.verify import command
 from distributed_mnist.verify.answer import ANSWER_FILE, job_sha256, read_answer, to_toml
 from distributed_mnist.verify.diagnosis import Report, Suspect, judge, suspect
@@ -210,7 +210,7 @@ def test_a_flipped_activation_names_its_layer() -> None:
 
 def test_a_machine_whose_products_are_always_wrong_names_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong(Float64Products):
-        def multiply(self, rows: Tensor, prepared: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        def multiply(self, rows: Rows, prepared: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
             result = super().multiply(rows, prepared, dtype)
             return result * 1.001 if prepared.shape == (10, 256) else result  # the last layer's
 
