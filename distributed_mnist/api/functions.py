@@ -281,9 +281,11 @@ def _joined_group(placement: Placement, recipe: Recipe, run: Run) -> Iterator[Wo
     """Join the process group, and leave it at the end."""
     if recipe.sync == "tree":
         environment.order_additions()
-    device = choose_device(placement, run.device)
+    device = choose_device(placement, run.device, shared=run.oversubscribe)
     job = describe_training("the library's train", recipe, run, one_host=placement.one_host)
-    world = World.connect(placement, device=device, hang_after=run.hang_after, job=job)
+    world = World.connect(
+        placement, device=device, hang_after=run.hang_after, job=job, shared=run.oversubscribe
+    )
     try:
         yield world
     except BaseException:

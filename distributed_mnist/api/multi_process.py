@@ -91,6 +91,7 @@ def work(
         device=task.run.device,
         exact=task.recipe.sync == "tree",
         hang_after=task.run.hang_after,
+        shared=task.run.oversubscribe,
         report_error=save_error,
     )
 

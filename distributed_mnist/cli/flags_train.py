@@ -33,7 +33,7 @@ class Train(CommonFlags):
     """Train a digit classifier. The weights are the same for any number of processes."""
 
     settings: Annotated[tyro.conf.OmitArgPrefixes[Recipe], tyro.conf.arg(name="recipe")]
-    run: tyro.conf.OmitArgPrefixes[Run] = field(default_factory=Run)
+    run: tyro.conf.FlagCreatePairsOff[tyro.conf.OmitArgPrefixes[Run]] = field(default_factory=Run)
     recipe: str = "default"
     """Recipe that provides the settings below: default, classic (the original script's settings), fast,
     accurate, your own TOML file, or a run's folder (its recipe). Flags override its settings."""

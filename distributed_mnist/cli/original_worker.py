@@ -33,7 +33,7 @@ from ..runs.original_format import to_original
 from ..training.batches import Batches
 from ..training.evaluate import evaluate
 from ..training.loop import require_same_weights, train
-from ..training.platforms import require_same_platform, use_threads
+from ..training.platforms import require_one_kind, require_same_platform, use_threads
 from ..training.resume import data_differences, platform_notice
 from ..training.state import ZERO_TOTALS, State, TrainingContext
 from .original_script import Options
@@ -76,6 +76,7 @@ def run(options: Options, world: World, signals: StopSignals) -> None:
         sync="ddp",
         shards=max(8, world.size),
     )
+    require_one_kind(world)
     for note in require_same_platform(world, recipe.sync):
         say(f"note: {note}")
     use_threads(world, recipe)

@@ -150,6 +150,7 @@ def _run_in_group(
         exact=exact,
         hang_after=command.run.hang_after,
         job=describe_training("train", command.settings, command.run, one_host=placement.one_host),
+        shared=command.run.oversubscribe,
         debug=command.debug,
     )
 

@@ -58,6 +58,9 @@ class Run:
     device: Device = "auto"
     """auto uses a GPU or other accelerator if there is one; cpu always uses the CPU; cuda, mps or xpu
     demand an accelerator of this kind."""
+    oversubscribe: bool = False
+    """Let several processes share a GPU, to try how training in a group works. They communicate through the
+    CPU, and are slower than one process."""
     micro_batch: int | None = None
     """With --sync ddp, the most images to put through the model at once, to save memory (default: the
     process's whole share of the batch). With tree it is one shard, or several shards up to 512 images. With

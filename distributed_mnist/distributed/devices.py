@@ -25,21 +25,21 @@ def find_accelerator(device: str) -> torch.device | None:
     return found
 
 
-def choose_device(placement: Placement, device: str) -> torch.device:
+def choose_device(placement: Placement, device: str, *, shared: bool = False) -> torch.device:
     """Return this rank's device: its accelerator, or the CPU. `device` is one of `config.Device`.
 
     Raises `LaunchError` if the host has not the accelerator that `device` demands, or more processes than
-    accelerators. Two ranks on one GPU would be slower than one, and NCCL refuses them with a less helpful
-    message. The other ranks are told.
+    accelerators, unless they may be `shared`. Two ranks on one GPU are slower than one, and NCCL refuses
+    them with a less helpful message. The other ranks are told.
     """
     try:
-        return _choose_device(placement, device)
+        return _choose_device(placement, device, shared)
     except Exception as error:
         tell_failure(placement, error)
         raise
 
 
-def _choose_device(placement: Placement, device: str) -> torch.device:
+def _choose_device(placement: Placement, device: str, shared: bool) -> torch.device:
     try:
         kind = find_accelerator(device)
     except LaunchError as error:
@@ -49,10 +49,13 @@ def _choose_device(placement: Placement, device: str) -> torch.device:
         return torch.device("cpu")
     count = torch.accelerator.device_count()
     index = 0 if placement.own_device and count == 1 else placement.local_rank
-    if index >= count or (placement.local_size > count and not placement.own_device):
+    if shared:
+        index %= count
+    elif index >= count or (placement.local_size > count and not placement.own_device):
         error = LaunchError(
             f"{placement.local_size} processes on this host but {count} {kind.type.upper()} device"
-            f"{'s' if count > 1 else ''}: start at most {count}"
+            f"{'s' if count > 1 else ''}: start at most {count}, or let them share "
+            f"{'these' if count > 1 else 'it'} with dmnist train --oversubscribe"
         )
         error.on_one_rank = placement.local_rank == 0
         raise error

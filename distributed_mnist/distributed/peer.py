@@ -6,7 +6,8 @@ train for the other.
 
 import os
 import socket
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -19,8 +20,9 @@ JobDescription = Mapping[str, str]
 """What must be equal on all ranks: for each flag or other name, its value as text."""
 
 
-_OPTIONS = ("checkpoint_every", "hang_after", "balance")
-"""Options that decide when the ranks call collectives, how long they wait there, and who computes what."""
+_OPTIONS = ("checkpoint_every", "hang_after", "balance", "oversubscribe")
+"""Options that decide how and when the ranks call collectives, how long they wait, who computes what."""
+_MOST_SHOWN = 8  # ranks in a message
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,37 @@ class Peer:
     """The `launcher_id` from the process's `Placement`."""
     port: int = 0
     """The port on which the process accepts connections; 0 if it accepts none."""
+    device: str = "cpu"
+    """The kind of device on which the process computes, in torch's words: cpu, cuda, ..."""
 
     @classmethod
-    def here(cls, placement: Placement, address: str = "", port: int = 0) -> Self:
+    def here(cls, placement: Placement, address: str = "", port: int = 0, *, device: str = "cpu") -> Self:
         """Describe this process."""
-        return cls(placement.rank, socket.gethostname(), os.getpid(), address, placement.launcher_id, port)
+        host, pid = socket.gethostname(), os.getpid()
+        return cls(placement.rank, host, pid, address, placement.launcher_id, port, device)
 
     def __str__(self) -> str:
         return f"rank {self.rank} (pid {self.pid} on {self.host})"
+
+
+def describe_devices(peers: Sequence[Peer]) -> str:
+    """Say on which kind of device the processes compute: "cpu", or "2 on cpu, 1 on cuda"."""
+    counts = Counter(peer.device for peer in peers)
+    if len(counts) == 1:
+        return peers[0].device
+    return ", ".join(f"{count} on {kind}" for kind, count in counts.items())
+
+
+def ranks_by_device(peers: Sequence[Peer]) -> str:
+    """Say which ranks are on which kind of device: "rank 0, 1 on cpu, rank 2 on cuda"."""
+    ranks: dict[str, list[int]] = {}
+    for peer in peers:
+        ranks.setdefault(peer.device, []).append(peer.rank)
+    parts = []
+    for kind, those in ranks.items():
+        more = f" and {len(those) - _MOST_SHOWN} more" if len(those) > _MOST_SHOWN else ""
+        parts.append(f"rank {', '.join(map(str, those[:_MOST_SHOWN]))}{more} on {kind}")
+    return ", ".join(parts)
 
 
 def describe_job(command: str, **values: object) -> JobDescription:

@@ -4,7 +4,7 @@ DistributedDataParallel needs the process group on every device.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -56,7 +56,7 @@ class TorchProcessGroup:
                 rank=placement.rank,
                 world_size=placement.size,
                 timeout=_TIMEOUT,
-                device_id=device if device.type != "cpu" else None,
+                device_id=device if device.type != "cpu" and backend != "gloo" else None,
             )
         except (OSError, RuntimeError, ValueError) as error:
             raise LaunchError(f"cannot join the process group: {reason_of(error)}") from error
@@ -104,20 +104,21 @@ class DeviceClock:
     """Times collectives on a device that works asynchronously, with events on its stream.
 
     The CPU only starts such a collective. It lasts from when the device has finished all work before it.
+    `device` is None if collectives are finished when they return, so that the CPU's clock is right.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device | None) -> None:
         self._device = device
         self._spans: list[tuple[Any, Any]] | None = None
 
     def start(self) -> None:
-        """Begin to time collectives, unless the device is the CPU."""
-        self._spans = [] if self._device.type != "cpu" else None
+        """Begin to time collectives, if there is a device."""
+        self._spans = None if self._device is None else []
 
     def mark(self) -> Any:
         """Return an event that occurs when the device has finished the work so far; None without
         `start`."""
-        if self._spans is None:
+        if self._spans is None or self._device is None:
             return None
         event = torch.get_device_module(self._device).Event(enable_timing=True)
         event.record()
@@ -129,7 +130,7 @@ class DeviceClock:
             self._spans.append((began, self.mark()))
 
     def stop(self) -> float | None:
-        """Return the seconds counted since `start`; None on the CPU. The device must be synchronized."""
+        """Return the seconds counted since `start`; None without a device. It must be synchronized."""
         spans, self._spans = self._spans, None
         return None if spans is None else sum(begin.elapsed_time(end) for begin, end in spans) / 1e3
 
@@ -154,13 +155,21 @@ def _store(placement: Placement, rendezvous: Rendezvous, sockets: SocketCollecti
     )
 
 
-def backend_for(device: torch.device) -> str:
-    """Return the process group's backend for a device. Raises `LaunchError` for MPS, which has none."""
-    if device.type == "cpu":
-        return "gloo"
-    if device.type == "mps":
-        raise LaunchError("MPS has one device and no collectives: train with --nproc 1")
-    return dist.get_default_backend_for_device(device)
+def choose_backend(kinds: Sequence[str], wanted: str | None = None, *, shared: bool = False) -> str:
+    """Return what carries the collectives of a group: "sockets", or torch's name of a backend.
+
+    `kinds` are the ranks' kinds of device. Only ranks on one kind have a backend in common, which does not
+    let several of them share a device (`shared`). `wanted` is used where a backend can be. Raises
+    `LaunchError` for MPS, which has none.
+    """
+    kind, *others = set(kinds)
+    if kind == "cpu" or others or shared:
+        return "sockets"
+    if kind == "mps":
+        error = LaunchError("MPS has one device and no collectives: train with --nproc 1")
+        error.on_one_rank = False
+        raise error
+    return wanted or dist.get_default_backend_for_device(kind)
 
 
 def means_lost_peer(error: RuntimeError) -> bool:

@@ -49,9 +49,9 @@ class Rendezvous:
 
     `sock` is a bound and listening socket for rank 0, if our own launcher opened one. `hang_after` is how
     many seconds processes from our own launcher wait for each other. `job` describes what all ranks must
-    have in common. `failure` is why this rank cannot take part, see `tell_failure`. Raises `LaunchError` if
-    the other ranks cannot be reached, `UsageError` if rank 0 belongs to another job, and the error of a
-    rank that cannot take part.
+    have in common; `device` is the kind on which this one computes, which may differ. `failure` is why this
+    rank cannot take part, see `tell_failure`. Raises `LaunchError` if the other ranks cannot be reached,
+    `UsageError` if rank 0 belongs to another job, and the error of a rank that cannot take part.
 
     Attributes: `peers`; `attempt`, a random name that only the ranks of this attempt know; `key`, with
     which they prove that they belong to the job; `host`, the address of rank 0's host; `where`, rank 0's
@@ -66,8 +66,11 @@ class Rendezvous:
         hang_after: float,
         job: JobDescription,
         failure: tuple[str, str] | None = None,
+        *,
+        device: str = "cpu",
     ) -> None:
         self._placement, self._size, self._job = placement, placement.size, job
+        self._device = device
         self._spawned = placement.launcher == "spawned"
         self._seconds = max(hang_after, _SPAWNED_SECONDS) if self._spawned else RENDEZVOUS_SECONDS
         self._began, self._silent_until = time.monotonic(), _SILENT_SECONDS
@@ -240,7 +243,7 @@ class Rendezvous:
         serve = coordinator.serve if coordinator else None
         self.listener = Listener(sock, self.key, coordinate=serve, report=report)
         known = "" if is_loopback(address) else address  # a rank on rank 0's host is reached as rank 0 is
-        return Peer.here(self._placement, known, self.listener.port)
+        return Peer.here(self._placement, known, self.listener.port, device=self._device)
 
 
 def tell_failure(placement: Placement, error: Exception) -> None:

@@ -1,4 +1,4 @@
-"""Collectives on CPU, over TCP sockets between the ranks.
+"""Collectives over TCP sockets between the ranks, on the CPU, or through it for other devices.
 
 The main thread of a waiting rank reads the sockets itself. gloo uses a separate thread. When ranks compute
 on every core, that thread must wait to be scheduled. An all-to-all of 100 kB takes two milliseconds with
@@ -13,6 +13,7 @@ import select
 import socket
 import time
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +26,18 @@ from .rendezvous import Rendezvous
 
 _LARGE = 4096  # elements; for smaller messages latency matters more than bandwidth
 _CONNECT_SECONDS = 30.0  # without this, the operating system waits minutes for a host that never answers
+
+
+class Collectives(Protocol):
+    """The interface of the classes below and of `TorchProcessGroup`. `World` documents the methods."""
+
+    def all_gather(self, tensor: Tensor) -> Tensor: ...  # noqa: D102
+    def all_to_all(self, rows: Tensor) -> Tensor: ...  # noqa: D102
+    def send_recv(self, sent: Mapping[int, Tensor], received: Mapping[int, Tensor]) -> None: ...  # noqa: D102
+    def broadcast_(self, tensor: Tensor, src: int) -> Tensor: ...  # noqa: D102
+    def all_reduce_sum_(self, tensor: Tensor) -> Tensor: ...  # noqa: D102
+    def all_reduce_max_(self, tensor: Tensor) -> Tensor: ...  # noqa: D102
+    def close(self) -> None: ...  # noqa: D102
 
 
 class SocketCollectives:
@@ -169,6 +182,42 @@ class SocketCollectives:
                     time.sleep(0.01)
                     continue
                 raise WorkerLost(f"lost {peer}: {reason(error)} at {host} port {peer.port}") from error
+
+
+class StagedCollectives:
+    """The collectives of a rank whose tensors are on another device: copied to the CPU, and back.
+
+    `on_cpu` are those of its group, in which other ranks may be on the CPU or on a third kind of device.
+    Copies wait for the device, so no collective returns before it is finished.
+    """
+
+    def __init__(self, on_cpu: Collectives) -> None:
+        self._on_cpu = on_cpu
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """See `SocketCollectives`, as for all methods."""
+        return self._on_cpu.all_gather(tensor.cpu()).to(tensor.device)
+
+    def all_to_all(self, rows: Tensor) -> Tensor:  # noqa: D102
+        return self._on_cpu.all_to_all(rows.cpu()).to(rows.device)
+
+    def send_recv(self, sent: Mapping[int, Tensor], received: Mapping[int, Tensor]) -> None:  # noqa: D102
+        arriving = {rank: torch.empty_like(tensor, device="cpu") for rank, tensor in received.items()}
+        self._on_cpu.send_recv({rank: tensor.cpu() for rank, tensor in sent.items()}, arriving)
+        for rank, tensor in received.items():
+            tensor.copy_(arriving[rank])
+
+    def broadcast_(self, tensor: Tensor, src: int) -> Tensor:  # noqa: D102
+        return tensor.copy_(self._on_cpu.broadcast_(tensor.cpu(), src))
+
+    def all_reduce_sum_(self, tensor: Tensor) -> Tensor:  # noqa: D102
+        return tensor.copy_(self._on_cpu.all_reduce_sum_(tensor.cpu()))
+
+    def all_reduce_max_(self, tensor: Tensor) -> Tensor:  # noqa: D102
+        return tensor.copy_(self._on_cpu.all_reduce_max_(tensor.cpu()))
+
+    def close(self) -> None:  # noqa: D102
+        self._on_cpu.close()
 
 
 def _sum_in_order(rows: Tensor) -> Tensor:

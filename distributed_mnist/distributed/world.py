@@ -9,7 +9,7 @@ import math
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol, Self, TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,33 +20,22 @@ from ..errors import WorkerLost, described, recreate
 from .agent_store import reason_of
 from .heartbeat import RankStatus
 from .peer import JobDescription, Peer
-from .process_group import DeviceClock, TorchProcessGroup, backend_for, means_lost_peer
+from .process_group import DeviceClock, TorchProcessGroup, choose_backend, means_lost_peer
 from .rendezvous import RENDEZVOUS_SECONDS, Rendezvous
-from .socket_collectives import SocketCollectives
+from .socket_collectives import Collectives, SocketCollectives, StagedCollectives
 from .watchdog import Watchdog
 
 T = TypeVar("T")
 
 
-class Collectives(Protocol):
-    """The interface of `SocketCollectives` and `TorchProcessGroup`. `World` documents the methods."""
-
-    def all_gather(self, tensor: Tensor) -> Tensor: ...  # noqa: D102
-    def all_to_all(self, rows: Tensor) -> Tensor: ...  # noqa: D102
-    def send_recv(self, sent: Mapping[int, Tensor], received: Mapping[int, Tensor]) -> None: ...  # noqa: D102
-    def broadcast_(self, tensor: Tensor, src: int) -> Tensor: ...  # noqa: D102
-    def all_reduce_sum_(self, tensor: Tensor) -> Tensor: ...  # noqa: D102
-    def all_reduce_max_(self, tensor: Tensor) -> Tensor: ...  # noqa: D102
-    def close(self) -> None: ...  # noqa: D102
-
-
 class World:
     """One process's view of its group: its rank, its device, and the collectives.
 
-    Attributes: `rank`, `size`, `local_rank`, `local_size`, `device`, `backend` ("sockets" on CPU, otherwise
-    torch's name for it; "none" for one process), `launcher`, `restarts` (the launcher's count), `peers`
-    (all ranks, in order), `status` (the `RankStatus` of this rank, from which its heartbeats are made),
-    `communication_seconds` (time spent in collectives so far, by the CPU's clock), `device_clock`.
+    Attributes: `rank`, `size`, `local_rank`, `local_size`, `device`, `backend` (of collectives, or "none"
+    for one process), `asynchronous` (whether a collective may return before it is finished), `launcher`,
+    `restarts` (the launcher's count), `peers` (all ranks, in order), `status` (the `RankStatus` of this
+    rank, from which its heartbeats are made), `communication_seconds` (time spent in collectives so far, by
+    the CPU's clock), `device_clock`.
 
     All ranks must call the collectives in the same order. When a peer dies, they raise `WorkerLost`. When a
     peer hangs, the watchdog ends this process.
@@ -65,9 +54,11 @@ class World:
         self.local_rank, self.local_size = placement.local_rank, placement.local_size
         self.launcher, self.restarts = placement.launcher, placement.restarts
         self.device, self.backend = device, backend
-        self.peers = rendezvous.peers if rendezvous else [Peer.here(placement)]
+        self.asynchronous = device.type != "cpu" and backend != "sockets"
+        self.peers = rendezvous.peers if rendezvous else [Peer.here(placement, device=device.type)]
         self.status = status or RankStatus(math.inf)
-        self.communication_seconds, self.device_clock = 0.0, DeviceClock(device)
+        self.communication_seconds = 0.0
+        self.device_clock = DeviceClock(device if self.asynchronous else None)
         self._placement, self._rendezvous = placement, rendezvous
         self._watchdog: Watchdog | None = None
         self._sockets: SocketCollectives | None = None
@@ -85,24 +76,28 @@ class World:
         listener: socket.socket | None = None,
         hang_after: float = 60.0,
         job: JobDescription | None = None,
+        shared: bool = False,
     ) -> Self:
         """Connect to the other ranks and return the group.
 
-        `backend` is the backend of torch's process group; the default depends on the device. `listener` is
-        a bound and listening socket for rank 0, if our own launcher opened one. `hang_after`, the same on
-        all ranks, is how many seconds the group may go without progress. `job` describes what all ranks
-        must have in common. Raises `LaunchError` if the other ranks cannot be reached, and `UsageError` if
-        rank 0 belongs to another job.
+        The ranks may be on different kinds of device. `backend` is that of torch's process group; the
+        default depends on the devices. `listener` is a bound and listening socket for rank 0, if our own
+        launcher opened one. `hang_after`, the same on all ranks, is how many seconds the group may go
+        without progress. `job` describes what all ranks must have in common. `shared`, the same on all
+        ranks, is whether several may be on one device. Raises `LaunchError` if the other ranks cannot be
+        reached, and `UsageError` if rank 0 belongs to another job.
         """
         if placement.size == 1:
             return cls(placement, device, "none")
-        on_cpu = device.type == "cpu"
-        backend = backend or backend_for(device)
-        rendezvous = Rendezvous(placement, listener, hang_after, {**(job or {}), "device": device.type})
+        rendezvous = Rendezvous(placement, listener, hang_after, job or {}, device=device.type)
+        try:
+            name = choose_backend([peer.device for peer in rendezvous.peers], backend, shared=shared)
+        except BaseException:
+            rendezvous.close()
+            raise
         status = RankStatus(hang_after)
-        name = "sockets" if on_cpu else backend
         world = cls(placement, device, name, rendezvous=rendezvous, status=status)
-        world._torch_backend = backend
+        world._torch_backend = backend or ("gloo" if name == "sockets" else name)
         world._watchdog = Watchdog(
             placement,
             rendezvous.peers,
@@ -110,13 +105,17 @@ class World:
             rendezvous.exchange,
             limit=hang_after,
             where=rendezvous.where,
-            asynchronous=not on_cpu,
+            asynchronous=world.asynchronous,
         )
         status.enter("rendezvous", patience=RENDEZVOUS_SECONDS)
         world._watchdog.start()
         world._sockets = SocketCollectives(placement.rank, rendezvous)
         try:
-            world._collectives = world._sockets if on_cpu else world.join_process_group()
+            if name != "sockets":
+                world._collectives = world.join_process_group()
+            else:
+                on_cpu = device.type == "cpu"
+                world._collectives = world._sockets if on_cpu else StagedCollectives(world._sockets)
             world.barrier()  # without it, a rank that fails at once would break the others' connections
         except BaseException:  # the process may go on without a group
             world.leave()
@@ -266,6 +265,14 @@ class World:
         total = self.all_reduce_sum_(torch.zeros(1, device=self.device))
         total.item()  # on an asynchronous device an all-reduce returns before it is finished
 
+    def finish_queued_work(self) -> None:
+        """Wait until the device has computed what it was given. A CPU computes at once."""
+        if self.asynchronous:  # then a collective may be among it
+            with self.communicating("a step", also_computes=True):
+                torch.accelerator.synchronize()
+        elif self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
     @contextlib.contextmanager
     def communicating(self, collective: str, *, also_computes: bool = False) -> Iterator[None]:
         """Wrap code that waits for other ranks. A backend's error about a lost peer becomes `WorkerLost`.
@@ -273,6 +280,8 @@ class World:
         `collective` is a noun for messages, such as "an all-reduce". With `also_computes`, the time does
         not count as communication, and a `WorkerLost` from a collective in the code passes unchanged.
         """
+        if not self.asynchronous:
+            self.finish_queued_work()  # before this rank waits for others, and not as a part of it
         self.status.set_waiting(collective)
         began, mark = time.perf_counter(), None if also_computes else self.device_clock.mark()
         try:

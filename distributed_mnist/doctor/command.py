@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from ..distributed.peer import Peer
+from ..distributed.peer import Peer, describe_devices
 from ..distributed.world import World
 from ..errors import VerificationError
 from ..reporting.console import print_labelled
@@ -118,7 +118,8 @@ def _launcher(world: World) -> Finding:
     if world.size == 1:
         return good("none")
     where = f"{hosts} host{'s' if hosts > 1 else ''}"
-    return good(f"{world.launcher}: {world.size} processes on {where}, {world.backend}")
+    processes = f"{world.size} processes on {where}"
+    return good(f"{world.launcher}: {processes}, {world.backend}; {describe_devices(world.peers)}")
 
 
 def _shared_folder(world: World, out: Path) -> Finding:

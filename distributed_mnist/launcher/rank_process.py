@@ -27,6 +27,7 @@ def run_in_group(
     exact: bool = True,
     hang_after: float = 60.0,
     job: JobDescription | None = None,
+    shared: bool = False,
     debug: bool = False,
     report_error: Callable[..., int] = print_error,
 ) -> int:
@@ -34,8 +35,9 @@ def run_in_group(
 
     Under another launcher, in a group of more than one process, this function ends the process. `exact`
     asks the device's libraries for results that do not vary from call to call. `hang_after` is how many
-    seconds the group may go without progress. `job` describes what all ranks must have in common.
-    `report_error` is called with an exception and returns the exit code.
+    seconds the group may go without progress. `job` describes what all ranks must have in common. `shared`
+    is whether several may be on one device. `report_error` is called with an exception and returns the exit
+    code.
     """
     code = 0
     try:
@@ -45,9 +47,15 @@ def run_in_group(
         environment.keep_memory()
         if exact:
             environment.order_additions()
-        chosen = choose_device(placement, device)
+        chosen = choose_device(placement, device, shared=shared)
         world = World.connect(
-            placement, device=chosen, backend=backend, listener=listener, hang_after=hang_after, job=job
+            placement,
+            device=chosen,
+            backend=backend,
+            listener=listener,
+            hang_after=hang_after,
+            job=job,
+            shared=shared,
         )
         body(world, signals)
         world.close()

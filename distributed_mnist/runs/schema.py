@@ -163,6 +163,7 @@ class RankFields(Struct):
     rank: Count
     host: str
     pid: Count
+    device: str | UnsetType = UNSET
 
 
 class _Start(_Event, tag="start"):

@@ -8,6 +8,7 @@ from ..common import environment
 from ..common.placement import usable_cores
 from ..config import Recipe, Run, flag
 from ..data.broadcast import Data
+from ..distributed.peer import describe_devices
 from ..distributed.world import World
 from ..gradients.tree_sum import shard_sizes
 from ..runs.run_folder import RunFolder
@@ -27,7 +28,10 @@ def log_start(
         steps=context.batches.total_steps,
         epochs=context.recipe.epochs,
         again=again,
-        ranks=[{"rank": peer.rank, "host": peer.host, "pid": peer.pid} for peer in context.world.peers],
+        ranks=[
+            {"rank": peer.rank, "host": peer.host, "pid": peer.pid, "device": peer.device}
+            for peer in context.world.peers
+        ],
     )
     for text in notices:
         context.sink.log("notice", text=text)
@@ -124,13 +128,16 @@ def start_lines(world: World, prepared: Preparation, folder: Path) -> dict[str, 
         arithmetic = f"{sync} over {_count(recipe.shards, 'shard')}{norm}, {recipe.precision}"
     counts = " + ".join(f"{len(split):,}" for split in (data.train, data.validation, data.test) if split)
     counts += " images (training, validation, test)" if data.validation is not None else " images"
-    per_process = f", {_count(prepared.threads, 'thread')} each" if world.device.type == "cpu" else ""
+    kinds = describe_devices(world.peers)
+    where = f": {kinds}" if "," in kinds else f" on {kinds}"
+    if kinds == "cpu":
+        where += f", {_count(prepared.threads, 'thread')} each"
     return {
         "recipe": f"{prepared.title}: {recipe.model} with {properties.parameters:,} parameters, "
         f"{length} in batches of {recipe.batch_size}, "
         f"{arithmetic}, seed {recipe.seed}",
         "data": f"{data.name}, {counts}, {data.source}",
-        "world": f"{processes} on {world.device.type}{per_process}",
+        "world": processes + where,
         "out": str(folder),
     }
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..config import Recipe
+from ..distributed.peer import describe_devices
 from ..distributed.world import World
 from ..models.summary import layers_of
 from ..runs.checkpoint import decode, encode
@@ -73,7 +74,7 @@ def make_plan(world: World, prepared: Preparation) -> dict[str, Any]:
             "layers": [dataclasses.asdict(layer) for layer in layers],
             "world_size": world.size,
             "launcher": world.launcher,
-            "device": world.device.type,
+            "device": describe_devices(world.peers),
             "threads": prepared.threads,
             "checkpoint_bytes": checkpoint_bytes,
             "free_bytes": free_bytes,

@@ -13,6 +13,7 @@ from ..common.compute_platform import differences, multiplies_bf16, this_platfor
 from ..common.digest import digest
 from ..common.placement import usable_cores
 from ..config import Recipe, Run, Sync
+from ..distributed.peer import ranks_by_device
 from ..distributed.world import World
 from ..errors import UsageError
 from ..gradients.cross_check import all_true
@@ -34,12 +35,14 @@ def agree_on_platform(
     A recipe that leaves it open gets bf16 if all ranks have the hardware for it, otherwise fp32.
 
     A run that is resumed keeps its precision: that of `requested`, the checkpoint named by `--resume`, or
-    that of the run in `--out`. All ranks must call it. Raises `UsageError`, see `require_same_platform`.
+    that of the run in `--out`. All ranks must call it. Raises `UsageError`, see `require_one_kind` and
+    `require_same_platform`.
     """
     if recipe.precision == "exact":  # every platform computes the same
-        if world.device.type == "mps":
+        if any(peer.device == "mps" for peer in world.peers):
             raise UsageError("--precision exact needs float64, which MPS does not have: add --device cpu")
         return recipe, []
+    require_one_kind(world)
     notices = require_same_platform(world, recipe.sync)
     has_bf16 = all_true(world, multiplies_bf16(world.device))
     if recipe.precision == "auto":
@@ -48,6 +51,15 @@ def agree_on_platform(
     if recipe.precision == "bf16" and not has_bf16:
         notices.append("this hardware emulates bf16: --precision fp32 would be faster")
     return recipe, notices
+
+
+def require_one_kind(world: World) -> None:
+    """Raise `UsageError` if the ranks compute on different kinds of device."""
+    if len({peer.device for peer in world.peers}) > 1:
+        raise UsageError(
+            f"{ranks_by_device(world.peers)}: only --precision exact gives the same result on different "
+            "kinds of device; add it, or --device cpu"
+        )
 
 
 def require_same_platform(world: World, sync: Sync) -> list[str]:

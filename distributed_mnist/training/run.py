@@ -14,6 +14,7 @@ from ..common.digest import digest
 from ..common.process_state import defined_state
 from ..config import Recipe, Run, checkpoint_interval, steps_between
 from ..data.datasets import Dataset
+from ..distributed.peer import describe_devices
 from ..distributed.world import World
 from ..errors import Interrupted, WorkerLost
 from ..launcher.signals import StopRequests
@@ -176,7 +177,7 @@ def train_and_summarise(
         "data_sha256": data.sha256,
         "train_seconds": state.train_seconds,
         "world_size": context.world.size,
-        "device": context.world.device.type,
+        "device": describe_devices(context.world.peers),
         "steps_here": state.step - steps_before,
         "seconds_here": seconds_here,
         "images_per_second": images / seconds_here if images else None,

@@ -100,9 +100,7 @@ class SyncPoints:
         settings are not as they were when training began.
         """
         changed = changes(self._settings)
-        if self._world.device.type != "cpu":
-            with self._world.communicating("a step", also_computes=True):
-                torch.accelerator.synchronize()
+        self._world.finish_queued_work()
         self.seconds, self.steps = time.perf_counter() - self._started, step - self._last
         exchange = self._world.device_clock.stop()
         if exchange is None:

@@ -44,3 +44,17 @@ def test_one_rank_of_each_host_reports_it(accelerator: str | None, monkeypatch: 
             choose_device(placement, "cuda")
         assert caught.value.on_one_rank == (local_rank == 0)
         assert told.pop() == str(caught.value)
+
+
+@pytest.mark.parametrize("accelerator", ["cuda"], indirect=True)
+def test_only_ranks_that_are_told_to_share_a_device(accelerator: str) -> None:
+    for local_rank in range(3):
+        placement = Placement(
+            rank=local_rank, size=3, local_rank=local_rank, local_size=3, launcher="spawned"
+        )
+        assert choose_device(placement, "auto", shared=True) == torch.device(accelerator, 0)
+        message = (
+            "^3 processes on this host but 1 CUDA device: start at most 1, or let them share it with dmnist"
+        )
+        with pytest.raises(LaunchError, match=f"{message} train --oversubscribe$"):
+            choose_device(placement, "auto")

@@ -113,7 +113,7 @@ def test_the_original_commands_have_their_flags() -> None:
 
 
 def test_make_targets_exist() -> None:
-    targets = re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
     shown = [line.split()[1] for line in lines_of_commands() if re.match(r"make \w", line)]
     assert {"train", "test"} <= set(shown) <= set(targets)
 
@@ -143,7 +143,7 @@ def test_the_run_folder_page_is_complete(digits: Path, tmp_path: Path) -> None:
         assert not missing, (event["event"], missing)
         unseen = documented[event["event"]] - set(event)
         unseen = {name for name in unseen if not name.startswith("validation")}  # this run has no split
-        assert unseen <= {"rank", "host", "pid", "busy", "exchange", "share"}, event
+        assert unseen <= {"rank", "host", "pid", "device", "busy", "exchange", "share"}, event
 
 
 def test_the_files_of_a_data_set_are_named(digits: Path) -> None:

@@ -13,6 +13,7 @@ from ranks import run_ranks
 from distributed_mnist.common.compute_platform import ComputePlatform, this_platform
 from distributed_mnist.common.placement import ALONE
 from distributed_mnist.config import Recipe, Run
+from distributed_mnist.distributed.peer import Peer
 from distributed_mnist.distributed.world import World
 from distributed_mnist.errors import UsageError
 from distributed_mnist.runs.checkpoint import encode
@@ -116,4 +117,11 @@ def test_emulated_bf16_is_told(has_bf16: bool, monkeypatch: pytest.MonkeyPatch) 
 def test_exact_needs_float64() -> None:
     world = World(ALONE, torch.device("mps"), "none")
     with pytest.raises(UsageError, match="needs float64, which MPS does not have: add --device cpu"):
+        platforms.agree_on_platform(world, Recipe(precision="exact"), Run(), None)
+
+
+def test_mps_is_refused_on_all_ranks_of_a_mixed_group() -> None:
+    world = World(ALONE, torch.device("cpu"), "none")
+    world.peers = [Peer(0, "host", 1), Peer(1, "host", 2, device="mps")]
+    with pytest.raises(UsageError, match="MPS does not have"):
         platforms.agree_on_platform(world, Recipe(precision="exact"), Run(), None)

@@ -22,6 +22,7 @@ from ...distributed.world import World
 from ...errors import TrainingError, UsageError
 from ...launcher.signals import StopSignals
 from ...training import run as training_run
+from ...training.platforms import require_one_kind
 from ..results_table import ResultsTable
 from .compare import Answer, Difference, compare, read_answer
 from .known_answers import Platform, report_known_answer, this_platform
@@ -44,6 +45,7 @@ class SoloResult:
 
 def run(world: World, table: ResultsTable, signals: StopSignals) -> None:
     """Verify a world. All ranks must call it. Raises `VerificationError` on all ranks or on none."""
+    require_one_kind(world)
     job_recipe = recipe_for(world.size)
     with ExitStack() as stack:
         folder = world.on_every_rank(lambda: stack.enter_context(table.work_folder()))
