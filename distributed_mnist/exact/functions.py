@@ -19,7 +19,8 @@ from .layers import attention, broadcasting
 from .layers.broadcasting import elementwise, expanded
 from .layers.table import CONSTANTS, COPIES, ELEMENTWISE, LAYERS, QUESTIONS, VIEWS
 from .parameter_views import follow, is_activation, mark_activation, with_samples
-from .passes import Pass, TrainingPass
+from .passes.interface import Pass
+from .passes.training_pass import TrainingPass
 from .refusal import Refused, advice
 
 _WEIGHTS = {

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from .functions import ExactFunctions
 from .parameter_views import is_activation, mark_activation
-from .passes import Pass, TrainingPass
+from .passes.interface import Pass
+from .passes.training_pass import TrainingPass
 from .refusal import Refused
 
 _RECOMPUTED = "what is saved for the backward pass by hooks, as for checkpointing, has no exact form"

@@ -14,7 +14,7 @@ from ..common.digest import digest
 from ..distributed.world import World
 from ..errors import CheckpointError
 from ..exact.module import ExactModule
-from ..exact.passes import TrainingPass
+from ..exact.passes.training_pass import TrainingPass
 from ..exact.refusal import Refused
 from ..exact.scales import Scales
 from .agreement import Results, compare
@@ -81,7 +81,7 @@ class ExactGradients:
     def compute(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
         """Compute the gradient of one step; see `Gradients`."""
         self.add_part(forward_shards, sizes, self._parts.of(self._world.rank, len(sizes)))
-        self._world.all_reduce_sum_(self._pass.sums)
+        self._world.all_reduce_sum_(self._pass.sums.flat)
         self._scales.now.nan_to_num_(math.inf, math.inf)  # a maximum of what is not a number is not defined
         self._world.all_reduce_max_(self._scales.now)
         self.set_gradients()
@@ -113,7 +113,7 @@ class ExactGradients:
             start = (rank * count // self._world.size + self._checks * _CHECKED_SAMPLES) % count
             self._pass.begin_step()
             self._run(forward_shards, range(start, min(start + _CHECKED_SAMPLES, count)))
-            return digest(self._pass.sums)
+            return digest(self._pass.sums.flat)
 
         def repeat(rank: int) -> Results:
             again = [sums_over_part_of(rank) for _ in range(2)]

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from ..config import ImageShape
 from ..errors import UsageError
-from ..exact.evaluation_pass import EvaluationPass
 from ..exact.initial_values import normal
 from ..exact.module import ExactModule
-from ..exact.passes import TrainingPass
+from ..exact.passes.evaluation_pass import EvaluationPass
+from ..exact.passes.training_pass import TrainingPass
 from ..exact.products import MOST_TERMS
 from ..exact.refusal import Refused, layer_of
 from ..exact.scales import Scales
@@ -63,7 +63,7 @@ def require_exact_batch(pass_: TrainingPass, samples: int, batch_size: int) -> N
 
     `pass_` has found scales with so many samples.
     """
-    most = MOST_TERMS * samples // max(pass_.most_products, 1)
+    most = MOST_TERMS * samples // max(pass_.sums.most_products, 1)
     if batch_size > most:
         raise UsageError(
             f"--batch-size {batch_size}: with --precision exact, the sums over a batch of this model are "
@@ -93,5 +93,5 @@ def _sums_of_cuts(
         pass_.begin_step()
         for samples in cut:
             run(samples)
-        results.append(pass_.sums.clone())
+        results.append(pass_.sums.flat.clone())
     return results

@@ -14,10 +14,10 @@ from ..common.process_state import defined_state
 from ..common.random_keys import torch_seed
 from ..config import MNIST_SHAPE, ImageShape, Precision, Recipe
 from ..errors import UsageError
-from ..exact.evaluation_pass import EvaluationPass
 from ..exact.functions import ExactFunctions
 from ..exact.initialisation import ExactInitialisation, InexactOperation
 from ..exact.module import ExactModule
+from ..exact.passes.evaluation_pass import EvaluationPass
 from ..user_code.functions import current_folder_last
 from .factory import find_factory, shape_hint
 from .inspection import ModelProperties, equal, inspect

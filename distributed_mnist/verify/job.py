@@ -85,7 +85,7 @@ class ExactJob:
     def results(self) -> list[tuple[Tensor, Combine]]:
         """Return what `add_part` has computed, and how parts are combined, in place."""
         return [
-            (self.pass_.sums, torch.add),
+            (self.pass_.sums.flat, torch.add),
             (self.pass_.checksums, torch.add),
             (self.scales.now, torch.maximum),
         ]

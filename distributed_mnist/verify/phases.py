@@ -129,7 +129,7 @@ class PhaseRunner:
         world, job = self._world, self._job
         own = job.trace()
         if len(group) == world.size:
-            world.all_reduce_sum_(job.pass_.sums)
+            world.all_reduce_sum_(job.pass_.sums.flat)
             world.all_reduce_sum_(job.pass_.checksums)
             world.all_reduce_max_(job.scales.now)
         elif len(group) == 2:
@@ -139,7 +139,7 @@ class PhaseRunner:
                 world.send_recv({other: mine}, {other: theirs})
                 combine(mine, theirs, out=mine)
         if flip and flip.kind == "message":
-            self._flip(job.pass_.sums, flip)
+            self._flip(job.pass_.sums.flat, flip)
         damaged = first_difference(self.known.weights[step], job.weights_trace())
         damage = f"in memory, the value of {damaged}" if damaged else ""
         return Report(damage, own, job.trace() if len(group) > 1 else own)

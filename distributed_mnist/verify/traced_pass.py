@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..common.digest import digest
-from ..exact.passes import Fixed, TrainingPass
+from ..exact.passes.interface import Fixed
+from ..exact.passes.training_pass import TrainingPass
 from ..exact.scales import Scales
 
 DIGITS = 8
@@ -89,7 +90,8 @@ class TracedPass(TrainingPass):
             for number in order
         }
         sums = {
-            f"the gradient of {self._names[part.parameter]}": short(part.integers) for part in self._sums
+            f"the gradient of {self._names[parameter]}": short(integers)
+            for parameter, integers in self.sums.by_parameter()
         }
         return {**layers, **sums, "the largest magnitudes": short(self.scales.now)}
 

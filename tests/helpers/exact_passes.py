@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from distributed_mnist.exact import passes
-from distributed_mnist.exact.evaluation_pass import EvaluationPass
 from distributed_mnist.exact.initial_values import normal
 from distributed_mnist.exact.module import ExactModule
+from distributed_mnist.exact.passes.evaluation_pass import EvaluationPass
+from distributed_mnist.exact.passes.training_pass import TrainingPass
 from distributed_mnist.exact.products import Products
 from distributed_mnist.exact.scales import Scales
 
@@ -25,7 +25,7 @@ class ExactRun:
 
     def __init__(self, model: nn.Module, images: Tensor, products: Products | None = None) -> None:
         self.model, self.images = model, images
-        self.pass_ = passes.TrainingPass(model, Scales(torch.device("cpu")))
+        self.pass_ = TrainingPass(model, Scales(torch.device("cpu")))
         if products is not None:
             self.pass_.products = products
         self.module = ExactModule(model, self.pass_)

@@ -12,7 +12,7 @@ from ..elementary import log as log_of
 from ..elementary import sigmoid as sigmoid_of
 from ..elementary import sqrt as sqrt_of
 from ..elementary import tanh as tanh_of
-from ..passes import Pass
+from ..passes.interface import Pass
 from ..refusal import Refused
 
 _SQRT_HALF = float.fromhex("0x1.6a09e667f3bcdp-1")

@@ -10,7 +10,7 @@ from .. import ordered_sums
 from ..elementary import exp, log
 from ..fixed_point import power_of_two
 from ..parameter_views import follow
-from ..passes import Pass
+from ..passes.interface import Pass
 from ..products import require_exact
 from ..refusal import Refused
 from .broadcasting import elementwise, expanded

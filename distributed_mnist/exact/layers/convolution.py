@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..passes import Pass
+from ..passes.interface import Pass
 from ..products import MOST_TERMS_IN_INT32, Rows, require_exact
 
 Pair = tuple[int, int]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...common.random_keys import random_bits
-from ..passes import Draw, Pass
+from ..passes.interface import Draw, Pass
 from ..refusal import Refused
 
 

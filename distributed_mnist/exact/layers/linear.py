@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..passes import Pass
+from ..passes.interface import Pass
 from ..products import Rows
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..elementary import sqrt
 from ..ordered_sums import sum_over_
 from ..parameter_views import follow
-from ..passes import Pass
+from ..passes.interface import Pass
 from ..refusal import Refused
 from .broadcasting import elementwise
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..passes import Pass
+from ..passes.interface import Pass
 from ..refusal import Refused
 from .convolution import Pair, Window, pair
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..ordered_sums import sum_over
-from ..passes import Pass
+from ..passes.interface import Pass
 from ..refusal import Refused
 
 Dims = int | Sequence[int] | None

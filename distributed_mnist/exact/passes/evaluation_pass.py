@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from .fixed_point import quantise
-from .passes import Arrange, Draw, Fixed, Weight, prepare_weight, product_factor
-from .products import products_for
-from .refusal import Refused
-from .scales import sample_exponents
+from ..fixed_point import quantise
+from ..products import products_for
+from ..refusal import Refused
+from ..scales import sample_exponents
+from .interface import Arrange, Draw, Fixed, Weight
+from .weights import prepare_weight, product_factor
 
 
 class EvaluationPass:
