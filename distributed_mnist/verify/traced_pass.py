@@ -31,7 +31,7 @@ class TracedPass(TrainingPass):
 
     def __init__(self, model: nn.Module, scales: Scales) -> None:
         super().__init__(model, scales)
-        self.checksums = torch.zeros(0, dtype=torch.int64, device=self.sums.device)
+        self.checksums = torch.zeros(0, dtype=torch.int64, device=self.sums.flat.device)
         """For each tensor, by number, the sum over the step of its elements' bits, read as int32."""
         self.flip: Callable[[Tensor], object] | None = None
         self.flip_at = 0.0
