@@ -12,7 +12,9 @@ _ONE = 2**16
 _LEAST_GAIN = 3
 """Percent: if a step would not be at least so much shorter, the parts stay."""
 _FAR = 125
-"""If the slowest rank takes more than this percentage of the mean time, noise does not matter."""
+"""A rank that takes more than this percentage of the mean time, twice in a row, does so not by chance."""
+_SMOOTHING = 4
+"""Otherwise the parts move by this fraction of the way, 1 / 4, because differences are mostly noise."""
 
 
 class Parts:
@@ -29,6 +31,8 @@ class Parts:
         self._full = balance
         self._wanted = [(balance or 0) * _ONE // size] * size
         """How many samples of a full batch each rank would get if samples could be cut, smoothed."""
+        self._far = set(range(size))
+        """Ranks that took far more than the mean time in the interval before; at first all may have."""
         self._is_first = True
 
     def of(self, rank: int, count: int) -> range:
@@ -48,7 +52,13 @@ class Parts:
         if self._full is not None and not self._is_first and self._full > len(self._weights):
             counts = [len(self.of(rank, self._full)) for rank in range(len(self._weights))]
             times = [max(1, round(1e9 * each)) for each in seconds]  # nanoseconds
-            self._wanted = _smoothed(self._wanted, _balanced(counts, times), times)
+            far = {i for i, time in enumerate(times) if 100 * time * len(times) > _FAR * sum(times)}
+            divisor = 1 if far & self._far else _SMOOTHING
+            self._wanted = [
+                old + (new - old) // divisor
+                for old, new in zip(self._wanted, _balanced(counts, times), strict=True)
+            ]
+            self._far = far
             found = _whole(self._wanted, self._full)
             longest = max(new * time // old for new, time, old in zip(found, times, counts, strict=True))
             if 100 * longest <= (100 - _LEAST_GAIN) * max(times):
@@ -65,13 +75,6 @@ def _balanced(counts: Sequence[int], times: Sequence[int]) -> list[int]:
     """
     speeds = [(count << 64) // time for count, time in zip(counts, times, strict=True)]
     return [sum(counts) * _ONE * speed // sum(speeds) for speed in speeds]
-
-
-def _smoothed(before: Sequence[int], now: Sequence[int], times: Sequence[int]) -> list[int]:
-    """Return the mean of what was wanted before and now; or `now`, if the present parts are far from it."""
-    if 100 * max(times) * len(times) > _FAR * sum(times):
-        return list(now)
-    return [(old + new) // 2 for old, new in zip(before, now, strict=True)]
 
 
 def _whole(wanted: Sequence[int], count: int) -> list[int]:

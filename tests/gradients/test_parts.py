@@ -71,7 +71,7 @@ def test_parts_cover_every_batch_evenly(ranks: int) -> None:
     ("fixed", "each", "soon", "late"),
     [
         pytest.param([5e-3] * 2, [1e-4, 3e-4], 1.10, 1.05, id="slowed to a third"),
-        pytest.param([5e-3] * 8, [1e-4] * 7 + [4e-4], 1.15, 1.08, id="one of eight slowed"),
+        pytest.param([5e-3] * 8, [1e-4] * 7 + [4e-4], 1.20, 1.08, id="one of eight slowed"),
         pytest.param([1e-2, 3e-2], [1e-4, 3e-4], 1.30, 1.05, id="much is the same for any part"),
         pytest.param([2e-3, 3e-3], [1e-5, 5e-4], 1.25, 1.10, id="a GPU and a CPU, 50 times slower"),
         pytest.param([2e-3] + [3e-3] * 3, [1e-5] + [5e-4] * 3, 1.75, 1.10, id="a GPU and three CPUs"),
@@ -105,9 +105,10 @@ def test_equal_ranks_keep_even_parts_beside_a_little_noise(ranks: int, batch: in
 
 
 def test_much_noise_costs_little() -> None:
-    group = Group([5e-3] * 2, [1e-4] * 2, noise=0.2)
-    found = group.run(200)
-    assert sum(found) / len(found) < 1.05
+    """As on a loaded machine: an interval may take one rank twice as long as another."""
+    group = Group([5e-3] * 2, [1e-4] * 2, noise=0.35)
+    found = group.run(400)
+    assert sum(found) / len(found) < 1.06
 
 
 @pytest.mark.parametrize(("ranks", "batch"), [(11, 64), (11, 12), (11, 11), (11, 5), (2, 1), (1, 64)])
