@@ -200,7 +200,7 @@ def _count(number: int, noun: str) -> str:
 def rank_table(ranks: Sequence[Mapping[str, Any]], stragglers: StragglerTracker, most: int) -> Table:
     """Make a table of the `most` slowest ranks, slowest first, with their times in ms per step."""
     table = Table(
-        box=None, pad_edge=False, header_style="dim", caption=stragglers.summary(), caption_justify="left"
+        box=None, pad_edge=False, header_style="dim", caption=stragglers.straggler(), caption_justify="left"
     )
     parts = ("of batch",) if uneven(stragglers.share) else ()
     for name in ("rank", "host", "pid", *parts, "busy ms", "exchange ms"):

@@ -52,27 +52,26 @@ class StragglerTracker:
         return fmean(waits) / step if waits and step > 0 else 0.0
 
     def summary(self) -> str:
-        """Describe the straggler in one line.
+        """Describe the straggler in one line, and the ranks' parts of a batch if they are uneven.
 
         The line is empty for one process, and on a device whose exchange times cannot be measured.
         """
+        straggler = self.straggler()
+        if not straggler or not uneven(self.share):
+            return straggler
+        least, most = (choose(range(len(self.share)), key=self.share.__getitem__) for choose in (min, max))
+        parts = f"rank {least} takes {self.share[least]:.0%} of a batch, rank {most} {self.share[most]:.0%}"
+        return f"{straggler}; {parts}"
+
+    def straggler(self) -> str:
+        """Describe the straggler; see `summary`."""
         if len(self.exchange) < 2 or not any(self.exchange):
             return ""
         if self.waiting_share < EVEN_SHARE:
-            return f"ranks even: no rank waits long for another{self._shares()}"
+            return "ranks even: no rank waits long for another"
         rank, share = self.slowest_rank, self.waiting_share
         host = f" on {self._hosts[rank]}" if self._hosts else ""
-        wait = f"the others wait {share:.0%} of a step for it"
-        return f"slowest: rank {rank}{host}; {wait}{self._shares()}"
-
-    def _shares(self) -> str:
-        """Say who takes the smallest and the largest part of a batch; empty if the parts are even."""
-        if not uneven(self.share):
-            return ""
-        least, most = (choose(range(len(self.share)), key=self.share.__getitem__) for choose in (min, max))
-        return (
-            f"; rank {least} takes {self.share[least]:.0%} of a batch, rank {most} {self.share[most]:.0%}"
-        )
+        return f"slowest: rank {rank}{host}; the others wait {share:.0%} of a step for it"
 
 
 def uneven(shares: Sequence[float]) -> bool:

@@ -63,6 +63,20 @@ def test_a_table_of_many_ranks_fits() -> None:
     assert max(map(len, lines)) <= 80
 
 
+def test_uneven_parts_are_a_column_and_half_a_sentence() -> None:
+    def shown(shares: list[float]) -> tuple[str, str]:
+        console, tracker = Console(width=80, height=24, record=True), StragglerTracker()
+        tracker.add({"busy": [0.01, 0.01], "exchange": [0.002, 0.001], "share": shares})
+        console.print(rank_table(RANKS[:2], tracker, 5))
+        return console.export_text(), tracker.summary()
+
+    table, line = shown([0.52, 0.48])
+    assert "of batch" not in table + line
+    table, line = shown([0.9, 0.1])
+    assert table.split("\n")[1].split()[:4] == ["1", "node0", "101", "10.0%"]
+    assert line.endswith("for it; rank 1 takes 10% of a batch, rank 0 90%")
+
+
 def test_only_new_and_complete_events_are_read(tmp_path: Path) -> None:
     tail = Tail(tmp_path)
     with pytest.raises(UsageError, match="not a run"):
