@@ -55,6 +55,9 @@ def require_exact_form(
             raise Refused("its gradient for one image depends on the other images of the pass")
     except Refused as error:
         raise refusal(error, model, name) from error
+    except Exception as error:  # in torch's own arithmetic it has run before
+        failed = Refused(f"it fails: {type(error).__name__}: {error}")
+        raise refusal(failed.with_traceback(error.__traceback__), model, name) from error
     require_exact_batch(pass_, _IMAGES, batch_size)
 
 

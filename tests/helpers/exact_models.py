@@ -118,6 +118,22 @@ def in_evaluation(classes: int) -> nn.Module:
     return InEvaluation()
 
 
+class OneOutput(nn.Module):
+    """Refused: `linear` with a vector of weights, which only torch's has."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.weight, self.classes = nn.Parameter(torch.zeros(784)), classes
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return F.linear(rows, self.weight).unsqueeze(1).expand(-1, self.classes)
+
+
+def one_output(classes: int) -> nn.Module:
+    """A model that is refused."""
+    return nn.Sequential(nn.Flatten(), OneOutput(classes))
+
+
 def batch_norm(classes: int) -> nn.Module:
     """A model that is refused."""
     return nn.Sequential(nn.Conv2d(1, 4, 5, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, classes))
