@@ -103,7 +103,7 @@ def evaluate(
             raise UsageError(
                 f"the model returns shape {shape} for {len(images)} images; expected logits {expected}"
             )
-        return logits
+        return logits + 0  # in exact arithmetic, the sign of a zero may differ between machines
 
     score = _score_exactly if precision == "exact" else _score
     checked = ""

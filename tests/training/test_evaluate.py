@@ -69,6 +69,19 @@ def test_exact_scores_are_the_others_up_to_rounding() -> None:
     assert loss.isnan()
 
 
+def test_zero_has_no_sign_when_logits_are_compared() -> None:
+    """A product of integers may be -0 with one library and 0 with another."""
+
+    class Zeros(nn.Module):
+        zero = 0.0
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.zero = -self.zero
+            return images.new_full((len(images), 10), self.zero)
+
+    assert scored(Zeros(), split(5)).images == 5
+
+
 def test_a_confusion_matrix_of_known_guesses() -> None:
     """The model reads its prediction from the first pixel."""
 
