@@ -19,6 +19,8 @@ import time
 from dataclasses import dataclass
 from enum import IntEnum
 
+from .job_key import SECRET
+
 MAGIC = b"dmnist 3"
 _NONCE = _ATTEMPT = 16  # bytes
 _MAC = SIGNATURE_BYTES = 32
@@ -26,7 +28,7 @@ CHALLENGE_BYTES = len(MAGIC) + _NONCE
 _CLAIM = struct.Struct(f"<BI{_ATTEMPT}s{_NONCE}s")
 CLAIM_BYTES = _CLAIM.size + _MAC
 NO_ATTEMPT = bytes(_ATTEMPT)
-REFUSAL = "the secret, the job or the world size is not the same"
+REFUSAL = f"the job, the world size or the secret is not the same (set {SECRET} on all ranks)"
 
 
 class Purpose(IntEnum):
@@ -74,7 +76,7 @@ def verify(message: bytes, key: bytes, challenge: bytes, port: int) -> tuple[Cla
     """
     fields, mac = message[: _CLAIM.size], message[_CLAIM.size :]
     if not hmac.compare_digest(mac, _mac(key, b"connect", challenge, fields, port)):
-        raise NotOurs("it does not belong to this job")
+        raise NotOurs(f"it belongs to another job, or has another secret: set {SECRET} on all ranks")
     purpose, rank, attempt, _ = _CLAIM.unpack(fields)
     if purpose not in list(Purpose):
         raise NotOurs("it wants something that this version does not know")

@@ -145,7 +145,7 @@ class Rendezvous:
         me: Peer | None = None
         self.where = f"{self.host} port {', '.join(map(str, self._ports))}"
         pause = max(0.005, self._size / 2000)  # rank 0 answers 2,000 requests a second
-        missing, problem = [0], ""
+        missing, problem, refusal = [0], "", ""
         while True:
             left = self._check_time(missing, problem)
             try:
@@ -166,7 +166,9 @@ class Rendezvous:
             except (OSError, ValueError) as error:
                 if isinstance(error, TurnedAway) and error.final:
                     raise self._final(error) from None
-                missing, problem = [0], f" ({_why(error)})"
+                if isinstance(error, NotOurs):  # which says more than that rank 0 has left since
+                    refusal = f" ({_why(error)})"
+                missing, problem = [0], refusal or f" ({_why(error)})"
                 if self._connection is not None:
                     self._connection.close()
                     if self._spawned and not isinstance(error, TimeoutError):
@@ -267,4 +269,6 @@ def _agent_store(placement: Placement) -> "AgentStore":
 def _why(error: OSError | ValueError) -> str:
     if isinstance(error, socket.gaierror):
         return f"this host does not know the name: {reason(error)}"
-    return reason(error) if isinstance(error, OSError) else str(error)
+    if isinstance(error, OSError) and not isinstance(error, NotOurs):
+        return reason(error)
+    return str(error)

@@ -52,6 +52,10 @@ class Optimizer(torch.optim.Optimizer):
         """Update the parameters of one group, which holds its hyperparameters."""
         raise NotImplementedError
 
+    def new_count(self, parameter: Tensor) -> Tensor:
+        """Return zero as the number of a parameter's steps, a float32 where the kernels read it."""
+        return torch.zeros((), device="cpu" if self.kernels is EXACT else parameter.device)
+
     def adam_step(
         self, kernel: Callable[..., object], parameters: list[Tensor], gradients: list[Tensor], group: Group
     ) -> None:
@@ -59,8 +63,7 @@ class Optimizer(torch.optim.Optimizer):
         state = self.state
         for p in parameters:
             if "step" not in state[p]:
-                # Fused kernels read it on the device, the exact ones on the CPU.
-                state[p]["step"] = torch.zeros((), device="cpu" if self.kernels is EXACT else p.device)
+                state[p]["step"] = self.new_count(p)
                 state[p]["exp_avg"], state[p]["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         means, squares, steps = (
             [state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq", "step")

@@ -38,8 +38,8 @@ def load_optimizer(
             if lacking := {key for key in required[i] if parameter_state.get(key) is None}:
                 raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
         state = {
-            i: {key: _with_layout_of(parameters[i], key, value) for key, value in parameter_state.items()}
-            for i, parameter_state in saved["state"].items()
+            i: {key: _restored(optimizer, parameters[i], key, value) for key, value in its_state.items()}
+            for i, its_state in saved["state"].items()
         }
         optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
     except (KeyError, IndexError, ValueError, TypeError, RuntimeError, AttributeError) as error:
@@ -55,13 +55,13 @@ def _required_state(optimizer: Optimizer, group: dict[str, Any]) -> set[str]:
     return {"momentum_buffer"} if group["momentum"] else set()
 
 
-def _with_layout_of(parameter: torch.Tensor, key: str, value: Any) -> Any:
-    """Return a state value in its parameter's memory layout. Fused optimizers assume it without a check."""
+def _restored(optimizer: Optimizer, parameter: torch.Tensor, key: str, value: Any) -> Any:
+    """Return a state value where and as its parameter is in memory. Kernels assume it without a check."""
     if key == "step":
-        step = torch.as_tensor(value, dtype=torch.float32).reshape(()).clone()
+        step = torch.as_tensor(value, dtype=torch.float32).reshape(())
         if not 0 <= step < math.inf:  # also for NaN
             raise ValueError("step is not a number of steps")
-        return step
+        return optimizer.new_count(parameter).copy_(step)
     if value is None:
         return value
     if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:

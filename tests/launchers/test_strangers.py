@@ -18,7 +18,10 @@ from distributed_mnist.distributed.authentication import CHALLENGE_BYTES, Claim,
 
 pytestmark = pytest.mark.slow
 
-REFUSED = "was refused: it does not belong to this job (docs/explanation/security.md; further ones"
+REFUSED = (
+    "was refused: it belongs to another job, or has another secret: set DMNIST_SECRET on all ranks "
+    "(docs/explanation/security.md; further ones"
+)
 
 
 def ports_of(pids: list[int]) -> list[tuple[str, int]]:
@@ -184,6 +187,7 @@ def test_hosts_with_different_secrets() -> None:
     assert (first.code, second.code) == (5, 5)
     assert f"a connection from {hosts[1].address} to port 29401 {REFUSED}" in first.stderr
     assert f"dmnist: waiting {place} for rank 1; environment, 2 processes, " in first.stderr
-    refused = "rank 0 (it refuses this process: the secret, the job or the world size is not the same)"
+    secret = "the job, the world size or the secret is not the same (set DMNIST_SECRET on all ranks)"
+    refused = f"rank 0 (it refuses this process: {secret})"
     assert f"dmnist: rank 1: waiting {place} for {refused}; environment, " in second.stderr
-    assert f"dmnist: rank 1: still missing {place} after 6 s: rank 0 (" in second.stderr
+    assert f"dmnist: rank 1: still missing {place} after 6 s: {refused}" in second.stderr

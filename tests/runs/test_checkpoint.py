@@ -325,6 +325,19 @@ def test_a_restored_optimizer_continues_bit_for_bit(optimizer: Any) -> None:
     assert digest(restored.state_dict()) == digest(its.state_dict())
 
 
+@pytest.mark.parametrize(("precision", "where"), [("fp32", "meta"), ("exact", "cpu")])
+def test_steps_are_counted_where_the_kernels_read_them(precision: Any, where: str) -> None:
+    """Also after a move from the CPU to another device."""
+    recipe, model = Recipe(precision=precision), network()
+    optimizer = make_optimizer(recipe, model)
+    trained(model, optimizer)
+    moved = network().to("meta")
+    restored = make_optimizer(recipe, moved)
+    load_optimizer(restored, optimizer.state_dict(), "file.pt", steps=2)
+    counts = [state["step"] for state in restored.state.values() if "step" in state]
+    assert {count.device.type for count in counts} == {where}
+
+
 def test_learning_rates_stay_the_recipes() -> None:
     saved_state = make_optimizer(Recipe(lr=0.5, beta1=0.1), network()).state_dict()
     optimizer = make_optimizer(Recipe(lr=0.25, beta1=0.2), network())
