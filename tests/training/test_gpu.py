@@ -1,5 +1,6 @@
 """Test the promise on an accelerator, and moves between it and the CPU. Run with `make test-gpu`."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import DMNIST, Finished, Program
+from ranks import DMNIST, Finished, Program, free_port
 
 COUNT = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
 pytestmark = [
@@ -15,20 +16,41 @@ pytestmark = [
     pytest.mark.skipif(COUNT == 0, reason="torch finds no accelerator here"),
 ]
 
-# Other tests hide the devices from the programs that they start.
-VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(COUNT))))
+# `ranks.environment` hides the devices from what other tests start.
+VISIBLE = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(COUNT))))}
 
 
 def dmnist(*arguments: object) -> Finished:
-    with Program([*DMNIST, *arguments], CUDA_VISIBLE_DEVICES=VISIBLE) as program:
+    with Program([*DMNIST, *arguments], cwd=None, **VISIBLE) as program:
         return program.finish()
 
 
 def trained(digits: Path, out: Path, *more: object, nproc: int = 1, device: str = "auto") -> dict[str, Any]:
-    options = ["--dataset", "idx", "--data", digits, "--epochs", "2", "--device", device, "--json"]
-    ended = dmnist("train", *options, "--nproc", nproc, "--out", out, *more)
-    assert ended.code == 0, ended
-    return json.loads(ended.stdout)
+    return dmnist(*words(digits, out, device), "--nproc", nproc, *more).json()
+
+
+def words(digits: Path, out: Path, device: str) -> list[object]:
+    options = ["--dataset", "idx", "--data", digits, "--epochs", "2", "--json"]
+    return ["train", *options, "--device", device, "--out", out]
+
+
+def trained_by_a_group(digits: Path, out: Path, devices: list[str], *more: object) -> dict[str, Any]:
+    """Train with one rank on each of these devices."""
+    where = {"WORLD_SIZE": str(len(devices)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with contextlib.ExitStack() as running:
+        programs = [
+            running.enter_context(
+                Program(
+                    [*DMNIST, *words(digits, out, device), *more],
+                    cwd=None,
+                    **{"RANK": str(rank), **where, **VISIBLE},
+                )
+            )
+            for rank, device in enumerate(devices)
+        ]
+        ended, *others = [program.finish() for program in programs]
+    assert {other.code for other in others} == {0}, others
+    return ended.json()
 
 
 @pytest.mark.parametrize("recipe", ["classic", "default", "fast"])
@@ -52,6 +74,39 @@ def test_ddp_on_two_devices_sees_the_same_samples(digits: Path, tmp_path: Path) 
     one = trained(digits, tmp_path / "one", "--sync", "ddp")
     assert two["samples_sha256"] == one["samples_sha256"]
     assert abs(two["test_accuracy"] - one["test_accuracy"]) < 0.1
+
+
+@pytest.mark.parametrize("recipe", ["classic", "fast"])
+def test_exact_arithmetic_has_one_hash_on_all_devices(recipe: str, digits: Path, tmp_path: Path) -> None:
+    options = ["--recipe", recipe, "--precision", "exact", "--steps", "6"]
+    on_cpu, there = (
+        trained(digits, tmp_path / device, *options, device=device) for device in ("cpu", "auto")
+    )
+    mixed = trained_by_a_group(
+        digits, tmp_path / "mixed", ["cpu", "auto", "cpu"], *options, "--balance", "auto"
+    )
+    assert mixed["device"] == f"2 on cpu, 1 on {there['device']}"
+    assert on_cpu["weights_sha256"] == there["weights_sha256"] == mixed["weights_sha256"]
+    assert on_cpu["test_loss"] == there["test_loss"] == mixed["test_loss"]
+
+
+def test_an_exact_run_moves_between_devices(digits: Path, tmp_path: Path) -> None:
+    options = ["--recipe", "classic", "--precision", "exact"]  # whose rate does not look ahead
+    trained(digits, tmp_path / "run", *options, "--steps", "3", device="cpu")
+    trained(digits, tmp_path / "run", *options, "--steps", "6", "--resume", "auto")
+    back = trained(digits, tmp_path / "run", *options, "--resume", "auto", device="cpu")
+    whole = trained(digits, tmp_path / "whole", *options, device="cpu")
+    assert back["weights_sha256"] == whole["weights_sha256"]
+
+
+@pytest.mark.parametrize("more", [["--precision", "exact"], ["--sync", "tree"], ["--sync", "ddp"]])
+def test_processes_share_a_device(more: list[str], digits: Path, tmp_path: Path) -> None:
+    options = ["--recipe", "classic", *more]
+    alone = trained(digits, tmp_path / "alone", *options)
+    shared = trained(digits, tmp_path / "shared", *options, "--oversubscribe", nproc=COUNT + 1)
+    assert shared["samples_sha256"] == alone["samples_sha256"]
+    if more != ["--sync", "ddp"]:  # whose rounding depends on the number of processes
+        assert shared["weights_sha256"] == alone["weights_sha256"]
 
 
 def test_a_stop_costs_nothing(digits: Path, tmp_path: Path) -> None:
