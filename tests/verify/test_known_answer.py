@@ -214,7 +214,7 @@ def test_a_machine_whose_products_are_always_wrong_names_the_layer(monkeypatch: 
             result = super().multiply(rows, prepared, dtype)
             return result * 1.001 if prepared.shape == (10, 256) else result  # the last layer's
 
-    monkeypatch.setattr("distributed_mnist.exact.passes.products_for", lambda device: Wrong())
+    monkeypatch.setattr("distributed_mnist.exact.passes.training_pass.products_for", lambda device: Wrong())
     _, fields = verify_with(World(ALONE, torch.device("cpu"), "none"), None)
     (finding,) = fields["findings"]
     assert finding["what"] == "the gradient at the output of layer 9 (Linear)"
