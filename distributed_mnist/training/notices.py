@@ -105,7 +105,11 @@ def oversubscription_warnings(world: World, threads: int) -> list[str]:
         return []
     if (names := environment.thread_binding()) and cores == 1:
         return [f"{' and '.join(names)} may bind all processes to one core: unset it to use more cores"]
-    return [f"{world.local_size} processes share {cores} cores: same answer, slower than --nproc {cores}"]
+    processes, shared = world.local_size, _count(cores, "core")
+    if threads > 1:
+        who = f"{_count(processes, 'process', 'processes')} with {threads} threads on {shared}"
+        return [f"{who}: same answer, slower than OMP_NUM_THREADS={max(1, cores // processes)}"]
+    return [f"{processes} processes share {shared}: same answer, slower than --nproc {cores}"]
 
 
 def start_lines(world: World, prepared: Preparation, folder: Path) -> dict[str, str]:

@@ -46,4 +46,4 @@ def test_slowness_under_another_launcher_names_the_cause(monkeypatch: pytest.Mon
     assert warning.startswith("OMP_PROC_BIND and GOMP_CPU_AFFINITY may bind all processes to one core")
     monkeypatch.setenv("OMP_PROC_BIND", "false")
     (warning,) = notices.oversubscription_warnings(world, 1)
-    assert warning == "2 processes share 1 cores: same answer, slower than --nproc 1"
+    assert warning == "2 processes share 1 core: same answer, slower than --nproc 1"

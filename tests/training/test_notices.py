@@ -8,7 +8,8 @@ import torch
 
 from distributed_mnist.config import Recipe, Run
 from distributed_mnist.data.split import Split
-from distributed_mnist.training.notices import empty_classes, unused_settings
+from distributed_mnist.training import notices
+from distributed_mnist.training.notices import empty_classes, oversubscription_warnings, unused_settings
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,23 @@ def test_classes_without_training_images_are_told(labels: list[int], names: str,
     data.train = train
     data.name = "generated"
     assert empty_classes(data) is None
+
+
+@pytest.mark.parametrize(
+    ("processes", "threads", "said"),
+    [
+        (2, 1, []),
+        (3, 1, ["3 processes share 2 cores: same answer, slower than --nproc 2"]),
+        (2, 2, ["2 processes with 2 threads on 2 cores: same answer, slower than OMP_NUM_THREADS=1"]),
+        (1, 4, ["1 process with 4 threads on 2 cores: same answer, slower than OMP_NUM_THREADS=2"]),
+    ],
+)
+def test_more_threads_than_cores_are_told(
+    processes: int, threads: int, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notices, "usable_cores", lambda: 2)
+    world: Any = SimpleNamespace(local_size=processes, device=torch.device("cpu"))
+    assert oversubscription_warnings(world, threads) == said
 
 
 def test_settings_that_mean_nothing_in_a_precision_are_told() -> None:
