@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-_METHOD_COLORS = {"tree": "#0b6e4f", "ddp": "#c05746", "plain loop": "#8d99ae"}
+_METHOD_COLORS = {"tree": "#0b6e4f", "ddp": "#c05746", "exact": "#3a86c8", "plain loop": "#8d99ae"}
 _ALGORITHM_COLORS = {"doubling": "#0b6e4f", "halving": "#3a86c8", "slices": "#c05746", "ring": "#8d99ae"}
 _GRADIENT_BYTES = 107_048  # of the recipe `fast`
 

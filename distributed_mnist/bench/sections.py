@@ -20,7 +20,6 @@ from ..launcher.default_nproc import MICROSECONDS_PER_IMAGE
 from .timed_runs import TimedTraining, median_and_range, output, ratios, seconds_of, summary, train
 
 PLAIN_LOOP = "plain loop"
-METHODS = ("tree", "ddp", PLAIN_LOOP)
 _DEFAULT_MAX_NPROC = 4
 _DRAWN_IMAGES = 2_000
 
@@ -133,19 +132,26 @@ def data(bench: Bench) -> dict[str, Any]:
 
 
 def scaling(bench: Bench) -> dict[str, Any]:
-    """Measure the throughput of `--sync tree`, `--sync ddp` and the plain loop at each world size."""
+    """Measure the throughput of each way to add gradients, and of the plain loop, at each world size.
+
+    Exact arithmetic is left out for a recipe with code of the user's own, which may have no exact form.
+    """
     plan, recipe = bench.plan, load_recipe(bench.plan.recipe)
     cost = recipe.batch_size * MICROSECONDS_PER_IMAGE.get(recipe.model, MICROSECONDS_PER_IMAGE["cnn"])
     steps_alone = max(20, round(plan.seconds / cost * 1e6))
     flags = ["--recipe", plan.recipe, "--epochs", "1000"]
+    usual = "fp32" if recipe.precision == "exact" else recipe.precision
+    methods = {sync: ["--precision", usual, "--sync", sync] for sync in ("tree", "ddp")}
+    if not recipe.code():
+        methods["exact"] = ["--precision", "exact"]
     speed = defaultdict[tuple[str, int], list[float]](list)
     parts: dict[tuple[str, int], dict[str, float]] = {}
     for i in range(plan.runs):
         for n in bench.sizes:
             bench.show_progress(f"round {i + 1} of {plan.runs}, with {n} process{'es' if n > 1 else ''}")
             steps = ["--steps", str(steps_alone * min(n, usable_cores()))]
-            for method in ("tree", "ddp"):
-                training = bench.train(n, *flags, *steps, "--sync", method, cores=n)
+            for method, choice in methods.items():
+                training = bench.train(n, *flags, *steps, *choice, cores=n)
                 speed[method, n].append(training.result["images_per_second"])
                 parts[method, n] = training.parts
             speed[PLAIN_LOOP, n].append(plain_loop(bench, recipe, n))
@@ -159,7 +165,7 @@ def scaling(bench: Bench) -> dict[str, Any]:
             "of_plain_loop": summary(ratios(speed[method, n], speed[PLAIN_LOOP, n])),
             "parts": parts.get((method, n), {}),
         }
-        for method in METHODS
+        for method in (*methods, PLAIN_LOOP)
         for n in bench.sizes
     ]
     formats = {

@@ -8,13 +8,14 @@ documents what is raised.
 from .fields import flag, require, require_count
 from .image_shape import MNIST_SHAPE, ImageShape, describe_shape, shape_of, stored_shape
 from .intervals import checkpoint_interval, steps_between
-from .recipe import Precision, Recipe, Schedule, Sync
+from .recipe import UNUSED_IN_EXACT, Precision, Recipe, Schedule, Sync
 from .recipe_files import load_recipe, recipe_names
 from .run import DATA_OPTIONS, Device, Run
 
 __all__ = [
     "DATA_OPTIONS",
     "MNIST_SHAPE",
+    "UNUSED_IN_EXACT",
     "Device",
     "ImageShape",
     "Precision",

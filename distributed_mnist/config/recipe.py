@@ -14,6 +14,9 @@ Sync = Literal["tree", "ddp"]
 Precision = Literal["auto", "fp32", "bf16", "exact"]
 Schedule = Literal["constant", "step", "cosine", "one-cycle"]
 
+UNUSED_IN_EXACT = ("sync", "shards")
+"""Fields that change nothing with `--precision exact`."""
+
 _KNOWN = {"loss": ("cross-entropy",), "optimizer": ("adam", "adamw", "sgd", "muon")}
 
 
@@ -220,6 +223,6 @@ class Recipe:
             if self.schedule in ("constant", "step") and not self.average:
                 ignored += ["epochs", "steps"]
         if self.precision == other.precision == "exact":
-            ignored += ["sync", "shards"]
+            ignored += UNUSED_IN_EXACT
         theirs |= {name: mine[name] for name in ignored}
         return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}

@@ -88,7 +88,9 @@ def show(findings: list[Finding], console: Console) -> None:
             label, advice = Text(" " * (_NAME_WIDTH + 2)), Text(f"→ {finding.advice}", style)
             print_labelled(console, label, advice, _NAME_WIDTH + 2)
     console.print(
-        Text("\nthe full test is dmnist verify: it trains at several sizes and compares the answers", "dim")
+        Text(
+            "\nthe full test is dmnist verify: it trains, and its answer is known for every machine", "dim"
+        )
     )
 
 

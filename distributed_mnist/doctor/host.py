@@ -152,8 +152,10 @@ def _processor(local_size: int, host_cores: int) -> Finding:
 
 def _threads(local_size: int) -> Finding:
     """Report the threads per process. Only exact arithmetic takes them from OMP_NUM_THREADS."""
+    in_exact = environment.threads() or 1
     divided = max(1, usable_cores() // local_size)
-    return good(f"1 a process with --sync tree, {divided} with ddp, OMP_NUM_THREADS with exact")
+    exact = f"{in_exact} with --precision exact (OMP_NUM_THREADS)"
+    return good(f"1 a process with --sync tree, {divided} with ddp, {exact}")
 
 
 def _settings() -> Finding:

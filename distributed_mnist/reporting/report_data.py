@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from ..config import UNUSED_IN_EXACT
 from ..runs.record import Event, Record, images_of
 from ..runs.timeline import hosts_of
 from .charts import Line, line_chart, smoothed
@@ -132,11 +133,19 @@ def facts(record: Record) -> list[tuple[str, str]]:
 
 
 def differing(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
-    """Return the recipe fields in which the runs differ, with the value of each run."""
-    recipes = [record.config.get("recipe", {}) for record in records]
+    """Return the recipe fields in which the runs differ, with the value of each run.
+
+    A field that changes nothing in a run's precision has no value.
+    """
+    recipes = [_used(record.config.get("recipe", {})) for record in records]
     fields = dict.fromkeys(key for recipe in recipes for key in recipe)
     rows = [(field, [str(recipe.get(field, "–")) for recipe in recipes]) for field in fields]  # noqa: RUF001
     return [row for row in rows if len(set(row[1])) > 1]
+
+
+def _used(recipe: dict[str, Any]) -> dict[str, Any]:
+    unused = UNUSED_IN_EXACT if recipe.get("precision") == "exact" else ()
+    return {field: value for field, value in recipe.items() if field not in unused}
 
 
 def _losses(record: Record) -> list[tuple[float, float]]:

@@ -6,7 +6,7 @@ import torch
 
 from ..common import environment
 from ..common.placement import usable_cores
-from ..config import Recipe, Run, flag
+from ..config import UNUSED_IN_EXACT, Recipe, Run, flag
 from ..data.broadcast import Data
 from ..distributed.peer import describe_devices
 from ..distributed.world import World
@@ -75,7 +75,7 @@ def unused_settings(recipe: Recipe, options: Run) -> list[str]:
         return [f"--balance {options.balance} changes nothing without --precision exact"]
     given = [
         f"{flag(name)} {getattr(recipe, name)}"
-        for name in ("sync", "shards")
+        for name in UNUSED_IN_EXACT
         if getattr(recipe, name) != getattr(Recipe, name)
     ]
     if not given:

@@ -114,7 +114,7 @@ def warm_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_scaling(bench: Bench, warm_programs: None) -> None:
     results = bench.measured("scaling", "Throughput of classic", "A step, in milliseconds")
     rows = {(row["way"], row["nproc"]): row for row in results["rows"]}
-    assert rows.keys() == {(method, n) for method in ("tree", "ddp", "plain loop") for n in (1, 2)}
+    assert rows.keys() == {(method, n) for method in ("tree", "ddp", "exact", "plain loop") for n in (1, 2)}
     for (method, nproc), row in rows.items():
         speed, alone = (
             measured_row["images_per_second"]["median"] for measured_row in (row, rows[method, 1])

@@ -9,6 +9,7 @@ import random
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import run_folders
@@ -16,10 +17,10 @@ from ranks import dmnist, train
 from rich.console import Console
 
 from distributed_mnist.errors import OutputError, WorkerLost
-from distributed_mnist.reporting import html_report, watch
+from distributed_mnist.reporting import html_report, report_data, watch
 from distributed_mnist.reporting.charts import Line, line_chart, smoothed
 from distributed_mnist.reporting.progress_bar import Terminal
-from distributed_mnist.runs.record import read
+from distributed_mnist.runs.record import Record, read
 from distributed_mnist.runs.timeline import timeline
 
 
@@ -82,6 +83,16 @@ def test_several_runs_are_compared(runs: list[Path], tmp_path: Path) -> None:
     assert row[1] == row[2] != row[3]
     assert re.search(r"lr 0\.01 0\.01 0\.003", text)
     assert "seed 0 0 1" in text
+
+
+def test_what_means_nothing_in_exact_arithmetic_is_not_compared(tmp_path: Path) -> None:
+    def record(**recipe: Any) -> Record:
+        return Record(tmp_path, {"recipe": recipe}, [], [], [], None, None, None)
+
+    exact = [record(sync=sync, shards=8, precision="exact") for sync in ("ddp", "tree")]
+    assert report_data.differing(exact) == []
+    with_fp32 = report_data.differing([*exact, record(sync="tree", shards=8, precision="fp32")])
+    assert ("sync", ["–", "–", "tree"]) in with_fp32  # noqa: RUF001
 
 
 def test_the_timeline_of_a_killed_run(runs: list[Path], tmp_path: Path) -> None:
