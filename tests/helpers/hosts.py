@@ -25,14 +25,12 @@ from pathlib import Path
 
 import pytest
 from ranks import PATIENCE, Program, WarmProgram
-from torchrun_agents import WarmAgent, Whole
+from torchrun_agents import WarmAgent
 
 SUBNET = ipaddress.ip_network("192.168.83.0/24")  # it exists in the namespaces only
 _COUNT = itertools.count(1)
 # A machine's own name often leads to itself, not to its network: Debian writes 127.0.1.1 into /etc/hosts.
 _NAMES = "127.0.0.1 localhost\n127.0.1.1 {own}\n{others}"
-# Runs in a view of the mounts and of the machine's name that ends with the process.
-_ENTER = 'mount --bind "$1" /etc/hosts && echo "$2" > /proc/sys/kernel/hostname && shift 2 && exec "$@"'
 _NEW_MOUNTS, _NEW_HOST_NAME, _NEW_NETWORK = 0x20000, 0x4000000, 0x40000000  # of <sched.h>
 
 
@@ -61,16 +59,10 @@ class Host:
         others = "".join(f"{host.address} {host.name}\n" for host in hosts if host is not self)
         self._names.write_text(_NAMES.format(own=self.name, others=others))
 
-    def start(self, command: Sequence[object], **variables: str) -> Whole:
-        """A program on this host, which ends with it at the latest."""
-        enter = f"ip netns exec {self._namespace} unshare --uts sh -ec".split()
-        words = [*enter, _ENTER, "sh", self._names, self.name, *command]
-        return self._programs.enter_context(Whole(words, cwd=self.folder, **variables))
-
-    def start_warm(
+    def start(
         self, command: Sequence[object], first: Callable[[], None] | None = None, /, **variables: str
     ) -> Program:
-        """The same as a `WarmProgram`, which calls `first()` before anything else."""
+        """A `WarmProgram` on this host, which ends with it at the latest. It first calls `first()`."""
         before = partial(_enter, self._namespace, self._names, self.name, first)
         return self._programs.enter_context(WarmProgram(command, before, cwd=self.folder, **variables))
 
@@ -158,7 +150,7 @@ class Network:
 
 
 def _enter(namespace: str, names: Path, name: str, then: Callable[[], None] | None) -> None:
-    """Move this process to a host, as `ip netns exec` and `_ENTER` do with a new one."""
+    """Move this process to a host, with views of the mounts and of the machine's name that end with it."""
     libc = ctypes.CDLL(None, use_errno=True)  # Python 3.12 has these calls in os
     with Path("/run/netns", namespace).open() as file:
         assert libc.setns(file.fileno(), _NEW_NETWORK) == 0, os.strerror(ctypes.get_errno())

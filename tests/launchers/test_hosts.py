@@ -35,7 +35,7 @@ def by_hand(
     port = str(new_port())
     places = [(host, local, size) for host, size in zip(hosts, each, strict=True) for local in range(size)]
     return [
-        host.start_warm(
+        host.start(
             command,
             **variables,
             RANK=str(rank),
@@ -169,7 +169,7 @@ def alone(host: Host, job: Job, rank: int, meet: str) -> Program:
     """One rank of two, without the other; rank 0 is said to be at `meet`."""
     command = (*DMNIST, *job.words, "--out", job.out)
     place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": meet, "MASTER_PORT": str(new_port())}
-    return host.start_warm(command, be_impatient, **job.variables, **place)
+    return host.start(command, be_impatient, **job.variables, **place)
 
 
 def test_who_does_not_reach_whom_is_told() -> None:

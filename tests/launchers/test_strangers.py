@@ -3,7 +3,6 @@
 import contextlib
 import socket
 import struct
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ import psutil
 import pytest
 from hosts import Network
 from paced import Job, assert_same
-from ranks import DMNIST, Program, WarmProgram, free_port
+from ranks import DMNIST, WarmProgram, free_port
 
-from distributed_mnist.distributed import authentication
+from distributed_mnist.distributed import authentication, rendezvous
 from distributed_mnist.distributed.authentication import CHALLENGE_BYTES, Claim, NotOurs, Purpose
 
 pytestmark = pytest.mark.slow
@@ -130,8 +129,8 @@ def test_torchruns_store_names_an_impostor(digits: Path, expected: Any, tmp_path
     common = {**job.variables, "TORCHELASTIC_RUN_ID": "r", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     command = (*DMNIST, *job.words, "--out", job.out, "--json")
     with socket.create_server(("127.0.0.1", 0)) as impostor:
-        words = (sys.executable, poison, port, impostor.getsockname()[1])
-        with Program(words, cwd=tmp_path) as store:
+        words = (poison, port, impostor.getsockname()[1])
+        with WarmProgram(words, cwd=tmp_path) as store:
             store.wait_for((tmp_path / "ready").exists, "the store")
             one = {**common, **place(1, port)}
             with WarmProgram(command, cwd=tmp_path, **one) as second:
@@ -153,7 +152,7 @@ def test_several_hosts_without_a_secret_are_told() -> None:
         command = (*DMNIST, "doctor", "--device", "cpu", "--dataset", "generated")
         where = {"WORLD_SIZE": "2", "MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29400"}
         programs = [
-            host.start_warm(command, **where, RANK=str(rank), LOCAL_RANK="0", DMNIST_SECRET="")
+            host.start(command, **where, RANK=str(rank), LOCAL_RANK="0", DMNIST_SECRET="")
             for rank, host in enumerate(hosts)
         ]
         first, second = [program.finish() for program in programs]
@@ -162,23 +161,24 @@ def test_several_hosts_without_a_secret_are_told() -> None:
     assert "DMNIST_SECRET" not in second.stderr
 
 
-IMPATIENT = """
-from distributed_mnist.cli.main import main
-from distributed_mnist.distributed import rendezvous
-
-rendezvous.RENDEZVOUS_SECONDS, rendezvous._SILENT_SECONDS = 6, 1
-main()
-"""
+def be_impatient() -> None:
+    """Give the ranks less time to meet, and let them say sooner that they wait."""
+    rendezvous.RENDEZVOUS_SECONDS, rendezvous._SILENT_SECONDS = 6, 1
 
 
 def test_hosts_with_different_secrets() -> None:
     """Both sides say what is wrong while they wait."""
     with Network(2) as hosts:
-        command = (sys.executable, "-c", IMPATIENT, "doctor", "--device", "cpu", "--dataset", "generated")
+        command = (*DMNIST, "doctor", "--device", "cpu", "--dataset", "generated")
         where = {"WORLD_SIZE": "2", "MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29401"}
         programs = [
             host.start(
-                command, **where, RANK=str(rank), LOCAL_RANK="0", DMNIST_SECRET=f"secret of host {rank}"
+                command,
+                be_impatient,
+                **where,
+                RANK=str(rank),
+                LOCAL_RANK="0",
+                DMNIST_SECRET=f"secret of host {rank}",
             )
             for rank, host in enumerate(hosts)
         ]
