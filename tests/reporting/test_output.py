@@ -316,18 +316,29 @@ def test_a_full_disk_ends_the_log_but_not_the_run(nproc: int, digits: Path, tmp_
     )
     assert json.loads((out / "result.json").read_text())["steps"] == EPOCHS * STEPS_PER_EPOCH
     if nproc == 1:
-        shell = ["sh", "-c", 'exec "$@" > /dev/full', "sh", *DMNIST, "evaluate", out, "--device", "cpu"]
-        ended = run(shell)
+        command = (*DMNIST, "evaluate", out, "--device", "cpu")
+        with WarmProgram(command, write_to_a_full_disk, cwd=tmp_path) as program:
+            ended = program.finish()
         assert ended.code == 6
         assert ended.stderr == "dmnist: the output cannot be written: no space left on device\n"
 
 
+def write_to_head() -> None:
+    """Let this process's standard output be a pipe whose reader ends after one line."""
+    head = subprocess.Popen(["head", "-1"], stdin=subprocess.PIPE)
+    assert head.stdin is not None
+    os.dup2(head.stdin.fileno(), 1)
+    head.stdin.close()
+
+
 def test_a_closed_pipe_does_not_stop_the_run(digits: Path, tmp_path: Path) -> None:
     arguments = ["train", "--device", "cpu", "--dataset", "idx", "--data", digits, *RECIPE]
-    shell = ["bash", "-c", '"$@" | head -1; echo ${PIPESTATUS[0]}', "bash", *DMNIST, *arguments]
-    ended = run([*shell, "--out", tmp_path / "out"], cwd=tmp_path)
-    assert ended.stdout.splitlines()[0].startswith("recipe ")
-    assert ended.stdout.splitlines()[1] == "0", ended
+    command = (*DMNIST, *arguments, "--out", tmp_path / "out")
+    with WarmProgram(command, write_to_head, cwd=tmp_path) as program:
+        ended = program.finish()
+    assert ended.code == 0, ended
+    assert ended.stdout.startswith("recipe ")
+    assert ended.stdout.count("\n") == 1, ended
     assert (tmp_path / "out" / "result.json").is_file()
 
 
