@@ -328,11 +328,11 @@ def cifar_pickle(value: Any) -> Callable[[Path], object]:
 
 
 def nested_cifar(end: bytes) -> Callable[[Path], object]:
-    """A dictionary with a tuple of a tuple, a million times, as a key. Its hash ended the process."""
+    """A dictionary with a tuple of a tuple, 300,000 times, as a key. Its hash ended the process."""
     labels = b"X\x06\x00\x00\x00labelsK\x01s"
     start = b"\x80\x02}" + labels + (b"(" if end in b"ud" else b"")
     return lambda folder: (folder / "a").write_bytes(
-        start + b"K\x01" + b"\x85" * 10**6 + b"K\x01" + end + b"."
+        start + b"K\x01" + b"\x85" * 300_000 + b"K\x01" + end + b"."
     )
 
 
