@@ -1,6 +1,6 @@
 """Run every command that the documents show, from top to bottom as a reader types them, with small data.
 
-The commands are changed in four ways: `--dataset auto`, and every command that reads MNIST, uses 300
+The commands are changed in four ways: `--dataset auto`, and every command that reads MNIST, uses 120
 generated digits; N becomes 2; DIR becomes a folder; torchrun starts two processes. `ELSEWHERE` lists the
 commands that cannot run here. A command that several documents show runs in the first of them.
 """
@@ -104,9 +104,9 @@ def to_run(path: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with 300 + 100 generated digits: how well a run learns does not matter here."""
+    """A folder with 120 + 40 generated digits: how well a run learns does not matter here."""
     folder = tmp_path_factory.mktemp("few")
-    datasets.write(datasets.load("generated", Path(), train_size=300, test_size=100), folder)
+    datasets.write(datasets.load("generated", Path(), train_size=120, test_size=40), folder)
     return folder
 
 

@@ -37,6 +37,7 @@ def test_it_runs(tmp_path: Path) -> None:
     shorter = NOTEBOOK.read_text()
     for words, fewer in (
         ("train_size=6_000, test_size=1_000", "train_size=600, test_size=100"),
+        ('model=\\"cnn-small\\", epochs=3', 'model=\\"mlp\\", epochs=1'),
         ("(1, 3, 10, 30, 100)", "(10,)"),
         # 60 steps, of which 5 are done when the process is killed
         (r"\"--epochs\", \"20\"", r"\"--epochs\", \"10\""),
