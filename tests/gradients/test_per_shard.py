@@ -456,7 +456,7 @@ def test_the_programs_own_models_are_supported(name: str) -> None:
 # ---- Whether it is the same to the bit -------------------------------------------------------------------
 
 COMPANY = [(16,) * 8, (32,) * 8, (64,) * 4, (100,) * 5, (16, 17, 16, 16), (12, 13, 13), (5,) * 6, (25,) * 2]
-ROUNDS = 3
+ROUNDS = 2
 
 
 def differing(
