@@ -86,10 +86,10 @@ def timed_out(digits: Path, slurm: Slurm, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.slow
 def test_the_job_is_examined(slurm: Slurm, timed_out: Batch, tmp_path: Path) -> None:
     words = (*DMNIST, "doctor", "--device", "cpu", "--dataset", "generated", "--json")
-    ended = slurm.call("srun", "-N2", "-n3", *words, cwd=tmp_path)
+    ended = slurm.call("srun", "-N2", "-n2", *words, cwd=tmp_path)
     assert ended.code == 0, ended
     told = json.loads(ended.stdout)
-    assert (told["launcher"], told["world_size"]) == ("srun", 3)
+    assert (told["launcher"], told["world_size"]) == ("srun", 2)
     assert {one["name"]: one["verdict"] for one in told["findings"]}["collectives"] == "good"
 
 
