@@ -28,6 +28,8 @@ class Scales:
         self.now = torch.zeros(0, device=device)
         """The largest magnitudes so far in the present step, on this rank."""
         self._complete = False
+        self._started: set[int] = set()
+        """Tensors of passes that found scales. Others are gradients of what the logits do not depend on."""
         self.exponents: list[Tensor] = []
         """int64 scalars `k`: tensor `i` becomes integers `round(x * 2**k)` in the present step."""
 
@@ -51,6 +53,7 @@ class Scales:
 
     def start(self, index: int, x: Tensor) -> None:
         """Give a tensor that has no scale yet the one that fits `x`."""
+        self._started.add(index)
         if not self.before[index]:
             self.before[index] = largest_magnitude(x)
             self.exponents[index] = scale_exponent(self.before[index], OPERAND_BITS - HEADROOM)
@@ -66,8 +69,10 @@ class Scales:
         self.now, self._complete = torch.zeros_like(self.before), False
 
     def complete(self) -> bool:
-        """Return whether every tensor has a scale. It is then never zero again."""
-        self._complete = self._complete or bool((self.before != 0).all())  # a GPU waits only until then
+        """Return whether every tensor that needs one has a scale. It is then never zero again."""
+        if not self._complete:  # a GPU waits only until then
+            missing = {index for index, largest in enumerate(self.before.tolist()) if not largest}
+            self._complete = not (missing & self._started if self._started else missing)
         return self._complete
 
 

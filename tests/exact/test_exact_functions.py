@@ -164,6 +164,16 @@ def test_products_and_cuts_change_nothing(make: Callable[[int], nn.Module]) -> N
     assert same(whole, ExactRun(model, images, Int8Products()).step([5]))
 
 
+def test_what_the_logits_do_not_depend_on_needs_no_scale() -> None:
+    def with_dead_branch(x: Tensor, layer: nn.Module, unused: nn.Module) -> Tensor:
+        unused(layer(x))
+        return layer(x)
+
+    run = ExactRun(Model(with_dead_branch, nn.Linear(6, 6), nn.Linear(6, 6)), ROWS)
+    assert run.pass_.scales.complete()
+    assert not run.step()[2][2].any()
+
+
 def test_dropout_keeps_a_fraction_and_depends_on_the_sample() -> None:
     run = ExactRun(Model(lambda x, p: F.dropout(x * 0 + p, 0.25), (1,)), noise(64, 10, 10))
     kept = run.step()[0] != 0
