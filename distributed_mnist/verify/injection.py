@@ -41,9 +41,8 @@ class Injection:
             if int(step) and rank != sender and kind in (("message", None) if link else (*KINDS, None)):
                 return cls(rank, int(step), kind or ("message" if link else "weight"), seed, sender)
         raise UsageError(
-            f"--inject must be RANK:STEP or RANK:STEP:KIND, as in 1:7:weight, where KIND is "
-            f"{', '.join(KINDS[:-1])} or {KINDS[-1]}, or FROM-TO:STEP, as in 0-1:7, for a bad link between "
-            f"two ranks; steps count from 1: not {text!r}"
+            "--inject must be RANK:STEP, RANK:STEP:KIND or, for a bad link, FROM-TO:STEP, as in 1:7:weight "
+            f"or 0-1:7, not {text!r}; KIND is {', '.join(KINDS[:-1])} or {KINDS[-1]}; steps count from 1"
         )
 
     def require(self, size: int, steps: int) -> None:

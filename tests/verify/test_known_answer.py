@@ -22,6 +22,7 @@ from distributed_mnist.verify import command
 from distributed_mnist.verify.answer import ANSWER_FILE, job_sha256, read_answer, to_toml
 from distributed_mnist.verify.diagnosis import Report, Suspect, judge, suspect
 from distributed_mnist.verify.injection import Injection, flip_bit
+from distributed_mnist.verify.job import ExactJob
 from distributed_mnist.verify.phases import phases
 from distributed_mnist.verify.results_table import ResultsTable
 
@@ -219,6 +220,20 @@ def test_a_machine_whose_products_are_always_wrong_names_the_layer(monkeypatch: 
     (finding,) = fields["findings"]
     assert finding["what"] == "the gradient at the output of layer 9 (Linear)"
     assert finding["repeated"] == "wrong again when repeated"
+
+
+def test_an_optimizer_step_that_was_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    finish = ExactJob.finish
+
+    def wrong(job: ExactJob, step: int) -> None:
+        finish(job, step)
+        flip_bit(job.weights()[5], Random(0))
+
+    monkeypatch.setattr(ExactJob, "finish", wrong)
+    text, fields = verify_with(World(ALONE, torch.device("cpu"), "none"), None)
+    (finding,) = fields["findings"]
+    assert finding["what"] == "after the optimizer's step, the value of 7.bias"
+    assert text.rstrip().endswith("step 1: after the optimizer's step, the value of 7.bias is wrong")
 
 
 def test_an_activation_that_autograd_has_saved_can_be_flipped() -> None:

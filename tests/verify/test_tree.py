@@ -238,7 +238,7 @@ def test_json_has_what_the_table_shows(capsys: pytest.CaptureFixture[str]) -> No
         ("--minutes 1 --sync tree", "--minutes does not go with --sync tree"),
         ("--inject 1:7 --chaos", "--inject does not go with --chaos"),
         ("--chaos --sync tree", "--chaos does not go with --sync tree: it trains the same job"),
-        ("--inject 1:0", "--inject must be RANK:STEP or RANK:STEP:KIND, as in 1:7:weight, where KIND is"),
+        ("--inject 1:0", "FROM-TO:STEP, as in 1:7:weight or 0-1:7, not '1:0'; KIND is weight, activation"),
         ("--inject 1:2 --nproc 1", "--inject 1:2:weight: there are only rank 0 and steps 1 to 20"),
         ("--chaos --faults 0", "--faults must be at least 1, not 0"),
         ("--chaos --seed -1", "--seed"),
