@@ -55,6 +55,7 @@ def start_notices(world: World, prepared: Preparation, folder: RunFolder) -> lis
     if world.restarts and not folder.restarted:
         notices.append(f"{world.launcher} has restarted this run, but its folder was not found")
     notices += unused_settings(recipe, prepared.options)
+    notices += equal_parts(world, prepared.options)
     kinds = ("training", "validation") if data.validation else ("training",)
     notices += [text for kind in kinds if (text := empty_classes(data, kind))]
     if recipe.patience and recipe.schedule not in ("constant", "step"):
@@ -82,6 +83,15 @@ def unused_settings(recipe: Recipe, options: Run) -> list[str]:
         return []
     verb = "change" if len(given) > 1 else "changes"
     return [f"{' and '.join(given)} {verb} nothing with --precision exact"]
+
+
+def equal_parts(world: World, options: Run) -> list[str]:
+    """Return a notice if ranks get as many images as others that are surely faster, else nothing."""
+    if options.balance == "auto" or len({peer.device for peer in world.peers}) == 1:
+        return []
+    return [
+        "ranks on different kinds of device get equally many images: --balance auto follows their speed"
+    ]
 
 
 def empty_classes(data: Data, kind: str = "training") -> str | None:

@@ -9,7 +9,11 @@ import torch
 from distributed_mnist.config import Recipe, Run
 from distributed_mnist.data.split import Split
 from distributed_mnist.training import notices
-from distributed_mnist.training.notices import empty_classes, oversubscription_warnings, unused_settings
+from distributed_mnist.training.notices import (
+    empty_classes,
+    oversubscription_warnings,
+    unused_settings,
+)
 
 
 @pytest.mark.parametrize(
