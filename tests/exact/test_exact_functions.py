@@ -103,6 +103,7 @@ CONVOLUTIONS = {
     "stride and padding": after_convolution(lambda x: x, stride=2, padding=1),
     "same": after_convolution(lambda x: x, padding="same", dilation=2),
     "groups": after_convolution(lambda x: x, groups=3, bias=False, stride=(1, 2)),
+    "one column": Model(lambda x, p: F.conv2d(x, p, stride=2, groups=3), (3, 1, 3, 1)),
     "relu in place": after_convolution(nn.ReLU(inplace=True)),
     "one weight with two strides": Model(
         lambda x, p: F.conv2d(x, p, padding=1)[:, :, :4, :3] + F.conv2d(x, p, stride=2), (3, 3, 3, 3)
