@@ -169,7 +169,7 @@ def test_reports_of_damaged_folders(tmp_path: Path, capsys: pytest.CaptureFixtur
     names = ("config.json", "metrics.jsonl", "result.json", "mistakes.json")
     files, rng = {name: (whole / name).read_bytes() for name in names}, random.Random(5)
     with_notes = 0
-    for number in range(600):
+    for number in range(250):
         for name in rng.sample(names, rng.choice((1, 1, 2, 4))):
             (folder / name).write_bytes(run_folders.damaged(rng, files[name]))
         record = read(folder)
@@ -179,7 +179,7 @@ def test_reports_of_damaged_folders(tmp_path: Path, capsys: pytest.CaptureFixtur
         watch.state(folder)
         for name in names:
             (folder / name).write_bytes(files[name])
-    assert 300 < with_notes < 600
+    assert 125 < with_notes < 250
     (folder / "config.json").write_bytes(b"{")
     assert html_report.run(runs=[folder], out=None, as_json=False) == 0
     said = capsys.readouterr().err
