@@ -94,11 +94,11 @@ class Recipe:
     """Seed for everything random: initial weights, sample order, augmentation and dropout."""
     sync: Sync = "tree"
     """How gradients are summed. tree gives bit-identical results at any number of processes; ddp
-    (DistributedDataParallel) gives the same results up to rounding. With --precision exact it means
-    nothing."""
+    (DistributedDataParallel) gives the same results up to rounding. With --precision exact it has
+    no effect."""
     shards: int = 8
     """Number of parts each global batch is split into. This is also the maximum number of processes. With
-    --precision exact it means nothing."""
+    --precision exact it has no effect."""
     precision: Precision = "fp32"
     """The model's arithmetic: fp32, bf16 via autocast (weights stay in fp32), or exact, which gives the
     same weights on every machine, CPU or GPU (not with an optimizer or a loss of your own). auto chooses

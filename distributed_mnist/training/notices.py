@@ -69,7 +69,7 @@ def start_notices(world: World, prepared: Preparation, folder: RunFolder) -> lis
 
 
 def unused_settings(recipe: Recipe, options: Run) -> list[str]:
-    """Return a notice about settings that mean nothing in the run's precision, else nothing."""
+    """Return a notice about settings that have no effect in the run's precision, else nothing."""
     if recipe.precision != "exact":
         if options.balance == Run.balance:
             return []
