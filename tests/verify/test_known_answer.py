@@ -222,6 +222,14 @@ def test_a_machine_whose_products_are_always_wrong_names_the_layer(monkeypatch: 
     assert finding["repeated"] == "wrong again when repeated"
 
 
+def test_machines_with_other_products_have_the_same_checksums(monkeypatch: pytest.MonkeyPatch) -> None:
+    where = "distributed_mnist.exact.passes.training_pass.products_for"
+    monkeypatch.setattr(where, lambda device: Float64Products())
+    job = ExactJob(torch.device("cpu"))
+    job.add_part(0, 0, 1)
+    assert job.trace() == read_answer().steps[0]
+
+
 def test_an_optimizer_step_that_was_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     finish = ExactJob.finish
 
