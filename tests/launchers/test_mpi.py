@@ -18,10 +18,10 @@ MPIRUN = ("mpirun", "--allow-run-as-root", "--oversubscribe", "-n")
 
 def test_mpirun(digits: Path, tmp_path: Path) -> None:
     words = ("--dataset", "idx", "--data", digits, "--recipe", "fast", "--steps", 5)
-    command = (*MPIRUN, 2, *DMNIST, "train", "--device", "cpu", *words, "--out", tmp_path / "out", "--json")
+    command = (*MPIRUN, 3, *DMNIST, "train", "--device", "cpu", *words, "--out", tmp_path / "out", "--json")
     ended = run(command, cwd=tmp_path)
     alone = train(*words, nproc=1, out=tmp_path / "alone")
-    assert_same(ended.json(), alone, world_size=2)
+    assert_same(ended.json(), alone, world_size=3)
 
 
 def test_the_doctor_under_mpirun(tmp_path: Path) -> None:
