@@ -236,9 +236,7 @@ def patches_of(x: Tensor, window: Window) -> Tensor:
         (by_image, by_column * stride[1], by_row, by_column * dilation[1], by_channel),
     )
     row = width * channels
-    strips = view.reshape(
-        n, columns, sides[0] * row
-    ).contiguous()  # of one column: `reshape` copies nothing
+    strips = view.reshape(n, columns, sides[0] * row).contiguous()  # `reshape` does not always copy
     windows = strips.as_strided(
         (n, rows, columns, height * row), (strips.stride(0), stride[0] * row, strips.stride(1), 1)
     )
