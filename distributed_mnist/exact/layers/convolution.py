@@ -171,7 +171,7 @@ class Convolution(torch.autograd.Function):
             for part, matrix in zip(parts, prepared.prepared, strict=True)
         ]
         result = results[0] if layout.groups == 1 else torch.cat(results, 3)
-        result = result * pass_.product_factor(fixed.exponent, prepared.exponent)
+        result *= pass_.product_factor(fixed.exponent, prepared.exponent)
         return (result, *(None,) * 5)
 
 
