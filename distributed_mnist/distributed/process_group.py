@@ -116,8 +116,7 @@ class DeviceClock:
         self._spans = None if self._device is None else []
 
     def mark(self) -> Any:
-        """Return an event that occurs when the device has finished the work so far; None without
-        `start`."""
+        """Return an event that occurs when the device has finished its work so far; None before `start`."""
         if self._spans is None or self._device is None:
             return None
         event = torch.get_device_module(self._device).Event(enable_timing=True)
@@ -158,8 +157,8 @@ def _store(placement: Placement, rendezvous: Rendezvous, sockets: SocketCollecti
 def choose_backend(kinds: Sequence[str], wanted: str | None = None, *, shared: bool = False) -> str:
     """Return what carries the collectives of a group: "sockets", or torch's name of a backend.
 
-    `kinds` are the ranks' kinds of device. Only ranks on one kind have a backend in common, which does not
-    let several of them share a device (`shared`). `wanted` is used where a backend can be. Raises
+    `kinds` are the ranks' kinds of device. Ranks on different kinds have no backend of torch in common, and
+    those of GPUs do not let ranks share one (`shared`). Otherwise `wanted` is used, if it is given. Raises
     `LaunchError` for MPS, which has none.
     """
     kind, *others = set(kinds)

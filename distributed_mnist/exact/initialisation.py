@@ -74,9 +74,7 @@ class ExactInitialisation(DispatchMode):
         if full_name in _DRAWN:
             result = func(*args, **kwargs)
             return _filled(result, _DRAWN[full_name](given, tuple(result.shape), self._next_key(given)))
-        if (
-            func is torch.ops.aten.sort.default
-        ):  # in which order it puts equal values depends on the processor
+        if func is torch.ops.aten.sort.default:  # the order of equal values depends on the processor
             func, args, kwargs = torch.ops.aten.sort.stable, (), {"stable": True, **given}
         result = func(*args, **kwargs)
         if not self.may_be_inexact and not _is_exact(func, name, args, kwargs, result):

@@ -26,7 +26,7 @@ class View(NamedTuple):
 
 
 class Views(Protocol):
-    """What knows the parameters: a `passes.Pass`."""
+    """What knows the parameters: a `Pass`."""
 
     def view_of(self, x: Tensor) -> View | None:
         """Return what `x` is a view of, if it is one of a parameter that needs a gradient."""

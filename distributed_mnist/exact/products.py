@@ -57,7 +57,7 @@ class Products(Protocol):
     def prepare(self, matrix: Tensor) -> Tensor:
         """Return a matrix `(K, N)` in the form in which this class multiplies by it.
 
-        It is int16, not packed, of at most `2**OPERAND_BITS`, as weights are (`passes.prepare_weight`).
+        It is int16, not packed, of at most `2**OPERAND_BITS`, as weights are (`prepare_weight`).
         Raises `Refused` if `K` is more than `MOST_TERMS`.
         """
         ...

@@ -27,9 +27,9 @@ _FIRST_SAMPLES = 128
 _CHECKED_SAMPLES = 16
 _LEAST_PER_PASS, _MOST_PER_PASS = 128, 4096  # samples
 _ELEMENTS_PER_PASS = 2**19
-"""On a CPU, how many numbers become integers in a pass, if it has more samples than the least: a pass
-should
-fit the caches, but small ones cost more time than they compute."""
+"""On a CPU, how many numbers become integers in a pass, if it has more samples than the least.
+
+A pass should fit the caches, but small ones cost more time than they compute."""
 
 
 class ExactGradients:

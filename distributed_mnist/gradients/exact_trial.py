@@ -35,7 +35,7 @@ def require_exact_form(
     too long.
     """
     for key, parameter in model.named_parameters():
-        if parameter._backward_hooks:
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             raise UsageError(
                 f"--model {name}: its parameter {key} has a hook, which with --precision exact nothing "
                 "calls, because gradients are sums of integers"

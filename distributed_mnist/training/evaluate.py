@@ -8,7 +8,7 @@ number of ranks.
 
 import base64
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,8 +116,7 @@ def evaluate(
             checked = checked or digest(logits)
             losses[chunk], confidence[rows], predicted[rows] = score(logits, split.labels[rows].long())
         if exact:
-            first = [next(iter(parts.of(rank, chunks)), 0) for rank in range(world.size)]
-            _require_same_logits(world, first, checked, logits_of, name)
+            _require_same_logits(world, parts, chunks, checked, logits_of, name)
     # Each position is nonzero on at most one rank, so the sums are exact.
     total = math.fsum(world.all_reduce_sum_(losses).tolist())
     predicted, confidence = world.all_reduce_sum_(predicted).cpu(), world.all_reduce_sum_(confidence).cpu()
@@ -153,16 +152,20 @@ def _score_exactly(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def _require_same_logits(
-    world: World, first: Sequence[int], checked: str, logits_of: Callable[[int], Tensor], name: str
+    world: World,
+    parts: Parts,
+    chunks: int,
+    checked: str,
+    logits_of: Callable[[int], Tensor],
+    name: str,
 ) -> None:
     """Raise an error if the first chunk of a rank has other logits when it is repeated by the rank before.
 
-    `first` is each rank's first chunk, or any if it has none. `checked` is the digest of the logits of this
-    rank's first chunk; empty if it has none.
+    `checked` is the digest of the logits of this rank's first chunk; empty if it has none.
     """
 
     def again(rank: int) -> str:
-        return digest(logits_of(first[rank]))
+        return digest(logits_of(next(iter(parts.of(rank, chunks)), 0)))
 
     def repeat(rank: int) -> Results:
         digests = [again(rank) for _ in range(2)]

@@ -40,9 +40,10 @@ def test_a_batch_whose_sums_may_round_is_refused() -> None:
         require_exact_form(model, "my:net", torch.device("cpu"), (1, 28, 28), most + 1)
 
 
-def test_a_hook_on_a_parameter_is_refused() -> None:
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_hook_on_a_parameter_is_refused(register: str) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
-    model[1].get_parameter("weight").register_hook(lambda gradient: gradient * 0)
+    getattr(model[1].get_parameter("weight"), register)(lambda tensor: None)
     with pytest.raises(UsageError, match=r"^--model my:net: its parameter 1\.weight has a hook"):
         require_exact_form(model, "my:net", torch.device("cpu"), (1, 28, 28), 1)
 

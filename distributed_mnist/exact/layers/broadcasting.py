@@ -134,9 +134,8 @@ class Quotient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
         y = y + 0  # the sign of a zero depends on the order of additions
-        ctx.save_for_backward(
-            x if ctx.needs_input_grad[1] else None, y
-        )  # not the result: it may be changed
+        # Not the result, which may be changed.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, y)
         return x / y
 
     @staticmethod

@@ -14,7 +14,8 @@ class Fixed(NamedTuple):
     """A tensor `x` as integers: `x` is about `integers * 2**-exponent`."""
 
     integers: Tensor
-    """int16 in the shape of `x`, packed for the products of its device (`Products.pack`)."""
+    """int16 in the shape of `x`; from `Pass.quantise` packed for the products of its device
+    (`Products.pack`)."""
     exponent: Tensor
     """int64, a scalar or one for each sample, `(n, 1, ...)`."""
 
