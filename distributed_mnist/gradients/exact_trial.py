@@ -34,12 +34,11 @@ def require_exact_form(
     The sums over samples must be the same integers in one pass and in two. Those over a batch must not be
     too long.
     """
-    for key, parameter in model.named_parameters():
-        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-            raise UsageError(
-                f"--model {name}: its parameter {key} has a hook, which with --precision exact nothing "
-                "calls, because gradients are sums of integers"
-            )
+    if hooked := _with_backward_hooks(model):
+        raise UsageError(
+            f"--model {name}: {hooked[0]} has a hook for gradients, which with --precision exact nothing "
+            "calls, because gradients are sums of integers"
+        )
     images = normal((_IMAGES, *shape), "trial").to(device, torch.float32)
     try:
         with same_modes(model):
@@ -59,6 +58,19 @@ def require_exact_form(
         failed = Refused(f"it fails: {type(error).__name__}: {error}")
         raise refusal(failed.with_traceback(error.__traceback__), model, name) from error
     require_exact_batch(pass_, _IMAGES, batch_size)
+
+
+def _with_backward_hooks(model: nn.Module) -> list[str]:
+    """Return the names of parameters and layers with hooks for the backward pass."""
+    parameters = [
+        f"its parameter {name}" for name, parameter in model.named_parameters() if parameter._backward_hooks
+    ]
+    layers = [
+        f"its layer {name}" if name else "it"
+        for name, module in model.named_modules()
+        if module._backward_hooks or module._backward_pre_hooks
+    ]
+    return parameters + layers
 
 
 def require_exact_batch(pass_: TrainingPass, samples: int, batch_size: int) -> None:

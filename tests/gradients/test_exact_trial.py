@@ -40,11 +40,20 @@ def test_a_batch_whose_sums_may_round_is_refused() -> None:
         require_exact_form(model, "my:net", torch.device("cpu"), (1, 28, 28), most + 1)
 
 
-@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
-def test_a_hook_on_a_parameter_is_refused(register: str) -> None:
+@pytest.mark.parametrize(
+    ("place", "register", "named"),
+    [
+        ("1.weight", "register_hook", r"its parameter 1\.weight"),
+        ("1", "register_full_backward_hook", "its layer 1"),
+        ("1", "register_full_backward_pre_hook", "its layer 1"),
+        ("", "register_full_backward_hook", "it"),
+    ],
+)
+def test_a_hook_for_gradients_is_refused(place: str, register: str, named: str) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
-    getattr(model[1].get_parameter("weight"), register)(lambda tensor: None)
-    with pytest.raises(UsageError, match=r"^--model my:net: its parameter 1\.weight has a hook"):
+    owner = {**dict(model.named_modules()), **dict(model.named_parameters())}[place]
+    getattr(owner, register)(lambda *_: None)
+    with pytest.raises(UsageError, match=f"^--model my:net: {named} has a hook for gradients"):
         require_exact_form(model, "my:net", torch.device("cpu"), (1, 28, 28), 1)
 
 
