@@ -84,9 +84,8 @@ def test_strangers_are_reported_once(port: Listener, reports: list[str]) -> None
         with pytest.raises(NotOurs, match="it refuses this process"):
             connect(port.port, key=b"another key")
     assert len(reports) == 1
-    assert reports[0].startswith(
-        f"a connection from 127.0.0.1 to port {port.port} was refused: it does not"
-    )
+    assert reports[0].startswith(f"a connection from 127.0.0.1 to port {port.port} was refused: it belongs")
+    assert "DMNIST_SECRET" in reports[0]
 
 
 def test_closing_while_somebody_connects_prints_nothing(caplog: pytest.LogCaptureFixture) -> None:
