@@ -87,7 +87,7 @@ class Verify(CommonFlags):
     """Flip one bit, to see that it is found: RANK:STEP or RANK:STEP:KIND, where KIND is weight (default),
     activation or message. FROM-TO:STEP is a bad link: it flips a bit each time that one rank sends to the
     other in this step."""
-    sync: Literal["tree"] | None = None
+    sync: Annotated[Literal["tree"] | None, tyro.conf.arg(metavar="tree")] = None
     """Instead, train a job with --sync tree in fp32, and compare with the known answer of this platform."""
     chaos: tyro.conf.FlagCreatePairsOff[bool] = False
     """Instead, train that job while injecting faults at random times: kill, suspend or terminate processes,

@@ -135,4 +135,5 @@ def _violated_rule(types: set[Any], value: str) -> str | None:
 
 
 def _join_choices(names: list[str]) -> str:
-    return " or ".join([", ".join(names[:-1]), names[-1]])
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last

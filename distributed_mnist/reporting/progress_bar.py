@@ -160,7 +160,7 @@ class Terminal:
         if self._all_ranks and summary:
             most = max(self._console.height - _OTHER_LINES, 3)
             return rank_table(self._ranks, self._stragglers, most)
-        return Text(summary, "dim", no_wrap=True) if summary else None
+        return Text(summary, "dim", no_wrap=True, overflow="ellipsis") if summary else None
 
     def _results(self, rows: dict[str, Text | str]) -> None:
         self._console.print()

@@ -52,16 +52,14 @@ class StragglerTracker:
         return fmean(waits) / step if waits and step > 0 else 0.0
 
     def summary(self) -> str:
-        """Describe the straggler in one line, and the ranks' parts of a batch if they are uneven.
+        """Describe the straggler in one line. If parts of a batch are uneven, add their range.
 
         The line is empty for one process, and on a device whose exchange times cannot be measured.
         """
         straggler = self.straggler()
         if not straggler or not uneven(self.share):
             return straggler
-        least, most = (choose(range(len(self.share)), key=self.share.__getitem__) for choose in (min, max))
-        parts = f"rank {least} takes {self.share[least]:.0%} of a batch, rank {most} {self.share[most]:.0%}"
-        return f"{straggler}; {parts}"
+        return f"{straggler}; parts {min(self.share):.0%} to {max(self.share):.0%}"
 
     def straggler(self) -> str:
         """Describe the straggler; see `summary`."""

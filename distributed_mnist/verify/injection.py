@@ -48,8 +48,9 @@ class Injection:
     def require(self, size: int, steps: int) -> None:
         """Raise `UsageError` unless there are such a rank, step and message."""
         if max(self.rank, self.sender or 0) >= size or self.step > steps:
-            ranks = f"ranks 0 to {size - 1}" if size > 1 else "only rank 0"
-            raise UsageError(f"--inject {self.text}: there are {ranks} and steps 1 to {steps}")
+            ranks = f"the ranks are 0 to {size - 1}" if size > 1 else "the only rank is 0"
+            how = "(--nproc or the launcher decides how many)"
+            raise UsageError(f"--inject {self.text}: {ranks} {how}, the steps 1 to {steps}")
         if self.kind == "message" and size == 1:
             raise UsageError(f"--inject {self.text}: a single process receives no messages")
 

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.text import Text
 
 from ..errors import VerificationError
-from ..reporting.console import make_console, print_json
+from ..reporting.console import make_console, print_json, print_labelled
 
-_NAME_WIDTH = 36
+_NAME_WIDTH = 30
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,13 @@ class ResultsTable:
         row = Row(what, not problem, str(problem or good), sha256, seconds)
         self._rows.append(row)
         mark, style = ("✓", "green") if row.good else ("✗", "bold red")
-        line = Text.assemble(
+        label = Text.assemble(
             (mark, style),
             f" {row.what:<{_NAME_WIDTH}} ",
             (f"{(row.weights_sha256 or '-')[:12]:<14}", "cyan"),
             f" {row.seconds:>7.1f}  ",
-            (row.verdict, style),
         )
-        self._print(line)
+        print_labelled(self._console, label, Text(row.verdict, style), len(label))
 
     @contextlib.contextmanager
     def work_folder(self) -> Iterator[Path]:
@@ -99,7 +98,7 @@ class ResultsTable:
         if not self.problems:
             self.print_line("PASS", "bold green")
         for text in self.problems:
-            self._print(Text.assemble(("FAIL", "bold red"), f"  {text}"))
+            print_labelled(self._console, Text.assemble(("FAIL", "bold red"), "  "), Text(text), column=6)
         if self._as_json:
             runs = [asdict(row) for row in self._rows]
             passed = not self.problems

@@ -1,5 +1,6 @@
 """Check what the documents show: examples run, commands parse, links and named files exist."""
 
+import code
 import importlib.util
 import itertools
 import re
@@ -186,12 +187,15 @@ def test_the_tutorials_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_python_about_exact_arithmetic_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    """Run the page's snippets in one namespace. The comment of a `print` is what it prints, everywhere."""
+    """Type the page's snippets into one interpreter. The comment of a `print` is what it prints."""
     text = (REPOSITORY / "docs" / "explanation" / "exact.md").read_text()
     snippets = [content for language, content in blocks(text) if language]
-    names: dict[str, object] = {}
+    interpreter = code.InteractiveConsole()
     for snippet in snippets:
-        exec(snippet, names)
+        for line in [*snippet.splitlines(), ""]:
+            interpreter.push(line)
     expected = re.findall(r"^ *print\(.*\)  # (.*)$", "".join(snippets), re.MULTILINE)
-    assert capsys.readouterr().out.splitlines() == expected
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == expected
+    assert printed.err == ""
     assert len(expected) >= 12

@@ -74,7 +74,7 @@ def test_uneven_parts_are_a_column_and_half_a_sentence() -> None:
     assert "of batch" not in table + line
     table, line = shown([0.9, 0.1])
     assert table.split("\n")[1].split()[:4] == ["1", "node0", "101", "10.0%"]
-    assert line.endswith("for it; rank 1 takes 10% of a batch, rank 0 90%")
+    assert line.endswith("for it; parts 10% to 90%")
 
 
 def test_only_new_and_complete_events_are_read(tmp_path: Path) -> None:

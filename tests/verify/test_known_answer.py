@@ -126,9 +126,9 @@ def test_bad_injections_are_refused(text: str) -> None:
 def test_injections_that_the_group_cannot_have_are_refused() -> None:
     Injection.parse("0-1:20").require(2, 20)
     for text, line in (
-        ("2:1", "--inject 2:1:weight: there are ranks 0 to 1 and steps 1 to 20"),
-        ("2-0:1", "--inject 2-0:1:message: there are ranks 0 to 1"),
-        ("0:21:activation", "--inject 0:21:activation: there are"),
+        ("2:1", "--inject 2:1:weight: the ranks are 0 to 1 .*, the steps 1 to 20"),
+        ("2-0:1", "--inject 2-0:1:message: the ranks are 0 to 1"),
+        ("0:21:activation", "--inject 0:21:activation: the ranks are"),
     ):
         with pytest.raises(UsageError, match=line):
             Injection.parse(text).require(2, 20)
@@ -174,6 +174,20 @@ def verify_with(
         except VerificationError:
             assert table.problems
     return text.getvalue(), json.loads(json.dumps(table.json_fields))
+
+
+def test_on_a_terminal_a_problem_is_wrapped_beside_its_label() -> None:
+    text = io.StringIO()
+    table = ResultsTable(
+        Console(file=text, width=40, force_terminal=True, color_system=None), as_json=False
+    )
+    table.problems = [" ".join(["words"] * 20)]
+    with pytest.raises(VerificationError):
+        table.conclude()
+    first, *others = text.getvalue().strip().splitlines()
+    assert first.startswith("FAIL  words")
+    assert len(others) >= 2
+    assert all(line.startswith("      words") and len(line) <= 40 for line in others)
 
 
 def test_two_ranks_find_a_wrong_sum_and_name_the_link() -> None:
