@@ -120,7 +120,9 @@ def verify(placement: Placement, listener: Listener, command: Verify) -> int:
         else:
             exact.run(world, table, minutes=command.minutes, inject=command.inject, seed=command.seed)
 
-    job = describe_job("verify", sync=command.sync, minutes=command.minutes, inject=command.inject)
+    job = describe_job(
+        "verify", sync=command.sync, minutes=command.minutes, inject=command.inject, seed=command.seed
+    )
     return run_in_group(placement, listener, body, device=command.device, job=job, debug=command.debug)
 
 

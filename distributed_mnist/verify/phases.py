@@ -132,7 +132,7 @@ class PhaseRunner:
             world.all_reduce_sum_(job.pass_.sums.flat)
             world.all_reduce_sum_(job.pass_.checksums)
             world.all_reduce_max_(job.scales.now)
-        elif len(group) == 2:
+        elif len(group) > 1:
             (other,) = (rank for rank in group if rank != world.rank)
             for mine, combine in job.results():
                 theirs = torch.empty_like(mine)
