@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils import _pytree as pytree
 from torch.utils import backend_registration as registration
 
@@ -32,7 +32,7 @@ _FACTORIES = (
     _aten.linspace.default,
 )
 _set_data: Any = vars(torch._C.TensorBase)["data"].__set__
-_libraries: list[torch.library.Library] = []  # they register for as long as they live
+_libraries: list[library.Library] = []  # they register for as long as they live
 
 
 class OnFake(Tensor):
@@ -118,7 +118,7 @@ class _Module:
 def set_up() -> None:
     """Make the device known to torch in this process, for good."""
     _register(NAME, _Module())
-    others, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    others, aten = library.Library("_", "IMPL"), library.Library("aten", "IMPL")
     _libraries.extend((others, aten))
     others.fallback(_compute, "PrivateUse1")
     for operation in _FACTORIES:
