@@ -45,9 +45,12 @@ def test_a_restart_repeats_no_event_and_loses_none(digits: Path, tmp_path: Path)
     """Steps that are trained again have events again, after a second `start`."""
     ranks.server()
     events: list[Event] = []
+    later, over = tmp_path / "two" / "checkpoints" / "step_00000030.pt", tmp_path / "killed"
 
     def slow(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.004)
+        deadline = time.monotonic() + 60
+        while later.exists() and not over.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)  # the event of step 10 may come late on a busy machine
         return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
 
     def kill_once(event: Event) -> None:
@@ -55,6 +58,7 @@ def test_a_restart_repeats_no_event_and_loses_none(digits: Path, tmp_path: Path)
         events.append(event)
         if event["event"] == "checkpoint" and not killed:
             os.kill(events[0]["ranks"][1]["pid"], signal.SIGKILL)
+            over.touch()
 
     run = {**RUN, "epochs": 20, "checkpoint_every": 10, "eval_every": 50, "loss": slow, "dataset": digits}
     result = train(**run, out=tmp_path / "two", nproc=2, on_event=kill_once)

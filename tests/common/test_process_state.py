@@ -146,13 +146,15 @@ def in_threads(count: int, body: Callable[[], None]) -> None:
 @pytest.mark.parametrize(("context", "most"), [(defined_state, 1), (torch_defaults, 3)])
 def test_runs_take_turns_and_other_uses_need_not(context: Contexts, most: int) -> None:
     inside, seen = [], []
+    together = threading.Barrier(most)  # on a busy machine a thread may start late
 
     def body() -> None:
         with context():
             inside.append(None)
-            time.sleep(0.05)
+            together.wait(30)
+            time.sleep(0.05)  # others would come in meanwhile, if they could
             seen.append((len(inside), torch.get_default_dtype()))
-            time.sleep(0.05)
+            together.wait(30)
             inside.pop()
 
     with STATES["dtype"]():

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from ranks import SECRET
+from ranks import SECRET, free_port
 
 from distributed_mnist.common.placement import Placement
 from distributed_mnist.distributed import rendezvous
@@ -105,8 +105,7 @@ def test_another_program_that_answers(busy: socket.socket, capsys: pytest.Captur
 )
 def test_nobody_is_there(host: str, problem: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A name may become known later: in Kubernetes, when rank 0's pod has started."""
-    with socket.create_server((LOOPBACK, 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     why, lines = given_up(placement(1, port, host), capsys)
     assert f"rank 0 ({problem}" in why
     assert all(f" for rank 0 ({problem}" in line for line in lines)
@@ -154,8 +153,7 @@ def test_a_rank_of_another_job_gives_up_at_once(
 ) -> None:
     monkeypatch.setattr(rendezvous, "RENDEZVOUS_SECONDS", 60.0)
     monkeypatch.setattr(rendezvous, "_SILENT_SECONDS", 60.0)
-    with socket.create_server((LOOPBACK, 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     thread, results = in_background(lambda: Rendezvous(placement(0, port), None, 60.0, JOB))
     with pytest.raises(
         UsageError, match=r"rank 0 \(pid .* another job: --lr 0.1 there and 2 here"
@@ -180,8 +178,7 @@ def test_a_rank_that_cannot_take_part_ends_the_others(
 ) -> None:
     """Within moments, and with the same error. Before, they waited for five minutes."""
     monkeypatch.setattr(rendezvous, "RENDEZVOUS_SECONDS", 60.0)
-    with socket.create_server((LOOPBACK, 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     began = time.monotonic()
     others = [
         in_background(partial(Rendezvous, placement(rank, port, size=3), None, 60.0, JOB))
@@ -214,8 +211,7 @@ def test_a_failing_rank_of_another_job_ends_nobody() -> None:
 
 def test_ranks_of_one_launcher_with_other_flags_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "RENDEZVOUS_SECONDS", 60.0)
-    with socket.create_server((LOOPBACK, 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     first, second = (replace(placement(rank, port), launcher_id="slurm 1.0") for rank in range(2))
     thread, results = in_background(partial(Rendezvous, first, None, 60.0, JOB))
     with pytest.raises(UsageError, match=r"rank 1 .*: it has other flags: --lr 0.1 there and 2 here"):

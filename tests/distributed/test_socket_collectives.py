@@ -365,7 +365,7 @@ STRANGERS: dict[str, tuple[Callable[[int], socket.socket], bool]] = {
 
 def among_strangers(world: World, kind: str) -> tuple[list[int], list[int], int]:
     """Strangers connect to every rank first. Results of collectives, and how many were refused."""
-    listener.HANDSHAKE_SECONDS = 0.3
+    listener.HANDSHAKE_SECONDS = 1.0  # ranks need less, also on a busy machine
     collectives, ports = fresh(world)
     connect, _ = STRANGERS[kind]
     strangers = []
