@@ -25,7 +25,11 @@ _KERNEL_VARIABLES = re.compile(
 """They choose kernels, so they change the last bits. ATEN_CPU_CAPABILITY is not among them, because torch
 tells what it chooses."""
 _BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
-_DEFAULTS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+_DEFAULTS = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "TORCHINDUCTOR_DETERMINISTIC": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
 
 
 def settings() -> dict[str, str]:
@@ -84,8 +88,13 @@ def for_workers() -> Iterator[None]:
 
 
 def order_additions() -> None:
-    """Make cuBLAS add in a fixed order, which it does only with a workspace of fixed size."""
+    """Make cuBLAS and `torch.compile`, if a user's model calls it, add in a fixed order.
+
+    cuBLAS does so only with a workspace of fixed size. `torch.compile` otherwise times several kernels and
+    uses the fastest.
+    """
     _set("CUBLAS_WORKSPACE_CONFIG")
+    _set("TORCHINDUCTOR_DETERMINISTIC")
 
 
 def keep_torch_quiet() -> None:

@@ -129,14 +129,18 @@ _THREAD = (
 
 _CHOSEN = (
     _Setting("number of threads", torch.get_num_threads, torch.set_num_threads, None),
+    # Not by `torch.use_deterministic_algorithms`, which imports torch's compiler.
     _Setting(
         "deterministic algorithms",
-        lambda: (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-        ),
-        lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
-        (False, False),
+        torch.get_deterministic_debug_mode,
+        torch.set_deterministic_debug_mode,
+        0,
+    ),
+    _Setting(
+        "fill uninitialized memory",
+        torch._C._get_deterministic_fill_uninitialized_memory,
+        torch._C._set_deterministic_fill_uninitialized_memory,
+        True,
     ),
 )
 """Settings that a run chooses (`training.platforms`)."""

@@ -90,7 +90,9 @@ def use_threads(world: World, recipe: Recipe) -> int:
         threads = environment.threads() or 1
     torch.set_num_threads(threads)
     if world.device.type == "cuda" and in_order:
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        # `torch.use_deterministic_algorithms` does the same, but imports torch's compiler: seconds.
+        torch.set_deterministic_debug_mode("warn")
+        torch._C._set_deterministic_fill_uninitialized_memory(False)  # by a kernel for each new tensor
         torch.backends.cudnn.benchmark = False
     return threads
 

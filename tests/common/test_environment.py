@@ -47,3 +47,13 @@ def test_slowness_under_another_launcher_names_the_cause(monkeypatch: pytest.Mon
     monkeypatch.setenv("OMP_PROC_BIND", "false")
     (warning,) = notices.oversubscription_warnings(world, 1)
     assert warning == "2 processes share 1 core: same answer, slower than --nproc 1"
+
+
+def test_kernels_are_not_chosen_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_DETERMINISTIC")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that what is set below is undone
+        monkeypatch.delenv(name)
+    environment.order_additions()
+    assert [os.environ[name] for name in names] == [":4096:8", "1"]
+    assert not {*names} & environment.settings().keys()  # which are the user's own

@@ -1,8 +1,10 @@
 """Ranks on unlike processors, or with unlike settings of the libraries, are told apart."""
 
 import dataclasses
+import sys
 from collections.abc import Collection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fuzz
@@ -10,6 +12,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
+from distributed_mnist.api import functions
 from distributed_mnist.common.compute_platform import ComputePlatform, this_platform
 from distributed_mnist.common.placement import ALONE
 from distributed_mnist.config import Recipe, Run
@@ -18,7 +21,7 @@ from distributed_mnist.distributed.world import World
 from distributed_mnist.errors import UsageError
 from distributed_mnist.runs.checkpoint import encode
 from distributed_mnist.runs.run_files import write_config
-from distributed_mnist.training import platforms
+from distributed_mnist.training import platforms, preparation
 
 NOTE = ": the last bits may depend on which rank computes what"
 DIFFERENT = {
@@ -125,3 +128,38 @@ def test_mps_is_refused_on_all_ranks_of_a_mixed_group() -> None:
     world.peers = [Peer(0, "host", 1), Peer(1, "host", 2, device="mps")]
     with pytest.raises(UsageError, match="MPS does not have"):
         platforms.agree_on_platform(world, Recipe(precision="exact"), Run(), None)
+
+
+def settings_of_a_run_as_on_a_gpu(world: World, options: dict[str, Any]) -> list[Any]:
+    """Train on the CPU with the settings used on a GPU. Return them, and those after the run."""
+    compiler = ("torch._dynamo", "torch._inductor", "sympy", "triton")
+    for name in {*compiler, *(name for name in sys.modules if name.startswith(compiler))}:
+        sys.modules[name] = None  # type: ignore[assignment] # an import of it fails
+    use_threads, found = preparation.use_threads, list[Any]()
+
+    def settings() -> list[Any]:
+        return [
+            torch.get_deterministic_debug_mode(),
+            torch._C._get_deterministic_fill_uninitialized_memory(),
+        ]
+
+    def as_on_a_gpu(_: World, recipe: Recipe) -> int:
+        gpu: Any = SimpleNamespace(device=torch.device("cuda"), local_size=1)
+        return use_threads(gpu, recipe)
+
+    preparation.use_threads = as_on_a_gpu
+    options |= {"dataset": "generated", "train_size": 16, "test_size": 16, "device": "cpu"}
+    functions.train("fast", epochs=1, batch_size=16, on_event=lambda _: found.append(settings()), **options)
+    return [found[-1], settings()]
+
+
+@pytest.mark.parametrize(
+    ("options", "deterministic"),
+    [({"sync": "tree"}, [1, False]), ({"sync": "ddp"}, [0, True]), ({"precision": "exact"}, [0, True])],
+)
+def test_a_run_does_not_import_the_compiler_of_torch(
+    options: dict[str, Any], deterministic: list[Any], tmp_path: Path
+) -> None:
+    """It takes seconds, and `torch.use_deterministic_algorithms` imports it."""
+    (found,) = run_ranks(settings_of_a_run_as_on_a_gpu, 1, options | {"out": tmp_path / "run"})
+    assert found == [deterministic, [0, True]]
