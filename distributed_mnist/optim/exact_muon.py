@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..exact.elementary import sqrt
+from .fused import Number
 from .newton_schulz import ITERATIONS, A, B, C
 from .single_operations import flat_copy, lerp_, shared
 
@@ -23,7 +24,7 @@ _ROUND = 1.5 * 2.0**27
 
 
 def muon_(
-    parameters: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], *, lr: float, momentum: float
+    parameters: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], *, lr: Number, momentum: float
 ) -> None:
     """Take one step, with the arguments of `newton_schulz.muon_`."""
     buffer, gradient = shared(buffers), flat_copy(gradients)

@@ -8,11 +8,12 @@ source, Adam (Kingma and Ba, 2015) updates the biases and the last layer.
 torch's own `torch.optim.Muon` accepts matrices only, but most weights here are convolutions.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from .fused import Number
 from .kernels import FUSED, Kernels
 from .optimizers import Group, Optimizer
 
@@ -49,16 +50,19 @@ class Muon(Optimizer):
             groups.append({"params": matrices, "matrices": True, "momentum": momentum, "lr": lr})
         super().__init__(groups, {}, kernels)
 
-    def update(self, parameters: list[Tensor], gradients: list[Tensor], group: Group) -> None:
-        """Update the parameters of one group; see `Optimizer`."""
-        if group["matrices"]:
-            self._orthogonal_step(parameters, gradients, group)
-        else:
-            self.adam_step(self.kernels.adamw_, parameters, gradients, group)
+    def numbers(self, parameters: list[Tensor], group: Group) -> list[float]:
+        """Return the numbers of a group; see `Optimizer`."""
+        return [group["lr"]] if group["matrices"] else self.adam_numbers(parameters, group)
 
-    def _orthogonal_step(self, parameters: list[Tensor], gradients: list[Tensor], group: Group) -> None:
+    def update(
+        self, parameters: list[Tensor], gradients: list[Tensor], group: Group, numbers: Sequence[Number]
+    ) -> None:
+        """Update the parameters of one group; see `Optimizer`."""
+        if not group["matrices"]:
+            self.adam_step(self.kernels.adamw_, parameters, gradients, group, numbers)
+            return
         for p in parameters:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in parameters]
-        self.kernels.muon_(parameters, gradients, buffers, lr=group["lr"], momentum=group["momentum"])
+        self.kernels.muon_(parameters, gradients, buffers, lr=numbers[0], momentum=group["momentum"])

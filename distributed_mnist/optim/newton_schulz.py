@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from .fused import Number
+
 # The coefficients of a quintic `A x + B x^3 + C x^5` that maps singular values between 0 and 1 to about
 # one, from the source above. There it is applied five times. The small networks here learn as well with
 # three, see docs/explanation/performance.md.
@@ -16,7 +18,7 @@ ITERATIONS = 3
 
 
 def muon_(
-    parameters: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], *, lr: float, momentum: float
+    parameters: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], *, lr: Number, momentum: float
 ) -> None:
     """Take one step in place. `buffers` are the running means of the gradients."""
     torch._foreach_lerp_(buffers, gradients, 1 - momentum)
@@ -25,7 +27,11 @@ def muon_(
     for p, direction in zip(parameters, directions, strict=True):
         step = orthogonalise(direction.flatten(1))
         rows, columns = step.shape
-        p.add_(step.reshape(p.shape), alpha=-lr * math.sqrt(max(1, rows / columns)))
+        step, rate = step.reshape(p.shape), lr * math.sqrt(max(1, rows / columns))
+        if isinstance(rate, Tensor):
+            p.sub_(step * rate)
+        else:
+            p.add_(step, alpha=-rate)
     scales = norms / torch.stack(torch._foreach_norm(parameters))
     scales = torch.where(norms > 0, scales, 1)  # a weight that is all zeros may become nonzero
     torch._foreach_mul_(parameters, list(scales.unbind()))

@@ -5,13 +5,14 @@ takes a second or more of every start (docs/explanation/performance.md). The thr
 be written here.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .kernels import EXACT, FUSED, Kernels
+from .fused import Number
+from .kernels import FUSED, Kernels
 
 Group = dict[str, Any]
 """A group of parameters with their hyperparameters."""
@@ -25,7 +26,7 @@ def _unwrapped(method: Any) -> Any:
 class Optimizer(torch.optim.Optimizer):
     """torch's base class, whose parameter groups and state are the format of checkpoints.
 
-    A subclass implements `update`.
+    A subclass implements `update`, and `numbers` if it needs others than the learning rate.
     """
 
     add_param_group = _unwrapped(torch.optim.Optimizer.add_param_group)
@@ -39,45 +40,68 @@ class Optimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a `grad`. `closure` is not used."""
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if parameters:
-                self.update(parameters, [p.grad for p in parameters], group)
+        """Update every parameter; each must have a `grad`. `closure` is not used."""
+        self.apply(self.next_numbers())
 
     # Without this, torch wraps `step` for profiler marks and step hooks, which are not used here: 20 µs.
     step.hooked = True  # type: ignore[attr-defined]
 
-    def update(self, parameters: list[Tensor], gradients: list[Tensor], group: Group) -> None:
+    def next_numbers(self) -> list[list[float]]:
+        """Begin a step: return the numbers of each group that change from step to step.
+
+        All else of a step is in `apply`, which does not look at the CPU's memory, so a GPU can repeat it.
+        """
+        return [self.numbers(group["params"], group) for group in self.param_groups]
+
+    @torch.no_grad()
+    def apply(self, numbers: Sequence[Sequence[Number]]) -> None:
+        """Take the step that `next_numbers` has begun. The numbers may be scalar tensors on the device."""
+        for group, its_numbers in zip(self.param_groups, numbers, strict=True):
+            parameters = group["params"]
+            self.update(parameters, [p.grad for p in parameters], group, its_numbers)
+
+    def numbers(self, parameters: list[Tensor], group: Group) -> list[float]:
+        """Return the numbers of a group, by default its learning rate."""
+        return [group["lr"]]
+
+    def update(
+        self, parameters: list[Tensor], gradients: list[Tensor], group: Group, numbers: Sequence[Number]
+    ) -> None:
         """Update the parameters of one group, which holds its hyperparameters."""
         raise NotImplementedError
 
     def new_count(self, parameter: Tensor) -> Tensor:
         """Return zero as the number of a parameter's steps, a float32 where the kernels read it."""
-        return torch.zeros((), device="cpu" if self.kernels is EXACT else parameter.device)
+        return torch.zeros((), device="cpu" if self.kernels.counts_on_cpu else parameter.device)
 
-    def adam_step(
-        self, kernel: Callable[..., object], parameters: list[Tensor], gradients: list[Tensor], group: Group
-    ) -> None:
-        """Take Adam's step with one of torch's kernels. `adam_ratio` multiplies the learning rate."""
+    def adam_numbers(self, parameters: list[Tensor], group: Group) -> list[float]:
+        """Return the numbers of a step of Adam. `adam_ratio` multiplies the learning rate."""
         state = self.state
         for p in parameters:
             if "step" not in state[p]:
                 state[p]["step"] = self.new_count(p)
                 state[p]["exp_avg"], state[p]["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        means, squares, steps = (
-            [state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq", "step")
+        steps = [state[p]["step"] for p in parameters]
+        lr = group["lr"] * group.get("adam_ratio", 1)
+        return self.kernels.adam_numbers(
+            lr=lr, steps=steps, betas=group["betas"], weight_decay=group["weight_decay"]
         )
-        if steps[0].is_cpu:  # on CPU one call for all of them takes longer
-            for step in steps:
-                step.add_(1)
-        else:
-            torch._foreach_add_(steps, 1)
-        beta1, beta2 = group["betas"]
+
+    def adam_step(
+        self,
+        kernel: Callable[..., None],
+        parameters: list[Tensor],
+        gradients: list[Tensor],
+        group: Group,
+        numbers: Sequence[Number],
+    ) -> None:
+        """Take Adam's step with one of the kernels."""
+        means, squares, steps = (
+            [self.state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq", "step")
+        )
         kernel(
-            parameters, gradients, means, squares, [], steps,
-            lr=group["lr"] * group.get("adam_ratio", 1), beta1=beta1, beta2=beta2, eps=1e-8,
-            weight_decay=group["weight_decay"], amsgrad=False, maximize=False,
+            parameters, gradients, means, squares, steps, numbers,
+            betas=group["betas"], weight_decay=group["weight_decay"],
         )  # fmt: skip
 
 
@@ -100,9 +124,15 @@ class Adam(Optimizer):
         )
         self._kernel = kernels.adamw_ if decoupled else kernels.adam_
 
-    def update(self, parameters: list[Tensor], gradients: list[Tensor], group: Group) -> None:
+    def numbers(self, parameters: list[Tensor], group: Group) -> list[float]:
+        """Return the numbers of a group; see `Optimizer`."""
+        return self.adam_numbers(parameters, group)
+
+    def update(
+        self, parameters: list[Tensor], gradients: list[Tensor], group: Group, numbers: Sequence[Number]
+    ) -> None:
         """Update the parameters of one group; see `Optimizer`."""
-        self.adam_step(self._kernel, parameters, gradients, group)
+        self.adam_step(self._kernel, parameters, gradients, group, numbers)
 
 
 class SGD(Optimizer):
@@ -121,7 +151,9 @@ class SGD(Optimizer):
             parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, kernels
         )
 
-    def update(self, parameters: list[Tensor], gradients: list[Tensor], group: Group) -> None:
+    def update(
+        self, parameters: list[Tensor], gradients: list[Tensor], group: Group, numbers: Sequence[Number]
+    ) -> None:
         """Update the parameters of one group; see `Optimizer`."""
         is_first_step = "momentum_buffer" not in self.state[parameters[0]]
         if is_first_step and group["momentum"]:
@@ -129,7 +161,6 @@ class SGD(Optimizer):
                 self.state[p]["momentum_buffer"] = torch.empty_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in parameters] if group["momentum"] else []
         self.kernels.sgd_(
-            parameters, gradients, buffers, weight_decay=group["weight_decay"], momentum=group["momentum"],
-            lr=group["lr"], dampening=0.0, nesterov=group["momentum"] > 0, maximize=False,
-            is_first_step=is_first_step,
+            parameters, gradients, buffers, lr=numbers[0], momentum=group["momentum"],
+            weight_decay=group["weight_decay"], is_first_step=is_first_step,
         )  # fmt: skip

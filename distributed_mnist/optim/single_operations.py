@@ -2,67 +2,78 @@
 
 IEEE 754 fixes the result of one addition, subtraction, multiplication, division or square root. Fused
 kernels round some of these and not others, as the processor likes. Here every call is one such operation on
-float32 tensors, or one by a Python number, which is rounded to float32 first. Two things are avoided:
+float32 tensors, or one by a number, which is rounded to float32 first. Two things are avoided:
 
 - Division by a Python number: a GPU multiplies by its reciprocal.
 - `alpha=`, `addcmul`, `addcdiv` and `lerp`: some processors round once, others twice.
 
-All tensors of a list are one vector in memory, so one call is enough for all. `adam_`, `adamw_` and `sgd_`
-have the arguments of `torch._fused_adam_` and so on, those that are used here.
+All tensors of a list are one vector in memory, so one call is enough for all. The arguments are those of
+the functions in `fused`.
 """
 
 import functools
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
 from ..exact.elementary import sqrt
+from .fused import EPSILON, Number, Tensors
 
-Tensors = list[Tensor]
+
+def adam_numbers(
+    *, lr: float, steps: Tensors, betas: tuple[float, float], weight_decay: float
+) -> list[float]:
+    """Count a step of Adam or AdamW, in `steps`, and return the numbers for it.
+
+    `steps` are on the CPU, and equal. The numbers are what AdamW multiplies the parameters by, and those by
+    which the bias of the two means is corrected. Both corrections are moved out of the fraction
+    `mean / (sqrt(square) + EPSILON)`.
+    """
+    for step in steps:
+        step.add_(1)
+    count, (beta1, beta2) = int(steps[0]), betas
+    root = math.sqrt(1 - power(beta2, count))
+    return [1 - lr * weight_decay, EPSILON * root, lr * root / (1 - power(beta1, count))]
 
 
 def adam_(
-    parameters: Tensors, gradients: Tensors, means: Tensors, squares: Tensors, _: Tensors, steps: Tensors,
-    *, weight_decay: float, **settings: Any,
+    parameters: Tensors, gradients: Tensors, means: Tensors, squares: Tensors, _: Tensors,
+    numbers: Sequence[Number], *, betas: tuple[float, float], weight_decay: float,
 ) -> None:  # fmt: skip
     """Take Adam's step; weight decay is added to the gradient."""
     gradient = _with_decay(parameters, gradients, weight_decay)
-    _adam_(parameters, gradient, means, squares, steps, **settings)
+    _adam_(parameters, gradient, means, squares, numbers, betas)
 
 
 def adamw_(
-    parameters: Tensors, gradients: Tensors, means: Tensors, squares: Tensors, _: Tensors, steps: Tensors,
-    *, lr: float, weight_decay: float, **settings: Any,
+    parameters: Tensors, gradients: Tensors, means: Tensors, squares: Tensors, _: Tensors,
+    numbers: Sequence[Number], *, betas: tuple[float, float], weight_decay: float,
 ) -> None:  # fmt: skip
     """Take AdamW's step; weight decay shrinks the parameters."""
     if weight_decay:
-        torch._foreach_mul_(parameters, 1 - lr * weight_decay)
-    _adam_(parameters, flat_copy(gradients), means, squares, steps, lr=lr, **settings)
+        for p in parameters:
+            p.mul_(numbers[0])
+    _adam_(parameters, flat_copy(gradients), means, squares, numbers, betas)
 
 
 def _adam_(
-    parameters: Tensors, gradient: Tensor, means: Tensors, squares: Tensors, steps: Tensors,
-    *, lr: float, beta1: float, beta2: float, eps: float, **_: Any,
+    parameters: Tensors, gradient: Tensor, means: Tensors, squares: Tensors, numbers: Sequence[Number],
+    betas: tuple[float, float],
 ) -> None:  # fmt: skip
     mean, square = shared(means), shared(squares)
-    mean.mul_(beta1).add_(gradient * (1 - beta1))
-    square.mul_(beta2).add_(gradient.mul_(gradient).mul_(1 - beta2))
-
-    # Both corrections of the bias are moved out of the fraction mean / (sqrt(square) + eps).
-    counts = [int(step) for step in steps]
-    roots = [math.sqrt(1 - power(beta2, count)) for count in counts]
-    rates = [lr * root / (1 - power(beta1, count)) for root, count in zip(roots, counts, strict=True)]
-    change = sqrt(square).add_(_of_each(parameters, [eps * root for root in roots]))
-    torch.div(mean, change, out=change).mul_(_of_each(parameters, rates))
+    mean.mul_(betas[0]).add_(gradient * (1 - betas[0]))
+    square.mul_(betas[1]).add_(gradient.mul_(gradient).mul_(1 - betas[1]))
+    change = sqrt(square).add_(numbers[1])
+    torch.div(mean, change, out=change).mul_(numbers[2])
     torch._foreach_sub_(parameters, _unflatten_dense_tensors(change, parameters))
 
 
 def sgd_(
     parameters: Tensors, gradients: Tensors, buffers: Tensors,
-    *, lr: float, momentum: float, weight_decay: float, is_first_step: bool, **_: Any,
+    *, lr: Number, momentum: float, weight_decay: float, is_first_step: bool,
 ) -> None:  # fmt: skip
     """Take a step of gradient descent, with Nesterov's momentum if there is any."""
     gradient = _with_decay(parameters, gradients, weight_decay)
@@ -119,14 +130,6 @@ def power(base: float, exponent: int) -> float:
         base *= base
         exponent //= 2
     return result
-
-
-def _of_each(tensors: Tensors, numbers: list[float]) -> float | Tensor:
-    """Return the number of each tensor, for each of its values, or only one if all are the same."""
-    if len(set(numbers)) == 1:
-        return numbers[0]
-    pairs = zip(tensors, numbers, strict=True)
-    return torch.cat([torch.full_like(tensor, number).flatten() for tensor, number in pairs])
 
 
 def _with_decay(parameters: Tensors, gradients: Tensors, weight_decay: float) -> Tensor:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from distributed_mnist.common.digest import digest
 from distributed_mnist.config import Recipe
-from distributed_mnist.errors import UsageError
+from distributed_mnist.errors import CheckpointError, UsageError
 from distributed_mnist.optim import exact_muon, newton_schulz, weight_average
 from distributed_mnist.optim.clipping import clip_gradients
+from distributed_mnist.optim.optimizers import Optimizer
 from distributed_mnist.optim.schedule import make_optimizer
 from distributed_mnist.optim.single_operations import power
 from distributed_mnist.runs.optimizer_state import load_optimizer
@@ -129,24 +130,41 @@ def test_steps_are_those_of_the_fused_kernels_to_rounding(name: str, decay: floa
     }
 
 
-def test_a_parameter_without_a_gradient_is_some_steps_behind() -> None:
-    """Adam corrects the bias of each parameter's means by its own number of steps."""
+@pytest.mark.parametrize("recipe", [EXACT, EXACT.replace(precision="fp32")], ids=["exact", "fp32"])
+def test_parameters_that_took_different_numbers_of_steps_are_refused(recipe: Recipe) -> None:
+    """One correction of the bias is for all of them."""
     model = network()
-    optimizer = make_optimizer(EXACT, model)
-    expected = [p.detach().numpy().copy() for p in model.parameters()]
-    states: list[dict[str, Array]] = [{} for _ in expected]
-    for step in range(4):
-        give_gradients(model, step)
-        for i, p in enumerate(model.parameters()):
-            if i == 1 and step < 2:
-                p.grad = None
-                continue
-            assert p.grad is not None
-            its_step = step - 2 if i == 1 else step
-            expected[i] = numpy_step("adam", 0.0, expected[i], p.grad.numpy(), states[i], its_step)
-        optimizer.step()
-    for p, w in zip(model.parameters(), expected, strict=True):
-        assert np.array_equal(p.detach().numpy(), w)
+    optimizer = make_optimizer(recipe, model)
+    give_gradients(model, 0)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    load_optimizer(optimizer, saved, "here", steps=1)
+    saved["state"][1]["step"] += 1
+    with pytest.raises(CheckpointError, match="have taken different numbers of steps"):
+        load_optimizer(optimizer, saved, "here", steps=1)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("precision", ["exact", "fp32"])
+def test_numbers_may_be_tensors(name: str, precision: str) -> None:
+    """A captured step reads them from the device. `float64` here, as no kernel on a CPU needs less."""
+    recipe = EXACT.replace(precision=precision, optimizer=name, weight_decay=0.1)
+    weights: list[list[Tensor]] = []
+    for as_tensors in (False, True):
+        model = network()
+        optimizer = make_optimizer(recipe, model)
+        assert isinstance(optimizer, Optimizer)
+        for step in range(3):
+            give_gradients(model, step)
+            numbers: Any = optimizer.next_numbers()
+            if as_tensors:
+                numbers = [[torch.tensor(number, dtype=torch.float64) for number in of] for of in numbers]
+            optimizer.apply(numbers)
+        weights.append([p.detach() for p in model.parameters()])
+    if precision == "exact" or name != "muon":
+        assert all(map(torch.equal, *weights))
+    else:  # a rate that is a number is multiplied and added with one rounding
+        assert all(map(torch.allclose, *weights))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
