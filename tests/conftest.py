@@ -27,7 +27,7 @@ LONGEST = (
     *("launcher/test_restart", "launchers/test_hosts", "launchers/test_slurm", "documents/test_notebook"),
     *("documents/test_documented_commands", "training/test_resume", "export/test_export"),
     *("verify/test_tree", "launchers/test_elastic", "verify/test_chaos", "bench/test_bench"),
-    *("training/test_same_answer", "gradients/test_all_reduce_ranks", "deploy/test_manifests"),
+    *("training/test_same_answer", "gradients/test_tree_ranks", "deploy/test_manifests"),
     *("reporting/test_output", "distributed/test_socket_collectives", "runs/test_storage"),
     *("launchers/test_strangers", "api/test_functions", "distributed/test_watchdog"),
     *("cli/test_original_script", "inference/test_ensemble", "gradients/test_per_shard"),

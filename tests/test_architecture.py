@@ -41,7 +41,7 @@ def test_only_these_modules_use_torch_distributed() -> None:
         "distributed/process_group",
         "distributed/agent_store",
     }
-    assert importers("torch.nn.parallel") == {"bench/baseline", "gradients/all_reduce"}
+    assert importers("torch.nn.parallel") == {"bench/baseline", "gradients/ddp"}
 
 
 def test_only_these_modules_touch_the_environment() -> None:

@@ -12,12 +12,14 @@ from ..exact.scales import Scales
 from ..models.build import forward
 from ..models.inspection import ModelProperties
 from ..models.running_statistics import running_statistics
-from .all_reduce import DdpGradients, Gradients, TreeGradients
 from .batch_invariance import is_batch_invariant, matches_autograd
-from .exact_sum import ExactGradients
-from .exact_trial import require_exact_form
-from .parts import Parts
+from .ddp import DdpGradients
+from .exact.integer_sum import ExactGradients
+from .exact.parts import Parts
+from .exact.trial import require_exact_form
+from .interface import Gradients
 from .per_shard import HookedLayers
+from .tree import TreeGradients
 from .tree_sum import owned_shards, shard_sizes
 
 MAX_IMAGES_PER_PASS = 512

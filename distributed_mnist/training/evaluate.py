@@ -25,7 +25,7 @@ from ..errors import UsageError
 from ..exact.loss import cross_entropy
 from ..exact.ordered_sums import softmax, sum_over
 from ..gradients.agreement import Results, compare
-from ..gradients.parts import Parts
+from ..gradients.exact.parts import Parts
 from ..models.build import forward, same_modes
 
 CHUNK = 250  # divides 10,000 into 40: fits a core's cache, and leaves each of 8 ranks 5

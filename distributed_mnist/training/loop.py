@@ -12,6 +12,7 @@ from ..common.digest import digest
 from ..config import Recipe
 from ..distributed.world import World
 from ..errors import Interrupted, TrainingError, UsageError
+from ..gradients.interface import compute_gradients
 from ..optim import weight_average
 from ..optim.clipping import clip_gradients
 from ..optim.schedule import make_schedule, set_learning_rate
@@ -137,7 +138,7 @@ def train_step(
     ledger.open(step, context.batches.size(step))
     forward_shards = make_forward(context, timer, step, ledger)
     with timer.phase("backward"):
-        context.gradients.compute(forward_shards, context.batches.shard_sizes(step))
+        compute_gradients(context.gradients, forward_shards, context.batches.shard_sizes(step))
     with timer.phase("optimizer"):
         if context.recipe.clip:
             exact = context.recipe.precision == "exact"

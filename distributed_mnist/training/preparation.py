@@ -9,9 +9,9 @@ from ..data.broadcast import Data, broadcast_dataset
 from ..data.datasets import Dataset
 from ..distributed.world import World
 from ..exact.scales import Scales
-from ..gradients.all_reduce import Gradients
+from ..gradients.exact.parts import Parts
+from ..gradients.interface import Gradients
 from ..gradients.loss import Loss, make_loss
-from ..gradients.parts import Parts
 from ..gradients.setup import make_exact_gradients, make_gradients
 from ..models.build import make_model
 from ..models.factory import find_factory

@@ -14,9 +14,9 @@ from ..data.broadcast import Data
 from ..distributed.world import World
 from ..errors import CheckpointError
 from ..exact.scales import Scales
-from ..gradients.all_reduce import Gradients
+from ..gradients.exact.parts import Parts
+from ..gradients.interface import Gradients
 from ..gradients.loss import Loss
-from ..gradients.parts import Parts
 from ..reporting.events import Sink
 from ..runs.checkpoint import FORMAT, Content, load_weights, versions
 from ..runs.checkpoint_store import Store

@@ -13,7 +13,7 @@ from ..common.placement import ALONE
 from ..config import Recipe, Run, load_recipe
 from ..data import prefetch
 from ..distributed.world import World
-from ..gradients.exact_sum import ExactGradients
+from ..gradients.exact.integer_sum import ExactGradients
 from ..optim.schedule import make_schedule, set_learning_rate
 from ..reporting.events import NullSink
 from ..runs.checkpoint_store import NullStore

@@ -16,8 +16,9 @@ from distributed_mnist.data.split import Split
 from distributed_mnist.distributed.world import World
 from distributed_mnist.errors import DmnistError, TrainingError, UsageError
 from distributed_mnist.gradients.agreement import Disagreement, Results, judge
-from distributed_mnist.gradients.all_reduce import DdpGradients
 from distributed_mnist.gradients.cross_check import CrossCheck
+from distributed_mnist.gradients.ddp import DdpGradients
+from distributed_mnist.gradients.interface import compute_gradients
 from distributed_mnist.gradients.loss import cross_entropy
 from distributed_mnist.gradients.setup import make_tree_gradients
 from distributed_mnist.gradients.shard_gradients import ShardGradients
@@ -113,7 +114,7 @@ def check(world: World, model: nn.Module, passes: int = 0) -> None:
     gradients.prepare(forward_shards, sizes)
     gradients.check(forward_shards, sizes)
     for _ in range(passes):
-        gradients.compute(forward_shards, sizes)
+        compute_gradients(gradients, forward_shards, sizes)
     gradients.check(forward_shards, sizes)
 
 

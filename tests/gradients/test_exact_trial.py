@@ -11,7 +11,7 @@ from torch import nn
 
 from distributed_mnist.errors import UsageError
 from distributed_mnist.exact.products import MOST_TERMS
-from distributed_mnist.gradients.exact_trial import require_exact_form
+from distributed_mnist.gradients.exact.trial import require_exact_form
 
 
 @pytest.mark.parametrize(

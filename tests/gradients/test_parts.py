@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from distributed_mnist.gradients.parts import Parts
+from distributed_mnist.gradients.exact.parts import Parts
 
 
 def sizes(parts: Parts, count: int, ranks: int) -> list[int]:

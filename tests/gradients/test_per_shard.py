@@ -17,10 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from distributed_mnist.common.placement import ALONE
 from distributed_mnist.config import MNIST_SHAPE, Precision
 from distributed_mnist.distributed.world import World
-from distributed_mnist.gradients.all_reduce import TreeGradients
 from distributed_mnist.gradients.batch_invariance import is_batch_invariant, matches_autograd
+from distributed_mnist.gradients.interface import compute_gradients
 from distributed_mnist.gradients.loss import cross_entropy
 from distributed_mnist.gradients.per_shard import HookedLayers
+from distributed_mnist.gradients.tree import TreeGradients
 from distributed_mnist.models.build import build, forward, place
 from distributed_mnist.models.patch_conv import PatchConv
 from distributed_mnist.models.zoo import MODELS, NarrowLinear
@@ -757,7 +758,7 @@ def test_what_depends_on_the_images_has_autograds_gradient(kind: type[ByImage], 
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             return module(images[rows]).float(), outer[rows]
 
-    TreeGradients(model, WORLD, 2, layers, [(3, 3)]).compute(forward_shards, [3, 3])
+    compute_gradients(TreeGradients(model, WORLD, 2, layers, [(3, 3)]), forward_shards, [3, 3])
     tree = [cast("Tensor", p.grad).clone() for p in model.parameters()]
     by_shard = [forward_shards(model, range(i, i + 1)) for i in range(2)]
     total = sum((logits * grad).sum() for logits, grad in by_shard)

@@ -15,7 +15,7 @@ from distributed_mnist.common.placement import ALONE
 from distributed_mnist.config import Recipe, Run
 from distributed_mnist.distributed.world import World
 from distributed_mnist.errors import UsageError
-from distributed_mnist.gradients.all_reduce import Gradients
+from distributed_mnist.gradients.interface import Gradients, compute_gradients
 from distributed_mnist.gradients.setup import make_gradients
 from distributed_mnist.gradients.shard_gradients import ShardGradients
 from distributed_mnist.gradients.tree_sum import shard_sizes
@@ -128,7 +128,7 @@ def test_a_step_is_that_of_a_plain_loop_over_shards(kind: str) -> None:
     for step, count in enumerate(counts):
         passes = Passes(count, step)
         expected, buffers = plain_step(model, passes)
-        gradients.compute(passes, passes.sizes)
+        compute_gradients(gradients, passes, passes.sizes)
         assert all(len(shards) == 1 for shards in passes.shards)
         for p, gradient in zip(model.parameters(), expected, strict=True):
             assert p.grad is not None
@@ -144,7 +144,7 @@ def test_a_step_is_that_of_a_plain_loop_over_shards(kind: str) -> None:
 def test_checks_change_no_running_statistics(kind: str) -> None:
     model, passes = MODELS[kind](), Passes(20, 1)
     gradients = make(model, 20)
-    gradients.compute(passes, passes.sizes)
+    compute_gradients(gradients, passes, passes.sizes)
     before = {name: b.clone() for name, b in model.named_buffers()}
     gradients.prepare(passes, passes.sizes)
     for _ in range(3):
@@ -155,7 +155,7 @@ def test_checks_change_no_running_statistics(kind: str) -> None:
 def test_recomputed_statistics_are_the_mean_over_the_batches() -> None:
     model = nn.Sequential(nn.BatchNorm2d(1, momentum=0.3), nn.Flatten(), nn.Linear(784, 10))
     gradients, batches = make(model, 20), [Passes(20, 1), Passes(12, 2)]
-    gradients.compute(batches[0], batches[0].sizes)
+    compute_gradients(gradients, batches[0], batches[0].sizes)
     weights = [p.detach().clone() for p in model.parameters()]
     gradients.recompute_statistics((batch, batch.sizes) for batch in batches)
     shards = [batch.images.split(len(batch.images) // SHARDS) for batch in batches]

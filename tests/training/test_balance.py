@@ -14,7 +14,7 @@ from distributed_mnist.common.placement import Placement
 from distributed_mnist.data.broadcast import Data
 from distributed_mnist.data.split import Split
 from distributed_mnist.distributed.world import World
-from distributed_mnist.gradients.parts import Parts
+from distributed_mnist.gradients.exact.parts import Parts
 from distributed_mnist.models.build import build
 from distributed_mnist.reporting import html_report, watch
 from distributed_mnist.runs.record import read

@@ -5,16 +5,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..config import ImageShape
-from ..errors import UsageError
-from ..exact.initial_values import normal
-from ..exact.module import ExactModule
-from ..exact.passes.evaluation_pass import EvaluationPass
-from ..exact.passes.training_pass import TrainingPass
-from ..exact.products import MOST_TERMS
-from ..exact.refusal import Refused, layer_of
-from ..exact.scales import Scales
-from ..models.build import same_modes
+from ...config import ImageShape
+from ...errors import UsageError
+from ...exact.initial_values import normal
+from ...exact.module import ExactModule
+from ...exact.passes.evaluation_pass import EvaluationPass
+from ...exact.passes.training_pass import TrainingPass
+from ...exact.products import MOST_TERMS
+from ...exact.refusal import Refused, layer_of
+from ...exact.scales import Scales
+from ...models.build import same_modes
 
 _IMAGES = 3
 

@@ -17,8 +17,9 @@ from distributed_mnist.distributed.world import World
 from distributed_mnist.errors import CheckpointError, UsageError
 from distributed_mnist.exact import products
 from distributed_mnist.exact.scales import Scales
-from distributed_mnist.gradients import exact_sum, exact_trial
-from distributed_mnist.gradients.exact_sum import ExactGradients
+from distributed_mnist.gradients.exact import integer_sum, trial
+from distributed_mnist.gradients.exact.integer_sum import ExactGradients
+from distributed_mnist.gradients.interface import compute_gradients
 
 WORLD = World(ALONE, torch.device("cpu"), "none")
 BATCH = 11
@@ -60,7 +61,7 @@ def compute(world: World, batch: int = BATCH) -> tuple[list[np.ndarray], np.ndar
     gradients, scales = made(model, world)
     gradients.prepare(forward, [1] * batch)
     for _ in range(2):
-        gradients.compute(forward, [1] * batch)
+        compute_gradients(gradients, forward, [1] * batch)
     return [p.grad.numpy() for p in model.parameters() if p.grad is not None], scales.before.numpy()
 
 
@@ -83,7 +84,7 @@ def test_what_is_not_a_number_on_one_rank_is_not_lost(monkeypatch: pytest.Monkey
 
     gradients.prepare(forward_spoilt, [1] * BATCH)
     factor[0] = math.nan
-    gradients.compute(forward_spoilt, [1] * BATCH)
+    compute_gradients(gradients, forward_spoilt, [1] * BATCH)
     assert all(p.grad is not None and p.grad.isnan().all() for p in model.parameters())
 
 
@@ -102,8 +103,8 @@ def test_gradients_are_close_to_autograds() -> None:
 @pytest.mark.parametrize("per_pass", [1, 2, 7])
 def test_any_size_of_passes_gives_the_same(per_pass: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = digest_of(compute(WORLD))
-    monkeypatch.setattr(exact_sum, "_LEAST_PER_PASS", 1)
-    monkeypatch.setattr(exact_sum, "_MOST_PER_PASS", per_pass)
+    monkeypatch.setattr(integer_sum, "_LEAST_PER_PASS", 1)
+    monkeypatch.setattr(integer_sum, "_MOST_PER_PASS", per_pass)
     assert digest_of(compute(WORLD)) == whole
 
 
@@ -127,8 +128,8 @@ def test_another_order_of_the_samples_gives_the_same() -> None:
     gradients.prepare(forward, [1] * BATCH)
     found = []
     for run in (forward, reversed_samples):
-        gradients.compute(run, [1] * BATCH)
-        gradients.compute(run, [1] * BATCH)
+        compute_gradients(gradients, run, [1] * BATCH)
+        compute_gradients(gradients, run, [1] * BATCH)
         found.append([p.grad for p in model.parameters()])
     assert all(a is not None and torch.equal(a, b) for a, b in zip(*found, strict=True) if b is not None)
 
@@ -154,11 +155,11 @@ def test_a_rank_that_computes_something_else_is_named() -> None:
 
 def test_a_batch_whose_sums_may_round_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """The convolution's sums have 9 positions for each sample."""
-    monkeypatch.setattr(exact_trial, "MOST_TERMS", 9 * (BATCH - 1) + 8)
+    monkeypatch.setattr(trial, "MOST_TERMS", 9 * (BATCH - 1) + 8)
     gradients, _ = made(network())
     with pytest.raises(UsageError, match=r"--batch-size 11: .* up to --batch-size 10$"):
         gradients.prepare(forward, [1] * BATCH)
-    monkeypatch.setattr(exact_trial, "MOST_TERMS", 9 * BATCH)
+    monkeypatch.setattr(trial, "MOST_TERMS", 9 * BATCH)
     made(network())[0].prepare(forward, [1] * BATCH)
 
 
@@ -191,9 +192,9 @@ def test_values_that_are_not_finite_are_not_lost(place: str) -> None:
     model = network()
     gradients, _ = made(model)
     gradients.prepare(forward, [1] * BATCH)
-    gradients.compute(forward, [1] * BATCH)
+    compute_gradients(gradients, forward, [1] * BATCH)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    gradients.compute(nan_in(place), [1] * BATCH)
+    compute_gradients(gradients, nan_in(place), [1] * BATCH)
     assert all(p.grad is not None and p.grad.isnan().all() for p in model.parameters())
 
 

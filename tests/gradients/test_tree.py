@@ -13,9 +13,10 @@ from distributed_mnist.common.generators import DrawsNotShared
 from distributed_mnist.common.placement import ALONE
 from distributed_mnist.config import Recipe, Run
 from distributed_mnist.distributed.world import World
-from distributed_mnist.gradients.all_reduce import Gradients, TreeGradients
+from distributed_mnist.gradients.interface import Gradients, compute_gradients
 from distributed_mnist.gradients.per_shard import HookedLayers
 from distributed_mnist.gradients.setup import make_gradients
+from distributed_mnist.gradients.tree import TreeGradients
 from distributed_mnist.gradients.tree_sum import BinaryCounter, owned_shards, shard_sizes, subtree_roots
 from distributed_mnist.models.inspection import ModelProperties
 
@@ -75,7 +76,7 @@ def test_hooks_are_called(register: Callable[[nn.Sequential], None]) -> None:
     def forward_shards(module: nn.Module, shards: range) -> tuple[Tensor, Tensor]:
         return module(torch.ones(len(shards), 1, 28, 28)), torch.ones(len(shards), 10)
 
-    gradients.compute(forward_shards, [1] * 8)
+    compute_gradients(gradients, forward_shards, [1] * 8)
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
@@ -224,7 +225,7 @@ def test_one_process_has_the_gradient_of_the_mean(way: str, kind: str, n: int, s
     gradients = WAYS[way](model, shards)
     for images, labels in (batch(n), batch(n + 100), batch(n)):  # what a step leaves is not in the next
         passes = Passes(images, labels, shards)
-        gradients.compute(passes, passes.sizes)
+        compute_gradients(gradients, passes, passes.sizes)
     images, labels = batch(n)
     for p, expected in zip(model.parameters(), of_the_mean(model, images, labels), strict=True):
         assert p.grad is not None
@@ -262,7 +263,7 @@ def test_the_tree_adds_shards_gradients_in_the_tree(
     passes = Passes(*batch(n), shards)
     model = network(kind)
     layers = HookedLayers(model) if by_layers else None
-    TreeGradients(model, WORLD, shards, layers).compute(passes, passes.sizes)
+    compute_gradients(TreeGradients(model, WORLD, shards, layers), passes, passes.sizes)
     assert passes.taken == [range(v, v + 1) for v, size in enumerate(passes.sizes) if size]
     got = [p.grad for p in model.parameters()]
     parameters = list(model.parameters())
@@ -320,7 +321,7 @@ def test_shards_that_may_go_together_do(case: str) -> None:
     gradients = TreeGradients(model, WORLD, shards, HookedLayers(model), together)
     for _ in range(2):
         taken.clear()
-        gradients.compute(forward_shards, sizes)
+        compute_gradients(gradients, forward_shards, sizes)
         cuts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
         runs = [range(a, b) for a, b in pairwise(cuts)]
         assert taken == [run for run in runs if sum(sizes[run.start : run.stop])]
@@ -346,7 +347,7 @@ def test_shards_that_cannot_share_their_draws_go_alone_from_then_on() -> None:
     gradients = TreeGradients(model, WORLD, shards, HookedLayers(model), [(4,) * 8])
     found = []
     for _ in range(3):
-        gradients.compute(forward_shards, passes.sizes)
+        compute_gradients(gradients, forward_shards, passes.sizes)
         found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     alone = [range(shard, shard + 1) for shard in range(shards)]
     assert taken == [range(8), range(8), *alone, *alone]
@@ -368,7 +369,7 @@ def test_frozen_and_unused_parameters() -> None:
     model = Sometimes()
     gradients = TreeGradients(model, WORLD, 4)
     passes = Passes(*batch(10), 4)
-    gradients.compute(passes, passes.sizes)
+    compute_gradients(gradients, passes, passes.sizes)
     assert model.frozen.weight.grad is None
     assert model.unused.weight.grad is not None
     assert not model.unused.weight.grad.any()
@@ -381,9 +382,9 @@ def test_nothing_is_added_to_what_was_there(way: str) -> None:
     model = network("linear")
     gradients = WAYS[way](model, 8)
     passes = Passes(*batch(20), 8)
-    gradients.compute(passes, passes.sizes)
+    compute_gradients(gradients, passes, passes.sizes)
     first = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    gradients.compute(passes, passes.sizes)
+    compute_gradients(gradients, passes, passes.sizes)
     second = [p.grad for p in model.parameters() if p.grad is not None]
     assert len(first) == 2
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -404,6 +405,6 @@ def test_ddp_passes_have_as_many_shards_as_fit(
     micro_batch: int | None, one_shard_per_pass: bool, lengths: list[int]
 ) -> None:
     model, passes = network("linear"), Passes(*batch(32), 8)
-    ddp_alone(micro_batch, one_shard_per_pass)(model, 8).compute(passes, passes.sizes)
+    compute_gradients(ddp_alone(micro_batch, one_shard_per_pass)(model, 8), passes, passes.sizes)
     assert list(map(len, passes.taken)) == lengths
     assert [v for part in passes.taken for v in part] == list(range(8))

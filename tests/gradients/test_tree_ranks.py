@@ -24,11 +24,12 @@ from distributed_mnist.data.broadcast import Data
 from distributed_mnist.data.split import Split
 from distributed_mnist.distributed.world import World
 from distributed_mnist.errors import WorkerLost
-from distributed_mnist.gradients.all_reduce import Gradients, TreeGradients
+from distributed_mnist.gradients.interface import Gradients, compute_gradients
 from distributed_mnist.gradients.loss import cross_entropy
 from distributed_mnist.gradients.per_shard import HookedLayers
 from distributed_mnist.gradients.setup import make_gradients, make_tree_gradients
 from distributed_mnist.gradients.shard_gradients import ForwardShards
+from distributed_mnist.gradients.tree import TreeGradients
 from distributed_mnist.models.build import build, forward, place
 from distributed_mnist.models.inspection import ModelProperties, inspect
 from distributed_mnist.training.batches import Batches
@@ -180,7 +181,7 @@ def compute(world: World, cases: Sequence[Case]) -> list[list[NDArray[np.float32
         gradients = case.gradients(model, world)
         each = []
         for step in (0, batches.steps_per_epoch - 1):
-            gradients.compute(pass_for(case, batches, step), batches.shard_sizes(step))
+            compute_gradients(gradients, pass_for(case, batches, step), batches.shard_sizes(step))
             each.append(flat(model))
         found.append(each)
     return found
@@ -264,7 +265,7 @@ def test_some_do_go_together() -> None:
             return forward_shards(module, shards)
 
         gradients = case.gradients(model, World(ALONE, CPU, "none"))
-        gradients.compute(noted, batches.shard_sizes(0))
+        compute_gradients(gradients, noted, batches.shard_sizes(0))
         if max(taken) > 1:
             found.add((case.model, case.precision))
     assert {("cnn-small", precision) for precision in PRECISIONS} <= found  # others where kernels allow it
@@ -338,12 +339,12 @@ def lose_one(world: World, victim: int, noticed: Barrier) -> None:
     gradients = case.gradients(model, world)
     forward_shards = pass_for(case, batches, 0)
     for _ in range(3):
-        gradients.compute(forward_shards, batches.shard_sizes(0))
+        compute_gradients(gradients, forward_shards, batches.shard_sizes(0))
     if world.rank == victim:
         os._exit(9)
     try:
         while True:
-            gradients.compute(forward_shards, batches.shard_sizes(0))
+            compute_gradients(gradients, forward_shards, batches.shard_sizes(0))
     except WorkerLost:
         noticed.wait(PATIENCE)  # who leaves at once would be lost to the next in turn
         raise

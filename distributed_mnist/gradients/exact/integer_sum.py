@@ -10,17 +10,17 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from ..common.digest import digest
-from ..distributed.world import World
-from ..errors import CheckpointError
-from ..exact.module import ExactModule
-from ..exact.passes.training_pass import TrainingPass
-from ..exact.refusal import Refused
-from ..exact.scales import Scales
-from .agreement import Results, compare
-from .exact_trial import refusal, require_exact_batch
+from ...common.digest import digest
+from ...distributed.world import World
+from ...errors import CheckpointError
+from ...exact.module import ExactModule
+from ...exact.passes.training_pass import TrainingPass
+from ...exact.refusal import Refused
+from ...exact.scales import Scales
+from ..agreement import Results, compare
+from ..shard_gradients import ForwardShards
 from .parts import Parts
-from .shard_gradients import ForwardShards
+from .trial import refusal, require_exact_batch
 
 _FIRST_SAMPLES = 128
 """With these samples of a batch, every rank finds the scales that are not known yet."""
@@ -78,13 +78,23 @@ class ExactGradients:
         before[: len(known)] = known
         self._scales.restore(before)
 
-    def compute(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
-        """Compute the gradient of one step; see `Gradients`."""
-        self.add_part(forward_shards, sizes, self._parts.of(self._world.rank, len(sizes)))
+    def part(self, sizes: Sequence[int]) -> range:
+        """Return this rank's samples; see `Gradients`."""
+        return self._parts.of(self._world.rank, len(sizes))
+
+    def compute_part(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
+        """Compute the sums over this rank's samples; see `Gradients`."""
+        self.add_part(forward_shards, sizes, self.part(sizes))
+
+    def can_be_captured(self) -> bool:
+        """Return whether all tensors have scales; see `Gradients`."""
+        return self._scales.complete()
+
+    def exchange(self) -> None:
+        """Add the sums of all ranks; see `Gradients`."""
         self._world.all_reduce_sum_(self._pass.sums.flat)
         self._scales.now.nan_to_num_(math.inf, math.inf)  # a maximum of what is not a number is not defined
         self._world.all_reduce_max_(self._scales.now)
-        self.set_gradients()
 
     def add_part(self, forward_shards: ForwardShards, sizes: Sequence[int], samples: range) -> None:
         """Begin a step, and compute the sums over these samples of its batch: one rank's part."""
@@ -94,7 +104,7 @@ class ExactGradients:
         self._run(forward_shards, samples)
 
     def set_gradients(self) -> None:
-        """End a step: set each parameter's gradient from the sums, which now are over the whole batch."""
+        """Set each parameter's gradient from the sums over the whole batch, and end the step."""
         for parameter, gradient in zip(self._pass.parameters, self._pass.gradients(), strict=True):
             parameter.grad = gradient
         self._scales.end_step()
