@@ -21,8 +21,8 @@ _FAST = {
     "bf16": {"avx512_bf16", "amx_bf16", "bf16", "svebf16"},
     "AMX": {"amx_tile"},
 }
-_ALLOWS_BF16 = re.compile(r"ALL|DEFAULT|BF16|FP16|AMX|AVX10", re.IGNORECASE)
-"""oneDNN's instruction sets that contain products of bf16 numbers."""
+_WITHOUT_BF16 = re.compile(r"SSE41|AVX|AVX2(_VNNI(_2)?)?|AVX512_CORE(_VNNI)?", re.IGNORECASE)
+"""oneDNN's instruction sets without products of bf16 numbers. It ignores a name that it does not know."""
 _ON_CPU = ("torch", "build", "machine", "device", "capability", "instructions", "settings")
 _ON_GPU = ("torch", "build", "machine", "device", "capability", "processor", "settings")
 
@@ -130,8 +130,10 @@ def multiplies_bf16(device: torch.device) -> bool:
     """Return whether a device has instructions that multiply bf16 numbers. Otherwise they are emulated."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    limit = environment.kernel_settings().get("ONEDNN_MAX_CPU_ISA", "ALL")
-    return device.type == "cpu" and "bf16" in fast_instructions() and _ALLOWS_BF16.search(limit) is not None
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # torch's other kernels convert
+        return False
+    limit = environment.kernel_settings().get("ONEDNN_MAX_CPU_ISA", "")
+    return "bf16" in fast_instructions() and not _WITHOUT_BF16.fullmatch(limit)
 
 
 def _processor_flags() -> list[str]:

@@ -36,7 +36,7 @@ class RunFolder:
     token: str
     """A random string that rank 0 writes into the folder. Ranks that read it there see the same folder."""
     run_id: str
-    """Digest of recipe and data. It identifies the run, because one launcher may start several runs."""
+    """See `_run_id`."""
     lock: RunLock | None = None
     """The lock on the folder; None on ranks other than 0."""
 
@@ -46,10 +46,11 @@ def open_folder(
 ) -> RunFolder:
     """Return the run's folder, the same on every rank, locked by rank 0. `process` is as in `RunLock`.
 
-    Raises `OutputError` if the folder cannot be used, or if it contains a different run.
+    `recipe` is the one that was asked for, in which the precision may be "auto". Raises `OutputError` if
+    the folder cannot be used, or if it contains a different run.
     """
-    run_id = digest([recipe.to_dict(), *(str(getattr(options, name)) for name in DATA_OPTIONS)])
-    earlier = _folder_before_restart(world, options, run_id)
+    run_id = _run_id(recipe, options)
+    earlier = folder_before_restart(world, recipe, options)
     locks: list[RunLock] = []
 
     def choose_and_lock() -> RunFolder:
@@ -76,8 +77,12 @@ def open_folder(
     return dataclasses.replace(folder, lock=locks[0]) if locks else folder
 
 
-def _folder_before_restart(world: World, options: Run, run_id: str) -> Path | None:
-    """Return the folder that this run used before its launcher restarted it; None for a new run."""
+def folder_before_restart(world: World, recipe: Recipe, options: Run) -> Path | None:
+    """Return the folder that this run used before its launcher restarted it; None for a new run.
+
+    `recipe` is as in `open_folder`. All ranks must call it.
+    """
+    run_id = _run_id(recipe, options)
     # Every rank searches its own host for a folder of its own launcher, because rank 0 may have moved to a
     # new host.
     launcher_id = world.peers[world.rank].starter
@@ -87,6 +92,11 @@ def _folder_before_restart(world: World, options: Run, run_id: str) -> Path | No
     if not has_found.any():
         return None
     return world.broadcast_object(found, Path, int(has_found.int().argmax()))
+
+
+def _run_id(recipe: Recipe, options: Run) -> str:
+    """Return a digest of recipe and data, which identifies a run: one launcher may start several runs."""
+    return digest([recipe.to_dict(), *(str(getattr(options, name)) for name in DATA_OPTIONS)])
 
 
 def _was_opened_by(path: Path, run_id: str, launcher_id: str) -> bool:

@@ -12,13 +12,11 @@ from ..common import environment
 from ..common.compute_platform import differences, multiplies_bf16, this_platform
 from ..common.digest import digest
 from ..common.placement import usable_cores
-from ..config import Recipe, Run, Sync
+from ..config import Recipe, Sync
 from ..distributed.peer import ranks_by_device
 from ..distributed.world import World
 from ..errors import UsageError
 from ..gradients.cross_check import all_true
-from ..runs.checkpoint import decode
-from ..runs.run_files import config_in
 
 _ADVICE = (
     "start all ranks on processors of one kind with the same settings, or give all of them the same "
@@ -27,15 +25,11 @@ _ADVICE = (
 )
 
 
-def agree_on_platform(
-    world: World, recipe: Recipe, options: Run, requested: bytes | None
-) -> tuple[Recipe, list[str]]:
+def agree_on_platform(world: World, recipe: Recipe) -> tuple[Recipe, list[str]]:
     """Compare the ranks' platforms. Return the recipe with one precision on all ranks, and notices.
 
-    A recipe that leaves it open gets bf16 if all ranks have the hardware for it, otherwise fp32.
-
-    A run that is resumed keeps its precision: that of `requested`, the checkpoint named by `--resume`, or
-    that of the run in `--out`. All ranks must call it. Raises `UsageError`, see `require_one_kind` and
+    A recipe that leaves it open gets bf16 if all ranks have the hardware for it, otherwise fp32. All ranks
+    must call it. Raises `UsageError`, see `require_one_kind` and
     `require_same_platform`.
     """
     if recipe.precision == "exact":  # every platform computes the same
@@ -46,10 +40,9 @@ def agree_on_platform(
     notices = require_same_platform(world, recipe.sync)
     has_bf16 = all_true(world, multiplies_bf16(world.device))
     if recipe.precision == "auto":
-        kept = world.on_rank_zero(lambda: _precision_of_resumed(options, requested), str)
-        return recipe.replace(precision=kept or ("bf16" if has_bf16 else "fp32")), notices
-    if recipe.precision == "bf16" and not has_bf16:
-        notices.append("this hardware emulates bf16: --precision fp32 would be faster")
+        return recipe.replace(precision="bf16" if has_bf16 else "fp32"), notices
+    if recipe.precision == "bf16" and not has_bf16:  # a run that is resumed can no longer change it
+        notices.append("this hardware emulates bf16: a new run with --precision fp32 would be faster")
     return recipe, notices
 
 
@@ -95,14 +88,6 @@ def use_threads(world: World, recipe: Recipe) -> int:
         torch._C._set_deterministic_fill_uninitialized_memory(False)  # by a kernel for each new tensor
         torch.backends.cudnn.benchmark = False
     return threads
-
-
-def _precision_of_resumed(options: Run, requested: bytes | None) -> str:
-    """Return the precision of the run that is resumed; empty if there is none."""
-    if requested is not None:
-        return (decode(requested, str(options.resume))["recipe"] or {}).get("precision", "")
-    config = config_in(options.out) if options.resume == "auto" and options.out is not None else None
-    return config.recipe.precision if config else ""
 
 
 def _differing(world: World, platform: Mapping[str, str]) -> str | None:

@@ -20,7 +20,7 @@ from ..optim.schedule import make_optimizer
 from ..user_code.functions import find
 from .batches import Batches
 from .platforms import agree_on_platform, use_threads
-from .resume import read_requested_checkpoint
+from .resume import read_requested_checkpoint, with_kept_precision
 from .state import State
 
 
@@ -63,7 +63,9 @@ def prepare(
     # Cheap checks come first: reading the data takes long.
     world.on_every_rank(lambda: find_functions(recipe))
     requested = read_requested_checkpoint(world, options)
-    recipe, notices = agree_on_platform(world, recipe, options, requested)
+    if recipe.precision == "auto":
+        recipe = with_kept_precision(world, recipe, options, requested)
+    recipe, notices = agree_on_platform(world, recipe)
     threads = use_threads(world, recipe)  # after a user's module is imported, which may set them too
     data = broadcast_dataset(world, read).with_validation(recipe)
     batches = Batches(data.train, recipe, data.mean, data.std)

@@ -17,10 +17,10 @@ from ..data.broadcast import Data
 from ..distributed.world import World
 from ..errors import CheckpointError
 from ..runs.checkpoint import Content, decode, read_bytes, versions
-from ..runs.checkpoint_store import Store
+from ..runs.checkpoint_store import Store, newest_checkpoint
 from ..runs.initial_weights import load_initial_weights, read_initial_weights
 from ..runs.layout import resume_flags
-from ..runs.run_folder import RunFolder
+from ..runs.run_folder import RunFolder, folder_before_restart
 from .state import State
 
 
@@ -46,6 +46,27 @@ def _read_file(path: Path) -> bytes:
     return read_bytes(path)
 
 
+def with_kept_precision(world: World, recipe: Recipe, options: Run, requested: bytes | None) -> Recipe:
+    """Return a recipe with the precision of the run that is resumed, or that its launcher has restarted.
+
+    So the run goes on in it on other hardware. `requested` is the result of `read_requested_checkpoint`. A
+    run that starts from the beginning keeps its recipe. All ranks must call it.
+    """
+    raw, name = requested, str(options.resume)
+    if raw is None:
+        resumed = options.resume == "auto"
+        folder = options.out if resumed else folder_before_restart(world, recipe, options)
+        if folder is None:
+            return recipe
+        # `resume` finds the same checkpoint, and tells the user about damaged ones.
+        found = _newest_of_all_ranks(world, lambda warn: newest_checkpoint(folder, warn), lambda _: None)
+        if found is None:
+            return recipe
+        name, raw = found
+    there = decode(raw, name)["recipe"]
+    return recipe.replace(precision=there["precision"]) if there else recipe
+
+
 def resume(
     world: World,
     options: Run,
@@ -65,7 +86,7 @@ def resume(
     """
     found = (options.resume or "", requested) if requested is not None else None
     if options.resume == "auto" or folder.restarted:
-        found = _newest_of_all_ranks(world, store, complain) or found
+        found = _newest_of_all_ranks(world, store.newest, complain) or found
         if found is None:
             complain("there is no checkpoint yet: starting from the beginning")
     if found is None:
@@ -104,10 +125,15 @@ def platform_notice(content: Content, name: str, device: torch.device) -> str | 
 
 
 def _newest_of_all_ranks(
-    world: World, store: Store, complain: Callable[[str], None]
+    world: World,
+    newest: Callable[[Callable[[str], None]], tuple[Path, bytes, int] | None],
+    complain: Callable[[str], None],
 ) -> tuple[str, bytes] | None:
-    """Return path (and host) and bytes of the newest undamaged checkpoint on any host, or None."""
-    mine = world.on_every_rank(lambda: store.newest(complain))
+    """Return path (and host) and bytes of the newest undamaged checkpoint on any host, or None.
+
+    `newest` finds this host's, as `Store.newest` does.
+    """
+    mine = world.on_every_rank(lambda: newest(complain))
     steps = world.all_gather(torch.tensor([mine[2] if mine else -1], device=world.device)).flatten()
     holder = int(steps.argmax())
     if steps[holder] < 0:

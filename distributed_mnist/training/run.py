@@ -60,9 +60,10 @@ def run(
     prepared = prepare(world, recipe, options, title, read)
     if dry_run:
         return make_plan(world, prepared)
-    recipe, data, batches, state = prepared.recipe, prepared.data, prepared.batches, prepared.state
+    data, batches, state = prepared.data, prepared.batches, prepared.state
     save_steps, save_seconds = checkpoint_interval(options.checkpoint_every, batches.steps_per_epoch)
     folder = open_folder(world, options, recipe, title, signals.process)
+    recipe = prepared.recipe
     try:
         notices = [*prepared.notices, *start_notices(world, prepared, folder)]
         lines = start_lines(world, prepared, folder.path)

@@ -59,6 +59,9 @@ def test_the_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("avx2 avx512f avx512_bf16", "AVX512_CORE_BF16", True),
         ("avx2 avx512f avx512_bf16", "DEFAULT", True),
         ("avx2 avx512f amx_bf16 amx_tile", "AVX512_CORE_AMX", True),
+        ("avx2 avx512f avx512_bf16", "", True),
+        ("avx2 avx512f avx512_bf16", "unknown", True),  # oneDNN ignores it
+        ("avx2 avx512f avx512_bf16", "AVX512_CORE_VNNI", False),
         ("avx2 avx512f", None, False),
         ("avx2", None, False),
     ],
@@ -72,6 +75,29 @@ def test_bf16_in_hardware(
     if limit is not None:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     assert compute_platform.multiplies_bf16(torch.device("cpu")) == has_it
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not compute_platform.multiplies_bf16(torch.device("cpu"))
+
+
+def test_bf16_on_arm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for features, has_it in (
+        ("asimd sve i8mm bf16", True),
+        ("asimd sve i8mm svebf16", True),
+        ("asimd", False),
+    ):
+        cpuinfo(monkeypatch, tmp_path, f"Features\t: {features}\n")
+        assert compute_platform.multiplies_bf16(torch.device("cpu")) is has_it
+
+
+def test_bf16_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU has it from compute capability 8.0."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capability, has_it in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        properties = type("Properties", (), {"major": capability[0]})
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, p=properties: p)
+        assert compute_platform.multiplies_bf16(torch.device("cuda")) is has_it
 
 
 def test_without_proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
