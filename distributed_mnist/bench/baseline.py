@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from ..common.placement import usable_cores
+from ..common.placement import physical_cores
 from ..data.datasets import load
 from ..models.zoo import MODELS
 
@@ -50,7 +50,7 @@ def work(rank: int, options: argparse.Namespace, port: int) -> None:
     """Train in one process. Rank 0 prints the results."""
     warnings.simplefilter("ignore")
     size = options.nproc
-    torch.set_num_threads(max(1, usable_cores() // size))
+    torch.set_num_threads(max(1, physical_cores() // size))
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     data = load(options.dataset, Path(options.data), download=False)
     train = Samples(torch.from_numpy(data.train_images), torch.from_numpy(data.train_labels))

@@ -4,6 +4,8 @@ import ipaddress
 import os
 from dataclasses import dataclass, field
 
+_SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -63,3 +65,19 @@ def usable_cores() -> int:
         return max(1, min(cores, int(quota) // int(period)))
     except (OSError, ValueError):  # not Linux, an older cgroup, or "max": no quota
         return cores
+
+
+def physical_cores() -> int:
+    """Return `usable_cores`, but count the hardware threads of one core as one.
+
+    They share its arithmetic units, so a second process or thread there gains little. torch has as many
+    threads by default.
+    """
+    cores = set[str]()
+    try:
+        for thread in os.sched_getaffinity(0):
+            with open(_SIBLINGS.format(thread)) as file:  # noqa: PTH123
+                cores.add(file.read())
+    except (AttributeError, OSError):  # not Linux, or a container that hides it
+        return usable_cores()
+    return min(usable_cores(), len(cores))

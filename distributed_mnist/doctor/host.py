@@ -19,7 +19,7 @@ import torch
 from ..common import environment
 from ..common.compute_platform import fast_instructions, processor_name
 from ..common.installed import version
-from ..common.placement import usable_cores
+from ..common.placement import physical_cores, usable_cores
 from ..data import datasets
 from ..distributed.peer import Peer
 from ..errors import DataError, reason
@@ -153,7 +153,7 @@ def _processor(local_size: int, host_cores: int) -> Finding:
 def _threads(local_size: int) -> Finding:
     """Report the threads per process. Only exact arithmetic takes them from OMP_NUM_THREADS."""
     in_exact = environment.threads() or 1
-    divided = max(1, usable_cores() // local_size)
+    divided = max(1, physical_cores() // local_size)
     exact = f"{in_exact} with --precision exact (OMP_NUM_THREADS)"
     return good(f"1 a process with --sync tree, {divided} with ddp, {exact}")
 

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from ..common.placement import usable_cores
+from ..common.placement import physical_cores
 from ..config import Recipe, Run
 
 # Approximate time of forward and backward on one core. Only used to choose a default: see
@@ -15,8 +15,8 @@ _MICROSECONDS_PER_PROCESS = 1_500  # with less work in a step, another process c
 def default_nproc(recipe: Recipe, options: Run) -> int:
     """Return the number of processes: one per accelerator, or on CPU as many as speed up training.
 
-    On CPU this is one per core, at most the number of shards (in exact arithmetic, of images), and only as
-    many as have enough work in a step to outweigh the all-reduce of gradients.
+    On CPU this is one per physical core, at most the number of shards (in exact arithmetic, of images), and
+    only as many as have enough work in a step to outweigh the all-reduce of gradients.
     """
     most = recipe.batch_size if recipe.precision == "exact" else recipe.shards
     accelerators = 0 if options.device == "cpu" else _count_accelerators()
@@ -25,13 +25,13 @@ def default_nproc(recipe: Recipe, options: Run) -> int:
     step_microseconds = recipe.batch_size * MICROSECONDS_PER_IMAGE.get(
         recipe.model, MICROSECONDS_PER_IMAGE["cnn"]
     )
-    return max(1, min(usable_cores(), most, step_microseconds // _MICROSECONDS_PER_PROCESS))
+    return max(1, min(physical_cores(), most, step_microseconds // _MICROSECONDS_PER_PROCESS))
 
 
 def trial_nproc(device: str) -> int:
-    """Return how many processes test a host: one per accelerator, or on CPU one per core, 2 to 4."""
+    """Return how many processes test a host: one per accelerator, or on CPU 2 to 4, one per core."""
     accelerators = 0 if device == "cpu" else _count_accelerators()
-    return accelerators or min(max(usable_cores(), 2), 4)
+    return accelerators or min(max(physical_cores(), 2), 4)
 
 
 def _count_accelerators() -> int:

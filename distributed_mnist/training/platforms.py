@@ -11,7 +11,7 @@ import torch
 from ..common import environment
 from ..common.compute_platform import differences, multiplies_bf16, this_platform
 from ..common.digest import digest
-from ..common.placement import usable_cores
+from ..common.placement import physical_cores
 from ..config import Recipe, Sync
 from ..distributed.peer import ranks_by_device
 from ..distributed.world import World
@@ -78,7 +78,7 @@ def use_threads(world: World, recipe: Recipe) -> int:
     """
     exact = recipe.precision == "exact"
     in_order = recipe.sync == "tree" and not exact
-    threads = 1 if in_order else max(1, usable_cores() // world.local_size)
+    threads = 1 if in_order else max(1, physical_cores() // world.local_size)
     if exact:
         threads = environment.threads() or 1
     torch.set_num_threads(threads)

@@ -23,12 +23,12 @@ from distributed_mnist.launcher import default_nproc
 def test_default_number_of_processes(
     cores: int, recipe: Recipe, nproc: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(default_nproc, "usable_cores", lambda: cores)
+    monkeypatch.setattr(default_nproc, "physical_cores", lambda: cores)
     assert default_nproc.default_nproc(recipe, Run(device="cpu")) == nproc
 
 
 def test_default_number_of_processes_with_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(default_nproc, "usable_cores", lambda: 2)
+    monkeypatch.setattr(default_nproc, "physical_cores", lambda: 2)
     monkeypatch.setattr(default_nproc, "_count_accelerators", lambda: 4)
     assert default_nproc.default_nproc(Recipe(model="linear"), Run()) == 4
     assert default_nproc.default_nproc(Recipe(shards=3), Run()) == 3
@@ -36,7 +36,7 @@ def test_default_number_of_processes_with_accelerators(monkeypatch: pytest.Monke
 
 
 def test_every_accelerator_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(default_nproc, "usable_cores", lambda: 16)
+    monkeypatch.setattr(default_nproc, "physical_cores", lambda: 16)
     for devices, wanted in ((0, 4), (1, 1), (2, 2), (8, 8)):
         monkeypatch.setattr(default_nproc, "_count_accelerators", lambda devices=devices: devices)
         assert default_nproc.trial_nproc("auto") == wanted
