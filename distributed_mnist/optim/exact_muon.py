@@ -12,6 +12,7 @@ from torch import Tensor
 from ..exact.elementary import sqrt
 from .fused import Number
 from .newton_schulz import ITERATIONS, A, B, C
+from .shared_work import MapMatrices, map_here
 from .single_operations import flat_copy, lerp_, shared
 
 # With `y = x * C**(1/4)`, the quintic `(A + B x^2 + C x^4) x` is `((y^2 + _SHIFT)^2 + _REST) y`, which
@@ -24,8 +25,9 @@ _ROUND = 1.5 * 2.0**27
 
 
 def muon_(
-    parameters: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], *, lr: Number, momentum: float
-) -> None:
+    parameters: list[Tensor], gradients: list[Tensor], buffers: list[Tensor],
+    *, lr: Number, momentum: float, map_matrices: MapMatrices = map_here,
+) -> None:  # fmt: skip
     """Take one step, with the arguments of `newton_schulz.muon_`."""
     buffer, gradient = shared(buffers), flat_copy(gradients)
     lerp_(buffer, gradient, 1 - momentum)
@@ -34,8 +36,8 @@ def muon_(
     directions = gradient.double().split(sizes)
     weights = flat_copy(parameters).double().split(sizes)
     lengths, norms = frobenius_norms(directions), frobenius_norms(weights)
-    for p, weight, direction, length in zip(parameters, weights, directions, lengths, strict=True):
-        step = orthogonalise(direction.view(len(p), -1), length)
+    matrices = [direction.view(len(p), -1) for p, direction in zip(parameters, directions, strict=True)]
+    for weight, step in zip(weights, map_matrices(orthogonalise, matrices, lengths), strict=True):
         rows, columns = step.shape
         weight.sub_(step.mul_(lr * math.sqrt(max(1, rows / columns))).flatten())
     for p, weight, before, after in zip(parameters, weights, norms, frobenius_norms(weights), strict=True):

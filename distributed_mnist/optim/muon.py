@@ -16,6 +16,7 @@ from torch import Tensor
 from .fused import Number
 from .kernels import FUSED, Kernels
 from .optimizers import Group, Optimizer
+from .shared_work import MapMatrices, map_here
 
 
 class Muon(Optimizer):
@@ -27,6 +28,8 @@ class Muon(Optimizer):
 
     Muon's weights keep their Frobenius norm. They rotate and do not grow, so steps of one size are always
     rotations by one angle. Decoupled weight decay applies to the other parameters only.
+
+    `map_matrices` makes the directions orthogonal; see `SharedWork`.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Muon(Optimizer):
         betas: tuple[float, float],
         weight_decay: float,
         kernels: Kernels = FUSED,
+        map_matrices: MapMatrices = map_here,
     ) -> None:
         parameters = list(parameters)
         matrices = [p for p in parameters if p.ndim >= 2][:-1]
@@ -49,6 +53,7 @@ class Muon(Optimizer):
         if matrices:
             groups.append({"params": matrices, "matrices": True, "momentum": momentum, "lr": lr})
         super().__init__(groups, {}, kernels)
+        self._map_matrices = map_matrices
 
     def numbers(self, parameters: list[Tensor], group: Group) -> list[float]:
         """Return the numbers of a group; see `Optimizer`."""
@@ -65,4 +70,7 @@ class Muon(Optimizer):
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in parameters]
-        self.kernels.muon_(parameters, gradients, buffers, lr=numbers[0], momentum=group["momentum"])
+        self.kernels.muon_(
+            parameters, gradients, buffers, lr=numbers[0], momentum=group["momentum"],
+            map_matrices=self._map_matrices,
+        )  # fmt: skip

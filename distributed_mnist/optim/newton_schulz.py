@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .fused import Number
+from .shared_work import MapMatrices, map_here
 
 # The coefficients of a quintic `A x + B x^3 + C x^5` that maps singular values between 0 and 1 to about
 # one, from the source above. There it is applied five times. The small networks here learn as well with
@@ -18,20 +19,21 @@ ITERATIONS = 3
 
 
 def muon_(
-    parameters: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], *, lr: Number, momentum: float
-) -> None:
+    parameters: list[Tensor], gradients: list[Tensor], buffers: list[Tensor],
+    *, lr: Number, momentum: float, map_matrices: MapMatrices = map_here,
+) -> None:  # fmt: skip
     """Take one step in place. `buffers` are the running means of the gradients."""
     torch._foreach_lerp_(buffers, gradients, 1 - momentum)
     directions = torch._foreach_lerp(gradients, buffers, momentum)  # Nesterov's momentum
     norms = torch.stack(torch._foreach_norm(parameters))
-    for p, direction in zip(parameters, directions, strict=True):
-        step = orthogonalise(direction.flatten(1))
+    steps = map_matrices(orthogonalise, [direction.flatten(1) for direction in directions])
+    for p, step in zip(parameters, steps, strict=True):
         rows, columns = step.shape
-        step, rate = step.reshape(p.shape), lr * math.sqrt(max(1, rows / columns))
+        change, rate = step.reshape(p.shape), lr * math.sqrt(max(1, rows / columns))
         if isinstance(rate, Tensor):
-            p.sub_(step * rate)
+            p.sub_(change * rate)
         else:
-            p.add_(step, alpha=-rate)
+            p.add_(change, alpha=-rate)
     scales = norms / torch.stack(torch._foreach_norm(parameters))
     scales = torch.where(norms > 0, scales, 1)  # a weight that is all zeros may become nonzero
     torch._foreach_mul_(parameters, list(scales.unbind()))

@@ -8,15 +8,20 @@ import torch
 from torch import nn
 
 from ..config import Recipe
+from ..distributed.world import World
 from ..exact.elementary import sin_and_cos
 from . import own_optimizer
 from .kernels import EXACT, FUSED
 from .muon import Muon
 from .optimizers import SGD, Adam
+from .shared_work import SharedWork, map_here
 
 
-def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """Make the recipe's optimizer for this model. Raises `UsageError` for one that cannot be used."""
+def make_optimizer(recipe: Recipe, model: nn.Module, world: World | None = None) -> torch.optim.Optimizer:
+    """Make the recipe's optimizer for this model. The ranks of `world` share its work if all are on CPU.
+
+    Raises `UsageError` for one that cannot be used.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if ":" in recipe.optimizer:
         return own_optimizer.make(recipe.optimizer, parameters, recipe.lr)
@@ -30,7 +35,12 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         return SGD(parameters, momentum=recipe.momentum, **common)
     if recipe.optimizer == "muon":
         ratio = recipe.adam_lr / recipe.lr
-        return Muon(parameters, momentum=recipe.momentum, adam_ratio=ratio, betas=betas, **common)
+        on_cpu = world is not None and world.size > 1 and all(peer.device == "cpu" for peer in world.peers)
+        map_matrices = SharedWork(world) if world is not None and on_cpu else map_here
+        return Muon(
+            parameters, momentum=recipe.momentum, adam_ratio=ratio, betas=betas, map_matrices=map_matrices,
+            **common,
+        )  # fmt: skip
     return Adam(parameters, betas=betas, decoupled=recipe.optimizer == "adamw", **common)
 
 

@@ -109,6 +109,6 @@ def make_state(world: World, recipe: Recipe, data: Data) -> tuple[State, ModelPr
     """Make the model with random weights, and the optimizer. Return also the model's properties."""
     classes, shape = len(data.class_names), data.image_shape
     model, properties = world.on_every_rank(lambda: make_model(recipe, classes, world.device, shape))
-    optimizer = world.on_every_rank(lambda: make_optimizer(recipe, model))
+    optimizer = world.on_every_rank(lambda: make_optimizer(recipe, model, world))
     scales = Scales(world.device) if recipe.precision == "exact" else None
     return State(model, optimizer, scales), properties
