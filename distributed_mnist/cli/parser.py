@@ -5,8 +5,12 @@ import contextlib
 import dataclasses
 import io
 import re
+import shutil
+import sys
+import textwrap
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, TextIO, Union
 
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
@@ -21,6 +25,7 @@ from .home import expand_home
 from .usage_errors import explain_usage_error, plain_types
 
 _SUMMARY = "Distributed training of digit classifiers. dmnist --version prints its and torch's version."
+_STYLE = re.compile(r"\x1b\[[\d;]*m")  # colours and the like, which take no room
 _METAVARS_BY_TYPE = {int: "N", float: "X", Path: "DIR", str: "NAME"}
 _METAVARS_BY_NAME = {
     "checkpoint": "CHECKPOINT",
@@ -64,14 +69,41 @@ def parse(arguments: list[str]) -> Any:
     arguments = [argument for argument in arguments if not re.fullmatch(r"--local[-_]rank=\d+", argument)]
     arguments = expand_home(arguments)
     train = _train_defaults(arguments)
-    tyro_message = io.StringIO()
+    tyro_message, help_text = io.StringIO(), _HelpText(sys.stdout)
     try:
-        with contextlib.redirect_stderr(tyro_message), _help_rules():
+        with (
+            contextlib.redirect_stderr(tyro_message),
+            contextlib.redirect_stdout(help_text),
+            _help_rules(),
+        ):
             return tyro.cli(_union(COMMANDS, train), prog="dmnist", args=arguments, description=_SUMMARY)
     except SystemExit as stop:
         if stop.code in (0, None):
+            is_help = not {"-h", "--help"}.isdisjoint(arguments)  # not a script for a shell's completion
+            sys.stdout.write(help_text.wrapped() if is_help else help_text.getvalue())
             raise
         raise UsageError(explain_usage_error(COMMANDS, arguments, tyro_message.getvalue())) from None
+
+
+class _HelpText(io.StringIO):
+    """Collects what tyro prints to a stream. tyro wraps lines in boxes, but not those before the boxes."""
+
+    encoding = "utf-8"
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream, self.encoding = stream, stream.encoding
+
+    def isatty(self) -> bool:
+        """See `TextIO`."""
+        return self._stream.isatty()
+
+    def wrapped(self) -> str:
+        """The text, with lines that fit into the terminal."""
+        width = shutil.get_terminal_size().columns
+        wrap = partial(textwrap.fill, width=width, break_long_words=False, break_on_hyphens=False)
+        lines = self.getvalue().split("\n")
+        return "\n".join(line if len(_STYLE.sub("", line)) <= width else wrap(line) for line in lines)
 
 
 def _union(commands: dict[str, Any], train: Train) -> Any:

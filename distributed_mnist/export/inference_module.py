@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,21 @@ class InferenceModule(nn.Module):
         """See the class."""
         return self.network(normalise(images, self.mean, self.std))
 
+    @cached_property
+    def graph(self) -> torch.export.ExportedProgram:
+        """The module as a graph for any batch size, which several formats share.
+
+        Raises `torch.export`'s errors if the model branches on values or works for one batch size only.
+        """
+        any_batch_size = {"images": {0: torch.export.Dim("n", min=1)}}
+        # torch would make a batch size of 1 a constant.
+        example = torch.zeros(2, *stored_shape(self.image_shape), dtype=torch.uint8)
+        with torch.no_grad(), quiet():
+            program = torch.export.export(self, (example,), dynamic_shapes=any_batch_size)
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)  # file names and paths of this machine
+        return program
+
 
 def describe_input(shape: ImageShape) -> str:
     """Describe the images that an exported network takes."""
@@ -84,21 +100,6 @@ def make_metadata(trained: Trained) -> Metadata:
     if result.get("weights_sha256") == sha256 and "test_accuracy" in result:
         metadata["test_accuracy"] = repr(result["test_accuracy"])
     return metadata
-
-
-def export_graph(module: InferenceModule) -> torch.export.ExportedProgram:
-    """The module as a graph for any batch size.
-
-    Raises `torch.export`'s errors if the model branches on values or works for one batch size only.
-    """
-    any_batch_size = {"images": {0: torch.export.Dim("n", min=1)}}
-    # torch would make a batch size of 1 a constant.
-    example = torch.zeros(2, *stored_shape(module.image_shape), dtype=torch.uint8)
-    with torch.no_grad(), quiet():
-        program = torch.export.export(module, (example,), dynamic_shapes=any_batch_size)
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # file names and paths of this machine
-    return program
 
 
 @contextmanager

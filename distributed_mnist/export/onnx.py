@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..inference.trained import Trained
-from .inference_module import InferenceModule, Metadata, export_graph, quiet
+from .inference_module import InferenceModule, Metadata, quiet
 
 OPSET = 18
 """The oldest that torch's exporter writes natively. Runtimes since 2023 (onnxruntime 1.14) read it."""
@@ -20,7 +20,7 @@ def encode(module: InferenceModule, metadata: Metadata) -> bytes:
 
     with quiet():
         program = torch.onnx.export(
-            export_graph(module),
+            module.graph,
             dynamo=True,
             opset_version=OPSET,
             input_names=["images"],

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ..inference.trained import Trained
-from .inference_module import InferenceModule, Metadata, export_graph
+from .inference_module import InferenceModule, Metadata
 
 _EXTRA = "archive/extra/"  # folder of `extra_files` in the `.pt2`, a zip archive; one file per metadata key
 
 
 def encode(module: InferenceModule, metadata: Metadata) -> bytes:
     """The file's bytes, identical for identical networks. Raises `torch.export`'s errors."""
-    program = export_graph(module)
+    program = module.graph
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         # A false alarm about weights in channels-last format, which are complete.

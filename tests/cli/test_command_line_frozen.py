@@ -43,8 +43,13 @@ ORIGINAL = (
 )
 
 
-def usage(command: str) -> str:
-    shown = io.StringIO()
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def usage(command: str, stream: type[io.StringIO] = io.StringIO) -> str:
+    shown = stream()
     with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
         parse([*command.split(), "--help"])
     return shown.getvalue()
@@ -52,7 +57,7 @@ def usage(command: str) -> str:
 
 def flags_in(text: str) -> list[str]:
     """The flags at the start of lines of help."""
-    lines = [line.lstrip("│ ") for line in text.splitlines()]
+    lines = [line.lstrip("│ ") for line in text.splitlines() if line.startswith(("│", " "))]
     found = [re.findall(r"(?<![\w-])--?[a-z][\w-]*", line) for line in lines if line.startswith("-")]
     return sorted({flag for line in found for flag in line})
 
@@ -69,6 +74,25 @@ def test_commands_and_flags_are_frozen():
 
 def test_flags_that_scripts_rely_on():
     assert set(PROMISED.split()) <= set(flags_in(usage("train")))
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+@pytest.mark.parametrize("command", ["", "verify", "data import"])
+def test_help_fits_into_the_terminal(
+    command: str, stream: type[io.StringIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No word is broken, and no line of a box."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    words = usage(command).split()
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    shown = usage(command, stream)
+    assert ("\x1b[" in shown) == (stream is Terminal)
+    lines = re.sub(r"\x1b\[[\d;]*m", "", shown).splitlines()
+    assert max(map(len, lines)) <= 80
+    first_box = next(i for i, line in enumerate(lines) if line.startswith((" options", " positional")))
+    introduction = " ".join(lines[:first_box])
+    assert words[: len(introduction.split())] == introduction.split()
 
 
 def test_the_original_flags():

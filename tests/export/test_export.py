@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -127,8 +128,12 @@ def every_format(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ex
     def export_once(model: str) -> Exported:
         folder = tmp_path_factory.mktemp(model)
         trained = save(folder, model, classes=7)
-        with contextlib.redirect_stdout(io.StringIO()) as said:
+        with (
+            mock.patch.object(torch.export, "export", wraps=torch.export.export) as make_graph,
+            contextlib.redirect_stdout(io.StringIO()) as said,
+        ):
             assert export(folder, format=FORMATS) == 0
+        make_graph.assert_called_once()  # all formats share it
         return Exported(trained, folder, said.getvalue())
 
     return export_once
