@@ -76,7 +76,7 @@ def run(options: Options, world: World, signals: StopSignals) -> None:
         sync="ddp",
         shards=max(8, world.size),
     )
-    require_one_kind(world)
+    require_one_kind(world, "set CUDA_VISIBLE_DEVICES= to use only CPUs")
     for note in require_same_platform(world, recipe.sync):
         say(f"note: {note}")
     use_threads(world, recipe)

@@ -55,9 +55,15 @@ class _Maker:
             self._refuse("it does not have all parameters that it was given, or it has others")
         if not all(isinstance(group.get("lr"), int | float) for group in groups):
             self._refuse("its groups have no number as lr, which the schedule sets")
+        if any("initial_lr" in group for group in groups):
+            self._refuse(
+                "a scheduler of torch.optim.lr_scheduler is attached to it, but --schedule sets the "
+                "learning rate: remove the scheduler"
+            )
         for group in groups:
             group["lr_ratio"] = group["lr"] / self._lr
-        step = inspect.signature(optimizer.step).parameters.values()
+        # Of the class: what replaces it in this object may have been given any signature.
+        _, *step = inspect.signature(type(optimizer).step).parameters.values()
         if any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in step):
             self._refuse("its step() needs a closure, as that of LBFGS does, and there is none here")
         setattr(optimizer, "step", partial(self._step, optimizer.step))  # noqa: B010 - it is a method

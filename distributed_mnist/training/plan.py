@@ -12,17 +12,20 @@ import torch
 from ..config import Recipe
 from ..distributed.peer import describe_devices
 from ..distributed.world import World
+from ..errors import OutputError
 from ..models.summary import layers_of
 from ..runs.checkpoint import decode, encode
 from ..runs.checkpoint_store import newest_checkpoint
 from ..runs.initial_weights import load_initial_weights, read_initial_weights
-from ..runs.layout import new_folder
+from ..runs.layout import CHECKPOINTS, checkpoints_in, new_folder
 from ..runs.run_folder import RunFolder, require_usable
 from .batches import Batches
 from .notices import start_lines, start_notices
 from .preparation import Preparation
 from .resume import require_same_run
 from .state import State
+
+_OTHER_FILES_BYTES = 16_384  # config.json, metrics.jsonl and others beside the checkpoints
 
 
 def make_plan(world: World, prepared: Preparation) -> dict[str, Any]:
@@ -52,9 +55,15 @@ def make_plan(world: World, prepared: Preparation) -> dict[str, Any]:
         shown = start_lines(world, prepared, folder)
         shown["steps"] = _steps(state, batches, found[0] if found else None)
         checkpoint_bytes, free_bytes = _checkpoint_bytes(state, recipe), _free_bytes(folder)
+        room = f"{folder}: {_in_units(free_bytes)} are free, but "
+        # A run removes old checkpoints to make room for a new one, but never the newest.
+        old = sum(path.stat().st_size for path in checkpoints_in(folder / CHECKPOINTS)[:-1])
+        if free_bytes < _OTHER_FILES_BYTES or free_bytes + old < checkpoint_bytes:
+            raise OutputError(
+                f"{room}a checkpoint takes {_in_units(checkpoint_bytes)}: choose another --out"
+            )
         if free_bytes < (most := checkpoint_bytes * (options.keep + 2)):
-            room = f"{_in_units(free_bytes)} are free, but its checkpoints may take {_in_units(most)}"
-            messages.append(f"{folder}: {room}")
+            messages.append(f"{room}its checkpoints may take {_in_units(most)}")
         memory_bytes = _peak_memory()
         shown["disk"] = f"{_in_units(checkpoint_bytes)} for each checkpoint, {_in_units(free_bytes)} free"
         shown["memory"] = f"{_in_units(memory_bytes)} in each process, before the first step"

@@ -36,7 +36,7 @@ def agree_on_platform(world: World, recipe: Recipe) -> tuple[Recipe, list[str]]:
         if any(peer.device == "mps" for peer in world.peers):
             raise UsageError("--precision exact needs float64, which MPS does not have: add --device cpu")
         return recipe, []
-    require_one_kind(world)
+    require_one_kind(world, "add --precision exact, where they do not, or --device cpu")
     notices = require_same_platform(world, recipe.sync)
     has_bf16 = all_true(world, multiplies_bf16(world.device))
     if recipe.precision == "auto":
@@ -46,12 +46,11 @@ def agree_on_platform(world: World, recipe: Recipe) -> tuple[Recipe, list[str]]:
     return recipe, notices
 
 
-def require_one_kind(world: World) -> None:
-    """Raise `UsageError` if the ranks compute on different kinds of device."""
+def require_one_kind(world: World, advice: str) -> None:
+    """Raise `UsageError` with this advice if the ranks compute on different kinds of device."""
     if len({peer.device for peer in world.peers}) > 1:
         raise UsageError(
-            f"{ranks_by_device(world.peers)}: only --precision exact gives the same result on different "
-            "kinds of device; add it, or --device cpu"
+            f"{ranks_by_device(world.peers)}: different kinds of device give different last bits; {advice}"
         )
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fake_device
@@ -15,7 +16,8 @@ from distributed_mnist.common.placement import ALONE
 from distributed_mnist.distributed.peer import Peer, describe_devices, ranks_by_device
 from distributed_mnist.distributed.process_group import choose_backend
 from distributed_mnist.distributed.world import World
-from distributed_mnist.errors import LaunchError
+from distributed_mnist.errors import LaunchError, UsageError
+from distributed_mnist.verify.tree import command as verify_tree
 
 needs_fake = pytest.mark.skipif(not fake_device.AVAILABLE, reason="torch is too old for a fake device")
 EXACT = ["--recipe", "fast", "--model", "linear", "--steps", "2", "--precision", "exact"]
@@ -103,10 +105,17 @@ def test_in_another_precision_it_is_refused(digits: Path, tmp_path: Path) -> Non
     ended, other = group(["cpu", "fake"], *words)
     assert (ended.code, other.code, other.stderr) == (2, 2, "")
     assert ended.stderr.splitlines()[-1] == (
-        "dmnist: rank 0 on cpu, rank 1 on fake: only --precision exact gives the same result on different "
-        "kinds of device; add it, or --device cpu"
+        "dmnist: rank 0 on cpu, rank 1 on fake: different kinds of device give different last bits; "
+        "add --precision exact, where they do not, or --device cpu"
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_the_known_answer_with_tree_needs_one_kind_of_device() -> None:
+    world: Any = SimpleNamespace(peers=peers("cpu", "cuda"))
+    nothing: Any = None
+    with pytest.raises(UsageError, match=r"rank 0 on cpu, rank 1 on cuda: .*; leave out --sync tree, "):
+        verify_tree.run(world, nothing, nothing)
 
 
 @needs_fake

@@ -144,3 +144,10 @@ def without_a_rate(parameters: list[Tensor]) -> torch.optim.Optimizer:
 
 def nothing(parameters: list[Tensor], lr: float) -> None:
     pass
+
+
+def scheduled(parameters: list[Tensor], lr: float) -> torch.optim.Optimizer:
+    """Return SGD with a scheduler of torch's, which replaces its `step`."""
+    optimizer = torch.optim.SGD(parameters, lr=lr)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    return optimizer

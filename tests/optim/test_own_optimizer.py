@@ -58,6 +58,10 @@ def test_torchs_adam_is_the_built_in() -> None:
         ("user_functions:Averaging", "its state has the name 'average'"),
         ("user_functions:doubling", "changes the weights before the first step"),
         ("user_functions:nothing", "returns a NoneType, not a torch.optim.Optimizer"),
+        (
+            "user_functions:scheduled",
+            "a scheduler of torch.optim.lr_scheduler is attached to it, but --sched",
+        ),
         ("torch.optim:LBFGS", r"step\(\) needs a closure"),
         ("torch.optim:SparseAdam", r"step\(\) fails: RuntimeError: SparseAdam does not support dense"),
         ("torch.optim:Nadam", "has no attribute 'Nadam'"),

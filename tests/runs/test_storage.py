@@ -181,6 +181,11 @@ def test_a_disk_with_room_for_fewer_checkpoints_than_are_kept(
     same_answer(out, whole)
     assert steps_saved(out)[-1] == 100
     assert (out / "checkpoints" / "best.pt").exists()
+    (out / "result.json").unlink()
+    small.fill()
+    with (small.path / "ballast").open("rb+") as ballast:
+        ballast.truncate(ballast.seek(0, io.SEEK_END) - 20_000)
+    assert start(flags, out, "--resume", "auto", "--dry-run").code == 0  # older ones would make room
 
 
 def test_a_single_failed_save(flags: tuple[object, ...], whole: Path, tmp_path: Path) -> None:
@@ -201,6 +206,7 @@ def test_a_full_disk(disk: Callable[[str], Disk], flags: tuple[object, ...], tmp
     ballast = small.fill()
     out = small.path / "out"
     refused(start(flags, out), OUTPUT, str(out), "no space left on device")
+    refused(start(flags, out, "--dry-run"), OUTPUT, str(out), "0.0 MB are free, but a checkpoint takes")
     assert list(small.path.iterdir()) == [ballast]  # no incomplete file is left
 
 
@@ -215,6 +221,7 @@ def test_a_disk_that_is_full_before_a_resume(
     (out / "checkpoints" / "step_00000100.pt").unlink()
     ballast = small.fill()
     before = {path.name: path.read_bytes() for path in (out / "checkpoints").iterdir()}
+    assert start(flags, out, "--resume", "auto", "--dry-run").code == OUTPUT
     ended = start(flags, out, "--resume", "auto")
     assert ended.code == OUTPUT, ended
     assert "no space left on device" in ended.stderr

@@ -45,7 +45,7 @@ class SoloResult:
 
 def run(world: World, table: ResultsTable, signals: StopSignals) -> None:
     """Verify a world. All ranks must call it. Raises `VerificationError` on all ranks or on none."""
-    require_one_kind(world)
+    require_one_kind(world, "leave out --sync tree, for the exact test, or add --device cpu")
     job_recipe = recipe_for(world.size)
     with ExitStack() as stack:
         folder = world.on_every_rank(lambda: stack.enter_context(table.work_folder()))
