@@ -30,7 +30,7 @@ test: $(VENV)/installed-dev
 soak: $(VENV)/installed-dev
 	$(BIN)/pytest -m soak
 
-# On a machine with a GPU or another accelerator: what only it can show. (`make test` runs these too.)
+# On a machine with a GPU or another accelerator: what only it can show. `make test` hides GPUs from all tests.
 test-gpu: $(VENV)/installed-dev
 	$(BIN)/pytest -m gpu
 

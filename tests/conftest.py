@@ -36,6 +36,12 @@ LONGEST = (
 """The files that take longest, 20 to 100 seconds, the longest first (see `pytest --durations 100`)."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from this process and from all that it starts, except with `-m gpu` (`make test-gpu`)."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Run the longest files first: pytest-xdist hands files out in this order, and a long one at the end
     would leave the other cores idle."""

@@ -1,6 +1,12 @@
 """Which device a rank uses, on hosts with and without an accelerator."""
 
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import conftest
 import pytest
+import ranks
 import torch
 
 from distributed_mnist.common.placement import ALONE, Placement
@@ -58,3 +64,12 @@ def test_only_ranks_that_are_told_to_share_a_device(accelerator: str) -> None:
         )
         with pytest.raises(LaunchError, match=f"{message} train --oversubscribe$"):
             choose_device(placement, "auto")
+
+
+@pytest.mark.parametrize(("marks", "hidden"), [("not soak", True), ("gpu", False)])
+def test_only_tests_of_gpus_see_them(marks: str, hidden: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    config: Any = SimpleNamespace(option=SimpleNamespace(markexpr=marks))
+    conftest.pytest_configure(config)
+    seen = "" if hidden else "0"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ranks.environment()["CUDA_VISIBLE_DEVICES"] == seen

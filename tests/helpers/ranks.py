@@ -56,12 +56,12 @@ _LAUNCHERS = re.compile(
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's variables without any launcher's, without GPUs, with a secret, and with `more`.
+    """This process's variables without any launcher's, with a secret, and with `more`.
 
     PYTHONSAFEPATH is set as soon as a test imports the command line (see `common.import_path`).
     """
     kept = {name: value for name, value in os.environ.items() if not _LAUNCHERS.fullmatch(name)}
-    return {**kept, "CUDA_VISIBLE_DEVICES": "", "DMNIST_SECRET": SECRET, "PYTHONSAFEPATH": "", **more}
+    return {**kept, "DMNIST_SECRET": SECRET, "PYTHONSAFEPATH": "", **more}
 
 
 @dataclass(frozen=True)

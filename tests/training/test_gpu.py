@@ -1,28 +1,26 @@
-"""Test the promise on an accelerator, and moves between it and the CPU. Run with `make test-gpu`."""
+"""Test the promise on an accelerator, and moves between it and the CPU. Run with `make test-gpu`.
+
+`conftest` hides GPUs from all other tests, and from these in `make test`.
+"""
 
 import contextlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import DMNIST, Finished, Program, free_port
+from ranks import DMNIST, Finished, Program, free_port, run
 
 COUNT = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(COUNT == 0, reason="torch finds no accelerator here"),
+    pytest.mark.skipif(COUNT == 0, reason="torch finds no accelerator here, or pytest ran without -m gpu"),
 ]
-
-# `ranks.environment` hides the devices from what other tests start.
-VISIBLE = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(COUNT))))}
 
 
 def dmnist(*arguments: object) -> Finished:
-    with Program([*DMNIST, *arguments], cwd=None, **VISIBLE) as program:
-        return program.finish()
+    return run([*DMNIST, *arguments])
 
 
 def trained(digits: Path, out: Path, *more: object, nproc: int = 1, device: str = "auto") -> dict[str, Any]:
@@ -40,11 +38,7 @@ def trained_by_a_group(digits: Path, out: Path, devices: list[str], *more: objec
     with contextlib.ExitStack() as running:
         programs = [
             running.enter_context(
-                Program(
-                    [*DMNIST, *words(digits, out, device), *more],
-                    cwd=None,
-                    **{"RANK": str(rank), **where, **VISIBLE},
-                )
+                Program([*DMNIST, *words(digits, out, device), *more], RANK=str(rank), **where)
             )
             for rank, device in enumerate(devices)
         ]
