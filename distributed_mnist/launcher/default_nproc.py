@@ -8,15 +8,16 @@ from ..config import Recipe, Run
 
 # Approximate time of forward and backward on one core. Only used to choose a default: see
 # docs/explanation/performance.md.
-MICROSECONDS_PER_IMAGE = {"linear": 3, "mlp": 10, "cnn-small": 20, "cnn": 120, "cnn-large": 300}
-_MICROSECONDS_PER_PROCESS = 1_500  # with less work in a step, another process costs more than it saves
+MICROSECONDS_PER_IMAGE = {"linear": 3, "mlp": 20, "cnn-small": 20, "cnn": 120, "cnn-large": 300}
+_MICROSECONDS_PER_PROCESS = 1_200  # with less work in a step, another process costs more than it saves
 
 
 def default_nproc(recipe: Recipe, options: Run) -> int:
     """Return the number of processes: one per accelerator, or on CPU as many as speed up training.
 
     On CPU this is one per physical core, at most the number of shards (in exact arithmetic, of images), and
-    only as many as have enough work in a step to outweigh the all-reduce of gradients.
+    only as many as have enough work in a step to outweigh the all-reduce of gradients. Of two numbers with
+    which the busiest process has equally many shards it is the smaller one: 4 rather than 6 for 8 shards.
     """
     most = recipe.batch_size if recipe.precision == "exact" else recipe.shards
     accelerators = 0 if options.device == "cpu" else _count_accelerators()
@@ -25,7 +26,11 @@ def default_nproc(recipe: Recipe, options: Run) -> int:
     step_microseconds = recipe.batch_size * MICROSECONDS_PER_IMAGE.get(
         recipe.model, MICROSECONDS_PER_IMAGE["cnn"]
     )
-    return max(1, min(physical_cores(), most, step_microseconds // _MICROSECONDS_PER_PROCESS))
+    nproc = max(1, min(physical_cores(), most, step_microseconds // _MICROSECONDS_PER_PROCESS))
+    if recipe.precision == "exact":
+        return nproc
+    largest_part = -(-recipe.shards // nproc)
+    return -(-recipe.shards // largest_part)
 
 
 def trial_nproc(device: str) -> int:

@@ -13,7 +13,12 @@ from distributed_mnist.launcher import default_nproc
         (4, Recipe(), 4),
         (64, Recipe(), 8),  # no more than shards
         (64, Recipe(shards=16), 16),
-        (64, Recipe(precision="exact"), 20),  # shards mean nothing there
+        (7, Recipe(), 4),  # with 5 to 7, one still has two of the 8 shards
+        (3, Recipe(), 3),
+        (12, Recipe(shards=16), 8),
+        (64, Recipe(model="cnn-small", batch_size=512), 8),  # `fast`
+        (64, Recipe(precision="exact"), 25),  # shards mean nothing there
+        (7, Recipe(precision="exact"), 7),
         (64, Recipe(model="linear"), 1),  # too little work in a step
         (64, Recipe(model="linear", batch_size=8_192), 8),
         (4, Recipe(model="package.module:factory"), 4),  # unknown: assumed to be large
