@@ -63,9 +63,8 @@ class TreeGradients:
     def compute_part(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> None:
         """Add the gradients of this rank's shards, as far as one rank can; see `Gradients`."""
         self._counter = BinaryCounter()
-        gradients = self._shard_gradients(forward_shards, sizes)
-        for shard, gradient in enumerate(gradients, start=self._owned.start):
-            self._counter.push(0, shard, gradient)
+        for shards, rows in self._rows_of_passes(forward_shards, sizes):
+            self._counter.push_rows(shards.start, rows)
 
     def exchange(self) -> None:
         """Finish the tree; see `Gradients`."""
@@ -87,14 +86,16 @@ class TreeGradients:
                 for forward_shards, sizes in batches:
                     compute_gradients(self, forward_shards, sizes)
 
-    def _shard_gradients(self, forward_shards: ForwardShards, sizes: Sequence[int]) -> Iterator[Tensor]:
-        """Yield the flat gradient of each of this rank's shards, in order."""
+    def _rows_of_passes(
+        self, forward_shards: ForwardShards, sizes: Sequence[int]
+    ) -> Iterator[tuple[range, Tensor]]:
+        """Yield the shards of each pass of this rank, in order, and their gradients, one row each."""
         start = self._owned.start
         while start < self._owned.stop:
             shards = self._shards_of_next_pass(sizes, start)
             rows = self._gradients_of_pass(forward_shards, sizes, shards)
             if rows is not None:
-                yield from rows.unbind()
+                yield shards, rows
                 start = shards.stop
 
     def _gradients_of_pass(

@@ -36,6 +36,15 @@ class BinaryCounter:
             level, index = level + 1, index // 2
         self.nodes.append((level, index, value))
 
+    def push_rows(self, first: int, rows: Tensor) -> None:
+        """Add consecutive leaves from `first` on, one in each of `rows`: pairs of a level in one call."""
+        level = 0
+        while len(rows) > 1 and first % 2 == len(rows) % 2 == 0:
+            rows = rows[0::2].add_(rows[1::2])
+            level, first = level + 1, first // 2
+        for index, row in enumerate(rows.unbind(), start=first):
+            self.push(level, index, row)
+
     def total(self) -> Tensor:
         """Return the sum of all leaves: the nodes left are merged from the right, smallest first."""
         value = self.nodes[-1][2]

@@ -54,6 +54,17 @@ def counted(leaves: list[Tensor]) -> BinaryCounter:
     return counter
 
 
+@pytest.mark.parametrize("count", range(1, 18))
+def test_rows_that_come_together_are_added_in_the_same_tree(count: int) -> None:
+    leaves = made_leaves(count)
+    for size in (1, 2, 3, 8, count):
+        counter = BinaryCounter()
+        for first in range(0, count, size):
+            counter.push_rows(first, torch.stack(leaves[first : first + size]))
+        assert [node[:2] for node in counter.nodes] == subtree_roots(range(count))
+        assert torch.equal(counter.total(), tree_sum(leaves))
+
+
 def zero_gradients(model: nn.Sequential) -> None:
     for parameter in model.parameters():
         parameter.register_hook(torch.zeros_like)
