@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import Recipe
@@ -47,8 +48,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> tup
     # One row per class, not per sample: torch's kernel for short rows takes fifteen times as long. The rows
     # are padded, because the rest after the last whole vector is computed by different instructions, which
     # give different last bits.
-    rows = logits.new_zeros((classes, -(-count // _ROW_MULTIPLE) * _ROW_MULTIPLE))
-    rows[:, :count] = logits.detach().t()
+    rows = logits.detach().t()
+    if count % _ROW_MULTIPLE:
+        rows = F.pad(rows, (0, _ROW_MULTIPLE - count % _ROW_MULTIPLE))
     log_p = rows.log_softmax(0)
     label = labels.unsqueeze(0)
     losses = log_p.gather(0, label).squeeze(0) * (smoothing - 1)

@@ -52,7 +52,9 @@ class ShardGradients:
         if sum(sizes) == 0:  # a batch with fewer samples than shards
             rows.zero_()
             return True
-        changes = rows[0, self.gradients_length :]  # shards share a pass only where this is empty
+        if not self.statistics.length:
+            return self._write_pass(forward_shards, shards, sizes, rows, views)
+        changes = rows[0, self.gradients_length :]
         with self.statistics.unchanged(sum(sizes) / count, changes):
             return self._write_pass(forward_shards, shards, sizes, rows, views)
 

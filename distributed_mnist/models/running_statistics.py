@@ -88,6 +88,8 @@ class RunningStatistics:
 
     def add(self, changes: Tensor) -> None:
         """Add changes `(length,)`, rounded to whole numbers for counts of batches."""
+        if not self.length:
+            return
         for part, buffer in zip(self._parts(changes), self._buffers, strict=True):
             buffer.add_(part if buffer.is_floating_point() else part.round().to(buffer.dtype))
 

@@ -45,7 +45,8 @@ class Batches:
         self._split, self._recipe = split, recipe
         self._mean, self._std = mean, std
         self._by_sample = recipe.precision == "exact"  # the batch may be cut anywhere: a sample is a shard
-        self.steps_per_epoch = -(-len(split) // recipe.batch_size)
+        self._samples = len(split)
+        self.steps_per_epoch = -(-self._samples // recipe.batch_size)
         self.total_steps = recipe.total_steps(self.steps_per_epoch)
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
@@ -56,7 +57,7 @@ class Batches:
     def size(self, step: int) -> int:
         """Return the number of samples in global batch `step`."""
         first = step % self.steps_per_epoch * self._recipe.batch_size
-        return min(self._recipe.batch_size, len(self._split) - first)
+        return min(self._recipe.batch_size, self._samples - first)
 
     def images_before(self, step: int) -> int:
         """Return the number of samples in all global batches before `step`."""

@@ -85,7 +85,9 @@ def keyed_forward(
     watched = ":" in recipe.model and not one_pass_only and (shared or not draws)
     key, device = ("noise", recipe.seed, step, shards.start), context.world.device
 
-    start = {name: buffer.clone() for name, buffer in running_statistics(module).items()}
+    start: dict[str, Tensor] = {}
+    if watched or draws:  # the pass may be repeated
+        start = {name: buffer.clone() for name, buffer in running_statistics(module).items()}
 
     def again() -> Tensor:
         images = context.batches.take(step, shards).images

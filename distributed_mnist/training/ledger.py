@@ -66,7 +66,7 @@ class Ledger:
         row, positions = len(self._sizes) - 1, slice(batch.start, batch.start + len(batch.ids))
         self._ids[row, positions] += batch.ids + 1
         self._losses[row, positions] = losses
-        torch.eq(logits.argmax(1), batch.labels, out=self._correct[row, positions])
+        torch.eq(logits.max(1).indices, batch.labels, out=self._correct[row, positions])
 
     def take_back(self, start: int) -> None:
         """Forget the samples of the open step from position `start` on, because their pass is repeated."""
