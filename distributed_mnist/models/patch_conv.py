@@ -71,7 +71,7 @@ def _copy_patches(x: Tensor, kernel: int, stride: int) -> Tensor:
 
 
 class _Patches(torch.autograd.Function):
-    """`_copy_patches` with a backward pass that adds whole slices; torch's own adds single pixels."""
+    """`_copy_patches` with a backward pass that adds whole rows; torch's own adds single pixels."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernel: int, stride: int) -> Tensor:
@@ -83,10 +83,11 @@ class _Patches(torch.autograd.Function):
         (gradient,) = gradients
         (n, height, width, channels), kernel, stride = ctx.shape, ctx.kernel, ctx.stride
         rows, columns = ((side - kernel) // stride + 1 for side in (height, width))
-        patch_gradients = gradient.view(n, rows, columns, kernel, kernel, channels)
-        total = gradient.new_zeros((n, height, width, channels), dtype=torch.float32)
-        for i in range(kernel):
-            for j in range(kernel):
-                bottom, right = i + stride * (rows - 1) + 1, j + stride * (columns - 1) + 1
-                total[:, i:bottom:stride, j:right:stride] += patch_gradients[:, :, :, i, j]
-        return total.to(gradient.dtype), None, None
+        patch_rows = gradient.float().view(n, rows, columns, kernel, kernel * channels)
+        total = patch_rows.new_zeros((n, height, width * channels))
+        views = total.unfold(1, kernel, stride).unfold(2, kernel * channels, stride * channels)
+        for row_views, row in zip(views.unbind(3), patch_rows.unbind(3), strict=True):
+            # From the last column to the first: each pixel adds in the order of its places in the patches.
+            for view, part in zip(row_views.unbind(2)[::-1], row.unbind(2)[::-1], strict=True):
+                view.add_(part)
+        return total.view(ctx.shape).to(gradient.dtype), None, None

@@ -129,6 +129,25 @@ def test_a_pixels_gradient_is_the_sum_over_its_patches(
     assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("channels", "_out", "kernel", "stride", "height", "width"), SHAPES)
+def test_a_pixel_adds_its_patches_by_its_place_in_them(
+    channels: int, _out: int, kernel: int, stride: int, height: int, width: int, dtype: torch.dtype
+) -> None:
+    """By row, then by column. Another order has other last bits, and so other trained weights."""
+    x = drawn(2, height, width, channels).to(dtype).requires_grad_()
+    made = patches(x, kernel, stride)
+    outer = drawn(*made.shape).pow(5).to(dtype)
+    rows, columns = (height - kernel) // stride + 1, (width - kernel) // stride + 1
+    parts = outer.float().view(2, rows, columns, kernel, kernel, channels)
+    expected = torch.zeros(2, height, width, channels)
+    for i in range(kernel):
+        for j in range(kernel):
+            bottom, right = i + stride * (rows - 1) + 1, j + stride * (columns - 1) + 1
+            expected[:, i:bottom:stride, j:right:stride] += parts[:, :, :, i, j]
+    assert torch.equal(torch.autograd.grad(made, x, outer)[0], expected.to(dtype))
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_gradient_may_lie_in_memory_as_it_likes(channels: int) -> None:
     x = drawn(2, 7, 6, channels).requires_grad_()
