@@ -181,6 +181,10 @@ class Recipe:
                 f"or use --shards {world_size} or more (the weights depend on the number of shards)"
             )
 
+    def distorts(self) -> bool:
+        """Return whether training images are shifted, rotated or zoomed."""
+        return not self.shift == self.rotate == self.scale == 0
+
     def code(self) -> dict[str, str]:
         """Return the fields that name code of the user's own, with its names."""
         fields = {"model": self.model, "loss": self.loss, "optimizer": self.optimizer}

@@ -12,6 +12,7 @@ from .intervals import checkpoint_interval
 
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 Balance = Literal["off", "auto"]
+CudaGraphs = Literal["auto", "off"]
 
 DATA_OPTIONS = ("dataset", "data", "train_size", "test_size", "data_seed", "init_from")
 """Fields of `Run` that decide the weights."""
@@ -68,6 +69,10 @@ class Run:
     balance: Balance = "off"
     """With --precision exact, auto gives slower processes fewer images of each batch, by their measured
     speed; off cuts batches evenly. The weights are the same."""
+
+    cuda_graphs: CudaGraphs = "auto"
+    """On a CUDA device, auto captures a whole training step as a CUDA graph, and launches it at once; off
+    launches one kernel after another. The weights are the same with --sync tree and --precision exact."""
 
     def __post_init__(self) -> None:
         """Raises `UsageError` for impossible values."""

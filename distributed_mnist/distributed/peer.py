@@ -20,7 +20,7 @@ JobDescription = Mapping[str, str]
 """What must be equal on all ranks: for each flag or other name, its value as text."""
 
 
-_OPTIONS = ("checkpoint_every", "hang_after", "balance", "oversubscribe")
+_OPTIONS = ("checkpoint_every", "hang_after", "balance", "oversubscribe", "cuda_graphs")
 """Options that decide how and when the ranks call collectives, how long they wait, who computes what."""
 _MOST_SHOWN = 8  # ranks in a message
 

@@ -31,14 +31,15 @@ class DdpGradients:
         self, model: nn.Module, world: World, shards: int, per_pass: int, image_shape: ImageShape,
         *, captured: bool = False, name: str = "", tolerance: float = 1e-3,
     ) -> None:  # fmt: skip
-        self._cross_check = CrossCheck(world, shards, ShardGradients(model), None, name, tolerance)
-        self._world, self._image_shape = world, image_shape
-        self._module: nn.Module = model
-        self._overlapped = world.size > 1 and not captured
-        if self._overlapped:
-            self._module = _distributed(model, world)
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._sum = torch.zeros(0, device=world.device)
+        local = ShardGradients(model)
+        self._cross_check = CrossCheck(world, shards, local, None, name, tolerance)
+        self._world, self._image_shape, self._parameters = world, image_shape, local.parameters
+        self._has_ddp = world.size > 1 and not captured
+        self._module = _distributed(model, world) if self._has_ddp else model
+        # What the ranks add if there are several and no DDP.
+        length = local.gradients_length if world.size > 1 and captured else 0
+        self._sum = torch.zeros(length, device=world.device)
+        self._views = local.parameter_views(self._sum) if length else []
         self._owned = owned_shards(world.rank, world.size, shards)
         self._per_pass = per_pass
 
@@ -53,32 +54,29 @@ class DdpGradients:
         owned = self._owned
         *earlier, last = (owned[i : i + self._per_pass] for i in range(0, len(owned), self._per_pass))
         for shards in earlier:
-            with self._module.no_sync() if self._overlapped else nullcontext():  # type: ignore[operator]
+            with self._module.no_sync() if self._has_ddp else nullcontext():  # type: ignore[operator]
                 self._surrogate_loss(forward_shards, shards, sizes).backward()
         surrogate = self._surrogate_loss(forward_shards, last, sizes)
-        if self._overlapped:
-            with self._world.communicating("a gradient sum", also_computes=True):
-                surrogate.backward()
-        else:
+        summing = self._world.communicating("a gradient sum", also_computes=True)
+        with summing if self._has_ddp else nullcontext():
             surrogate.backward()
-        if self._world.size > 1 and not self._overlapped:
-            self._sum = torch.cat([p.grad.flatten() for p in self._parameters if p.grad is not None])
+        if self._views:
+            torch._foreach_copy_(self._views, [p.grad for p in self._parameters if p.grad is not None])
 
     def exchange(self) -> None:
         """Add the gradients of all ranks, unless DDP has; see `Gradients`."""
-        if not self._overlapped:
+        if self._views:
             self._world.all_reduce_sum_(self._sum)
 
     def set_gradients(self) -> None:
-        """Copy the sum into every `grad`, if it is not there; see `Gradients`."""
-        if self._world.size > 1 and not self._overlapped:
-            sizes = [p.numel() for p in self._parameters]
-            for p, total in zip(self._parameters, self._sum.split(sizes), strict=True):
-                p.grad = total.view(p.shape)
+        """Let every `grad` be a view of the sum, unless DDP has set it; see `Gradients`."""
+        if self._views:
+            for p, view in zip(self._parameters, self._views, strict=True):
+                p.grad = view
 
     def can_be_captured(self) -> bool:
-        """Return whether DDP does not communicate; see `Gradients`."""
-        return not self._overlapped
+        """Return whether there is no DDP; see `Gradients`."""
+        return not self._has_ddp
 
     def recompute_statistics(self, batches: Iterable[tuple[ForwardShards, Sequence[int]]]) -> None:
         """Do nothing: models with running statistics are refused."""
@@ -96,7 +94,7 @@ class DdpGradients:
             return self._zero_loss()
         logits, grad_logits = forward_shards(self._module, shards)
         # DDP divides by the number of processes; ours is already a share of the global gradient.
-        return (logits * (grad_logits * self._world.size if self._overlapped else grad_logits)).sum()
+        return (logits * (grad_logits * self._world.size if self._has_ddp else grad_logits)).sum()
 
     def _zero_loss(self) -> Tensor:
         """Return a zero that depends on every parameter: DDP waits for the gradients of all of them."""

@@ -33,10 +33,13 @@ def make_gradients(
     model: nn.Module,
     properties: ModelProperties,
     smallest_batch: int | None = None,
+    *,
+    captured: bool = False,
 ) -> Gradients:
     """Make the recipe's way to add gradients.
 
     `smallest_batch` is the number of images in the run's smallest batch, by default `--batch-size`.
+    `captured` is whether the device captures steps as graphs.
     Raises `UsageError` if a shard has more images than `--micro-batch`, or if `ddp` is asked for and the
     logits do not depend on some parameter or a layer uses batch statistics, or if `ema` is and a layer
     keeps running statistics, or if a shard has one image and batch norm needs more.
@@ -81,6 +84,7 @@ def make_gradients(
         recipe.shards,
         per_pass,
         properties.image_shape,
+        captured=captured,
         name=recipe.model,
         tolerance=_tolerance(recipe, world),
     )

@@ -14,7 +14,7 @@ from .charts import Line, line_chart, smoothed
 from .confusion import per_class
 from .stragglers import uneven
 
-_PARTS = ("data", "forward", "backward", "optimizer", "exchange")
+_PARTS = ("data", "forward", "backward", "optimizer", "graph", "exchange")
 _MANY_RANKS = 8
 
 

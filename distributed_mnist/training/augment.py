@@ -23,7 +23,7 @@ def draw_transforms(recipe: Recipe, step: int, count: int, shape: ImageShape) ->
     Returns float32 `(count, 2, 3)` in the form that `torch.nn.functional.affine_grid` takes, or None if
     the recipe has no augmentation.
     """
-    if recipe.shift == recipe.rotate == recipe.scale == 0:
+    if not recipe.distorts():
         return None
     draws = uniform(random_bits(4 * count, "augment", recipe.seed, step)).reshape(count, 4) * 2 - 1
     angle = draws[:, 0] * math.radians(recipe.rotate)

@@ -38,7 +38,8 @@ class Batch:
 class Batches:
     """The training set, in the order that a recipe's seed determines.
 
-    Caches only the order of the current epoch and the transforms of the current step.
+    Keeps the order of the current epoch, and on the device the current step's indices and transforms. These
+    stay at one place in memory, where a captured step reads them.
     """
 
     def __init__(self, split: Split, recipe: Recipe, mean: float, std: float) -> None:
@@ -49,10 +50,13 @@ class Batches:
         self.steps_per_epoch = -(-self._samples // recipe.batch_size)
         self.total_steps = recipe.total_steps(self.steps_per_epoch)
         self._epoch = -1
-        self._order = np.empty(0, dtype=np.int64)
-        self._order_on_device = torch.empty(0, dtype=torch.int64)
+        self._order = self._ids = np.empty(0, dtype=np.int64)
         self._step = -1
-        self._transforms: Tensor | None = None
+        device, size = split.images.device, min(recipe.batch_size, len(split))
+        self._indices = torch.zeros(size, dtype=torch.int64, device=device)
+        self._transforms = None
+        if recipe.distorts():
+            self._transforms = torch.zeros((size, 2, 3), device=device)
 
     def size(self, step: int) -> int:
         """Return the number of samples in global batch `step`."""
@@ -86,12 +90,9 @@ class Batches:
         They are copies, not views of a larger tensor. The start address of a tensor can change which kernel
         runs on it, and so the last bits.
         """
-        epoch, batch = divmod(step, self.steps_per_epoch)
-        self._prepare(epoch, step)
+        self.load(step)
         start, stop = self.span(step, shards)
-        first = batch * self._recipe.batch_size
-        rows = slice(first + start, first + stop)
-        indices = self._order_on_device[rows]
+        indices = self._indices[start:stop]
         images = self._split.images.index_select(0, indices)
         labels = self._split.labels.index_select(0, indices).long()
         if self._transforms is not None:
@@ -99,15 +100,33 @@ class Batches:
             distort = resample if self._recipe.precision == "exact" else apply_transforms
             images = as_stored(distort(channels_first(images).float(), transforms))
         images = normalise(images, self._mean, self._std)
-        return Batch(images, labels, self._order[rows], start)
+        return Batch(images, labels, self._ids[start:stop], start)
 
-    def _prepare(self, epoch: int, step: int) -> None:
-        device = self._split.images.device
+    def ids(self, step: int, shards: range) -> tuple[NDArray[np.int64], int]:
+        """Return what a batch of `take` has as `ids` and `start`."""
+        self.load(step)
+        start, stop = self.span(step, shards)
+        return self._ids[start:stop], start
+
+    def load(self, step: int) -> None:
+        """Copy to the device what decides the samples of a step, unless that is done."""
+        if step == self._step:
+            return
+        epoch, batch = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._order = permutation(len(self._split), "order", self._recipe.seed, epoch)
-            self._order_on_device = torch.from_numpy(self._order).to(device)
             self._epoch = epoch
-        if step != self._step:
-            transforms = draw_transforms(self._recipe, step, self.size(step), self._split.image_shape)
-            self._transforms = None if transforms is None else torch.from_numpy(transforms).to(device)
-            self._step = step
+        first, size = batch * self._recipe.batch_size, self.size(step)
+        self._ids = self._order[first : first + size]
+        copy_to_device_(self._indices[:size], torch.from_numpy(self._ids))
+        transforms = draw_transforms(self._recipe, step, size, self._split.image_shape)
+        if transforms is not None and self._transforms is not None:
+            copy_to_device_(self._transforms[:size], torch.from_numpy(transforms))
+        self._step = step
+
+
+def copy_to_device_(target: Tensor, source: Tensor) -> None:
+    """Copy a tensor on the CPU into one on any device, and do not wait for the device."""
+    if target.device.type == "cuda":
+        source = source.pin_memory()  # the copy of other memory would wait
+    target.copy_(source, non_blocking=True)

@@ -5,12 +5,14 @@ ranks add their ledgers. Each position is nonzero on at most one rank, so the su
 for every number of processes. If two ranks trained on the same sample, or no rank did, the digest changes.
 """
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..common.digest import chain
@@ -47,8 +49,9 @@ class Ledger:
     def __init__(self, capacity: int, batch_size: int, device: torch.device) -> None:
         # Each is an id plus one; 0 means another rank's sample.
         self._ids = np.zeros((capacity, batch_size), dtype=np.int64)
-        self._losses = torch.zeros((capacity, batch_size), device=device)
-        self._correct = torch.zeros((capacity, batch_size), dtype=torch.bool, device=device)
+        self._records = torch.zeros((capacity, 2, batch_size), device=device)
+        """Each step's losses, and behind them 1 for correct predictions."""
+        self._open = self._records[0]
         self._sizes: list[int] = []
         self._first_step = 0
 
@@ -59,14 +62,36 @@ class Ledger:
         """Begin the record of a step whose global batch has `size` samples."""
         if not self._sizes:
             self._first_step = step
+        self._open = self._records[len(self._sizes)]
         self._sizes.append(size)
 
     def record(self, batch: Batch, losses: Tensor, logits: Tensor) -> None:
         """Record `m` samples of the open step, with their losses `(m,)` and logits `(m, classes)`."""
-        row, positions = len(self._sizes) - 1, slice(batch.start, batch.start + len(batch.ids))
-        self._ids[row, positions] += batch.ids + 1
-        self._losses[row, positions] = losses
-        torch.eq(logits.max(1).indices, batch.labels, out=self._correct[row, positions])
+        self.record_ids(batch.ids, batch.start)
+        positions = slice(batch.start, batch.start + len(batch.ids))
+        self._open[0, positions] = losses
+        torch.eq(logits.max(1).indices, batch.labels, out=self._open[1, positions])
+
+    def record_ids(self, ids: NDArray[np.int64], start: int) -> None:
+        """Record the ids of samples, `(m,)`, whose first is at position `start` in the open step."""
+        self._ids[len(self._sizes) - 1, start : start + len(ids)] += ids + 1
+
+    def new_records(self) -> Tensor:
+        """Return room for the losses and correct predictions of a step, for `records_in`."""
+        return torch.zeros_like(self._open)
+
+    @contextlib.contextmanager
+    def records_in(self, records: Tensor) -> Iterator[None]:
+        """In this context the open step's losses are recorded in `records`, and then copied from there.
+
+        A captured step always records them at one place.
+        """
+        opened, self._open = self._open, records
+        try:
+            yield
+            opened.copy_(records)
+        finally:
+            self._open = opened
 
     def take_back(self, start: int) -> None:
         """Forget the samples of the open step from position `start` on, because their pass is repeated."""
@@ -84,14 +109,12 @@ class Ledger:
             ids = world.all_reduce_sum_(torch.from_numpy(ids.copy()).to(world.device)).cpu().numpy()
         for size, row in zip(sizes, ids, strict=True):
             samples_sha256 = chain(samples_sha256, row[:size] - 1)
-        losses = world.all_reduce_sum_(self._losses[:steps].clone()).cpu()
+        losses, correct = world.all_reduce_sum_(self._records[:steps].clone()).cpu().unbind(1)
         sums = [_sum(row) for row in losses.tolist()]  # positions after a short batch hold zero
-        correct = int(world.all_reduce_sum_(self._correct[:steps].sum()))
         means = [total / size for total, size in zip(sums, sizes, strict=True)]
-        interval = IntervalRecord(self._first_step, means, sums, correct, sum(sizes))
+        interval = IntervalRecord(self._first_step, means, sums, int(correct.count_nonzero()), sum(sizes))
         self._ids[:steps] = 0
-        self._losses.zero_()
-        self._correct.zero_()
+        self._records[:steps] = 0
         self._sizes = []
         return interval, samples_sha256
 

@@ -12,15 +12,14 @@ from ..common.digest import digest
 from ..config import Recipe
 from ..distributed.world import World
 from ..errors import Interrupted, TrainingError, UsageError
-from ..gradients.interface import compute_gradients
 from ..optim import weight_average
-from ..optim.clipping import clip_gradients
 from ..optim.schedule import make_schedule, set_learning_rate
 from .evaluate import Evaluation
 from .forward import make_forward
 from .ledger import IntervalRecord, Ledger
 from .selection import evaluate_and_choose, patience_is_over, result_of, steps_left
 from .state import State, TrainingContext, pack, report
+from .step.captured_step import make_step
 from .sync_points import PhaseTimer, SyncPoints
 
 _DISK_PATIENCE_SECONDS = 300.0  # a slow disk is not a hang
@@ -44,6 +43,7 @@ def train(state: State, context: TrainingContext) -> Evaluation:
     ledger = Ledger(max_interval, batches.size(0), world.device)
     sync_points = SyncPoints(world, state.step, max_interval)
     timer = PhaseTimer(world)
+    take_step = make_step(state, context, ledger, timer)
     evaluation = None
     speed_judged = world.size == 1
 
@@ -52,7 +52,7 @@ def train(state: State, context: TrainingContext) -> Evaluation:
     for step in steps_left(state, context):
         world.status.begin_step(step + 1)
         set_learning_rate(state.optimizer, lr_at(step))
-        train_step(state, context, ledger, timer, step)
+        take_step(step)
         state.step = step + 1
         is_last = state.step == total_steps
         if step >= averaging_start:
@@ -126,26 +126,6 @@ def prepare(state: State, context: TrainingContext) -> None:
     context.gradients.prepare(forward_shards, context.batches.shard_sizes(0))
     check_gradients(state, context, state.step)
     context.world.status.enter("training")
-
-
-def train_step(
-    state: State, context: TrainingContext, ledger: Ledger, timer: PhaseTimer, step: int
-) -> None:
-    """Take one step on one global batch.
-
-    Only the copy of random transforms to the device waits for it.
-    """
-    ledger.open(step, context.batches.size(step))
-    forward_shards = make_forward(context, timer, step, ledger)
-    with timer.phase("backward"):
-        compute_gradients(context.gradients, forward_shards, context.batches.shard_sizes(step))
-    with timer.phase("optimizer"):
-        if context.recipe.clip:
-            exact = context.recipe.precision == "exact"
-            clip_gradients(state.model.parameters(), context.recipe.clip, exact=exact)
-        state.optimizer.step()
-        if context.recipe.ema:
-            weight_average.update_moving_average(state.optimizer, context.recipe.ema, step)
 
 
 def close_interval(

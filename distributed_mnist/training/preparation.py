@@ -22,6 +22,7 @@ from .batches import Batches
 from .platforms import agree_on_platform, use_threads
 from .resume import read_requested_checkpoint, with_kept_precision
 from .state import State
+from .step.captured_step import can_capture
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Preparation:
     gradients: Gradients
     parts: Parts | None
     """The ranks' parts of a batch in exact arithmetic; None in other precisions."""
+    captured: bool
+    """Whether to capture steps as graphs."""
     threads: int
     """Number of intra-op threads of this process."""
     notices: list[str]
@@ -71,6 +74,7 @@ def prepare(
     batches = Batches(data.train, recipe, data.mean, data.std)
     state, properties = make_state(world, recipe, data)
     loss = world.on_every_rank(lambda: make_loss(recipe, len(data.class_names), world.device))
+    captured, problem = can_capture(world, recipe, options, properties.draws_from)
     if state.scales is not None:
         parts = Parts(world.size, balance=batches.size(0) if options.balance == "auto" else None)
         gradients: Gradients = make_exact_gradients(
@@ -79,7 +83,9 @@ def prepare(
     else:
         parts = None
         smallest = batches.smallest_size()
-        gradients = make_gradients(recipe, options, world, state.model, properties, smallest)
+        gradients = make_gradients(
+            recipe, options, world, state.model, properties, smallest, captured=captured
+        )
     return Preparation(
         title=title,
         recipe=recipe,
@@ -93,8 +99,9 @@ def prepare(
         loss=loss,
         gradients=gradients,
         parts=parts,
+        captured=captured,
         threads=threads,
-        notices=notices,
+        notices=[*notices, *problem],
     )
 
 

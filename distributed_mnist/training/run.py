@@ -111,6 +111,7 @@ def run(
                 batches=batches,
                 gradients=prepared.gradients,
                 parts=prepared.parts,
+                captured=prepared.captured,
                 loss=prepared.loss,
                 draws=prepared.draws,
                 store=store,

@@ -116,6 +116,8 @@ class TrainingContext:
     """Steps between evaluations."""
     parts: Parts | None = None
     """The ranks' parts of a batch in exact arithmetic; None in other precisions."""
+    captured: bool = False
+    """Whether to capture steps as graphs."""
 
 
 def pack(state: State, context: TrainingContext) -> Content:
