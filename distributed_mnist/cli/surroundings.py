@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from ..common import environment
 from ..common.streams import prepare_streams, redirect_to_null
 from ..errors import UsageError, print_error, reason
 
@@ -10,9 +11,12 @@ from ..errors import UsageError, print_error, reason
 def prepare() -> None:
     """Open standard streams that were closed, and let text be written that they cannot encode.
 
+    Also set how OpenMP's threads wait, which it reads when torch is imported.
+
     Raises `UsageError` if the current folder was deleted: libraries then fail in many ways.
     """
     prepare_streams()
+    environment.wait_briefly()
     try:
         Path.cwd()
     except OSError as error:

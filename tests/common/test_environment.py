@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from distributed_mnist.cli import surroundings
 from distributed_mnist.common import environment
 from distributed_mnist.training import notices
 
@@ -57,3 +58,22 @@ def test_kernels_are_not_chosen_by_time(monkeypatch: pytest.MonkeyPatch) -> None
     environment.order_additions()
     assert [os.environ[name] for name in names] == [":4096:8", "1"]
     assert not {*names} & environment.settings().keys()  # which are the user's own
+
+
+def test_threads_that_wait_sleep_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of workers of a caller's process, whose own environment is not changed."""
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    with environment.for_workers():
+        assert os.environ["GOMP_SPINCOUNT"] == "1000"
+    assert "GOMP_SPINCOUNT" not in os.environ
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    environment.wait_briefly()
+    assert "GOMP_SPINCOUNT" not in os.environ
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    surroundings.prepare()
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    environment.wait_briefly()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
