@@ -128,8 +128,9 @@ def fast_instructions() -> str:
 
 def multiplies_bf16(device: torch.device) -> bool:
     """Return whether a device has instructions that multiply bf16 numbers. Otherwise they are emulated."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type in ("cuda", "xpu"):
+        has_it: bool = getattr(torch, device.type).is_bf16_supported(including_emulation=False)
+        return has_it
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # torch's other kernels convert
         return False
     limit = environment.kernel_settings().get("ONEDNN_MAX_CPU_ISA", "")

@@ -98,6 +98,12 @@ def test_bf16_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, p=properties: p)
         assert compute_platform.multiplies_bf16(torch.device("cuda")) is has_it
+    for has_it in (False, True):
+        properties = type("Properties", (), {"has_bfloat16_conversions": has_it})
+        monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+        monkeypatch.setattr(torch.xpu, "get_device_properties", lambda p=properties: p)
+        assert compute_platform.multiplies_bf16(torch.device("xpu")) is has_it
+    assert not compute_platform.multiplies_bf16(torch.device("mps"))
 
 
 def test_without_proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
