@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from exact_passes import ExactRun, compare, noise, same
 from torch import Tensor, nn
 
-from distributed_mnist.exact.products import Float64Products, Int8Products
+from distributed_mnist.exact.products.float64 import Float64Products
+from distributed_mnist.exact.products.int8 import Int8Products
 from distributed_mnist.exact.refusal import Refused
 
 

@@ -9,17 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distributed_mnist.exact import products as module
 from distributed_mnist.exact.fixed_point import LIMIT, OPERAND_BITS
-from distributed_mnist.exact.products import (
+from distributed_mnist.exact.products import choice
+from distributed_mnist.exact.products.choice import products_for
+from distributed_mnist.exact.products.float64 import Float64Products
+from distributed_mnist.exact.products.int8 import Int8Products
+from distributed_mnist.exact.products.interface import (
     DROPPED_BITS,
     MOST_TERMS,
     MOST_TERMS_IN_INT32,
-    Float64Products,
-    Int8Products,
+    Prepared,
     Products,
     Rows,
-    products_for,
     require_exact,
 )
 from distributed_mnist.exact.refusal import Refused
@@ -78,7 +79,7 @@ def test_products_are_those_of_integers(way: Products, matrices: tuple[Matrix, M
 
 
 @ways
-@pytest.mark.parametrize("terms", [127, 128, 1028, 1029, 65_535, 65_536, 70_001])
+@pytest.mark.parametrize("terms", [127, 128, 514, 515, 1028, 1029, 65_535, 65_536, 70_001])
 @pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, -1)])
 def test_the_largest_operands_at_the_limits_of_int32(
     way: Products, terms: int, signs: tuple[int, int]
@@ -156,19 +157,23 @@ class Saturating(Int8Products):
     """What `vpmaddubsw` does, for processors without VNNI: one operand becomes unsigned by adding 128, and
     the sum of two products stops at 16 bits. Afterwards 128 times the other operand is subtracted."""
 
-    def multiply(self, rows: Rows, prepared: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        left, right = rows[0].contiguous().view(torch.int8).to(torch.int32) + 128, prepared.to(torch.int32)
-        terms = left.unsqueeze(2) * right
-        pairs = (terms[:, ::2] + terms[:, 1::2]).clamp(-(2**15), 2**15 - 1)
-        sums = pairs.sum(1) - 128 * right.sum(0)
-        high, mixed, low = sums.chunk(3, 1)
+    def multiply(self, rows: Rows, prepared: Prepared, dtype: torch.dtype = torch.float32) -> Tensor:
+        left = rows[0].contiguous().view(torch.int8).to(torch.int32) + 128
+
+        def product(matrix: Tensor) -> Tensor:
+            right = matrix.to(torch.int32)
+            terms = left.unsqueeze(2) * right
+            pairs = (terms[:, ::2] + terms[:, 1::2]).clamp(-(2**15), 2**15 - 1)
+            return pairs.sum(1) - 128 * right.sum(0)
+
+        high, mixed, low = map(product, prepared)
         return (mixed + 2**8 * high + (low >> DROPPED_BITS)).to(dtype)
 
 
 class Lacking(Int8Products):
     """A build of torch without the operation."""
 
-    def multiply(self, rows: Rows, prepared: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    def multiply(self, rows: Rows, prepared: Prepared, dtype: torch.dtype = torch.float32) -> Tensor:
         raise RuntimeError("_int_mm is not implemented")
 
 
@@ -183,7 +188,7 @@ class WrongSums(Float64Products):
 def test_a_way_that_is_not_exact_is_not_used(
     wrong: type[Products], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert module._is_exact(Float64Products(), CPU)
-    assert not module._is_exact(cast(Products, wrong()), CPU)
-    monkeypatch.setattr(module, "Int8Products", wrong)
+    assert choice._is_exact(Float64Products(), CPU)
+    assert not choice._is_exact(cast(Products, wrong()), CPU)
+    monkeypatch.setattr(choice, "Int8Products", wrong)
     assert isinstance(products_for.__wrapped__(CPU), Float64Products)

@@ -10,7 +10,7 @@ import warm
 from torch import nn
 
 from distributed_mnist.errors import UsageError
-from distributed_mnist.exact.products import MOST_TERMS
+from distributed_mnist.exact.products.interface import MOST_TERMS
 from distributed_mnist.gradients.exact.trial import require_exact_form
 
 

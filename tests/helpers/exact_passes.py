@@ -11,7 +11,7 @@ from distributed_mnist.exact.initial_values import normal
 from distributed_mnist.exact.module import ExactModule
 from distributed_mnist.exact.passes.evaluation_pass import EvaluationPass
 from distributed_mnist.exact.passes.training_pass import TrainingPass
-from distributed_mnist.exact.products import Products
+from distributed_mnist.exact.products.interface import Products
 from distributed_mnist.exact.scales import Scales
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from distributed_mnist.common.placement import ALONE
 from distributed_mnist.distributed.world import World
 from distributed_mnist.errors import UsageError, VerificationError
-from distributed_mnist.exact.products import Float64Products, Rows
+from distributed_mnist.exact.products.float64 import Float64Products
+from distributed_mnist.exact.products.interface import Rows
 from distributed_mnist.verify import command
 from distributed_mnist.verify.answer import ANSWER_FILE, job_sha256, read_answer, to_toml
 from distributed_mnist.verify.diagnosis import Report, Suspect, judge, suspect

@@ -11,7 +11,7 @@ from ..elementary import exp, log
 from ..fixed_point import power_of_two
 from ..parameter_views import follow
 from ..passes.interface import Pass
-from ..products import require_exact
+from ..products.interface import require_exact
 from ..refusal import Refused
 from .broadcasting import elementwise, expanded
 from .dropout import dropout

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..passes.interface import Pass
-from ..products import MOST_TERMS_IN_INT32, Rows, require_exact
+from ..products.interface import MOST_TERMS_IN_INT32, Prepared, Rows, require_exact
 
 Pair = tuple[int, int]
 _GATHER = 1.6
@@ -175,7 +175,7 @@ class Convolution(torch.autograd.Function):
         return (result, *(None,) * 5)
 
 
-def gathered(pass_: Pass, gradient: Tensor, matrix: Tensor, window: Window, shape: Any) -> Tensor:
+def gathered(pass_: Pass, gradient: Tensor, matrix: Prepared, window: Window, shape: Any) -> Tensor:
     """Return the gradient by the input, of this shape: the convolution of the gradient, flipped."""
     reach = tuple(d * (k - 1) for d, k in zip(window.dilation, window.kernel, strict=True))
     padding = reach[0] - window.padding[0], reach[1] - window.padding[1]
@@ -183,7 +183,7 @@ def gathered(pass_: Pass, gradient: Tensor, matrix: Tensor, window: Window, shap
     return pass_.products.multiply(rows_of(pass_, gradient, back), matrix).view(shape)
 
 
-def scattered(pass_: Pass, gradient: Tensor, matrix: Tensor, window: Window, shape: Any) -> Tensor:
+def scattered(pass_: Pass, gradient: Tensor, matrix: Prepared, window: Window, shape: Any) -> Tensor:
     """Return the gradient by the input, of this shape: what each patch gets is added back in place."""
     n, rows, columns, channels = gradient.shape
     terms = math.prod(window.kernel) * channels  # windows overlap at most so often

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..passes.interface import Pass
-from ..products import Rows
+from ..products.interface import Rows
 
 
 def linear(pass_: Pass, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

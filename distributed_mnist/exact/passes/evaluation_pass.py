@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..fixed_point import quantise
-from ..products import products_for
+from ..products.choice import products_for
 from ..refusal import Refused
 from ..scales import sample_exponents
 from .interface import Arrange, Draw, Fixed, Weight

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from ..parameter_views import View
-from ..products import Products
+from ..products.interface import Prepared, Products
 
 
 class Fixed(NamedTuple):
@@ -23,7 +23,7 @@ class Fixed(NamedTuple):
 class Weight(NamedTuple):
     """A weight as integers, arranged and prepared for products."""
 
-    prepared: list[Tensor]
+    prepared: list[Prepared]
     """One matrix for each arrangement and group."""
     exponent: Tensor
     """int64 scalar."""

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ..fixed_point import quantise
 from ..parameter_views import View, attached_view
-from ..products import products_for
+from ..products.choice import products_for
 from ..refusal import Refused
 from ..scales import Scales
 from .interface import Arrange, Draw, Fixed, Weight

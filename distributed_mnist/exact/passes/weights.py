@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..fixed_point import OPERAND_BITS, largest_magnitude, power_of_two, quantise, scale_exponent
-from ..products import DROPPED_BITS, Products
+from ..products.interface import DROPPED_BITS, Products
 from .interface import Arrange, Weight
 
 

@@ -11,7 +11,7 @@ from ...exact.initial_values import normal
 from ...exact.module import ExactModule
 from ...exact.passes.evaluation_pass import EvaluationPass
 from ...exact.passes.training_pass import TrainingPass
-from ...exact.products import MOST_TERMS
+from ...exact.products.interface import MOST_TERMS
 from ...exact.refusal import Refused, layer_of
 from ...exact.scales import Scales
 from ...models.build import same_modes
