@@ -5,6 +5,9 @@ defines the rounding, so `q` is the same on every machine. Sums and products of 
 any order, as long as no partial sum reaches `2**53` in float64 or `2**31` in int32.
 """
 
+import math
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -17,13 +20,32 @@ HEADROOM = 1
 `LIMIT / 2**(OPERAND_BITS - HEADROOM)` times, about four times, as large as that saturates."""
 _LARGEST_EXPONENT = 59  # so that the factor of a product of two tensors is a normal float32
 _FLOAT32_BIAS, _FLOAT64_BIAS = 127, 1023
+_ROUND = 1.5 * 2.0**23
+"""Added to a float32 of magnitude below 2^22, it rounds to an integer, which is then in the lowest bits."""
+
+Exponent = Tensor | int
+"""An exponent of two: int64, or an int where the CPU need not wait for it (`known`)."""
 
 
-def power_of_two(exponents: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+def known(exponent: Tensor) -> Exponent:
+    """Return a scalar as an int, with which operations are faster, unless another device computes it."""
+    return int(exponent) if exponent.device.type == "cpu" else exponent
+
+
+@overload
+def power_of_two(exponents: int, dtype: torch.dtype = ...) -> float: ...
+@overload
+def power_of_two(exponents: Tensor, dtype: torch.dtype = ...) -> Tensor: ...
+@overload
+def power_of_two(exponents: Exponent, dtype: torch.dtype = ...) -> Tensor | float: ...
+def power_of_two(exponents: Exponent, dtype: torch.dtype = torch.float64) -> Tensor | float:
     """Return `2**exponents` exactly, made from bits, because `torch.ldexp` and `pow` may round.
 
-    `exponents` is int64 of any shape, with values of normal numbers of `dtype`: float64 or float32.
+    `exponents` is of any shape, with values of normal numbers of `dtype`: float64 or float32. For an int it
+    returns a float.
     """
+    if isinstance(exponents, int):
+        return math.ldexp(1.0, exponents)
     if dtype == torch.float64:
         return (exponents + _FLOAT64_BIAS).bitwise_left_shift(52).view(torch.float64)
     return (exponents + _FLOAT32_BIAS).bitwise_left_shift(23).to(torch.int32).view(torch.float32)
@@ -54,10 +76,17 @@ def largest_magnitude(x: Tensor) -> Tensor:
     return torch.maximum(high, -low)
 
 
-def quantise(x: Tensor, exponent: Tensor, largest: int = LIMIT) -> Tensor:
+def quantise(x: Tensor, exponent: Exponent, largest: int = LIMIT, *, saturates: bool = True) -> Tensor:
     """Return `round(x * 2**exponent)`, at most `largest` in magnitude, as int16 in the shape of `x`.
 
-    `x` is float32, and `exponent` int64, a scalar or of a shape that broadcasts.
+    `x` is float32, and `exponent` a scalar or of a shape that broadcasts. `saturates` may be False only if
+    no magnitude is larger than `largest`.
     """
-    scaled = x.detach() * power_of_two(exponent, torch.float32)
-    return scaled.round_().clamp_(-largest, largest).to(torch.int16)
+    factor, x = power_of_two(exponent, torch.float32), x.detach()
+    if isinstance(factor, float):  # fused or not: the product is exact, or it rounds to zero or saturates
+        shifted = torch.add(torch.full((), _ROUND), x, alpha=factor)
+    else:
+        shifted = (x * factor).add_(_ROUND)
+    if saturates:
+        shifted.clamp_(_ROUND - largest, _ROUND + largest)
+    return shifted.view(torch.int32).to(torch.int16)

@@ -12,7 +12,7 @@ In evaluation there is no sum over samples, so each sample has a scale of its ow
 import torch
 from torch import Tensor
 
-from .fixed_point import HEADROOM, OPERAND_BITS, largest_magnitude, scale_exponent
+from .fixed_point import HEADROOM, OPERAND_BITS, Exponent, known, largest_magnitude, scale_exponent
 
 
 class Scales:
@@ -30,8 +30,8 @@ class Scales:
         self._complete = False
         self._started: set[int] = set()
         """Tensors of passes that found scales. Others are gradients of what the logits do not depend on."""
-        self.exponents: list[Tensor] = []
-        """int64 scalars `k`: tensor `i` becomes integers `round(x * 2**k)` in the present step."""
+        self.exponents: list[Exponent] = []
+        """Scalars `k`: tensor `i` becomes integers `round(x * 2**k)` in the present step."""
 
     def __len__(self) -> int:
         return len(self.before)
@@ -44,19 +44,21 @@ class Scales:
     def begin_step(self) -> None:
         """Compute the exponents of a step."""
         self.now.zero_()
-        self.exponents = list(scale_exponent(self.before, OPERAND_BITS - HEADROOM).unbind())
+        exponents = scale_exponent(self.before, OPERAND_BITS - HEADROOM)
+        self.exponents = exponents.tolist() if exponents.device.type == "cpu" else list(exponents.unbind())
 
-    def observe(self, index: int, x: Tensor) -> None:
-        """Take the magnitude of a tensor into account for the next step."""
-        largest = self.now[index]
-        torch.maximum(largest, largest_magnitude(x), out=largest)
+    def observe(self, index: int, x: Tensor) -> Tensor:
+        """Take the magnitude of a tensor into account for the next step, and return it."""
+        so_far, largest = self.now[index], largest_magnitude(x)
+        torch.maximum(so_far, largest, out=so_far)
+        return largest
 
     def start(self, index: int, x: Tensor) -> None:
         """Give a tensor that has no scale yet the one that fits `x`."""
         self._started.add(index)
         if not self.before[index]:
             self.before[index] = largest_magnitude(x)
-            self.exponents[index] = scale_exponent(self.before[index], OPERAND_BITS - HEADROOM)
+            self.exponents[index] = known(scale_exponent(self.before[index], OPERAND_BITS - HEADROOM))
 
     def end_step(self) -> None:
         """Make the magnitudes of this step, which all ranks have combined, decide the next step's

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..passes.interface import Pass
+from ..passes.weights import product_factor
 from ..products.interface import MOST_TERMS_IN_INT32, Prepared, Rows, require_exact
 
 Pair = tuple[int, int]
@@ -129,7 +130,7 @@ class Convolution(torch.autograd.Function):
         height, width = (side + 2 * pad for side, pad in zip(x.shape[1:3], window.padding, strict=True))
         # Not a view, which could not be changed in place by a ReLU.
         result.resize_(len(x), *window.positions(height, width), result.shape[1])
-        result *= pass_.product_factor(fixed.exponent, prepared.exponent)
+        result *= product_factor(fixed.exponent, prepared.exponent)
         if bias is not None:
             result += bias
         ctx.pass_, ctx.weight, ctx.window, ctx.layout, ctx.shape = pass_, weight, window, layout, x.shape
@@ -171,7 +172,7 @@ class Convolution(torch.autograd.Function):
             for part, matrix in zip(parts, prepared.prepared, strict=True)
         ]
         result = results[0] if layout.groups == 1 else torch.cat(results, 3)
-        result *= pass_.product_factor(fixed.exponent, prepared.exponent)
+        result *= product_factor(fixed.exponent, prepared.exponent)
         return (result, *(None,) * 5)
 
 

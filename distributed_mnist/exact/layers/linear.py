@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..passes.interface import Pass
+from ..passes.weights import product_factor
 from ..products.interface import Rows
 
 
@@ -39,7 +40,7 @@ class Product(torch.autograd.Function):
         slices = pass_.products.slices(rows.integers, rows.integers.shape[1])
         prepared = pass_.weight(weight, "forward", forward_matrix)
         result = pass_.products.multiply(slices, prepared.prepared[0])
-        result *= pass_.product_factor(rows.exponent, prepared.exponent)
+        result *= product_factor(rows.exponent, prepared.exponent)
         if bias is not None:
             result += bias
         ctx.slices, ctx.pass_, ctx.weight, ctx.shape = slices, pass_, weight, x.shape
@@ -61,7 +62,7 @@ class Product(torch.autograd.Function):
             return None, None, None, None
         prepared = pass_.weight(ctx.weight, "backward", backward_matrix)
         result = products.multiply(products.slices(rows, rows.shape[1]), prepared.prepared[0])
-        result *= pass_.product_factor(fixed.exponent, prepared.exponent)
+        result *= product_factor(fixed.exponent, prepared.exponent)
         return result.view(ctx.shape), None, None, None
 
 

@@ -8,7 +8,7 @@ from ..products.choice import products_for
 from ..refusal import Refused
 from ..scales import sample_exponents
 from .interface import Arrange, Draw, Fixed, Weight
-from .weights import prepare_weight, product_factor
+from .weights import prepare_weight
 
 
 class EvaluationPass:
@@ -35,10 +35,6 @@ class EvaluationPass:
     def weight(self, weight: Tensor, use: str, arrange: Arrange) -> Weight:
         """Return a weight as prepared matrices."""
         return prepare_weight(self.products, weight, arrange)
-
-    def product_factor(self, first: Tensor, second: Tensor) -> Tensor:
-        """Return the factor of a product; see `Pass`."""
-        return product_factor(first, second)
 
     def sum_over_samples(self, parameter: Tensor | None, *factors: int) -> int | None:
         """Return None: there is no gradient."""

@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from ..fixed_point import Exponent
 from ..parameter_views import View
 from ..products.interface import Prepared, Products
 
@@ -16,8 +17,8 @@ class Fixed(NamedTuple):
     integers: Tensor
     """int16 in the shape of `x`; from `Pass.quantise` packed for the products of its device
     (`Products.pack`)."""
-    exponent: Tensor
-    """int64, a scalar or one for each sample, `(n, 1, ...)`."""
+    exponent: Exponent
+    """A scalar or one for each sample, `(n, 1, ...)`."""
 
 
 class Weight(NamedTuple):
@@ -25,8 +26,8 @@ class Weight(NamedTuple):
 
     prepared: list[Prepared]
     """One matrix for each arrangement and group."""
-    exponent: Tensor
-    """int64 scalar."""
+    exponent: Exponent
+    """A scalar."""
 
 
 class Draw(NamedTuple):
@@ -63,13 +64,6 @@ class Pass(Protocol):
     def weight(self, weight: Tensor, use: str, arrange: Arrange) -> Weight:
         """Return a weight, float32, as prepared matrices. `use` names what they are for, and so
         `arrange`."""
-        ...
-
-    def product_factor(self, first: Tensor, second: Tensor) -> Tensor:
-        """Return what a result of `Products.multiply` is multiplied by, float32.
-
-        `first` and `second` are the exponents of the two operands.
-        """
         ...
 
     def sum_over_samples(self, parameter: Tensor | None, *factors: int) -> int | None:

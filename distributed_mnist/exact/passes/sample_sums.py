@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..fixed_point import power_of_two
+from ..fixed_point import Exponent, power_of_two
 from ..parameter_views import View, gathered, most_copies
 from ..refusal import Refused
 
@@ -91,10 +91,10 @@ class SampleSums:
         """Return each sum, with the number of its parameter."""
         return [(part.parameter, part.integers) for part in self._sums]
 
-    def gradients(self, exponents: list[Tensor]) -> list[Tensor]:
+    def gradients(self, exponents: list[Exponent]) -> list[Tensor]:
         """Return the gradient of each parameter, float32, from the sums, which all ranks have added.
 
-        `exponents` are those of all tensors, int64 scalars.
+        `exponents` are those of all tensors.
         """
         totals: dict[int, Tensor] = {}
         for part in self._sums:

@@ -1,16 +1,15 @@
 """What the layers of a pass in training need."""
 
-import torch
 from torch import Tensor, nn
 
-from ..fixed_point import quantise
+from ..fixed_point import LIMIT, power_of_two, quantise
 from ..parameter_views import View, attached_view
 from ..products.choice import products_for
 from ..refusal import Refused
 from ..scales import Scales
 from .interface import Arrange, Draw, Fixed, Weight
 from .sample_sums import OTHER_LAYERS, SampleSums
-from .weights import prepare_weight, product_factor
+from .weights import prepare_weight
 
 
 class TrainingPass:
@@ -36,14 +35,12 @@ class TrainingPass:
         self._counts: tuple[int, int] | None = None
         """How many tensors and sums there are, once the first pass has ended."""
         self._weights: dict[tuple[int, str], Weight] = {}
-        self._factors: dict[tuple[int, int], Tensor] = {}
 
     def begin_step(self) -> None:
         """Forget the step before, but for the scales."""
         self.scales.begin_step()
         self.sums.begin_step()
         self._weights.clear()
-        self._factors.clear()
 
     def begin_pass(self, *, starting: bool = False) -> None:
         """Begin a pass of the step. If `starting`, tensors that have no scale get one from this pass."""
@@ -73,7 +70,7 @@ class TrainingPass:
             if self._counts is not None:
                 raise OTHER_LAYERS
             self.scales.extend(self.tensors)
-            self.scales.exponents.append(self.scales.exponents[0] if self.scales.exponents else _ZERO)
+            self.scales.exponents.append(0)
         return self.tensors - 1
 
     def quantise(self, x: Tensor, number: int) -> Fixed:
@@ -85,25 +82,21 @@ class TrainingPass:
         """Return a tensor as integers, with the exponent of the whole global batch."""
         if self.starting:
             self.scales.start(number, x)
-        self.scales.observe(number, x)
+        largest = self.scales.observe(number, x)
         self.elements += x.numel()
         exponent = self.scales.exponents[number]
-        return Fixed(quantise(x, exponent), exponent)
+        # A GPU is not asked, because the CPU would wait for it.
+        fits = isinstance(exponent, int) and float(largest) * power_of_two(exponent) <= LIMIT
+        return Fixed(quantise(x, exponent, saturates=not fits), exponent)
 
     def weight(self, weight: Tensor, use: str, arrange: Arrange) -> Weight:
         """Return a weight as prepared matrices; those of a parameter are made once in a step."""
-        # A view does not outlive its pass. What is made of it must outlive `_factors`, whose keys are ids.
-        key = (id(weight), use) if isinstance(weight, nn.Parameter) else (len(self._weights), "view")
+        if not isinstance(weight, nn.Parameter):  # a view does not outlive its pass
+            return prepare_weight(self.products, weight, arrange)
+        key = id(weight), use
         if key not in self._weights:
             self._weights[key] = prepare_weight(self.products, weight, arrange)
         return self._weights[key]
-
-    def product_factor(self, first: Tensor, second: Tensor) -> Tensor:
-        """Return the factor of a product, computed once in a step; see `Pass`."""
-        key = id(first), id(second)
-        if self.starting or key not in self._factors:
-            self._factors[key] = product_factor(first, second)
-        return self._factors[key]
 
     def sum_over_samples(self, parameter: Tensor | None, *factors: int) -> int | None:
         """Return the number of the next sum; see `Pass`."""
@@ -136,6 +129,3 @@ class TrainingPass:
         """
         undefined = self.scales.now.amax() * 0  # zero, or not a number
         return [each.add_(undefined) for each in self.sums.gradients(self.scales.exponents)]
-
-
-_ZERO = torch.zeros((), dtype=torch.int64)

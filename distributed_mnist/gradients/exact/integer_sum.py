@@ -25,11 +25,11 @@ from .trial import refusal, require_exact_batch
 _FIRST_SAMPLES = 128
 """With these samples of a batch, every rank finds the scales that are not known yet."""
 _CHECKED_SAMPLES = 16
-_LEAST_PER_PASS, _MOST_PER_PASS = 128, 4096  # samples
-_ELEMENTS_PER_PASS = 2**19
+_LEAST_PER_PASS, _MOST_PER_PASS = 256, 4096  # samples
+_ELEMENTS_PER_PASS = 2**22
 """On a CPU, how many numbers become integers in a pass, if it has more samples than the least.
 
-A pass should fit the caches, but small ones cost more time than they compute."""
+A small pass costs more time than it computes, and a large one more memory than the caches have."""
 
 
 class ExactGradients:
