@@ -52,15 +52,17 @@ def test_the_exponent_above_is_the_smallest(x: float) -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.lists(FLOATS, min_size=1, max_size=8), st.integers(-LARGEST_EXPONENT, LARGEST_EXPONENT))
 def test_quantise_rounds_as_fractions_do(values: list[float], exponent: int) -> None:
-    found = quantise(as_tensor(*values), torch.tensor(exponent))
-    assert found.dtype == torch.int16
-    assert found.tolist() == [rounded(x, exponent) for x in values]
+    for known in (torch.tensor(exponent), exponent):
+        found = quantise(as_tensor(*values), known)
+        assert found.dtype == torch.int16
+        assert found.tolist() == [rounded(x, exponent) for x in values]
 
 
 def test_halves_are_rounded_to_even_and_large_values_saturate() -> None:
     values = as_tensor(0.5, 1.5, 2.5, -0.5, -1.5, LIMIT + 0.5, 1e30, -1e30, math.inf, -math.inf)
     expected = [0, 2, 2, 0, -2, LIMIT, LIMIT, -LIMIT, LIMIT, -LIMIT]
-    assert quantise(values, torch.tensor(0)).tolist() == expected
+    for exponent in (torch.tensor(0), 0):
+        assert quantise(values, exponent).tolist() == expected
 
 
 @settings(max_examples=100, deadline=None)
@@ -72,7 +74,8 @@ def test_a_scale_from_the_largest_magnitude_fits(values: list[float], bits: int)
     assert float(largest_magnitude(x)) == largest
     k = int(scale_exponent(largest_magnitude(x), bits))
     assert abs(k) <= LARGEST_EXPONENT
-    integers = [abs(q) for q in quantise(x, torch.tensor(k)).tolist()]
+    integers = [abs(q) for q in quantise(x, k).tolist()]
+    assert quantise(x, k, saturates=False).abs().tolist() == integers
     if k > -LARGEST_EXPONENT:
         assert max(integers) <= 2**bits
     if abs(k) < LARGEST_EXPONENT:

@@ -1,9 +1,12 @@
 """Test scales: which magnitudes decide them, and when."""
 
+import math
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distributed_mnist.exact.fixed_point import HEADROOM, LIMIT, OPERAND_BITS, quantise
+from distributed_mnist.exact.passes.training_pass import TrainingPass
 from distributed_mnist.exact.scales import Scales, sample_exponents
 
 
@@ -50,6 +53,14 @@ def test_there_is_headroom_and_then_values_saturate() -> None:
     scales = scales_with(just_below)
     assert integers(scales, 0, 1.99 * just_below, 3.98 * just_below, 4 * just_below)[2] == LIMIT
     assert LIMIT / 2 ** (OPERAND_BITS - HEADROOM) > 3.98
+
+
+def test_a_pass_saturates_what_is_too_large_and_only_that() -> None:
+    pass_ = TrainingPass(nn.Linear(1, 1), scales_with(1.0))
+    for largest in (LIMIT / 2**12, 8.0, 1e30, math.inf):
+        values = torch.tensor([largest, 1.0, -largest])
+        found = pass_.integers(values, 0).integers.tolist()
+        assert found == [LIMIT, 2**12, -LIMIT] == quantise(values, 12).tolist()
 
 
 def test_a_tensor_of_zeros_keeps_its_scale() -> None:

@@ -15,7 +15,7 @@ from distributed_mnist.common.digest import digest
 from distributed_mnist.common.placement import ALONE
 from distributed_mnist.distributed.world import World
 from distributed_mnist.errors import CheckpointError, UsageError
-from distributed_mnist.exact import products
+from distributed_mnist.exact.products import interface
 from distributed_mnist.exact.scales import Scales
 from distributed_mnist.gradients.exact import integer_sum, trial
 from distributed_mnist.gradients.exact.integer_sum import ExactGradients
@@ -164,7 +164,7 @@ def test_a_batch_whose_sums_may_round_is_refused_at_the_start(monkeypatch: pytes
 
 
 def test_a_layer_with_too_many_terms_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "MOST_TERMS", 15)
+    monkeypatch.setattr(interface, "MOST_TERMS", 15)
     with pytest.raises(UsageError, match=r"--model net: .* a sum of 16 products may round.*\(layer 5\)"):
         made(nn.Sequential(*[nn.Flatten()] * 5, nn.Linear(16, 2)))[0].prepare(
             lambda module, part: (logits := module(torch.ones(len(part), 16)), torch.ones_like(logits)),

@@ -19,7 +19,7 @@ from distributed_mnist.common.placement import ALONE
 from distributed_mnist.distributed.world import World
 from distributed_mnist.errors import UsageError, VerificationError
 from distributed_mnist.exact.products.float64 import Float64Products
-from distributed_mnist.exact.products.interface import Rows
+from distributed_mnist.exact.products.interface import Prepared, Rows
 from distributed_mnist.verify import command
 from distributed_mnist.verify.answer import ANSWER_FILE, job_sha256, read_answer, to_toml
 from distributed_mnist.verify.diagnosis import Report, Suspect, judge, suspect
@@ -227,9 +227,9 @@ def test_a_flipped_activation_names_its_layer() -> None:
 
 def test_a_machine_whose_products_are_always_wrong_names_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong(Float64Products):
-        def multiply(self, rows: Rows, prepared: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        def multiply(self, rows: Rows, prepared: Prepared, dtype: torch.dtype = torch.float32) -> Tensor:
             result = super().multiply(rows, prepared, dtype)
-            return result * 1.001 if prepared.shape == (10, 256) else result  # the last layer's
+            return result * 1.001 if prepared[0].shape == (10, 256) else result  # the last layer's
 
     monkeypatch.setattr("distributed_mnist.exact.passes.training_pass.products_for", lambda device: Wrong())
     _, fields = verify_with(World(ALONE, torch.device("cpu"), "none"), None)
