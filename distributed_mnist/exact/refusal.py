@@ -9,6 +9,13 @@ class Refused(Exception):
     """A model uses something that has no exact form. The text says what, without a name of the layer."""
 
 
+class OtherLayers(Refused):
+    """A pass uses other layers than the first pass did."""
+
+    def __init__(self) -> None:
+        super().__init__("layers that differ between images have no exact form")
+
+
 _ADVICE = {
     "batch_norm": "use GroupNorm or LayerNorm",
     "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell": "use attention or convolutions",

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_IMAGES = 2  # two images, as in the model's inspection
+_IMAGES = 7
+"""How many images pass through the model: a number that is hardly a factor of another size."""
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class Layer:
     """Its path in the model, such as `layers.0`; empty for the model itself."""
     type: str
     output: tuple[int | None, ...] | None
-    """Shape of its output, or of the first tensor in it, with None for the number of images. None if the
-    model does not call it."""
+    """Shape of its output, or of the first tensor in it, with None for the number of images. If its rows
+    are positions of images, their number follows. None if the model does not call it."""
     parameters: int
     """Number of its own parameters, without those of modules in it. Shared ones count where they come
     first, so that the sum over all layers is the total."""
@@ -31,7 +32,7 @@ class Layer:
 def layers_of(model: nn.Module, image_shape: Sequence[int], device: torch.device) -> list[Layer]:
     """Return all modules of a model, in the order in which it defines them, the model itself first.
 
-    It makes one pass in training mode, over two random images of `image_shape`, which may change the
+    It makes one pass in training mode, over a few random images of `image_shape`, which may change the
     model's buffers.
     """
     outputs: dict[nn.Module, list[Any]] = {module: [] for module in model.modules()}
@@ -59,8 +60,11 @@ def layers_of(model: nn.Module, image_shape: Sequence[int], device: torch.device
 def _shape(output: Any) -> tuple[int | None, ...] | None:
     """Return the shape of a module's output, or of the first tensor in it; None if there is none."""
     if isinstance(output, Tensor):
-        first, *others = output.shape or (None,)
-        return (None if first == _IMAGES else first, *others)
+        first, *others = output.shape or (1,)
+        positions, rest = divmod(first, _IMAGES)
+        if rest or not positions:
+            return tuple(output.shape)
+        return (None, *((positions,) if positions > 1 else ()), *others)
     values = output.values() if isinstance(output, dict) else output
     inner = map(_shape, values) if isinstance(values, (tuple, list, type({}.values()))) else ()
     return next((shape for shape in inner if shape is not None), None)

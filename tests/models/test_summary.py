@@ -8,6 +8,8 @@ from distributed_mnist.models.build import build
 from distributed_mnist.models.summary import Layer, layers_of
 from distributed_mnist.models.zoo import MODELS
 
+CPU = torch.device("cpu")
+
 
 class Odd(nn.Module):
     """One layer called twice, one twice in the model, one that is never called, one with two outputs."""
@@ -31,7 +33,7 @@ class Odd(nn.Module):
 
 def test_a_model_with_odd_layers() -> None:
     model = Odd()
-    layers = layers_of(model, MNIST_SHAPE, torch.device("cpu"))
+    layers = layers_of(model, MNIST_SHAPE, CPU)
     assert layers == [
         Layer("", "Odd", (None, 10), 3, 1),
         Layer("twice", "Linear", (None, 784), 784 * 785, 2),
@@ -48,6 +50,24 @@ def test_a_model_with_odd_layers() -> None:
 def test_the_parameters_of_our_models_add_up() -> None:
     for name in MODELS:
         model = build(name, 10, seed=0)
-        layers = layers_of(model, MNIST_SHAPE, torch.device("cpu"))
+        layers = layers_of(model, MNIST_SHAPE, CPU)
         assert layers[0].output == (None, 10)
         assert sum(layer.parameters for layer in layers) == sum(p.numel() for p in model.parameters())
+
+
+def test_rows_that_are_positions_of_images() -> None:
+    layers = {layer.name: layer for layer in layers_of(MODELS["cnn-small"](10), MNIST_SHAPE, CPU)}
+    assert layers["layers.0"].output == (None, 10, 10, 16)
+    assert layers["layers.0.product"].output == (None, 100, 16)
+
+
+class Constant(nn.Linear):
+    """Its output has no images."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.weight
+
+
+def test_an_output_without_images() -> None:
+    layers = layers_of(Constant(5, 3), MNIST_SHAPE, CPU)
+    assert layers[0].output == (3, 5)

@@ -8,9 +8,7 @@ from torch import Tensor
 
 from ..fixed_point import Exponent, power_of_two
 from ..parameter_views import View, gathered, most_copies
-from ..refusal import Refused
-
-OTHER_LAYERS = Refused("layers that differ between images have no exact form")
+from ..refusal import OtherLayers
 
 
 class _Sum(NamedTuple):
@@ -75,7 +73,7 @@ class SampleSums:
         if not self._complete and number == len(self._sums):
             self._sums.append(_Sum(index, factors, self.flat))
         if number >= len(self._sums) or self._sums[number][:2] != (index, factors):
-            raise OTHER_LAYERS
+            raise OtherLayers
         return number
 
     def add(self, number: int, integers: Tensor) -> None:

@@ -5,10 +5,10 @@ from torch import Tensor, nn
 from ..fixed_point import LIMIT, power_of_two, quantise
 from ..parameter_views import View, attached_view
 from ..products.choice import products_for
-from ..refusal import Refused
+from ..refusal import OtherLayers, Refused
 from ..scales import Scales
 from .interface import Arrange, Draw, Fixed, Weight
-from .sample_sums import OTHER_LAYERS, SampleSums
+from .sample_sums import SampleSums
 from .weights import prepare_weight
 
 
@@ -56,7 +56,7 @@ class TrainingPass:
     def end_pass(self) -> None:
         """End a pass. Raises `Refused` if it used other layers than the first one."""
         if self._counts not in (None, (self.tensors, self.sums.count())):
-            raise OTHER_LAYERS
+            raise OtherLayers
 
     def end_first_pass(self) -> None:
         """Make room for the sums that the first pass has found."""
@@ -68,7 +68,7 @@ class TrainingPass:
         self.tensors += 1
         if self.tensors > len(self.scales):
             if self._counts is not None:
-                raise OTHER_LAYERS
+                raise OtherLayers
             self.scales.extend(self.tensors)
             self.scales.exponents.append(0)
         return self.tensors - 1
