@@ -1,5 +1,6 @@
 """Test exact products against Python's integers, with the magnitudes that come closest to the limits."""
 
+import time
 from collections.abc import Sequence
 from typing import cast
 
@@ -27,7 +28,7 @@ from distributed_mnist.exact.refusal import Refused
 
 CPU = torch.device("cpu")
 WAYS: list[Products] = [Float64Products()]
-if isinstance(products_for(CPU), Int8Products):
+if choice._is_exact(Int8Products(), CPU):
     WAYS.append(Int8Products())
 ways = pytest.mark.parametrize("way", WAYS, ids=lambda way: type(way).__name__)
 # At the limits of an operand, of its low slice, and of its high slice.
@@ -191,4 +192,20 @@ def test_a_way_that_is_not_exact_is_not_used(
     assert choice._is_exact(Float64Products(), CPU)
     assert not choice._is_exact(cast(Products, wrong()), CPU)
     monkeypatch.setattr(choice, "Int8Products", wrong)
+    assert isinstance(products_for.__wrapped__(CPU), Float64Products)
+
+
+class Slow(Int8Products):
+    """A build of torch without oneDNN, as on Macs: int8 are multiplied in a plain loop."""
+
+    def multiply(self, rows: Rows, prepared: Prepared, dtype: torch.dtype = torch.float32) -> Tensor:
+        until = time.thread_time() + 0.01
+        while time.thread_time() < until:
+            pass
+        return super().multiply(rows, prepared, dtype)
+
+
+def test_a_slow_way_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_is_exact", lambda *_: True)
+    monkeypatch.setattr(choice, "Int8Products", Slow)
     assert isinstance(products_for.__wrapped__(CPU), Float64Products)
