@@ -1,4 +1,4 @@
-"""Sums along one dimension of a tensor in a fixed order, and the softmax made of them.
+"""Sums along one dimension of a tensor in a fixed order, the softmax made of them, and the first maximum.
 
 torch's `sum` adds in an order that depends on the processor, on strides and on the other dimensions. Here
 the second half of the terms is added to the first, element by element, until one term is left. The order
@@ -6,6 +6,7 @@ depends on the number of terms alone, so a sample's result does not depend on th
 for sums within a sample; sums over the samples of a batch are sums of integers, see `products`.
 """
 
+import torch
 from torch import Tensor
 
 from .elementary import exp, log
@@ -39,3 +40,15 @@ def log_softmax(logits: Tensor, dim: int) -> Tensor:
     """Return the logarithms of `softmax`, float64, from float64 logits."""
     shifted = logits - logits.amax(dim, keepdim=True)
     return shifted.sub_(log(sum_over(exp(shifted), dim)).unsqueeze(dim))
+
+
+def first_largest(values: Tensor, dim: int) -> Tensor:
+    """Return the first place of the largest value along a dimension, int64; the last place if one is NaN.
+
+    torch's `argmax` may return another place of equal values.
+    """
+    shape = [1] * values.ndim
+    shape[dim] = -1
+    places = torch.arange(values.shape[dim], device=values.device).view(shape)
+    is_largest = values == values.amax(dim, keepdim=True)
+    return torch.where(is_largest, places, values.shape[dim] - 1).amin(dim)

@@ -23,7 +23,7 @@ from ..data.split import Split, normalise
 from ..distributed.world import World
 from ..errors import UsageError
 from ..exact.loss import cross_entropy
-from ..exact.ordered_sums import softmax, sum_over
+from ..exact.ordered_sums import first_largest, softmax, sum_over
 from ..gradients.agreement import Results, compare
 from ..gradients.exact.parts import Parts
 from ..models.build import forward, same_modes
@@ -144,11 +144,8 @@ def _score_exactly(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tens
     Of equal logits the first is the highest; if one is not a number, the last class is predicted.
     """
     losses, _ = cross_entropy(logits, labels)
-    is_highest = logits == logits.amax(1, keepdim=True)
-    classes = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
-    predicted = torch.where(is_highest, classes, logits.shape[1] - 1).amin(1)
     probabilities = softmax(logits.double(), 1)
-    return sum_over(losses.double(), 0), probabilities.amax(1), predicted
+    return sum_over(losses.double(), 0), probabilities.amax(1), first_largest(logits, 1)
 
 
 def _require_same_logits(

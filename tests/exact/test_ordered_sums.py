@@ -2,10 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from distributed_mnist.exact.ordered_sums import log_softmax, softmax, sum_over
+from distributed_mnist.exact.ordered_sums import first_largest, log_softmax, softmax, sum_over
 
 NOISE = torch.randn(7, 13, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -57,3 +58,12 @@ def test_softmax_of_masked_positions() -> None:
     """Attention masks with minus infinity."""
     p = softmax(torch.tensor([1.0, -math.inf, 1.0, -math.inf], dtype=torch.float64), 0)
     assert p.tolist() == [0.5, 0, 0.5, 0]
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_the_first_of_equal_maxima(dim: int) -> None:
+    values = torch.randint(3, (4, 5, 6), generator=torch.Generator().manual_seed(0)).float()
+    expected = np.argmax(values.numpy(), axis=dim)  # of equal values the first, by NumPy's documentation
+    assert first_largest(values, dim).tolist() == expected.tolist()
+    values.select(dim, 1)[0, 0] = math.nan
+    assert first_largest(values, dim)[0, 0] == values.shape[dim] - 1

@@ -161,7 +161,13 @@ def test_mps_is_refused_on_all_ranks_of_a_mixed_group() -> None:
 
 def settings_of_a_run_as_on_a_gpu(world: World, options: dict[str, Any]) -> list[Any]:
     """Train on the CPU with the settings used on a GPU. Return them, and those after the run."""
-    compiler = ("torch._dynamo", "torch._inductor", "sympy", "triton")
+    compiler = (
+        "torch._dynamo",
+        "torch._inductor",
+        "torch.fx.experimental.symbolic_shapes",
+        "sympy",
+        "triton",
+    )
     for name in {*compiler, *(name for name in sys.modules if name.startswith(compiler))}:
         sys.modules[name] = None  # type: ignore[assignment] # an import of it fails
     use_threads, found = preparation.use_threads, list[Any]()

@@ -13,7 +13,7 @@ from ..parameter_views import follow
 from ..passes.interface import Pass
 from ..products.interface import require_exact
 from ..refusal import Refused
-from .broadcasting import elementwise, expanded
+from .broadcasting import broadcast_shape, elementwise, expanded
 from .dropout import dropout
 from .linear import linear
 from .reductions import mean
@@ -102,7 +102,7 @@ def matmul(pass_: Pass, left: Tensor, right: Tensor) -> Tensor:
         return linear(pass_, right.transpose(-1, -2), left).transpose(-1, -2)
     if pass_.view_of(left) is not None or pass_.view_of(right) is not None:
         raise Refused("a product with a parameter that is not a matrix has no exact form")
-    batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    batch = broadcast_shape(left.shape[:-2], right.shape[:-2])
     left, right = (
         expanded(pass_, each, torch.Size((*batch, *each.shape[-2:]))).expand(*batch, -1, -1)
         for each in (left, right)

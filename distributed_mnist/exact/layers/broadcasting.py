@@ -7,6 +7,7 @@ otherwise within a sample.
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,12 +29,20 @@ def elementwise(pass_: Pass, function: Callable[..., Any], *args: Any, **kwargs:
     tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
     if not any(each.requires_grad for each in tensors):
         return function(*args, **kwargs)
-    shape = torch.broadcast_shapes(*(each.shape for each in tensors))
+    shape = broadcast_shape(*(each.shape for each in tensors))
 
     def expand(each: Any) -> Any:
         return expanded(pass_, each, shape) if isinstance(each, Tensor) else each
 
     return function(*map(expand, args), **{name: expand(each) for name, each in kwargs.items()})
+
+
+def broadcast_shape(*shapes: torch.Size) -> torch.Size:
+    """Return the shape to which these are broadcast. Raises ValueError if there is none.
+
+    `torch.broadcast_shapes` would import a library for symbolic algebra.
+    """
+    return torch.Size(np.broadcast_shapes(*shapes))
 
 
 def expanded(pass_: Pass, x: Tensor, shape: torch.Size) -> Tensor:

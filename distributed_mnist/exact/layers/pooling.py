@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ordered_sums import first_largest
 from ..passes.interface import Pass
 from ..refusal import Refused
 from .convolution import Pair, Window, pair
@@ -49,18 +50,12 @@ def _first_wins(device: torch.device) -> bool:
             window = Window(kernel, kernel, (0, 0), (1, 1))
             slices = window.slices(*x.shape[2:])
             stacked = torch.stack([x[:, :, vertical, horizontal] for vertical, horizontal in slices])
-            expected = _first_largest(stacked)
+            expected = first_largest(stacked, 0)
             _, indices = F.max_pool2d(x, kernel, return_indices=True)
             row, column = indices // x.shape[3] % kernel[0], indices % x.shape[3] % kernel[1]
             if not torch.equal(row * kernel[1] + column, expected):
                 return False
     return True
-
-
-def _first_largest(x: Tensor) -> Tensor:
-    """Return the first place of the largest value along the first dimension, int64."""
-    places = torch.arange(len(x), device=x.device).view(-1, *(1,) * (x.ndim - 1))
-    return torch.where(x == x.amax(0), places, len(x)).amin(0)
 
 
 class MaxPool(torch.autograd.Function):

@@ -151,7 +151,7 @@ class ExactGradients:
             part = range(start, min(start + per_pass, samples.stop))
             try:
                 logits, gradient = forward_shards(self._module, part)
-                torch.autograd.backward([logits], [gradient])
+                (logits * gradient).sum().backward()  # see `per_shard.backpropagate`
                 self._pass.end_pass()
             except Refused as error:  # for these images only
                 refused = refusal(error, self._module.model, self._name)

@@ -97,7 +97,7 @@ def _sums_of_cuts(
         module.key_draws("trial", first=samples.start)
         logits = module(images[samples.start : samples.stop].clone())
         weights = normal((len(images), logits.shape[1]), "trial's loss").to(logits)
-        torch.autograd.backward([logits], [weights[samples.start : samples.stop]])
+        (logits * weights[samples.start : samples.stop]).sum().backward()  # see `per_shard.backpropagate`
         pass_.end_pass()
 
     pass_.begin_step()
