@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from ..common.compute_platform import multiplies_bf16
 from ..config import describe_shape
 from ..data.broadcast import Data, broadcast_dataset
 from ..data.catalog import NAMES
@@ -16,6 +17,7 @@ from ..data.datasets import Dataset, load
 from ..data.download_progress import DataProgress
 from ..distributed.world import World
 from ..errors import CheckpointError, DataError
+from ..gradients.cross_check import all_true
 from ..reporting.confusion import per_class, table
 from ..runs.run_files import config_in
 from ..training.evaluate import Evaluation, evaluate
@@ -44,16 +46,21 @@ def evaluate_checkpoint(
     in_exact = trained.recipe.precision == "exact"  # the same on every platform
     # Otherwise a difference is a notice only: each image counts once, on whichever rank.
     notices = [] if in_exact else require_same_platform(world, "ddp")
+    exact = in_exact or (trained.recipe.sync == "tree" and not notices)
+    if trained.recipe.precision == "bf16" and not all_true(world, multiplies_bf16(world.device)):
+        notices.append(
+            "this network was trained in bf16, which this hardware emulates: scoring is slow here"
+        )
+    if world.rank == 0:
+        for notice in notices:
+            console.print(f"note: {notice}", soft_wrap=True)
     data = broadcast_dataset(world, lambda: load_dataset(trained, dataset, folder, console))
     start = time.perf_counter()
     same_data = dataset is None and folder is None
-    exact = in_exact or (trained.recipe.sync == "tree" and not notices)
     result = evaluate_trained(trained, data, world, require_training_data=same_data, exact=exact)
     seconds = time.perf_counter() - start
     content, is_ours = trained.content, trained.content["recipe"] is not None
     if world.rank == 0:
-        for notice in notices:
-            console.print(f"note: {notice}", soft_wrap=True)
         line = Text.assemble(
             (trained.title, "bold"),
             ": test accuracy ",
