@@ -38,7 +38,7 @@ def trained_by_a_group(digits: Path, out: Path, devices: list[str], *more: objec
     with contextlib.ExitStack() as running:
         programs = [
             running.enter_context(
-                Program([*DMNIST, *words(digits, out, device), *more], RANK=str(rank), **where)
+                Program([*DMNIST, *words(digits, out, device), *more], cwd=None, RANK=str(rank), **where)
             )
             for rank, device in enumerate(devices)
         ]
