@@ -20,13 +20,15 @@ from ..common.placement import usable_cores
 from ..config import load_recipe
 from ..errors import OutputError, reason
 from ..reporting.console import make_console, print_json
-from .sections import SECTIONS, Bench, Plan
+from .sections import ONLY_ON_GPUS, SECTIONS
+from .session import Bench, Gpus, Plan, find_gpus
 
 
 def run(*, sections: Sequence[str], out: Path | None, as_json: bool, **flags: Any) -> int:
     """Measure, show the results, and return the exit code. Raises `UsageError` for too many processes.
 
-    `sections` are names of `SECTIONS`; empty for all of them.
+    `sections` are names of `SECTIONS`; empty for all of them. Raises `LaunchError` if this host lacks the
+    device.
     """
     plan = Plan(**flags)
     recipe = load_recipe(plan.recipe)
@@ -35,11 +37,11 @@ def run(*, sections: Sequence[str], out: Path | None, as_json: bool, **flags: An
     console = make_console(stderr=as_json)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="dmnist-bench-")))
-        bench = Bench(plan, console, folder)
-        bench.results["machine"] = machine()
+        bench = Bench(plan, console, folder, find_gpus(plan.device))
+        bench.results["machine"] = machine(bench.gpus)
         console.print(", ".join(bench.results["machine"].values()))
-        for name in sections or SECTIONS:
-            bench.measure(name)
+        for name in sections or [name for name in SECTIONS if bench.gpus or name not in ONLY_ON_GPUS]:
+            bench.measure(name, SECTIONS[name])
         if out is not None:
             save(bench.results, out, console)
     if as_json:
@@ -47,9 +49,10 @@ def run(*, sections: Sequence[str], out: Path | None, as_json: bool, **flags: An
     return 0
 
 
-def machine() -> dict[str, str]:
-    """Describe the machine."""
+def machine(gpus: Gpus | None) -> dict[str, str]:
+    """Describe the machine, with the GPUs that are measured."""
     return {
+        **({"gpus": f"{gpus.count} × {gpus.name}"} if gpus else {}),  # noqa: RUF001
         "processor": platform.processor() or platform.machine(),
         "cores": f"{usable_cores()} cores",
         "system": f"{platform.system()} {platform.release()}",

@@ -35,14 +35,20 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 def _scaling(results: dict[str, Any], ax: Axes) -> None:
     rows = results["scaling"]["rows"]
-    for method, color in _METHOD_COLORS.items():
-        method_rows = [row for row in rows if row["way"] == method]
-        sizes = [row["nproc"] for row in method_rows]
-        speeds = [row["images_per_second"] for row in method_rows]
+    ways = [(way, color, "-") for way, color in _METHOD_COLORS.items()]
+    ways += [(f"{way}, eager", color, "--") for way, color, _ in ways]  # measured on GPUs only
+    for way, color, line in ways:
+        way_rows = [row for row in rows if row["way"] == way]
+        if not way_rows:
+            continue
+        sizes = [row["nproc"] for row in way_rows]
+        speeds = [row["images_per_second"] for row in way_rows]
         below = [speed["median"] - speed["min"] for speed in speeds]
         above = [speed["max"] - speed["median"] for speed in speeds]
         medians = [speed["median"] for speed in speeds]
-        ax.errorbar(sizes, medians, [below, above], color=color, marker="o", capsize=3, label=method)
+        ax.errorbar(
+            sizes, medians, [below, above], color=color, linestyle=line, marker="o", capsize=3, label=way
+        )
     recipe = results["scaling"]["recipe"]
     ax.set(xlabel="processes", ylabel="images/s", title=f"Throughput, recipe {recipe}")
     ax.set_xticks(sorted({row["nproc"] for row in rows}))

@@ -66,6 +66,14 @@ class TimedTraining:
         return self.record.steps[-1]["time"] - self.began - self.first_step_seconds
 
     @property
+    def images_per_second(self) -> float:
+        """Images per second after the first sync point, if there is another: the first step is slow."""
+        intervals = self.record.steps[1:] or self.record.steps
+        seconds = [len(interval["losses"]) * interval["seconds"]["step"] for interval in intervals]
+        images = [rate["images_per_second"] * took for rate, took in zip(intervals, seconds, strict=True)]
+        return sum(images) / sum(seconds)
+
+    @property
     def parts(self) -> dict[str, float]:
         """Seconds per step of each part of a step, from the longest interval between two sync points."""
         longest = max(self.record.steps, key=lambda event: len(event["losses"]))

@@ -118,21 +118,23 @@ class Verify(CommonFlags):
             Injection.parse(self.inject)
 
 
-SECTIONS = ("startup", "data", "scaling", "exchange", "time-to-99")
+SECTIONS = ("startup", "data", "scaling", "exchange", "time-to-99", "recipes")
 """The sections of `dmnist bench`, in the order in which it measures them."""
 
 
 @dataclass(frozen=True)
 class Bench(CommonFlags):
     """Benchmark this machine: startup, data loading, throughput and scaling compared to a plain training
-    loop, gradient exchange, and time to 99 % accuracy. Takes a few minutes on an otherwise idle machine."""
+    loop, gradient exchange, and time to 99 % accuracy. Takes a few minutes on an otherwise idle machine. On
+    a GPU, measures steps with and without CUDA graphs, and every recipe."""
 
     sections: tyro.conf.Positional[tuple[str, ...]] = ()
-    """What to measure: startup, data, scaling, exchange, time-to-99 (default: all)."""
+    """What to measure: startup, data, scaling, exchange, time-to-99, recipes (default: all; on a CPU, all
+    but recipes, which takes many minutes there)."""
     recipe: str = "default"
     """Recipe for startup and scaling."""
     nproc: int | None = None
-    """Measure with 1, 2, ... up to N processes (default: one per core, at most 4)."""
+    """Measure with 1, 2, ... up to N processes (default: one per GPU, or one per core and at most 4)."""
     runs: Annotated[int, tyro.conf.arg(metavar="N")] = 3
     """Number of repetitions of each measurement."""
     seeds: int = 5
@@ -145,6 +147,9 @@ class Bench(CommonFlags):
     """Data folder. Missing files are downloaded into it."""
     out: Path | None = None
     """Folder for the results (bench.json) and their plot (bench.svg)."""
+    device: Device = "auto"
+    """auto measures a GPU or other accelerator if there is one; cpu always measures the CPU; cuda, mps or
+    xpu demand an accelerator of this kind."""
 
     def __post_init__(self) -> None:
         """Raise `UsageError` for invalid values."""

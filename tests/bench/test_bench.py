@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from ranks import WarmProgram, dmnist
 
-from distributed_mnist.bench import sections, timed_runs
+from distributed_mnist.bench import sections, throughput, timed_runs
 from distributed_mnist.bench.timed_runs import ratios, summary
 from distributed_mnist.cli import flags_train, main
 from distributed_mnist.errors import DmnistError
@@ -70,7 +70,7 @@ def bench(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> B
 def test_startup(bench: Bench) -> None:
     """All these programs are fresh ones."""
     rows = bench.measured("startup", "Start-up, from the command to the first step", nproc=1)
-    import_torch = rows["python -c 'import torch'"]["seconds"]["median"]
+    import_torch = rows['python -c "import torch"']["seconds"]["median"]
     assert rows.keys() >= {"dmnist --help", "dmnist train --nproc 1"}
     for row in rows.values():
         assert row["ratio"]["median"] == pytest.approx(row["seconds"]["median"] / import_torch)
@@ -107,7 +107,7 @@ def warm_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return ended.stdout
 
     monkeypatch.setattr(timed_runs, "output", output)
-    monkeypatch.setattr(sections, "output", output)
+    monkeypatch.setattr(throughput, "output", output)
 
 
 @pytest.mark.slow
@@ -163,7 +163,9 @@ def test_exchange(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_time_to_99(bench: Bench, warm_programs: None) -> None:
-    rows = bench.measured("time-to-99", "Recipe fast")
+    results = bench.measured("time-to-99", "Recipe fast")
+    assert results.keys() == {"nproc", "seeds", "tree"}
+    rows = results["tree"]
     accuracy = rows["test accuracy, %"]
     assert accuracy["n"] == 2
     assert accuracy["min"] <= accuracy["mean"] <= accuracy["max"]

@@ -29,7 +29,7 @@ ELSEWHERE = {
     r"dmnist export runs/fast --format onnx torch safetensors": (
         "export/test_export.py::test_the_same_network_gives_the_same_file"
     ),
-    r"make \w+( \w+=\S+)?": "documents/test_documents.py::test_make_targets_exist",
+    r"make [\w-]+( \w+=\S+)?": "documents/test_documents.py::test_make_targets_exist",
     r"pip install .*": "test_packaging.py::test_installed_alone_it_trains",
     r"dmnist (train .* --detach|watch runs/background|stop .*)": (
         "cli/test_stop.py::test_a_run_in_the_background_is_stopped_and_comes_to_the_same"
@@ -38,6 +38,9 @@ ELSEWHERE = {
     r"kill -9 PID": "launcher/test_restart.py::test_one_rank_is_killed",
     r"dmnist bench": "bench/test_bench.py::test_startup",
     r"dmnist bench scaling": "bench/test_bench.py::test_scaling",
+    r"dmnist bench startup .* --out DIR": (
+        "bench/test_bench_on_gpus.py::test_scaling_compares_graphs_with_eager_steps"
+    ),
     r"dmnist verify( --minutes \d+ --json)?": (
         "verify/test_known_answer.py::test_two_ranks_find_a_wrong_sum_and_name_the_link"
     ),

@@ -5,14 +5,19 @@
 
 import contextlib
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import DMNIST, Finished, Program, free_port, run
+import user_models
+from ranks import DMNIST, Finished, Program, events, free_port, run
 
 COUNT = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+HAS_GRAPHS = torch.cuda.is_available()
+EAGER = ("--cuda-graphs", "off")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(COUNT == 0, reason="torch finds no accelerator here, or pytest ran without -m gpu"),
@@ -47,12 +52,58 @@ def trained_by_a_group(digits: Path, out: Path, devices: list[str], *more: objec
     return ended.json()
 
 
+def captured(out: Path) -> bool:
+    """Whether a run repeated whole steps with one launch."""
+    return any("graph" in event["seconds"] for event in events(out) if event["event"] == "steps")
+
+
 @pytest.mark.parametrize("recipe", ["classic", "default", "fast"])
-def test_the_same_bits_every_time(recipe: str, digits: Path, tmp_path: Path) -> None:
-    first, second = (trained(digits, tmp_path / name, "--recipe", recipe) for name in ("a", "b"))
+def test_the_same_bits_every_time_with_and_without_graphs(
+    recipe: str, digits: Path, tmp_path: Path
+) -> None:
+    options = ["--recipe", recipe]
+    first, second = (trained(digits, tmp_path / name, *options) for name in ("a", "b"))
+    eager = trained(digits, tmp_path / "eager", *options, *EAGER)
     assert first["device"] != "cpu"
-    assert first["weights_sha256"] == second["weights_sha256"]
-    assert first["test_loss"] == second["test_loss"]
+    assert first["weights_sha256"] == second["weights_sha256"] == eager["weights_sha256"]
+    assert first["test_loss"] == second["test_loss"] == eager["test_loss"]
+    assert captured(tmp_path / "a") == HAS_GRAPHS
+    assert not captured(tmp_path / "eager")
+
+
+def test_ddp_computes_the_same_with_and_without_graphs(digits: Path, tmp_path: Path) -> None:
+    options = ["--recipe", "default", "--sync", "ddp"]
+    graphs, eager = (
+        trained(digits, tmp_path / "a", *options),
+        trained(digits, tmp_path / "b", *options, *EAGER),
+    )
+    assert graphs["samples_sha256"] == eager["samples_sha256"]
+    assert abs(graphs["test_accuracy"] - eager["test_accuracy"]) < 0.1
+    assert captured(tmp_path / "a") == HAS_GRAPHS
+
+
+def test_a_model_that_is_not_captured_says_so(digits: Path, tmp_path: Path) -> None:
+    path = os.pathsep.join([str(Path(user_models.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    model = ["--recipe", "classic", "--model", "user_models:dropout"]
+    ended = run([*DMNIST, *words(digits, tmp_path / "run", "auto"), *model], PYTHONPATH=path)
+    assert ended.json()["device"] != "cpu"
+    notice = "steps are not captured as graphs: --model user_models:dropout is your own"
+    assert (notice in ended.stderr) == HAS_GRAPHS
+    assert not captured(tmp_path / "run")
+
+
+IMPORTED = """
+import sys
+from distributed_mnist import train
+train("fast", dataset="generated", train_size=2048, test_size=64, steps=6, batch_size=512, out=sys.argv[1])
+print([name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules])
+"""
+
+
+def test_a_run_does_not_import_the_compiler_of_torch(tmp_path: Path) -> None:
+    ended = run([sys.executable, "-c", IMPORTED, tmp_path / "run"])
+    assert (ended.code, ended.stdout) == (0, "[]\n"), ended
+    assert captured(tmp_path / "run") == HAS_GRAPHS
 
 
 @pytest.mark.skipif(COUNT < 2, reason="needs two accelerators")
@@ -80,8 +131,11 @@ def test_exact_arithmetic_has_one_hash_on_all_devices(recipe: str, digits: Path,
         digits, tmp_path / "mixed", ["cpu", "auto", "cpu"], *options, "--balance", "auto"
     )
     assert mixed["device"] == f"2 on cpu, 1 on {there['device']}"
-    assert on_cpu["weights_sha256"] == there["weights_sha256"] == mixed["weights_sha256"]
-    assert on_cpu["test_loss"] == there["test_loss"] == mixed["test_loss"]
+    eager = trained(digits, tmp_path / "eager", *options, *EAGER)
+    assert captured(tmp_path / "auto") == HAS_GRAPHS
+    for result in (there, mixed, eager):
+        assert result["weights_sha256"] == on_cpu["weights_sha256"]
+        assert result["test_loss"] == on_cpu["test_loss"]
 
 
 def test_an_exact_run_moves_between_devices(digits: Path, tmp_path: Path) -> None:
@@ -138,3 +192,17 @@ def test_the_doctor_names_it() -> None:
     devices = next(one for one in json.loads(ended.stdout)["findings"] if one["name"] == "devices")
     assert devices["verdict"] == "good"
     assert not devices["value"].startswith("CPU")
+
+
+def test_it_computes_the_known_answer() -> None:
+    ended = dmnist("verify", "--json")
+    assert ended.json()["passed"], ended
+
+
+@pytest.mark.skipif(not HAS_GRAPHS, reason="its DistributedDataParallel needs CUDA and NCCL")
+def test_the_plain_loop_of_bench_runs_on_it(digits: Path) -> None:
+    words = ["--dataset", "idx", "--data", digits, "--model", "cnn", "--device", "cuda", "--epochs", "2"]
+    ended = run([sys.executable, "-m", "distributed_mnist.bench.baseline", *words])
+    measured = ended.json()
+    assert measured["images_per_second"] > 0
+    assert len(measured["epochs"]) == 2
