@@ -11,6 +11,7 @@ from torch import Tensor
 Tensors = list[Tensor]
 Number = float | Tensor
 """A Python number, or a scalar tensor on the device of the parameters."""
+_ONE = torch.ones(())  # torch would convert a Python number again in each call
 EPSILON = 1e-8
 """Added to the root of Adam's mean square."""
 
@@ -45,7 +46,7 @@ def _step(
 ) -> None:  # fmt: skip
     if steps[0].is_cpu:  # on CPU one call for all of them takes longer
         for step in steps:
-            step.add_(1)
+            step.add_(_ONE)
     else:
         torch._foreach_add_(steps, 1)
     (lr,), (beta1, beta2) = numbers, betas

@@ -38,7 +38,6 @@ class Optimizer(torch.optim.Optimizer):
         self.kernels = kernels
         super().__init__(parameters, defaults)
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every parameter; each must have a `grad`. `closure` is not used."""
         self.apply(self.next_numbers())
@@ -76,12 +75,12 @@ class Optimizer(torch.optim.Optimizer):
 
     def adam_numbers(self, parameters: list[Tensor], group: Group) -> list[float]:
         """Return the numbers of a step of Adam. `adam_ratio` multiplies the learning rate."""
-        state = self.state
-        for p in parameters:
-            if "step" not in state[p]:
-                state[p]["step"] = self.new_count(p)
-                state[p]["exp_avg"], state[p]["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        steps = [state[p]["step"] for p in parameters]
+        states = [self.state[p] for p in parameters]
+        for p, state in zip(parameters, states, strict=True):
+            if "step" not in state:
+                state["step"] = self.new_count(p)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        steps = [state["step"] for state in states]
         lr = group["lr"] * group.get("adam_ratio", 1)
         return self.kernels.adam_numbers(
             lr=lr, steps=steps, betas=group["betas"], weight_decay=group["weight_decay"]
@@ -96,8 +95,9 @@ class Optimizer(torch.optim.Optimizer):
         numbers: Sequence[Number],
     ) -> None:
         """Take Adam's step with one of the kernels."""
+        states = [self.state[p] for p in parameters]
         means, squares, steps = (
-            [self.state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq", "step")
+            [state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")
         )
         kernel(
             parameters, gradients, means, squares, steps, numbers,
