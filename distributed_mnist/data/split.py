@@ -1,7 +1,6 @@
 """Hold labelled images on a rank's device, and normalise pixels to a network's input."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -41,11 +40,4 @@ def normalise(images: Tensor, mean: float, std: float) -> Tensor:
     `(m, h, w)` becomes float32 `(m, 1, h, w)`, and `(m, h, w, 3)` becomes `(m, 3, h, w)`, contiguous.
     """
     pixels = channels_first(images).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    factor, shift = _as_tensors(1 / (255 * std), mean / std)
-    return pixels.mul_(factor).sub_(shift)
-
-
-@lru_cache
-def _as_tensors(*values: float) -> list[Tensor]:
-    """Return float32 scalars on the CPU: torch would convert a Python number again in each call."""
-    return [torch.tensor(value) for value in values]
+    return pixels.mul_(1 / (255 * std)).sub_(mean / std)
