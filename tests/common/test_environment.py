@@ -1,6 +1,9 @@
 """Environment variables of workers, and variables that bind threads to cores."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,3 +80,31 @@ def test_threads_that_wait_sleep_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     environment.wait_briefly()
     assert os.environ["GOMP_SPINCOUNT"] == "7"
+
+
+_HEAP_FLAGS = """
+import ctypes, re
+from distributed_mnist.common import environment
+
+environment.keep_memory()
+malloc = ctypes.CDLL(None).malloc
+malloc.argtypes, malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+middle = malloc(8 * 2**20) + 4 * 2**20  # the first pages of 4 KiB lie before those of 2 MiB
+flags = ""
+for line in open("/proc/self/smaps"):
+    if area := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+        inside = int(area[1], 16) <= middle < int(area[2], 16)
+    elif line.startswith("VmFlags") and inside:
+        flags = line
+print(flags)
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no huge pages"
+)
+def test_the_heap_gets_huge_pages() -> None:
+    flags = subprocess.run(
+        [sys.executable, "-c", _HEAP_FLAGS], capture_output=True, text=True, check=True
+    ).stdout
+    assert "hg" in flags.split(), flags
