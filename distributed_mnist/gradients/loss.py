@@ -1,6 +1,7 @@
 """Compute the cross-entropy and its gradient from their formulas, which is faster than autograd."""
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -53,14 +54,20 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> tup
         rows = F.pad(rows, (0, _ROW_MULTIPLE - count % _ROW_MULTIPLE))
     log_p = rows.log_softmax(0)
     label = labels.unsqueeze(0)
-    losses = log_p.gather(0, label).squeeze(0) * (smoothing - 1)
+    losses = log_p.gather(0, label).squeeze(0) * _as_tensor(smoothing - 1)
     if smoothing:
         losses -= _sum_in_order(log_p)[:count] * (smoothing / classes)
     p = log_p.exp_()
-    p.scatter_(0, label, p.gather(0, label) - (1 - smoothing))
+    p.scatter_(0, label, p.gather(0, label) - _as_tensor(1 - smoothing))
     if smoothing:
         p -= smoothing / classes
     return losses, p[:, :count].t().contiguous()
+
+
+@lru_cache
+def _as_tensor(value: float) -> Tensor:
+    """Return a float32 scalar on the CPU: torch would convert a Python number again in each call."""
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 def _sum_in_order(rows: Tensor) -> Tensor:

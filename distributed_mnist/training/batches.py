@@ -44,6 +44,7 @@ class Batches:
 
     def __init__(self, split: Split, recipe: Recipe, mean: float, std: float) -> None:
         self._split, self._recipe = split, recipe
+        self._labels = split.labels.long()
         self._mean, self._std = mean, std
         self._by_sample = recipe.precision == "exact"  # the batch may be cut anywhere: a sample is a shard
         self._samples = len(split)
@@ -94,7 +95,7 @@ class Batches:
         start, stop = self.span(step, shards)
         indices = self._indices[start:stop]
         images = self._split.images.index_select(0, indices)
-        labels = self._split.labels.index_select(0, indices).long()
+        labels = self._labels.index_select(0, indices)
         if self._transforms is not None:
             transforms = self._transforms[start:stop].clone()
             distort = resample if self._recipe.precision == "exact" else apply_transforms
