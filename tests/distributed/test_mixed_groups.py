@@ -128,16 +128,20 @@ def test_the_doctor_examines_a_mixed_group() -> None:
 
 @needs_fake
 def test_two_ranks_on_one_device(digits: Path, tmp_path: Path) -> None:
-    words = ["train", *EXACT, "--dataset", "idx", "--data", digits, "--nproc", 2, "--json"]
+    data = ["--dataset", "idx", "--data", digits, "--json"]
 
-    def ended(out: Path, *more: str) -> Finished:
-        with WarmProgram((*DMNIST, *words, "--out", out, *more), fake_device.set_up) as program:
+    def ended(name: str, nproc: int, *words: str) -> Finished:
+        command = (*DMNIST, "train", *words, *data, "--nproc", nproc, "--out", tmp_path / name)
+        with WarmProgram(command, fake_device.set_up) as program:
             return program.finish()
 
     alone = train(*EXACT, "--dataset", "idx", "--data", digits, nproc=1, out=tmp_path / "alone")
-    shared = ended(tmp_path / "shared", "--oversubscribe").json()
+    shared = ended("shared", 2, *EXACT, "--oversubscribe").json()
     assert shared["device"] == "fake"
     assert shared["weights_sha256"] == alone["weights_sha256"]
-    refused = ended(tmp_path / "refused")
+    tree = [*EXACT[:-1], "fp32"]
+    weights = [ended(f"tree-{n}", n, *tree, "--oversubscribe").json()["weights_sha256"] for n in (1, 2)]
+    assert weights[0] == weights[1] != alone["weights_sha256"]
+    refused = ended("refused", 2, *EXACT)
     assert refused.code == 5
     assert "start at most 1, or let them share it with dmnist train --oversubscribe" in refused.stderr

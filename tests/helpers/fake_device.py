@@ -31,6 +31,7 @@ _FACTORIES = (
     _aten.eye.default,
     _aten.linspace.default,
 )
+_RESHAPING = (_aten.resize_.default, _aten.set_.source_Storage_storage_offset)  # the latter in a deep copy
 _set_data: Any = vars(torch._C.TensorBase)["data"].__set__
 _libraries: list[library.Library] = []  # they register for as long as they live
 
@@ -160,6 +161,6 @@ def _compute(func: Any, *args: Any, **kwargs: Any) -> Any:
     if func in (_aten.sqrt.default, _aten.sqrt.out):
         func = sqrt
     result = pytree.tree_map(shown, func(*args, **kwargs))
-    if func is _aten.resize_.default:
+    if func in _RESHAPING:
         _set_data(tensors[0], OnFake(_held(tensors[0])))
     return result
