@@ -26,28 +26,27 @@ def muon_(
     torch._foreach_lerp_(buffers, gradients, 1 - momentum)
     directions = torch._foreach_lerp(gradients, buffers, momentum)  # Nesterov's momentum
     norms = torch.stack(torch._foreach_norm(parameters))
-    steps = map_matrices(orthogonalise, [direction.flatten(1) for direction in directions])
-    for p, step in zip(parameters, steps, strict=True):
-        rows, columns = step.shape
-        change, rate = step.reshape(p.shape), lr * math.sqrt(max(1, rows / columns))
+    for p, step in zip(parameters, map_matrices(orthogonalise, directions), strict=True):
+        rate = lr * math.sqrt(max(1, len(p) / p[0].numel()))
         if isinstance(rate, Tensor):
-            p.sub_(change * rate)
+            p.sub_(step * rate)
         else:
-            p.add_(change, alpha=-rate)
+            p.add_(step, alpha=-rate)
     scales = norms / torch.stack(torch._foreach_norm(parameters))
     scales = torch.where(norms > 0, scales, 1)  # a weight that is all zeros may become nonzero
     torch._foreach_mul_(parameters, list(scales.unbind()))
 
 
-def orthogonalise(matrix: Tensor) -> Tensor:
-    """Return float32 `(rows, columns)` with the same singular vectors and all singular values about one.
+def orthogonalise(direction: Tensor) -> Tensor:
+    """Return a float32 tensor with the same singular vectors and all singular values about one.
 
-    A zero matrix stays zero.
+    A tensor counts as the matrix `(first dimension, all others)`. A zero matrix stays zero.
     """
+    matrix = direction.flatten(1)
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = x / (x.norm() + 1e-7)
     for _ in range(ITERATIONS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
-    return x.T if tall else x
+    return (x.T if tall else x).reshape(direction.shape)

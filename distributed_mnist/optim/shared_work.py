@@ -34,6 +34,8 @@ def map_here(function: Callable[..., Tensor], *arguments: Sequence[Tensor]) -> l
 class SharedWork:
     """`MapMatrices` for functions that take as long as Newton-Schulz iteration. Every rank must call it.
 
+    A tensor of more than two dimensions counts as the matrix `(first dimension, all others)`.
+
     The results have the same bits as those of `map_here`, because the ranks of a run compute alike. A rank
     that does not would give all ranks the same wrong result. So from time to time each rank repeats a
     matrix of the next rank. If one gets another result, all raise `TrainingError`.
@@ -45,7 +47,7 @@ class SharedWork:
     def __call__(self, function: Callable[..., Tensor], *arguments: Sequence[Tensor]) -> list[Tensor]:
         """Return the function's results."""
         rank, size, calls = self._world.rank, self._world.size, list(zip(*arguments, strict=True))
-        owners = share(tuple((len(m), m[0].numel()) for m in arguments[0]), size)
+        owners = share(tuple((len(call[0]), call[0].shape[1:].numel()) for call in calls), size)
         if owners is None:
             return map_here(function, *arguments)
         # A rank's own results lie first, then those of the next rank, and so on.
