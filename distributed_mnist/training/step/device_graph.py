@@ -11,7 +11,7 @@ import torch
 class DeviceGraph(Protocol):
     """Records what a function lets the device compute, and repeats it on the same tensors."""
 
-    def capture(self, function: Callable[[], None]) -> None:
+    def capture(self, function: Callable[[], object]) -> None:
         """Record the function's work on the device, without doing it.
 
         All tensors that it makes stay where they are, and what it reads must stay there too. Raises
@@ -30,7 +30,7 @@ class CudaGraph:
     def __init__(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
 
-    def capture(self, function: Callable[[], None]) -> None:
+    def capture(self, function: Callable[[], object]) -> None:
         """Record the function's work; see `DeviceGraph`."""
         current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
         stream.wait_stream(current)
