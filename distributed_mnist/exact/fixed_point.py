@@ -27,9 +27,9 @@ Exponent = Tensor | int
 """An exponent of two: int64, or an int where the CPU need not wait for it (`known`)."""
 
 
-def known(exponent: Tensor) -> Exponent:
-    """Return a scalar as an int, with which operations are faster, unless another device computes it."""
-    return int(exponent) if exponent.device.type == "cpu" else exponent
+def known(exponents: Tensor) -> list[Exponent]:
+    """Return the elements of a vector, as ints, which are faster, unless another device computes them."""
+    return exponents.tolist() if exponents.device.type == "cpu" else list(exponents.unbind())
 
 
 @overload

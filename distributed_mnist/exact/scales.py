@@ -44,8 +44,7 @@ class Scales:
     def begin_step(self) -> None:
         """Compute the exponents of a step."""
         self.now.zero_()
-        exponents = scale_exponent(self.before, OPERAND_BITS - HEADROOM)
-        self.exponents = exponents.tolist() if exponents.device.type == "cpu" else list(exponents.unbind())
+        self.exponents = known(scale_exponent(self.before, OPERAND_BITS - HEADROOM))
 
     def observe(self, index: int, x: Tensor) -> Tensor:
         """Take the magnitude of a tensor into account for the next step, and return it."""
@@ -58,7 +57,8 @@ class Scales:
         self._started.add(index)
         if not self.before[index]:
             self.before[index] = largest_magnitude(x)
-            self.exponents[index] = known(scale_exponent(self.before[index], OPERAND_BITS - HEADROOM))
+            exponents = scale_exponent(self.before[index : index + 1], OPERAND_BITS - HEADROOM)
+            (self.exponents[index],) = known(exponents)
 
     def end_step(self) -> None:
         """Make the magnitudes of this step, which all ranks have combined, decide the next step's

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distributed_mnist.exact import elementary
+from distributed_mnist.exact import elementary, scales
+from distributed_mnist.exact.passes import weights
 from distributed_mnist.training.step import captured_step, train_step
 
 _aten: Any = torch.ops.aten
@@ -93,7 +94,9 @@ def set_up(kind: type[RecordedGraph] = RecordedGraph) -> None:
     """Let the CPU of this process have graphs, for good."""
     for module in (captured_step, train_step):
         setattr(module, "graphs_on", lambda device: kind)  # noqa: B010 - for pyright
-    # NumPy's operations are not recorded. Only exact arithmetic on a CPU uses it.
+    # As on a GPU, exponents stay in tensors, and square roots are torch's: NumPy's are not recorded.
+    for module in (scales, weights):
+        setattr(module, "known", lambda exponents: list(exponents.unbind()))  # noqa: B010
     setattr(elementary, "np", SimpleNamespace(errstate=np.errstate, sqrt=_sqrt))  # noqa: B010
 
 

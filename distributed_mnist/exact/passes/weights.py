@@ -26,6 +26,6 @@ def product_factor(first: Exponent, second: Exponent) -> Tensor | float:
 
 def prepare_weight(products: Products, weight: Tensor, arrange: Arrange) -> Weight:
     """Return a weight as integers with a scale from its own largest magnitude, arranged and prepared."""
-    exponent = known(scale_exponent(largest_magnitude(weight), OPERAND_BITS))
+    (exponent,) = known(scale_exponent(largest_magnitude(weight).view(1), OPERAND_BITS))
     integers = quantise(weight, exponent, 2**OPERAND_BITS)
     return Weight([products.prepare(matrix) for matrix in arrange(integers)], exponent)
