@@ -18,17 +18,19 @@ from ..distributed.peer import describe_devices
 from ..distributed.world import World
 from ..errors import Interrupted, WorkerLost
 from ..launcher.signals import StopRequests
+from ..reporting.events import Sink
 from ..reporting.results import write_results
 from ..reporting.run_sinks import make_sink, make_tensorboard
 from ..runs import layout
+from ..runs.checkpoint_store import Store
 from ..runs.lock import RunLock
 from ..runs.run_files import write_config
-from ..runs.run_folder import open_folder, open_store
+from ..runs.run_folder import RunFolder, open_folder, open_store
 from ..user_code.failures import model_failures
 from .loop import require_same_weights, train
 from .notices import add_place, log_start, start_lines, start_notices
 from .plan import make_plan
-from .preparation import prepare
+from .preparation import Preparation, prepare
 from .resume import resume, run_config, start_from
 from .state import State, TrainingContext
 
@@ -60,86 +62,90 @@ def run(
     prepared = prepare(world, recipe, options, title, read)
     if dry_run:
         return make_plan(world, prepared)
-    data, batches, state = prepared.data, prepared.batches, prepared.state
-    save_steps, save_seconds = checkpoint_interval(options.checkpoint_every, batches.steps_per_epoch)
     folder = open_folder(world, options, recipe, title, signals.process)
-    recipe = prepared.recipe
+    state, resume_flags = prepared.state, resume_flags or layout.resume_flags(folder.path)
+
+    def open_sink(store: Store) -> Sink:
+        board = partial(
+            make_tensorboard, folder.path, prepared.recipe, prepared.data.class_names, state.step
+        )
+        return make_sink(world, folder.path, store, console, board if tensorboard else None, on_event)
+
     try:
-        notices = [*prepared.notices, *start_notices(world, prepared, folder)]
-        lines = start_lines(world, prepared, folder.path)
-        store = open_store(world, options, folder, save_seconds)
-        resumed = resume(
-            world,
-            options,
-            folder,
-            store,
-            prepared.requested,
-            state,
-            recipe,
-            data,
-            complain=notices.append,
-        )
-        if resumed is None and options.init_from is not None:
-            start_from(world, state, Path(options.init_from))
-        require_same_weights(state, world)
-        world.on_rank_zero(
-            lambda: write_config(folder.path, run_config(recipe, options, data, world.device)), NoneType
-        )
-        sink = world.on_every_rank(
-            lambda: make_sink(
-                world,
-                folder.path,
-                store,
-                console,
-                partial(make_tensorboard, folder.path, recipe, data.class_names, state.step)
-                if tensorboard
-                else None,
-                on_event,
-            )
-        )
+        context, lines, notices = start(world, prepared, folder, signals.requested, open_sink)
     except BaseException:
         if folder.lock is not None:
             folder.lock.abandon()
         raise
     with lock_released_on_failure(folder.lock):
         try:
-            context = TrainingContext(
-                recipe=recipe,
-                options=options,
-                world=world,
-                data=data,
-                batches=batches,
-                gradients=prepared.gradients,
-                parts=prepared.parts,
-                captured=prepared.captured,
-                loss=prepared.loss,
-                draws=prepared.draws,
-                store=store,
-                sink=sink,
-                stop_requested=signals.requested,
-                save_every=save_steps,
-                eval_every=steps_between(recipe.eval_every, batches.steps_per_epoch, "eval_every"),
-            )
-            if resumed:
-                notices.append(f"resumed from {resumed} at step {state.step} of {batches.total_steps}")
             log_start(state, context, lines, notices, again=folder.restarted)
-            signals.arm(resume_flags := resume_flags or layout.resume_flags(folder.path))
-            with model_failures(recipe.model, partial(add_place, state, context, resume_flags)):
+            signals.arm(resume_flags)
+            with model_failures(prepared.recipe.model, partial(add_place, state, context, resume_flags)):
                 result = train_and_summarise(state, context, folder.path, began)
-            sink.log("end", result=result)
+            context.sink.log("end", result=result)
         except Interrupted as error:
-            sink.log("stop", step=state.step)
+            context.sink.log("stop", step=state.step)
             raise Interrupted(f"{error}; resume with {resume_flags}") from None
         except WorkerLost as error:
             torchrun = "torchrun may restart it; otherwise " if world.launcher == "torchrun" else ""
             raise WorkerLost(f"{error}; {torchrun}resume with {resume_flags}") from error
         finally:
-            store.finished(wait=True)  # however the run ends, keep the checkpoint that is being written
-            sink.close()
+            context.store.finished(wait=True)  # however the run ends, keep the checkpoint being written
+            context.sink.close()
     if folder.lock is not None:  # only rank 0 has it
         say = partial(console.print, soft_wrap=True)
         write_results(folder.path, folder.lock, result, state.unsaved, say)
     return result
+
+
+def start(
+    world: World,
+    prepared: Preparation,
+    folder: RunFolder,
+    stop_requested: Callable[[], bool],
+    open_sink: Callable[[Store], Sink],
+) -> tuple[TrainingContext, dict[str, str], list[str]]:
+    """Restore or check the state and open the run's files. Return also its first lines and its notices.
+
+    `open_sink` is called once the state is restored. Every rank must call it. Raises subclasses of
+    `DmnistError`.
+    """
+    recipe, options, state = prepared.recipe, prepared.options, prepared.state
+    data, batches = prepared.data, prepared.batches
+    save_steps, save_seconds = checkpoint_interval(options.checkpoint_every, batches.steps_per_epoch)
+    notices = [*prepared.notices, *start_notices(world, prepared, folder)]
+    lines = start_lines(world, prepared, folder.path)
+    store = open_store(world, options, folder, save_seconds)
+    resumed = resume(
+        world, options, folder, store, prepared.requested, state, recipe, data, complain=notices.append
+    )
+    if resumed is not None:
+        notices.append(f"resumed from {resumed} at step {state.step} of {batches.total_steps}")
+    elif options.init_from is not None:
+        start_from(world, state, Path(options.init_from))
+    require_same_weights(state, world)
+    world.on_rank_zero(
+        lambda: write_config(folder.path, run_config(recipe, options, data, world.device)), NoneType
+    )
+    context = TrainingContext(
+        recipe=recipe,
+        options=options,
+        world=world,
+        data=data,
+        batches=batches,
+        gradients=prepared.gradients,
+        parts=prepared.parts,
+        captured=prepared.captured,
+        loss=prepared.loss,
+        draws=prepared.draws,
+        store=store,
+        sink=world.on_every_rank(lambda: open_sink(store)),
+        stop_requested=stop_requested,
+        save_every=save_steps,
+        eval_every=steps_between(recipe.eval_every, batches.steps_per_epoch, "eval_every"),
+    )
+    return context, lines, notices
 
 
 @contextlib.contextmanager
