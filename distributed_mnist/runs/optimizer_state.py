@@ -41,7 +41,8 @@ def load_optimizer(
             i: {key: _restored(optimizer, parameters[i], key, value) for key, value in its_state.items()}
             for i, its_state in saved["state"].items()
         }
-        if len({float(its_state["step"]) for its_state in state.values() if "step" in its_state}) > 1:
+        counts = {float(its_state["step"]) for its_state in saved["state"].values() if "step" in its_state}
+        if len(counts) > 1:
             raise ValueError("its parameters have taken different numbers of steps")
         optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
     except (KeyError, IndexError, ValueError, TypeError, RuntimeError, AttributeError) as error:

@@ -114,6 +114,7 @@ def start(
     recipe, options, state = prepared.recipe, prepared.options, prepared.state
     data, batches = prepared.data, prepared.batches
     save_steps, save_seconds = checkpoint_interval(options.checkpoint_every, batches.steps_per_epoch)
+    eval_steps = steps_between(recipe.eval_every, batches.steps_per_epoch, "eval_every")
     notices = [*prepared.notices, *start_notices(world, prepared, folder)]
     lines = start_lines(world, prepared, folder.path)
     store = open_store(world, options, folder, save_seconds)
@@ -143,7 +144,7 @@ def start(
         sink=world.on_every_rank(lambda: open_sink(store)),
         stop_requested=stop_requested,
         save_every=save_steps,
-        eval_every=steps_between(recipe.eval_every, batches.steps_per_epoch, "eval_every"),
+        eval_every=eval_steps,
     )
     return context, lines, notices
 
