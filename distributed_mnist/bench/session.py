@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..common.compute_platform import this_platform
-from ..common.placement import usable_cores
+from ..common.placement import physical_cores
 from ..config import Device, load_recipe
 from ..distributed.devices import find_accelerator
 from .timed_runs import TimedTraining, train
@@ -72,7 +72,7 @@ class Bench:
     def sizes(self) -> list[int]:
         """World sizes to measure: all up to four, then powers of two, and the largest."""
         most = self.plan.nproc or min(
-            self.gpus.count if self.gpus else min(usable_cores(), _DEFAULT_MAX_NPROC),
+            self.gpus.count if self.gpus else min(physical_cores(), _DEFAULT_MAX_NPROC),
             load_recipe(self.plan.recipe).shards,
         )
         return [n for n in range(1, most + 1) if n <= 4 or n & (n - 1) == 0 or n == most]

@@ -20,12 +20,12 @@ _MIN_STEPS = 20
 def ways_to_train(recipe: Recipe, gpus: Gpus | None) -> dict[str, list[str]]:
     """Return the ways to train that are compared: name to flags of `dmnist train`.
 
-    Exact arithmetic is left out for a recipe with code of the user's own, which may have no exact form. On
-    GPUs with CUDA graphs each way is measured with and without them.
+    Exact arithmetic is left out for a recipe with code of the user's own, which may have no exact form, and
+    on MPS, which has no float64. On GPUs with CUDA graphs each way is measured with and without them.
     """
     usual = "fp32" if recipe.precision == "exact" else recipe.precision
     ways = {sync: ["--precision", usual, "--sync", sync] for sync in ("tree", "ddp")}
-    if not recipe.code():
+    if not recipe.code() and not (gpus and gpus.kind == "mps"):
         ways["exact"] = ["--precision", "exact"]
     if gpus and gpus.has_graphs:
         ways |= {f"{way}, eager": [*flags, "--cuda-graphs", "off"] for way, flags in ways.items()}

@@ -4,7 +4,7 @@ import sys
 from collections import defaultdict
 from typing import Any
 
-from ..common.placement import usable_cores
+from ..common.placement import physical_cores
 from .session import Bench
 from .timed_runs import median_and_range, ratios, seconds_of, summary
 
@@ -24,7 +24,7 @@ def time_to_99(bench: Bench) -> dict[str, Any]:
 
     On a GPU, with `ddp` too.
     """
-    processes = bench.gpus.count if bench.gpus else usable_cores()
+    processes = bench.gpus.count if bench.gpus else physical_cores()
     nproc, seeds = bench.plan.nproc or min(processes, 8), bench.plan.seeds
     results: dict[str, Any] = {"nproc": nproc, "seeds": seeds}
     for sync in ("tree", "ddp") if bench.gpus else ("tree",):

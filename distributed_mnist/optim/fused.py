@@ -11,7 +11,8 @@ from torch import Tensor
 Tensors = list[Tensor]
 Number = float | Tensor
 """A Python number, or a scalar tensor on the device of the parameters."""
-_ONE = torch.ones(())  # torch would convert a Python number again in each call
+# torch would convert a Python number again in each call. On the CPU: a caller may set another default.
+_ONE = torch.ones((), dtype=torch.float32, device="cpu")
 EPSILON = 1e-8
 """Added to the root of Adam's mean square."""
 

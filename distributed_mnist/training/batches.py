@@ -127,7 +127,9 @@ class Batches:
 
 
 def copy_to_device_(target: Tensor, source: Tensor) -> None:
-    """Copy a tensor on the CPU into one on any device, and do not wait for the device."""
-    if target.device.type == "cuda":
+    """Copy a tensor on the CPU into one on any device. It does not wait for a CUDA device."""
+    on_cuda = target.device.type == "cuda"
+    if on_cuda:
         source = source.pin_memory()  # the copy of other memory would wait
-    target.copy_(source, non_blocking=True)
+    # MPS would read the source later, when its memory may have another use (pytorch/pytorch#139550).
+    target.copy_(source, non_blocking=on_cuda)

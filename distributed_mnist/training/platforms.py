@@ -29,8 +29,7 @@ def agree_on_platform(world: World, recipe: Recipe) -> tuple[Recipe, list[str]]:
     """Compare the ranks' platforms. Return the recipe with one precision on all ranks, and notices.
 
     A recipe that leaves it open gets bf16 if all ranks have the hardware for it, otherwise fp32. All ranks
-    must call it. Raises `UsageError`, see `require_one_kind` and
-    `require_same_platform`.
+    must call it. Raises `UsageError`, see `require_one_kind` and `require_same_platform`.
     """
     if recipe.precision == "exact":  # every platform computes the same
         if any(peer.device == "mps" for peer in world.peers):

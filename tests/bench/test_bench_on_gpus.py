@@ -11,6 +11,7 @@ from distributed_mnist.bench import command, sections, session, throughput, whol
 from distributed_mnist.bench.session import Gpus
 from distributed_mnist.bench.timed_runs import TimedTraining
 from distributed_mnist.cli import main
+from distributed_mnist.config import Recipe
 from distributed_mnist.runs.record import Record
 
 EAGER_STEP, GRAPH_STEP, BATCH = 0.02, 0.002, 512
@@ -114,6 +115,12 @@ def test_recipes_are_shown_beside_their_aims(machine: Machine, capsys: pytest.Ca
     import_torch = [program[-1] for program in machine.other_programs if program[1] == "-c"]
     assert import_torch == ["import torch; torch.ones(1, device='cuda')"] * 2
     assert results["startup"]["dmnist train --nproc 1"]["ratio"]["median"] == 1.0 / 2.0
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
+def test_mps_has_no_exact_arithmetic(kind: str) -> None:
+    ways = throughput.ways_to_train(Recipe(), Gpus(kind, "one", 1))
+    assert ("exact" in ways) is (kind != "mps")
 
 
 def test_the_cpu_can_be_asked_for() -> None:

@@ -3,6 +3,7 @@
 import copy
 import io
 import os
+import runpy
 import subprocess
 import sys
 from fractions import Fraction
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from distributed_mnist.common.digest import digest
 from distributed_mnist.config import Recipe
 from distributed_mnist.errors import CheckpointError, UsageError
-from distributed_mnist.optim import exact_muon, newton_schulz, weight_average
+from distributed_mnist.optim import exact_muon, fused, newton_schulz, weight_average
 from distributed_mnist.optim.clipping import clip_gradients
 from distributed_mnist.optim.optimizers import Optimizer
 from distributed_mnist.optim.schedule import make_optimizer
@@ -142,6 +143,12 @@ def test_parameters_that_took_different_numbers_of_steps_are_refused(recipe: Rec
     saved["state"][1]["step"] += 1
     with pytest.raises(CheckpointError, match="have taken different numbers of steps"):
         load_optimizer(optimizer, saved, "here", steps=1)
+
+
+def test_the_kernels_may_be_imported_where_another_device_is_the_default() -> None:
+    with torch.device("meta"):
+        module = runpy.run_path(fused.__file__)
+    assert module["_ONE"].device == torch.device("cpu")
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from distributed_mnist.config import Recipe
 from distributed_mnist.data.split import Split, normalise
-from distributed_mnist.training.batches import Batch, Batches
+from distributed_mnist.training.batches import Batch, Batches, copy_to_device_
 
 SIZES = [
     (103, 10, 8),
@@ -190,3 +192,16 @@ def test_what_is_taken_is_fresh() -> None:
     before = made.take(0, range(4)).images.clone()
     made.take(0, range(4)).images.zero_()
     assert torch.equal(made.take(0, range(4)).images, before)
+
+
+def test_only_a_copy_to_a_cuda_device_does_not_wait() -> None:
+    """On MPS a copy that does not wait may read the source after its memory has been given away."""
+    for kind in ("cpu", "mps", "xpu", "cuda"):
+        copied = list[Any]()
+        target: Any = SimpleNamespace(
+            device=torch.device(kind), copy_=lambda *source, made=copied, **how: made.extend((*source, how))
+        )
+        source: Any = SimpleNamespace(pin_memory=lambda: "pinned")
+        copy_to_device_(target, source)
+        on_cuda = kind == "cuda"
+        assert copied == ["pinned" if on_cuda else source, {"non_blocking": on_cuda}]

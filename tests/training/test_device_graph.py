@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from distributed_mnist.training.step import device_graph
 from distributed_mnist.training.step.device_graph import CudaGraph, graphs_on
 
 
@@ -40,7 +41,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream("current"))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream("own"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(device_graph, "_capture_stream", lambda device: stream("own"))
     monkeypatch.setattr(torch.cuda, "stream", inside)
     return made
 
@@ -60,6 +62,13 @@ def test_a_capture_that_fails_is_ended(calls: list[str]) -> None:
         CudaGraph().capture(lambda: (_ for _ in ()).throw(RuntimeError("operation not permitted")))
     assert calls[-2:] == ["begin thread_local", "end"]
     assert gc.isenabled()
+
+
+def test_all_captures_on_a_device_share_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each stream would have a workspace of cuBLAS."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: [device])
+    first, second = (device_graph._capture_stream(-1) for _ in range(2))
+    assert first is second is not device_graph._capture_stream(-2)
 
 
 def test_only_cuda_devices_have_graphs() -> None:

@@ -52,7 +52,7 @@ class CapturedStep:
             if len(self._captured) == _MOST_GRAPHS:
                 self._captured.pop(next(iter(self._captured)))
             self._captured[kind] = _Captured(self._step.ledger.new_records())
-        self._take(self._captured[kind], step)
+        self._take(self._captured[kind], step, kind[1])
         if self._failed:
             self._captured.clear()
 
@@ -67,11 +67,14 @@ class CapturedStep:
             and self._step.context.gradients.can_be_captured()
         )
 
-    def _take(self, captured: "_Captured", step: int) -> None:
-        """Take the rest of a step: what is captured by its graphs, what is not by capturing it first."""
+    def _take(self, captured: "_Captured", step: int, shards: range) -> None:
+        """Take the rest of a step: what is captured by its graphs, what is not by capturing it first.
+
+        `shards` are this rank's.
+        """
         ledger, batches = self._step.ledger, self._step.context.batches
         if captured.graphs:  # otherwise the step itself notes its samples
-            ledger.record_ids(*batches.ids(step, self._kind(step)[1]))
+            ledger.record_ids(*batches.ids(step, shards))
         with ledger.records_in(captured.records):
             if self._step.context.world.size == 1:
                 self._run(captured, 0, partial(self._step.rest, step))

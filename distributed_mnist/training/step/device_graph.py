@@ -1,6 +1,7 @@
 """Work that a device records once and then repeats with one launch: CUDA graphs."""
 
 import contextlib
+import functools
 import gc
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -32,7 +33,7 @@ class CudaGraph:
 
     def capture(self, function: Callable[[], object]) -> None:
         """Record the function's work; see `DeviceGraph`."""
-        current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        current, stream = torch.cuda.current_stream(), _capture_stream(torch.cuda.current_device())
         stream.wait_stream(current)
         with torch.cuda.stream(stream), _no_garbage_collection():
             # Other threads may use the device meanwhile: one writes checkpoints, and NCCL has its own.
@@ -49,6 +50,15 @@ class CudaGraph:
     def replay(self) -> None:
         """Do the recorded work again; see `DeviceGraph`."""
         self._graph.replay()
+
+
+@functools.cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """Return the stream in which all graphs are captured.
+
+    For each stream torch keeps workspaces of cuBLAS for good, 32 MiB for each thread that uses it.
+    """
+    return torch.cuda.Stream(device)
 
 
 @contextlib.contextmanager
