@@ -14,6 +14,7 @@ from ..distributed.peer import describe_devices
 from ..distributed.world import World
 from ..errors import OutputError
 from ..models.summary import layers_of
+from ..optim.schedule import make_optimizer
 from ..runs.checkpoint import decode, encode
 from ..runs.checkpoint_store import newest_checkpoint
 from ..runs.initial_weights import load_initial_weights, read_initial_weights
@@ -116,10 +117,11 @@ def _checkpoint_bytes(state: State, recipe: Recipe) -> int:
     """Return the size of the largest checkpoint: after a step, when the optimizer's state exists."""
     for p in state.model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-    state.optimizer.step()
+    optimizer = make_optimizer(recipe, state.model)  # shares no work: the other ranks take no step
+    optimizer.step()
     weights = sum(p.numel() * p.element_size() for p in state.model.parameters() if p.requires_grad)
     copies = bool(recipe.average or recipe.ema) + bool(recipe.validation)
-    return len(encode(state.to_content())) + copies * weights
+    return len(encode({**state.to_content(), "optimizer": optimizer.state_dict()})) + copies * weights
 
 
 def _peak_memory() -> int:

@@ -64,6 +64,14 @@ def test_the_size_of_a_checkpoint_is_right(digits: Path, good: Path) -> None:
     assert 0.9 < plan["checkpoint_bytes"] / written < 1.1
 
 
+def test_ranks_that_share_the_work_of_the_optimizer(digits: Path) -> None:
+    """Only rank 0 plans, so no other rank would take its part of Muon's products."""
+    flags = ("--model", "mlp", "--optimizer", "muon", "--dry-run", "--json", "--nproc", 2)
+    plan = here("train", *SMALL, *flags, "--dataset", "idx", "--data", digits).json()
+    assert plan["world_size"] == 2
+    assert plan["checkpoint_bytes"] > 2 * 4 * plan["parameters"]  # weights, and momentum of most of them
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
     [
