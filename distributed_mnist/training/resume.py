@@ -64,7 +64,7 @@ def with_kept_precision(world: World, recipe: Recipe, options: Run, requested: b
             return recipe
         name, raw = found
     there = decode(raw, name)["recipe"]
-    return recipe.replace(precision=there["precision"]) if there else recipe
+    return recipe.replace(precision=Recipe.from_dict(there, name).precision) if there else recipe
 
 
 def resume(

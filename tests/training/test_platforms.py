@@ -123,6 +123,9 @@ def test_a_resumed_run_keeps_its_precision(kept: str, tmp_path: Path) -> None:
     assert with_kept_precision(world, AUTO, Run(out=out, resume="auto"), None).precision == kept
     raw = path.read_bytes()
     assert with_kept_precision(world, AUTO, Run(resume="it.pt"), raw).precision == kept
+    early = {name: value for name, value in AUTO.to_dict().items() if name != "precision"}
+    raw = encode({**fuzz.content(), "recipe": early})  # of a version that had none
+    assert with_kept_precision(world, AUTO, Run(resume="it.pt"), raw).precision == "fp32"
     buffer = io.BytesIO()
     weights = {"module.fc.weight": torch.zeros(10, 784), "module.fc.bias": torch.zeros(10)}
     torch.save({"epoch": 1, "state_dict": weights, "best_acc": 0.5, "optimizer": {}}, buffer)
