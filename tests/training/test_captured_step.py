@@ -120,6 +120,13 @@ def test_a_users_own_code_is_not_captured(words: str, reason: str, digits: Path,
     assert f"note     steps are not captured as graphs: {reason} in every step" in ended.stderr
 
 
+def test_parts_that_change_are_not_captured(digits: Path, tmp_path: Path) -> None:
+    words = ["--recipe", "classic", "--precision", "exact", "--steps", "6", "--balance", "auto"]
+    ended = run(2, tmp_path / "out", digits, *words)
+    assert "steps are not captured as graphs: with --balance auto the parts of a batch" in ended.stderr
+    assert "graph" not in last_phases(tmp_path / "out")
+
+
 def test_a_value_that_is_copied_to_the_cpu_cannot_be_recorded() -> None:
     graph, x = recorded_graph.RecordedGraph(), torch.ones(3)
     with pytest.raises(RuntimeError, match="not permitted"):

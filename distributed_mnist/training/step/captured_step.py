@@ -133,6 +133,8 @@ def can_capture(
     if graphs_on(world.device) is None or options.cuda_graphs == "off":
         return False, []
     problem = _why_not(recipe, draws_from)
+    if world.size > 1 and recipe.precision == "exact" and options.balance == "auto":
+        problem = "with --balance auto the parts of a batch change, and measured times must be comparable"
     return problem is None, [f"steps are not captured as graphs: {problem}"] if problem else []
 
 
