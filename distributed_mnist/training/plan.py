@@ -20,6 +20,7 @@ from ..runs.checkpoint_store import newest_checkpoint
 from ..runs.initial_weights import load_initial_weights, read_initial_weights
 from ..runs.layout import CHECKPOINTS, checkpoints_in, new_folder
 from ..runs.run_folder import RunFolder, require_usable
+from ..user_code.failures import model_failures
 from .batches import Batches
 from .notices import start_lines, start_notices
 from .preparation import Preparation
@@ -68,7 +69,8 @@ def make_plan(world: World, prepared: Preparation) -> dict[str, Any]:
         memory_bytes = _peak_memory()
         shown["disk"] = f"{_in_units(checkpoint_bytes)} for each checkpoint, {_in_units(free_bytes)} free"
         shown["memory"] = f"{_in_units(memory_bytes)} in each process, before the first step"
-        layers = layers_of(state.model, data.image_shape, world.device)
+        with model_failures(recipe.model):
+            layers = layers_of(state.model, data.image_shape, world.device)
         return {
             "lines": shown,
             "notices": messages,

@@ -80,6 +80,7 @@ def test_ranks_that_share_the_work_of_the_optimizer(digits: Path) -> None:
         (("--out", "{good}", "--resume", "auto", "--lr", 1), 4, "--lr 0.001 there, 1.0 here"),
         (("--resume", "{good}/nothing.pt"), 4, "no such file or directory"),
         (("--model", "user_models:eleven_classes"), 2, "user_models:eleven_classes"),
+        (("--model", "user_models:few_images"), 2, "ValueError: 7 images are too many (user_models.py"),
         (("--dataset", "idx", "--data", "{good}"), 3, "{good}"),
     ],
 )
