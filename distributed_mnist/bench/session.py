@@ -13,6 +13,7 @@ from ..common.compute_platform import this_platform
 from ..common.placement import physical_cores
 from ..config import Device, load_recipe
 from ..distributed.devices import find_accelerator
+from ..training.step.device_graph import graphs_on
 from .timed_runs import TimedTraining, train
 
 _DEFAULT_MAX_NPROC = 4
@@ -44,7 +45,7 @@ class Gpus:
     @property
     def has_graphs(self) -> bool:
         """Whether a step can be captured and launched as one."""
-        return self.kind == "cuda"
+        return graphs_on(torch.device(self.kind)) is not None
 
 
 def find_gpus(device: Device) -> Gpus | None:

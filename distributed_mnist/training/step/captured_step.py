@@ -18,62 +18,50 @@ from .device_graph import DeviceGraph, graphs_on
 from .train_step import TrainStep
 
 _STEPS_BEFORE_CAPTURE = 2
-"""Steps of a kind before the one that is captured. They make the optimizer's state, and the first of all
-lets libraries set themselves up."""
-
-_MOST_GRAPHS = 4
-"""Kinds of steps whose graphs are kept: their memory is used for nothing else."""
-
-Kind = tuple[int, range]
-"""Steps with the same number of samples, and the same part of them for this rank, have the same graphs."""
+"""Steps with as many samples before the one that is captured. They make the optimizer's state, and the
+first of all lets libraries set themselves up."""
 
 
 class CapturedStep:
-    """Takes steps like `TrainStep`. It captures and repeats those of kinds that come again and again.
+    """Takes steps like `TrainStep`. It captures one with each number of samples, and repeats it.
 
-    If one cannot be captured, all are taken as they are written from then on, and a notice says why.
+    Only the last batch of an epoch has another number. If one cannot be captured, all are taken as they are
+    written from then on, and a notice says why.
     """
 
     def __init__(self, step: TrainStep, make_graph: Callable[[], DeviceGraph]) -> None:
         self._step, self._make_graph = step, make_graph
-        self._times: dict[Kind, int] = {}
-        self._captured: dict[Kind, _Captured] = {}
+        self._times: dict[int, int] = {}
+        """How many steps there were, by their number of samples."""
+        self._captured: dict[int, _Captured] = {}
         self._failed = False
 
     def __call__(self, step: int) -> None:
         """Take step number `step`."""
         self._step.begin(step)
-        kind = self._kind(step)
-        self._times[kind] = self._times.get(kind, 0) + 1
-        if kind not in self._captured and not self._worth_capturing(kind):
+        size = self._step.context.batches.size(step)
+        self._times[size] = self._times.get(size, 0) + 1
+        if size not in self._captured and self._worth_capturing(size):
+            self._captured[size] = _Captured(self._step.ledger.new_records())
+        if size in self._captured:
+            self._take(self._captured[size], step)
+        else:
             self._step.rest(step)
-            return
-        if kind not in self._captured:
-            if len(self._captured) == _MOST_GRAPHS:
-                self._captured.pop(next(iter(self._captured)))
-            self._captured[kind] = _Captured(self._step.ledger.new_records())
-        self._take(self._captured[kind], step, kind[1])
         if self._failed:
             self._captured.clear()
 
-    def _kind(self, step: int) -> Kind:
-        sizes = self._step.context.batches.shard_sizes(step)
-        return self._step.context.batches.size(step), self._step.context.gradients.part(sizes)
-
-    def _worth_capturing(self, kind: Kind) -> bool:
+    def _worth_capturing(self, size: int) -> bool:
         return (
             not self._failed
-            and self._times[kind] > _STEPS_BEFORE_CAPTURE
+            and self._times[size] > _STEPS_BEFORE_CAPTURE
             and self._step.context.gradients.can_be_captured()
         )
 
-    def _take(self, captured: "_Captured", step: int, shards: range) -> None:
-        """Take the rest of a step: what is captured by its graphs, what is not by capturing it first.
-
-        `shards` are this rank's.
-        """
+    def _take(self, captured: "_Captured", step: int) -> None:
+        """Take the rest of a step: what is captured by its graphs, what is not by capturing it first."""
         ledger, batches = self._step.ledger, self._step.context.batches
         if captured.graphs:  # otherwise the step itself notes its samples
+            shards = self._step.context.gradients.part(batches.shard_sizes(step))
             ledger.record_ids(*batches.ids(step, shards))
         with ledger.records_in(captured.records):
             if self._step.context.world.size == 1:
@@ -113,7 +101,8 @@ def make_step(
 
 
 class _Captured:
-    """The graphs of steps of one kind: one for a single rank, or one before the exchange and one after.
+    """The graphs of steps with one number of samples: one for a single rank, or one before the exchange and
+    one after.
 
     `records` is where the graph records losses, see `Ledger.records_in`.
     """
@@ -132,13 +121,13 @@ def can_capture(
     """
     if graphs_on(world.device) is None or options.cuda_graphs == "off":
         return False, []
-    problem = _why_not(recipe, draws_from)
-    if world.size > 1 and recipe.precision == "exact" and options.balance == "auto":
-        problem = "with --balance auto the parts of a batch change, and measured times must be comparable"
+    problem = _why_not(world, recipe, options, draws_from)
     return problem is None, [f"steps are not captured as graphs: {problem}"] if problem else []
 
 
-def _why_not(recipe: Recipe, draws_from: Sequence[str]) -> str | None:
+def _why_not(world: World, recipe: Recipe, options: Run, draws_from: Sequence[str]) -> str | None:
+    if world.size > 1 and recipe.precision == "exact" and options.balance == "auto":
+        return "with --balance auto the parts of a batch change, and measured times must be comparable"
     if code := recipe.code():
         field, name = next(iter(code.items()))
         return f"{flag(field)} {name} is your own, and checked in every step"

@@ -11,7 +11,6 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from ...distributed.world import World
 from ...optim import weight_average
 from ...optim.clipping import clip_gradients
 from ...optim.fused import Number
@@ -30,7 +29,7 @@ class TrainStep:
     def __init__(self, state: State, context: TrainingContext, ledger: Ledger, timer: PhaseTimer) -> None:
         self.state, self.context, self.ledger, self.timer = state, context, ledger, timer
         self._numbers: Sequence[Sequence[Number]] = []
-        self._on_device = NumbersOnDevice(context.world)
+        self._on_device = NumbersOnDevice(context.world.device)
 
     def __call__(self, step: int) -> None:
         """Take step number `step`."""
@@ -85,8 +84,8 @@ class NumbersOnDevice:
     A captured step must read them from there. A step as it is written does so too, for equal bits.
     """
 
-    def __init__(self, world: World) -> None:
-        self._device = world.device
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._flat: Tensor | None = None
 
     def load(self, optimizer: Optimizer) -> Sequence[Sequence[Number]]:
